@@ -1,0 +1,175 @@
+"""Which files to read and where each result goes: a stream, so that a folder may hold any number of files."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["IMAGE_SUFFIXES", "ImageItem", "Problem", "find_images"]
+
+IMAGE_SUFFIXES = frozenset(
+    f".{name}"
+    for name in (
+        *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "avif"),
+        *("ppm", "pgm", "pbm", "pnm"),
+    )
+)
+"""What is taken for an image inside a folder; a file named by the caller is read whatever its suffix."""
+
+RESERVED = frozenset({"contact_sheet"})
+"""Names at the top of the output folder that no image may take."""
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """A file to attribute.
+
+    Attributes
+    ----------
+    path : str
+        The file.
+    key : str
+        Where its results go: a path relative to the output folder, without suffix.
+    """
+
+    path: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A path that cannot be attributed, and why (one line)."""
+
+    path: str
+    message: str
+
+
+def find_images(paths: Sequence[str | Path], exclude: str | Path | None = None) -> Iterator[ImageItem | Problem]:
+    """Walk files and folders in a fixed order.
+
+    A single folder is mirrored from its own top; several arguments keep their own last name, and where two
+    share it, all are mirrored from the folder that holds them all. A result is named after its image without
+    the suffix; images of one folder that differ only by suffix (or by case) keep it. Names starting with a
+    dot are passed over, links are followed, loops of links are not.
+
+    Only the names of one folder per level are held at a time, never an image.
+
+    Parameters
+    ----------
+    paths : sequence of str or pathlib.Path
+        Files and folders; a path given twice is walked once.
+    exclude : str or pathlib.Path, optional
+        A folder not to enter: the output folder, so that results are never taken for photographs.
+
+    Yields
+    ------
+    ImageItem or Problem
+        What to attribute, or what is wrong with a path: missing, unreadable, a folder without images.
+    """
+    excluded = _identity(exclude) if exclude is not None else None
+    arguments = [os.path.abspath(p) for p in paths]
+    shown = dict(reversed([(a, os.fspath(p)) for a, p in zip(arguments, paths, strict=True)]))
+    unique = list(dict.fromkeys(arguments))
+    keys = _argument_keys(unique)
+    for path in unique:
+        if os.path.isdir(path):
+            found = False
+            for entry in _walk(shown[path], keys[path], excluded, ()):
+                found = True
+                yield entry
+            if not found:
+                yield Problem(shown[path], "no images in this folder")
+        elif os.path.exists(path):
+            yield ImageItem(shown[path], keys[path])
+        else:
+            yield Problem(shown[path], "a broken link" if os.path.islink(path) else "no such file or folder")
+
+
+def _argument_keys(paths: Sequence[str]) -> dict[str, str]:
+    if len(paths) == 1 and os.path.isdir(paths[0]):
+        return {paths[0]: ""}
+    names = [os.path.basename(p) or "root" for p in paths]
+    if len({n.casefold() for n in names}) == len(names):
+        base = None
+    else:
+        base = os.path.commonpath([os.path.dirname(p) for p in paths])
+    keys: dict[str, str] = {}
+    in_folder: dict[str, list[str]] = {}
+    for path, name in zip(paths, names, strict=True):
+        folder = "" if base is None else os.path.relpath(os.path.dirname(path), base)
+        folder = "" if folder == "." else folder
+        if os.path.isdir(path):
+            keys[path] = os.path.join(folder, name)
+        else:
+            in_folder.setdefault(folder, []).append(path)
+    for folder, files in in_folder.items():
+        stems = result_names([os.path.basename(f) for f in files], reserved=RESERVED if not folder else frozenset())
+        for file in files:
+            keys[file] = os.path.join(folder, stems[os.path.basename(file)])
+    return keys
+
+
+def result_names(names: Iterable[str], reserved: frozenset[str] = frozenset()) -> dict[str, str]:
+    """A distinct result name for each file name of one folder: its stem, or all of it where stems clash.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Distinct file names.
+    reserved : frozenset of str
+        Stems that are taken.
+
+    Returns
+    -------
+    dict of str to str
+        Distinct also where the file system ignores case.
+    """
+    listed = list(names)
+    stems = Counter(os.path.splitext(n)[0].casefold() for n in listed)
+    whole = {n.casefold() for n in listed} | {r.casefold() for r in reserved}
+    result: dict[str, str] = {}
+    for name in listed:
+        stem = os.path.splitext(name)[0]
+        alone = stems[stem.casefold()] == 1 and stem.casefold() not in whole
+        result[name] = stem if alone else name
+    return result
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _walk(
+    folder: str, key: str, excluded: tuple[int, int] | None, above: tuple[tuple[int, int], ...]
+) -> Iterator[ImageItem | Problem]:
+    identity = _identity(folder)
+    if identity is not None and (identity == excluded or identity in above):
+        return
+    files: list[str] = []
+    folders: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                    files.append(entry.name)
+    except OSError as error:
+        yield Problem(folder, error.strerror or str(error))
+        return
+    names = result_names(files, reserved=RESERVED if not key else frozenset())
+    for name in sorted(files):
+        yield ImageItem(os.path.join(folder, name), os.path.join(key, names[name]))
+    del files, names
+    here = above if identity is None else (*above, identity)
+    for name in sorted(folders):
+        yield from _walk(os.path.join(folder, name), os.path.join(key, name), excluded, here)

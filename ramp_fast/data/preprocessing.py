@@ -1,0 +1,105 @@
+"""From a photograph to the model's input as timm's data config says, and back to what the model saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from ramp_fast.errors import InputError
+
+__all__ = ["Preprocessing"]
+
+
+class Preprocessing:
+    """Evaluation-time preprocessing of one model.
+
+    Parameters
+    ----------
+    config : mapping
+        A timm data config: ``input_size`` (channels, height, width), ``mean``, ``std``, ``interpolation``,
+        ``crop_pct``, ``crop_mode``.
+
+    Raises
+    ------
+    InputError
+        The model does not take 3 channels.
+
+    Examples
+    --------
+    >>> preprocess = Preprocessing.of_model(model)
+    >>> x = preprocess(read_image("cat.jpg"))  # [3, 224, 224]
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        from timm.data.transforms_factory import create_transform
+
+        channels, height, width = (int(n) for n in config["input_size"])
+        if channels != 3:
+            raise InputError(f"the model takes {channels} input channels; photographs have 3 (RGB)")
+        self.input_size = (channels, height, width)
+        self.config = dict(config)
+        self._transform: Callable[[Image.Image], torch.Tensor] = create_transform(**self.config, is_training=False)
+        self._mean = torch.tensor([float(v) for v in config["mean"]]).view(-1, 1, 1)
+        self._std = torch.tensor([float(v) for v in config["std"]]).view(-1, 1, 1)
+
+    @classmethod
+    def of_model(cls, model: torch.nn.Module, **overrides: Any) -> Preprocessing:
+        """Preprocessing from a timm model's data config.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            A timm model (``pretrained_cfg``).
+        **overrides
+            Entries of the config to replace; None leaves the entry as it is.
+        """
+        from timm.data.config import resolve_model_data_config
+
+        config: dict[str, Any] = dict(resolve_model_data_config(model))  # type: ignore[no-untyped-call]  # timm's
+        config.update({key: value for key, value in overrides.items() if value is not None})
+        return cls(config)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """The model's input for one RGB image.
+
+        Parameters
+        ----------
+        image : PIL.Image.Image
+            Mode RGB.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[3, H, W]``, float32, normalised.
+        """
+        return self._transform(image)
+
+    def to_display(self, x: torch.Tensor) -> npt.NDArray[np.uint8]:
+        """The crop that the model saw, de-normalised.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            ``[3, H, W]``, as returned by calling this object.
+
+        Returns
+        -------
+        numpy.ndarray
+            ``[H, W, 3]``, uint8.
+        """
+        values = (x.detach().cpu().float() * self._std + self._mean).clamp(0, 1) * 255
+        array: npt.NDArray[np.uint8] = values.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        return array
+
+    def settings(self) -> dict[str, object]:
+        """The config in plain JSON types, to tell whether a finished file was made with the same one."""
+        return {
+            key: list(value) if isinstance(value, (tuple, list)) else value
+            for key, value in sorted(self.config.items())
+            if isinstance(value, (str, int, float, tuple, list))
+        }
