@@ -1,0 +1,72 @@
+// Bindings: sign_select, scale_by, gelu_factor.
+#include "bind/bind.h"
+#include "cpu/dispatch.h"
+
+namespace rf {
+namespace {
+
+void sign_select(py::handle acc_, py::handle x_, py::handle out_, int threads) {
+    const TensorView acc(acc_, "acc"), x(x_, "x"), out(out_, "out");
+    if (x.ndim() < 1 || acc.ndim() != x.ndim() + 1)
+        fail("x must be [B, ..., K] and acc one axis more: " + x.describe() + ", " + acc.describe());
+    x.matches(0, acc, 1, x.ndim() - 1);
+    if (acc.size(-1) != 2 * x.size(-1))
+        fail(acc.describe() + " must end in twice the last axis of " + x.describe());
+    if (out.ndim() != acc.ndim())
+        fail("the shapes of " + out.describe() + " and " + acc.describe() + " do not fit");
+    out.matches(0, acc, 0, 1);
+    out.matches(1, x, 0, x.ndim());
+    SelectArgs args{};
+    args.rhs = acc.size(0);
+    args.rows = x.product(0, x.ndim() - 1);
+    args.width = x.size(-1);
+    args.acc = acc.contiguous().operand();
+    args.x = x.contiguous().operand();
+    args.out = out.contiguous().operand();
+    args.threads = threads;
+    py::gil_scoped_release release;
+    RF_CALL(sign_select, args);
+}
+
+void scale_by(py::handle c_, py::handle factor_, py::handle out_, int threads) {
+    const TensorView c(c_, "c"), factor(factor_, "factor"), out(out_, "out");
+    if (c.ndim() < 2) fail(c.describe() + " must be [T, B, ...]");
+    c.same_layout(1, factor, 0);
+    factor.same_layout(0, c, 1);
+    out.same_layout(1, c, 1).matches(0, c, 0, 1);
+    ScaleArgs args{};
+    args.rhs = c.size(0);
+    args.inner = factor.numel();
+    args.c = c.operand();
+    args.factor = factor.operand();
+    args.out = out.operand();
+    args.threads = threads;
+    py::gil_scoped_release release;
+    RF_CALL(scale_by, args);
+}
+
+void gelu_factor(py::handle x_, bool tanh_approx, py::handle y_, py::handle factor_, int threads) {
+    const TensorView x(x_, "x"), y(y_, "y"), factor(factor_, "factor");
+    if (x.dtype() == DType::f64) fail("gelu_factor computes in float32: x must be float32 or bfloat16");
+    GeluArgs args{};
+    y.matches(0, x, 0, x.ndim());
+    factor.matches(0, x, 0, x.ndim());
+    args.inner = x.numel();
+    args.tanh_approx = tanh_approx;
+    args.x = x.contiguous().operand();
+    args.y = y.contiguous().operand();
+    args.factor = factor.contiguous().operand();
+    args.threads = threads;
+    py::gil_scoped_release release;
+    RF_CALL(gelu_factor, args);
+}
+
+}  // namespace
+
+void register_activation(py::module_& m) {
+    m.def("sign_select", &sign_select);
+    m.def("scale_by", &scale_by);
+    m.def("gelu_factor", &gelu_factor);
+}
+
+}  // namespace rf

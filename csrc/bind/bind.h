@@ -1,0 +1,33 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "tensor_view.h"
+
+namespace rf {
+
+void register_activation(py::module_& m);
+void register_attention(py::module_& m);
+void register_junction(py::module_& m);
+void register_norm(py::module_& m);
+
+// An absent optional tensor is None.
+inline std::optional<TensorView> optional_view(py::handle object, const char* name) {
+    if (object.is_none()) return std::nullopt;
+    return TensorView(object, name);
+}
+
+inline Operand operand_or_null(const std::optional<TensorView>& view) {
+    return view ? view->operand() : Operand{};
+}
+
+// Checks c [T, B, ...]; T must be even with contrast.
+void check_coefficient(const TensorView& c, bool contrast);
+
+// Checks a mass or scale [T, B] that belongs to c.
+void check_per_sample(const TensorView& mass, const TensorView& c);
+
+}  // namespace rf

@@ -1,0 +1,146 @@
+// Elementwise pull-backs and the fused GELU.
+#include "cpu/block.h"
+
+namespace rf::RF_ISA {
+namespace {
+
+template <class F>
+void select_row(int64_t row, const void* context, void* scratch) {
+    const SelectArgs& args = *static_cast<const SelectArgs*>(context);
+    const int64_t width = args.width;
+    F* buffers = static_cast<F*>(scratch);  // [4, width]
+    const F* __restrict x = load(args.x, row * width, width, buffers);
+    for (int64_t t = 0; t < args.rhs; ++t) {
+        const int64_t index = t * args.rows + row;
+        const F* __restrict upper = load(args.acc, index * 2 * width, 2 * width, buffers + width);
+        const F* __restrict lower = upper + width;
+        F* __restrict out = target(args.out, index * width, buffers + 3 * width);
+        RF_SIMD
+        for (int64_t i = 0; i < width; ++i) {
+            const F up = x[i] > 0 ? upper[i] : F(0);
+            const F low = x[i] < 0 ? lower[i] : F(0);
+            out[i] = F(2) * (up + low);
+        }
+        commit(args.out, index * width, width, out);
+    }
+}
+
+struct Chunked {
+    const void* args;
+    int64_t size;  // elements or rows of one task
+};
+
+template <class F>
+void select_chunk(int64_t index, const void* context, void* scratch) {
+    const Chunked& job = *static_cast<const Chunked*>(context);
+    const SelectArgs& args = *static_cast<const SelectArgs*>(job.args);
+    const int64_t end = min64((index + 1) * job.size, args.rows);
+    for (int64_t row = index * job.size; row < end; ++row) select_row<F>(row, &args, scratch);
+}
+
+template <class F>
+void scale_chunk(int64_t index, const void* context, void*) {
+    const ScaleArgs& args = *static_cast<const ScaleArgs*>(context);
+    const int64_t end = min64((index + 1) * kChunk, args.inner);
+    F factor_buffer[kBlock], in[kBlock], out_buffer[kBlock];
+    for (int64_t start = index * kChunk; start < end; start += kBlock) {
+        const int64_t n = min64(kBlock, end - start);
+        const F* __restrict factor = load(args.factor, start, n, factor_buffer);
+        for (int64_t t = 0; t < args.rhs; ++t) {
+            const int64_t offset = t * args.inner + start;
+            const F* __restrict c = load(args.c, offset, n, in);
+            F* __restrict out = target(args.out, offset, out_buffer);
+            RF_SIMD
+            for (int64_t i = 0; i < n; ++i) out[i] = c[i] * factor[i];
+            commit(args.out, offset, n, out_buffer);
+        }
+    }
+}
+
+// Rational minimax approximation on [-4, 4], where erf reaches 1 in float.
+RF_INLINE float error_function(float x) {
+    const float z = x < -4.0f ? -4.0f : (x > 4.0f ? 4.0f : x);
+    const float s = z * z;
+    float p = -2.72614225801306e-10f;
+    p = p * s + 2.77068142495902e-08f;
+    p = p * s + -2.10102402082508e-06f;
+    p = p * s + -5.69250639462346e-05f;
+    p = p * s + -7.34990630326855e-04f;
+    p = p * s + -2.95459980854025e-03f;
+    p = p * s + -1.60960333262415e-02f;
+    float q = -1.45660718464996e-05f;
+    q = q * s + -2.13374055278905e-04f;
+    q = q * s + -1.68282697438203e-03f;
+    q = q * s + -7.37332916720468e-03f;
+    q = q * s + -1.42647390514189e-02f;
+    return z * p / q;
+}
+
+RF_INLINE void gelu_erf(const float* __restrict x, int64_t n, float* __restrict y, float* __restrict factor) {
+    RF_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        const float cumulative = 0.5f + 0.5f * error_function(x[i] * 0.70710678118654752f);
+        const float density = 0.39894228040143268f * exponential(-0.5f * x[i] * x[i]);
+        const float value = x[i] * cumulative;
+        const float slope = 2.0f * (cumulative + x[i] * density);
+        y[i] = value;
+        factor[i] = value > 0.0f ? slope : 0.0f;
+    }
+}
+
+RF_INLINE void gelu_tanh(const float* __restrict x, int64_t n, float* __restrict y,
+                         float* __restrict factor) {
+    // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
+    constexpr float scale = 1.5957691216057308f, cubic = 0.044715f;
+    RF_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        const float square = x[i] * x[i];
+        const float cumulative = 1.0f / (1.0f + exponential(-scale * x[i] * (1.0f + cubic * square)));
+        const float inner_slope = scale * (1.0f + 3.0f * cubic * square);
+        const float value = x[i] * cumulative;
+        const float slope = 2.0f * (cumulative + x[i] * cumulative * (1.0f - cumulative) * inner_slope);
+        y[i] = value;
+        factor[i] = value > 0.0f ? slope : 0.0f;
+    }
+}
+
+void gelu_chunk(int64_t index, const void* context, void*) {
+    const GeluArgs& args = *static_cast<const GeluArgs*>(context);
+    const int64_t end = min64((index + 1) * kChunk, args.inner);
+    float in[kBlock], y_buffer[kBlock], factor_buffer[kBlock];
+    for (int64_t start = index * kChunk; start < end; start += kBlock) {
+        const int64_t n = min64(kBlock, end - start);
+        const float* x = load(args.x, start, n, in);
+        float* y = target(args.y, start, y_buffer);
+        float* factor = target(args.factor, start, factor_buffer);
+        if (args.tanh_approx)
+            gelu_tanh(x, n, y, factor);
+        else
+            gelu_erf(x, n, y, factor);
+        commit(args.y, start, n, y_buffer);
+        commit(args.factor, start, n, factor_buffer);
+    }
+}
+
+}  // namespace
+
+void sign_select(const SelectArgs& args) {
+    const bool wide = args.acc.dtype == DType::f64 || args.x.dtype == DType::f64;
+    const int64_t rows = args.width >= kChunk ? 1 : kChunk / (args.width > 0 ? args.width : 1);
+    const Chunked job{&args, rows};
+    parallel_for(ceil_div(args.rows, rows), args.rhs * args.rows * args.width, args.threads,
+                 wide ? select_chunk<double> : select_chunk<float>, &job,
+                 4 * static_cast<std::size_t>(args.width) * (wide ? sizeof(double) : sizeof(float)));
+}
+
+void scale_by(const ScaleArgs& args) {
+    const bool wide = args.c.dtype == DType::f64 || args.factor.dtype == DType::f64;
+    parallel_for(ceil_div(args.inner, kChunk), args.rhs * args.inner, args.threads,
+                 wide ? scale_chunk<double> : scale_chunk<float>, &args, 0);
+}
+
+void gelu_factor(const GeluArgs& args) {
+    parallel_for(ceil_div(args.inner, kChunk), args.inner, args.threads, gelu_chunk, &args, 0);
+}
+
+}  // namespace rf::RF_ISA

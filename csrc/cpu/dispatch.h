@@ -1,0 +1,38 @@
+// Run-time choice of the instruction set.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace rf {
+
+enum class Isa { generic, avx2, avx512 };
+
+// Those compiled in that this processor runs, slowest first.
+std::vector<std::string> supported_isas();
+std::string active_isa();
+// Throws std::invalid_argument for a name that is unknown or does not run here.
+void set_isa(const std::string& name);
+
+Isa current_isa();
+
+}  // namespace rf
+
+#ifdef RF_HAVE_AVX2
+#define RF_CALL(kernel, args)          \
+    switch (rf::current_isa()) {       \
+        case rf::Isa::avx512:          \
+            rf::avx512::kernel(args);  \
+            break;                     \
+        case rf::Isa::avx2:            \
+            rf::avx2::kernel(args);    \
+            break;                     \
+        case rf::Isa::generic:         \
+            rf::generic::kernel(args); \
+            break;                     \
+    }
+#else
+#define RF_CALL(kernel, args) rf::generic::kernel(args)
+#endif

@@ -1,0 +1,101 @@
+// What the CPU kernels do, one struct of arguments per operator. Shapes are row-major; T right-hand sides
+// lead. With `contrast` rows [0, T/2) of a coefficient are P (positive) and rows [T/2, T) are D = P - N.
+//
+// Arithmetic is float for float and bfloat16 operands, double as soon as one operand is double. Masses are
+// sums of fixed blocks, added in double in a fixed order: neither threads nor the neighbours in a batch
+// matter.
+#pragma once
+
+#include <cstdint>
+
+namespace rf {
+
+enum class DType : std::uint8_t { f32, f64, bf16 };
+
+struct Operand {
+    void* data = nullptr;  // null: absent
+    DType dtype = DType::f32;
+};
+
+constexpr std::int64_t item_size(DType dtype) {
+    return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+// The pass behind mass, rescale, merge, junction and merge_junction.
+//   c = rescale(first, first_scale) + rescale(second, second_scale)      (absent parts are skipped)
+//   out = c;  c_a = gate 2[a>0] c;  mass_a = sum |a| |c_a|;  and the same for b
+struct CombineArgs {
+    std::int64_t rhs, batch, inner;  // T, B, the rest
+    bool contrast;
+    bool gate;                          // false: mass_a is that of c itself
+    Operand first, second;              // [T, B, inner]
+    Operand first_scale, second_scale;  // [T, B]
+    Operand out;                        // [T, B, inner]
+    Operand a, b;                       // [B, inner]
+    Operand c_a, c_b;                   // [T, B, inner]
+    Operand mass_a, mass_b;             // [T, B]
+    int threads;
+};
+
+// c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) c, sigma(u) = sqrt(var(u) + eps) over the last axis.
+// With `select`: c is [T, B, rows, 2 width] and c <- 2 (c[..., :width] where n > 0, c[..., width:] where n <
+// 0), n the output of the LayerNorm.
+struct NormArgs {
+    std::int64_t rhs, batch, rows, width;  // T, B, rows of one sample, normalised size
+    bool contrast, select;
+    double eps;
+    Operand c;             // [T, B, rows, width] or [T, B, rows, 2 width]
+    Operand x;             // [B, rows, width]
+    Operand weight, bias;  // [width] or absent
+    Operand out;           // [T, B, rows, width]
+    Operand mass;          // [T, B] or absent
+    int threads;
+};
+
+// out = 2 (acc[..., :width] where x > 0, acc[..., width:] where x < 0, else 0)
+struct SelectArgs {
+    std::int64_t rhs, rows, width;  // rows includes the batch
+    Operand acc;                    // [T, rows, 2 width]
+    Operand x;                      // [rows, width]
+    Operand out;                    // [T, rows, width]
+    int threads;
+};
+
+// out = c * factor
+struct ScaleArgs {
+    std::int64_t rhs, inner;  // inner includes the batch
+    Operand c, factor, out;   // [T, inner], [inner], [T, inner]
+    int threads;
+};
+
+// y = gelu(x), factor = 2 [y > 0] gelu'(x); float arithmetic only
+struct GeluArgs {
+    std::int64_t inner;
+    bool tanh_approx;
+    Operand x, y, factor;
+    int threads;
+};
+
+// c_s = (sign(s) softmax(s) + softmax(|s|)) c, rows of `width` scores; -inf is masked: excluded, gives 0
+struct SoftmaxArgs {
+    std::int64_t rhs, rows, width;
+    Operand scores;  // [rows, width]
+    Operand c, out;  // [T, rows, width]
+    int threads;
+};
+
+#define RF_DECLARE_KERNELS(isa)                \
+    namespace isa {                            \
+    void combine(const CombineArgs&);          \
+    void norm_pullback(const NormArgs&);       \
+    void sign_select(const SelectArgs&);       \
+    void scale_by(const ScaleArgs&);           \
+    void gelu_factor(const GeluArgs&);         \
+    void softmax_pullback(const SoftmaxArgs&); \
+    }
+
+RF_DECLARE_KERNELS(generic)
+RF_DECLARE_KERNELS(avx2)
+RF_DECLARE_KERNELS(avx512)
+
+}  // namespace rf

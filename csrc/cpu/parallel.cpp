@@ -1,0 +1,95 @@
+#include "cpu/parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <memory>
+#include <new>
+
+#ifndef _WIN32
+#include <dlfcn.h>
+#endif
+
+namespace rf {
+namespace {
+
+using GompParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+GompParallel gomp_parallel = nullptr;
+
+constexpr std::size_t kAlignment = 64;
+
+// Elements that are worth waking a thread for; PyTorch's own grain.
+constexpr std::int64_t kGrain = 32768;
+
+struct AlignedDelete {
+    void operator()(char* pointer) const { ::operator delete(pointer, std::align_val_t(kAlignment)); }
+};
+
+struct Loop {
+    std::int64_t count;
+    Task task;
+    const void* context;
+    char* scratch;
+    std::size_t scratch_stride;
+    std::atomic<std::int64_t> next{0};
+    std::atomic<int> threads{0};
+};
+
+// Tasks are handed out as threads come free: each writes its own outputs, so the order does not show.
+void run(void* data) {
+    Loop& loop = *static_cast<Loop*>(data);
+    char* scratch = loop.scratch + loop.scratch_stride * loop.threads.fetch_add(1, std::memory_order_relaxed);
+    for (;;) {
+        const std::int64_t index = loop.next.fetch_add(1, std::memory_order_relaxed);
+        if (index >= loop.count) return;
+        loop.task(index, loop.context, scratch);
+    }
+}
+
+}  // namespace
+
+std::string bind_openmp(const std::string& libtorch) {
+#ifndef _WIN32
+    // dlsym on a handle searches that library and then its own dependencies.
+    void* handle = dlopen(libtorch.c_str(), RTLD_NOW | RTLD_NOLOAD);
+    if (handle == nullptr) return "";
+    void* symbol = dlsym(handle, "GOMP_parallel");
+    dlclose(handle);  // drops our reference only: PyTorch keeps the library loaded
+    Dl_info info;
+    if (symbol != nullptr && dladdr(symbol, &info) != 0) {
+        gomp_parallel = reinterpret_cast<GompParallel>(symbol);
+        return info.dli_fname;
+    }
+#else
+    (void)libtorch;
+#endif
+    return "";
+}
+
+void parallel_for(std::int64_t count, std::int64_t work, int threads, Task task, const void* context,
+                  std::size_t scratch_bytes) {
+    if (count <= 0) return;
+    const std::int64_t useful = std::min(count, work / kGrain);
+    threads = gomp_parallel == nullptr
+                  ? 1
+                  : static_cast<int>(std::clamp<std::int64_t>(useful, 1, std::max(threads, 1)));
+    const std::size_t stride = (scratch_bytes + kAlignment - 1) / kAlignment * kAlignment;
+    std::unique_ptr<char, AlignedDelete> scratch(
+        static_cast<char*>(::operator new(stride * threads, std::align_val_t(kAlignment))));
+    Loop loop{count, task, context, scratch.get(), stride};
+    if (threads == 1)
+        run(&loop);
+    else
+        gomp_parallel(run, &loop, static_cast<unsigned>(threads), 0);
+}
+
+Partials::Partials(std::int64_t count) : data_(new double[count]) {
+    for (std::int64_t i = 0; i < count; ++i) data_[i] = std::numeric_limits<double>::quiet_NaN();
+}
+
+Partials::~Partials() {
+    delete[] data_;
+}
+
+}  // namespace rf

@@ -1,0 +1,39 @@
+// A parallel loop on the OpenMP pool that PyTorch already runs.
+//
+// Two OpenMP runtimes in a process keep two pools whose idle threads spin against each other, and PyTorch's
+// wheels have shipped theirs under different file names. So none is linked: `bind_openmp` looks up
+// `GOMP_parallel` among the libraries that libtorch_cpu itself uses (libgomp, or LLVM's and Intel's runtimes,
+// which export the same entry point). Where it is not found the loops run serially.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace rf {
+
+// `libtorch` is the path of the loaded libtorch_cpu. Returns the file that provides the pool, or "".
+std::string bind_openmp(const std::string& libtorch);
+
+using Task = void (*)(std::int64_t index, const void* context, void* scratch);
+
+// Calls task(i, context, scratch) once for every i in [0, count), on at most `threads` threads (fewer for
+// little work, which is the number of elements of all tasks), each with `scratch_bytes` of its own,
+// uninitialised and aligned to 64. Throws std::bad_alloc before any call.
+void parallel_for(std::int64_t count, std::int64_t work, int threads, Task task, const void* context,
+                  std::size_t scratch_bytes);
+
+// Scratch for partial sums, full of NaN: a slot that was never written shows in the result.
+class Partials {
+  public:
+    explicit Partials(std::int64_t count);
+    ~Partials();
+    Partials(const Partials&) = delete;
+    Partials& operator=(const Partials&) = delete;
+    double* data() const { return data_; }
+
+  private:
+    double* data_;
+};
+
+}  // namespace rf

@@ -1,0 +1,20 @@
+// The extension module ramp_fast._C: CPU kernels on DLPack views, free of libtorch.
+#include "bind/bind.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "CPU kernels of ramp_fast.";
+    m.attr("__version__") = RF_VERSION;
+    m.def("bind_openmp", &rf::bind_openmp, rf::py::arg("libtorch"),
+          "Use the OpenMP pool of the loaded libtorch_cpu at this path; returns the library that provides "
+          "it, or ''.");
+    m.def("supported_isas", &rf::supported_isas, "Instruction sets that this build and processor support.");
+    m.def("active_isa", &rf::active_isa, "The instruction set in use.");
+    m.def("set_isa", &rf::set_isa, rf::py::arg("name"),
+          "Choose the instruction set; ValueError if it cannot run.");
+    rf::register_junction(m);
+    rf::register_norm(m);
+    rf::register_activation(m);
+    rf::register_attention(m);
+}

@@ -1,0 +1,72 @@
+from typing import TypeAlias
+
+from torch import Tensor
+
+__version__: str
+
+_Threads: TypeAlias = int
+
+def bind_openmp(libtorch: str) -> str: ...
+def supported_isas() -> list[str]: ...
+def active_isa() -> str: ...
+def set_isa(name: str) -> None: ...
+
+# Kernels: inputs, outputs (written), options. ValueError for a shape, dtype, layout or device they do not take.
+def mass(x: Tensor, c: Tensor, mass: Tensor, contrast: bool, threads: _Threads, /) -> None: ...
+def rescale(c: Tensor, scale: Tensor, out: Tensor, contrast: bool, threads: _Threads, /) -> None: ...
+def merge(
+    first: Tensor,
+    first_scale: Tensor,
+    second: Tensor,
+    second_scale: Tensor,
+    out: Tensor,
+    contrast: bool,
+    threads: _Threads,
+    /,
+) -> None: ...
+def junction(
+    c: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c_a: Tensor,
+    c_b: Tensor,
+    mass_a: Tensor,
+    mass_b: Tensor,
+    contrast: bool,
+    threads: _Threads,
+    /,
+) -> None: ...
+def merge_junction(
+    first: Tensor,
+    first_scale: Tensor,
+    second: Tensor,
+    second_scale: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c_a: Tensor,
+    c_b: Tensor,
+    mass_a: Tensor,
+    mass_b: Tensor,
+    contrast: bool,
+    threads: _Threads,
+    /,
+) -> None: ...
+def norm_pullback(
+    c: Tensor, x: Tensor, weight: Tensor | None, eps: float, out: Tensor, threads: _Threads, /
+) -> None: ...
+def select_norm_pullback(
+    acc: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    out: Tensor,
+    mass: Tensor,
+    contrast: bool,
+    threads: _Threads,
+    /,
+) -> None: ...
+def sign_select(acc: Tensor, x: Tensor, out: Tensor, threads: _Threads, /) -> None: ...
+def scale_by(c: Tensor, factor: Tensor, out: Tensor, threads: _Threads, /) -> None: ...
+def gelu_factor(x: Tensor, tanh_approx: bool, y: Tensor, factor: Tensor, threads: _Threads, /) -> None: ...
+def softmax_pullback(scores: Tensor, c: Tensor, out: Tensor, threads: _Threads, /) -> None: ...

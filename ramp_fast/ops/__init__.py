@@ -1,0 +1,55 @@
+"""Fused steps of the relevance pull-back as ``torch.ops.ramp_fast.*`` operators.
+
+Relevance is ``R = |x| c``. A coefficient c is [T, B, ...]: T right-hand sides, B samples; what it belongs to, x, is
+[B, ...]. With ``contrast`` T is even: rows [0, T/2) are P (positive), rows [T/2, T) are D = P - N.
+
+Arithmetic is float32 for float32 and bfloat16 operands and float64 as soon as one operand is float64; masses are
+float32 or float64 accordingly, summed in double in an order that depends on neither the number of threads nor the
+other samples of the batch. `RAMP_FAST_BACKEND` forces a backend, which then never falls back.
+"""
+
+from __future__ import annotations
+
+from ramp_fast.errors import BackendError
+from ramp_fast.ops import _registry
+from ramp_fast.ops._registry import BACKENDS, forced_backend, set_backend, unavailable
+from ramp_fast.ops.activation import gelu_factor, sign_select
+from ramp_fast.ops.attention import softmax_pullback
+from ramp_fast.ops.junction import junction, merge_junction
+from ramp_fast.ops.norm import norm_pullback, select_norm_pullback
+from ramp_fast.ops.scaling import mass, merge, rescale, scale_by
+
+__all__ = [
+    "BACKENDS",
+    "cpu_isas",
+    "forced_backend",
+    "gelu_factor",
+    "junction",
+    "mass",
+    "merge",
+    "merge_junction",
+    "norm_pullback",
+    "rescale",
+    "scale_by",
+    "select_norm_pullback",
+    "set_backend",
+    "set_cpu_isa",
+    "sign_select",
+    "softmax_pullback",
+    "unavailable",
+]
+
+
+def cpu_isas() -> list[str]:
+    """Instruction sets that the C++ kernels can use here, slowest first; empty without the extension."""
+    return list(_registry.extension.supported_isas()) if _registry.extension is not None else []
+
+
+def set_cpu_isa(name: str) -> None:
+    """Choose the instruction set of the C++ kernels (for tests; the fastest is chosen by default)."""
+    if _registry.extension is None:
+        raise BackendError(f"the C++ extension is missing: {_registry.extension_reason}")
+    _registry.extension.set_isa(name)
+
+
+_registry.force_from_environment()

@@ -1,0 +1,87 @@
+"""What the operators share: dtypes, memory layouts, and the equations of scaling and masses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ramp_fast.ops._registry import extension
+
+# The kernels, or None. Implementations are only registered as CPU kernels where it is there.
+C = extension
+
+KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of arithmetic and masses: float64 as soon as an operand is, else float32."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def in_kernel_dtypes(*tensors: Tensor) -> bool:
+    """Whether the C++ kernels take tensors of these dtypes."""
+    return all(tensor.dtype in KERNEL_DTYPES for tensor in tensors)
+
+
+def same_layout(coefficients: tuple[Tensor, ...], samples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Give coefficients [T, B, ...] and samples [B, ...] one dense memory layout.
+
+    Elementwise kernels see memory as [T, B, elements], so any order of the inner axes will do as long as it is
+    the same everywhere (channels-last, for example); otherwise every tensor is made contiguous.
+    """
+    tensors = coefficients + samples
+    if all([tensor.is_contiguous() for tensor in tensors]):
+        return tensors
+    first = coefficients[0]
+    strides = first.stride()
+    inner_strides = strides[1:]
+    if (
+        first.ndim > 2
+        and strides[0] == first[0].numel()
+        and strides[1] == first[0, 0].numel()
+        and _is_dense(first.shape[2:], strides[2:])
+        and all(tensor.stride() == strides and tensor.shape == first.shape for tensor in coefficients)
+        and all(tensor.stride() == inner_strides and tensor.shape == first.shape[1:] for tensor in samples)
+    ):
+        return tensors
+    return tuple([tensor.contiguous() for tensor in tensors])
+
+
+def _is_dense(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    run = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size != 1:
+            if stride != run:
+                return False
+            run *= size
+    return True
+
+
+def per_sample(scale: Tensor, c: Tensor) -> Tensor:
+    """View a scale [T, B] so that it broadcasts over c [T, B, ...]."""
+    return scale.reshape(scale.shape + (1,) * (c.ndim - 2))
+
+
+def halves(c: Tensor, contrast: bool) -> tuple[Tensor, Tensor | None]:
+    """Split c into P and D rows; with no contrast there is no D."""
+    if not contrast:
+        return c, None
+    half = c.shape[0] // 2
+    return c[:half], c[half:]
+
+
+def rescale_equation(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
+    """P <- s_P P, D <- s_N D + (s_P - s_N) P, in the dtype of its arguments."""
+    p, d = halves(c, contrast)
+    scale_p, scale_n = halves(per_sample(scale, c), contrast)
+    if d is None or scale_n is None:
+        return scale_p * p
+    return torch.cat((scale_p * p, scale_n * d + (scale_p - scale_n) * p))
+
+
+def mass_equation(x: Tensor, c: Tensor, contrast: bool) -> Tensor:
+    """sum |x| |P| and, with contrast, sum |x| |P - D|: [T, B] in the dtype of its arguments."""
+    p, d = halves(c, contrast)
+    maps = p if d is None else torch.cat((p, p - d))
+    return (x.abs() * maps.abs()).unsqueeze(-1).flatten(2).sum(-1, dtype=torch.float64).to(c.dtype)

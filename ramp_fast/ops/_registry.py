@@ -1,0 +1,198 @@
+"""Registration of ``ramp_fast::*`` operators and the choice of their backend.
+
+Every operator has a schema, a fake and a reference, and may have a CPU kernel (csrc) and a Triton kernel
+(kernels). They are registered with ``torch.library.Library.impl``, whose call costs a few microseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ramp_fast import _native
+from ramp_fast.errors import BackendError
+
+BACKEND_VARIABLE = "RAMP_FAST_BACKEND"
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+_DEVICE_KEYS = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
+
+Implementation = Callable[..., Any]
+
+extension: ModuleType | None
+extension, extension_reason, openmp_pool = _native.load()
+
+_library = torch.library.Library("ramp_fast", "DEF")
+_operators: dict[str, Operator] = {}
+_forced: str | None = None
+
+
+def unavailable(backend: str) -> str:
+    """Why a backend cannot run on this machine; an empty string if it can."""
+    if backend == "reference":
+        return ""
+    if backend == "cpu":
+        return "" if extension is not None else f"the C++ extension is missing: {extension_reason}"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed (it exists for Linux on x86_64 and aarch64)"
+        if not torch.cuda.is_available() and not _triton_interprets():
+            return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
+        return ""
+    if backend == "cuda":
+        return "no CUDA C++ kernels are built in this version"
+    raise BackendError(f"unknown backend {backend!r}; supported: {', '.join(BACKENDS)}")
+
+
+def forced_backend() -> str | None:
+    """The backend named by ``RAMP_FAST_BACKEND`` or :func:`set_backend`, None if each device has its default."""
+    return _forced
+
+
+def set_backend(backend: str | None) -> None:
+    """Force a backend for every operator, or return to the defaults with None.
+
+    A forced backend never falls back: what it cannot run raises BackendError.
+    """
+    global _forced
+    if backend is not None:
+        reason = unavailable(backend)
+        if reason:
+            raise BackendError(f"backend {backend!r} cannot run here: {reason}")
+    _forced = backend
+    for operator in _operators.values():
+        operator.resolve()
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Operator:
+    """One operator with its implementations by backend and the one chosen for each device."""
+
+    def __init__(self, name: str, reference: Implementation, kernels: dict[str, Implementation]) -> None:
+        self.name = name
+        self.reference = reference
+        self._kernels = kernels
+        self.chosen: dict[str, Implementation] = {}
+        self.resolve()
+
+    def resolve(self) -> None:
+        """Choose an implementation for each type of device."""
+        self.chosen = {device: self._choose(device) for device in _DEVICE_KEYS}
+
+    def _choose(self, device: str) -> Implementation:
+        backend = _forced or {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
+        if backend == "reference":
+            return self.reference
+        runs_on_device = (backend == "cpu") == (device == "cpu") or (backend == "triton" and _triton_interprets())
+        if not runs_on_device:
+            return self._refusal(f"does not run on {device} tensors")
+        kernel = self._kernels.get(backend)
+        if _forced is None:
+            return self.reference if kernel is None or unavailable(backend) else self._with_fallback(kernel)
+        return self._refusal("has no kernel for it") if kernel is None else self._without_fallback(kernel)
+
+    def _with_fallback(self, kernel: Implementation) -> Implementation:
+        reference = self.reference
+
+        def call(*args: Any) -> Any:
+            result = kernel(*args)
+            return reference(*args) if result is NotImplemented else result
+
+        return call
+
+    def _without_fallback(self, kernel: Implementation) -> Implementation:
+        def call(*args: Any) -> Any:
+            result = kernel(*args)
+            if result is NotImplemented:
+                self._refusal(f"does not take {self._describe(args)}")()
+            return result
+
+        return call
+
+    def _refusal(self, problem: str) -> Implementation:
+        message = (
+            f"ramp_fast::{self.name}: the backend {_forced!r} was asked for ({BACKEND_VARIABLE} or set_backend) and "
+            f"{problem}; unset {BACKEND_VARIABLE} or choose 'reference', which runs everything"
+        )
+
+        def refuse(*args: Any) -> Any:
+            raise BackendError(message)
+
+        return refuse
+
+    @staticmethod
+    def _describe(args: tuple[Any, ...]) -> str:
+        return ", ".join(f"{a.dtype} {list(a.shape)}" for a in args if isinstance(a, torch.Tensor))
+
+
+def register(
+    schema: str,
+    *,
+    reference: Implementation,
+    fake: Implementation,
+    cpu: Implementation | None = None,
+    triton: str | None = None,
+) -> Any:
+    """Define ``ramp_fast::<schema>`` and return the callable operator.
+
+    Parameters
+    ----------
+    schema : str
+        The schema without the namespace.
+    reference, fake : callable
+        The equation in plain torch, and the contract on shapes and dtypes.
+    cpu : callable, optional
+        Runs the kernel of the C++ extension; returns NotImplemented for what it does not take.
+    triton : str, optional
+        ``"module:function"`` below ``ramp_fast.kernels``, imported at the first call.
+    """
+    name = schema.partition("(")[0]
+    kernels: dict[str, Implementation] = {}
+    if cpu is not None:
+        kernels["cpu"] = cpu
+    if triton is not None:
+        kernels["triton"] = _lazily(triton)
+    operator = _operators[name] = Operator(name, reference, kernels)
+
+    _library.define(schema)
+    torch.library.register_fake(f"ramp_fast::{name}", fake, lib=_library)
+    for device, key in _DEVICE_KEYS.items():
+        _library.impl(name, _dispatcher(operator, device), key)
+    return getattr(torch.ops.ramp_fast, name).default
+
+
+def _dispatcher(operator: Operator, device: str) -> Implementation:
+    def call(*args: Any) -> Any:
+        return operator.chosen[device](*args)
+
+    return call
+
+
+def _lazily(target: str) -> Implementation:
+    module, _, function = target.partition(":")
+    loaded: list[Implementation] = []
+
+    def call(*args: Any) -> Any:
+        if not loaded:
+            loaded.append(getattr(importlib.import_module(f"ramp_fast.kernels.{module}"), function))
+        return loaded[0](*args)
+
+    return call
+
+
+def force_from_environment() -> None:
+    """Apply ``RAMP_FAST_BACKEND``."""
+    backend = os.environ.get(BACKEND_VARIABLE)
+    if backend:
+        try:
+            set_backend(backend)
+        except BackendError as error:
+            raise BackendError(f"{BACKEND_VARIABLE}={backend}: {error}") from None

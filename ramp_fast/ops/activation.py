@@ -1,0 +1,116 @@
+"""Gates and activations: ``sign_select``, ``gelu_factor``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, get_num_threads
+
+from ramp_fast.ops._common import C, compute_dtype, in_kernel_dtypes
+from ramp_fast.ops._registry import register
+
+
+def _sign_select_reference(acc: Tensor, x: Tensor) -> Tensor:
+    upper, lower = acc.tensor_split(2, dim=-1)
+    zero = torch.zeros((), dtype=acc.dtype, device=acc.device)
+    return (2 * torch.where(x > 0, upper, torch.where(x < 0, lower, zero))).contiguous()
+
+
+def _sign_select_fake(acc: Tensor, x: Tensor) -> Tensor:
+    return acc.new_empty((acc.shape[0], *x.shape))
+
+
+def _sign_select_cpu(acc: Tensor, x: Tensor) -> Tensor:
+    if not in_kernel_dtypes(acc, x):
+        return NotImplemented
+    out = acc.new_empty((acc.shape[0], *x.shape))
+    C.sign_select(acc.contiguous(), x.contiguous(), out, get_num_threads())
+    return out
+
+
+_sign_select = register(
+    "sign_select(Tensor acc, Tensor x) -> Tensor",
+    reference=_sign_select_reference,
+    fake=_sign_select_fake,
+    cpu=_sign_select_cpu,
+)
+
+
+def sign_select(acc: Tensor, x: Tensor) -> Tensor:
+    """Finish the pull-back of a linear layer: ``2 acc+`` where x > 0, ``2 acc-`` where x < 0, else 0.
+
+    Parameters
+    ----------
+    acc : Tensor [T, B, ..., 2 K]
+        ``acc+ = W+^T c`` in [..., :K] and ``acc- = W-^T c`` in [..., K:].
+    x : Tensor [B, ..., K]
+
+    Returns
+    -------
+    Tensor [T, B, ..., K] in the dtype of acc
+    """
+    return _sign_select(acc, x)  # type: ignore[no-any-return]
+
+
+def _gelu_factor_reference(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    u = x.to(compute_dtype(x)).contiguous()
+    if tanh_approx:
+        inner = math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)
+        tanh = inner.tanh()
+        y = 0.5 * u * (1 + tanh)
+        inner_slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * u**2)
+        slope = 0.5 * (1 + tanh) + 0.5 * u * (1 - tanh**2) * inner_slope
+    else:
+        cumulative = 0.5 * (1 + torch.erf(u / math.sqrt(2)))
+        y = u * cumulative
+        slope = cumulative + u * torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
+    factor = torch.where(y > 0, 2 * slope, torch.zeros_like(slope))
+    return y.to(x.dtype), factor.to(dtype)
+
+
+def _gelu_outputs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _gelu_factor_fake(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _gelu_outputs(x, dtype)
+
+
+def _gelu_factor_cpu(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if x.dtype == torch.float64:  # the kernel's polynomials are float32: the equation is the kernel
+        return _gelu_factor_reference(x, tanh_approx, dtype)
+    if not in_kernel_dtypes(x):
+        return NotImplemented
+    y, factor = _gelu_outputs(x, dtype)
+    C.gelu_factor(x.contiguous(), tanh_approx, y, factor, get_num_threads())
+    return y, factor
+
+
+_gelu_factor = register(
+    "gelu_factor(Tensor x, bool tanh_approx, ScalarType dtype) -> (Tensor, Tensor)",
+    reference=_gelu_factor_reference,
+    fake=_gelu_factor_fake,
+    cpu=_gelu_factor_cpu,
+)
+
+
+def gelu_factor(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """GELU and the factor of its pull-back in one pass.
+
+    Parameters
+    ----------
+    x : Tensor
+    tanh_approx : bool
+        The tanh approximation instead of the error function.
+    dtype : torch.dtype
+        What the factor is stored in.
+
+    Returns
+    -------
+    y : Tensor
+        ``gelu(x)`` in the dtype of x.
+    factor : Tensor
+        ``2 [y > 0] gelu'(x)``.
+    """
+    return _gelu_factor(x, tanh_approx, dtype)  # type: ignore[no-any-return]

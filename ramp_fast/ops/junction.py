@@ -1,0 +1,187 @@
+"""Junctions ``z = a + b``: ``c_a = 2 [a > 0] c``, ``c_b = 2 [b > 0] c`` and the masses of both.
+
+The masses are taken before the coefficients are rounded to the dtype they are stored in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, get_num_threads
+
+from ramp_fast.ops._common import (
+    C,
+    compute_dtype,
+    in_kernel_dtypes,
+    mass_equation,
+    rescale_equation,
+    same_layout,
+)
+from ramp_fast.ops._registry import register
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # c_a, c_b, mass_a, mass_b
+
+
+def _split_equation(
+    c: Tensor, a: Tensor, b: Tensor, contrast: bool, a_dtype: torch.dtype, b_dtype: torch.dtype
+) -> Parts:
+    dtype = c.dtype
+    c_a = torch.where(a > 0, 2 * c, torch.zeros((), dtype=dtype, device=c.device))
+    c_b = torch.where(b > 0, 2 * c, torch.zeros((), dtype=dtype, device=c.device))
+    mass_a = mass_equation(a.to(dtype), c_a, contrast)
+    mass_b = mass_equation(b.to(dtype), c_b, contrast)
+    return c_a.to(a_dtype), c_b.to(b_dtype), mass_a, mass_b
+
+
+def _parts(c: Tensor, a_dtype: torch.dtype, b_dtype: torch.dtype, mass_dtype: torch.dtype) -> Parts:
+    """Outputs, not written yet."""
+    return (
+        torch.empty_like(c, dtype=a_dtype),
+        torch.empty_like(c, dtype=b_dtype),
+        torch.empty(c.shape[:2], dtype=mass_dtype, device=c.device),
+        torch.empty(c.shape[:2], dtype=mass_dtype, device=c.device),
+    )
+
+
+def _junction_reference(c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None) -> Parts:
+    c, a, b = same_layout((c,), (a, b))
+    return _split_equation(c.to(compute_dtype(c, a, b)), a, b, contrast, c.dtype, b_dtype or c.dtype)
+
+
+def _junction_fake(c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None) -> Parts:
+    c, a, b = same_layout((c,), (a, b))
+    return _parts(c, c.dtype, b_dtype or c.dtype, compute_dtype(c, a, b))
+
+
+def _junction_cpu(c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None) -> Parts:
+    if not in_kernel_dtypes(c, a, b):
+        return NotImplemented
+    c, a, b = same_layout((c,), (a, b))
+    parts = _parts(c, c.dtype, b_dtype or c.dtype, compute_dtype(c, a, b))
+    C.junction(c, a, b, *parts, contrast, get_num_threads())
+    return parts
+
+
+_junction = register(
+    "junction(Tensor c, Tensor a, Tensor b, bool contrast, ScalarType? b_dtype=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_junction_reference,
+    fake=_junction_fake,
+    cpu=_junction_cpu,
+    triton="junction:junction",
+)
+
+
+def junction(c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None) -> Parts:
+    """Split coefficients at ``z = a + b``.
+
+    Parameters
+    ----------
+    c : Tensor [T, B, ...]
+    a, b : Tensor [B, ...]
+    contrast : bool
+    b_dtype : torch.dtype, optional
+        What c_b is stored in; that of c by default.
+
+    Returns
+    -------
+    c_a, c_b : Tensor [T, B, ...]
+        ``2 [a > 0] c`` and ``2 [b > 0] c``.
+    mass_a, mass_b : Tensor [T, B]
+        As :func:`ramp_fast.ops.mass` of (a, c_a) and (b, c_b).
+    """
+    return _junction(c, a, b, contrast, b_dtype)  # type: ignore[no-any-return]
+
+
+def _merge_junction_reference(
+    first: Tensor,
+    first_scale: Tensor,
+    second: Tensor,
+    second_scale: Tensor,
+    a: Tensor,
+    b: Tensor,
+    contrast: bool,
+    b_dtype: torch.dtype | None = None,
+) -> Parts:
+    dtype = compute_dtype(first, first_scale, second, second_scale, a, b)
+    out_dtype = torch.promote_types(first.dtype, second.dtype)
+    first, second, a, b = same_layout((first, second), (a, b))
+    c = rescale_equation(first.to(dtype), first_scale.to(dtype), contrast)
+    c = c + rescale_equation(second.to(dtype), second_scale.to(dtype), contrast)
+    return _split_equation(c, a, b, contrast, out_dtype, b_dtype or out_dtype)
+
+
+def _merge_junction_fake(
+    first: Tensor,
+    first_scale: Tensor,
+    second: Tensor,
+    second_scale: Tensor,
+    a: Tensor,
+    b: Tensor,
+    contrast: bool,
+    b_dtype: torch.dtype | None = None,
+) -> Parts:
+    out_dtype = torch.promote_types(first.dtype, second.dtype)
+    mass_dtype = compute_dtype(first, first_scale, second, second_scale, a, b)
+    first, second, a, b = same_layout((first, second), (a, b))
+    return _parts(first, out_dtype, b_dtype or out_dtype, mass_dtype)
+
+
+def _merge_junction_cpu(
+    first: Tensor,
+    first_scale: Tensor,
+    second: Tensor,
+    second_scale: Tensor,
+    a: Tensor,
+    b: Tensor,
+    contrast: bool,
+    b_dtype: torch.dtype | None = None,
+) -> Parts:
+    if not in_kernel_dtypes(first, first_scale, second, second_scale, a, b):
+        return NotImplemented
+    out_dtype = torch.promote_types(first.dtype, second.dtype)
+    mass_dtype = compute_dtype(first, first_scale, second, second_scale, a, b)
+    first, second, a, b = same_layout((first, second), (a, b))
+    parts = _parts(first, out_dtype, b_dtype or out_dtype, mass_dtype)
+    scales = first_scale.contiguous(), second_scale.contiguous()
+    C.merge_junction(first, scales[0], second, scales[1], a, b, *parts, contrast, get_num_threads())
+    return parts
+
+
+_merge_junction = register(
+    "merge_junction(Tensor first, Tensor first_scale, Tensor second, Tensor second_scale, Tensor a, Tensor b,"
+    " bool contrast, ScalarType? b_dtype=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_merge_junction_reference,
+    fake=_merge_junction_fake,
+    cpu=_merge_junction_cpu,
+)
+
+
+def merge_junction(
+    first: Tensor,
+    first_scale: Tensor,
+    second: Tensor,
+    second_scale: Tensor,
+    a: Tensor,
+    b: Tensor,
+    contrast: bool,
+    b_dtype: torch.dtype | None = None,
+) -> Parts:
+    """Merge two branches and split at the next junction: ``junction(merge(...), a, b)`` in one pass over memory.
+
+    Parameters
+    ----------
+    first, second : Tensor [T, B, ...]
+    first_scale, second_scale : Tensor [T, B]
+    a, b : Tensor [B, ...]
+    contrast : bool
+    b_dtype : torch.dtype, optional
+        What c_b is stored in; the promoted dtype of first and second by default, which is that of c_a.
+
+    Returns
+    -------
+    c_a, c_b : Tensor [T, B, ...]
+    mass_a, mass_b : Tensor [T, B]
+    """
+    return _merge_junction(  # type: ignore[no-any-return]
+        first, first_scale, second, second_scale, a, b, contrast, b_dtype
+    )
