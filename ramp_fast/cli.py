@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-    from ramp_fast.data import ImageItem, Problem
+    from ramp_fast.data import ImageError, ImageItem, Problem
     from ramp_fast.models import LoadedModel
     from ramp_fast.store import Store
 
@@ -223,6 +223,7 @@ class _Report:
     quiet: bool = False
     done: int = 0
     skipped: int = 0
+    own: int = 0
     failed: int = 0
     first_failed: list[str] = field(default_factory=list)
 
@@ -243,6 +244,10 @@ class _Report:
         self.skipped += 1
         self._advance()
 
+    def pass_over(self) -> None:
+        self.own += 1
+        self._advance()
+
     def _advance(self) -> None:
         if self.bar is not None:
             self.bar.update()
@@ -257,6 +262,8 @@ class _Report:
         parts = [f"{self.done} attributed"]
         if self.skipped:
             parts.append(f"{self.skipped} skipped (finished before)")
+        if self.own:
+            parts.append(f"{self.own} passed over (pictures made by ramp-fast)")
         if self.failed:
             more = self.failed - len(self.first_failed)
             names = ", ".join(self.first_failed) + (f" and {more} more" if more else "")
@@ -270,14 +277,17 @@ def _attribute(arguments: argparse.Namespace) -> int:
     from ramp_fast.store import check_writable
 
     started = time.perf_counter()
-    paths = list(arguments.paths) or [str(p) for p in demo_photographs()]
-    _refuse_output_among_inputs(paths, arguments.out)
+    photographs = [str(p) for p in demo_photographs()]
+    paths = list(arguments.paths) or photographs
+    if paths == ["demo"] and not os.path.exists("demo"):
+        paths = photographs
     check_writable(arguments.out)
 
     report = _Report(quiet=arguments.quiet)
-    items = find_images(paths, exclude=arguments.out)
+    items = find_images(paths, out=arguments.out)
     # Nothing readable at all should not cost the loading of a model.
     first: list[ImageItem] = []
+    stopped = False
     for entry in items:
         if isinstance(entry, ImageItem):
             first.append(entry)
@@ -287,15 +297,16 @@ def _attribute(arguments: argparse.Namespace) -> int:
         with warnings.catch_warnings():
             # Pillow warns of large images and odd metadata; what matters of it is an error of its own here.
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            _attribute_all(arguments, paths, chain(first, items), report)
+            try:
+                _attribute_all(arguments, paths, chain(first, items), report)
+            except RampFastError as error:
+                if arguments.debug or not report.done:
+                    raise
+                # What was done before counts: the disk may have filled up after hours.
+                _complain(str(error))
+                stopped = True
     print(report.summary(arguments.out, time.perf_counter() - started), file=sys.stdout, flush=True)
-    return FAILED if report.failed else OK
-
-
-def _refuse_output_among_inputs(paths: Iterable[str], out: str) -> None:
-    for path in paths:
-        if os.path.isdir(path) and os.path.exists(out) and os.path.samefile(path, out):
-            raise InputError(f"--out {_shown(out)} is the folder to read; choose another for the results")
+    return FAILED if report.failed or stopped else OK
 
 
 def _device(name: str) -> torch.device:
@@ -367,7 +378,7 @@ def _progress_bar(paths: Sequence[str], out: str, already: int) -> Any:
     from ramp_fast.data import find_images
 
     # A second walk over the names, cheap beside one image, gives the bar its end.
-    total = sum(1 for _ in find_images(paths, exclude=out))
+    total = sum(1 for _ in find_images(paths, out=out))
     return tqdm(total=total, initial=already, unit="image", file=sys.stderr, dynamic_ncols=True)
 
 
@@ -423,7 +434,7 @@ class _Job:
                 try:
                     yield self._read(item)
                 except ImageError as error:
-                    self.report.failure(item.path, str(error))
+                    self._unreadable(item, error)
             return
         # The window bounds memory: so many images are decoded and waiting, whatever the folder holds.
         window = workers + self.arguments.batch_size
@@ -439,9 +450,17 @@ class _Job:
                 try:
                     yield future.result()
                 except ImageError as error:
-                    self.report.failure(item.path, str(error))
+                    self._unreadable(item, error)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _unreadable(self, item: ImageItem, error: ImageError) -> None:
+        from ramp_fast.data import OwnPictureError
+
+        if isinstance(error, OwnPictureError):
+            self.report.pass_over()
+        else:
+            self.report.failure(item.path, str(error))
 
     def _read(self, item: ImageItem) -> _Read:
         from ramp_fast.data import read_image

@@ -18,12 +18,10 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ramp_fast.data.images import SOFTWARE
 from ramp_fast.errors import RampFastError
 
-__all__ = ["SOFTWARE", "Result", "Store", "StoreError", "atomic_write", "read_result", "save_picture"]
-
-SOFTWARE = "ramp_fast"
-"""The ``Software`` entry of every PNG written here, by which it is told from a picture of the user's."""
+__all__ = ["Result", "Store", "StoreError", "atomic_write", "check_writable", "read_result", "save_picture"]
 
 
 class StoreError(RampFastError):

@@ -47,7 +47,7 @@ class Problem:
     message: str
 
 
-def find_images(paths: Sequence[str | Path], exclude: str | Path | None = None) -> Iterator[ImageItem | Problem]:
+def find_images(paths: Sequence[str | Path], out: str | Path | None = None) -> Iterator[ImageItem | Problem]:
     """Walk files and folders in a fixed order.
 
     A single folder is mirrored from its own top; several arguments keep their own last name, and where two
@@ -61,21 +61,25 @@ def find_images(paths: Sequence[str | Path], exclude: str | Path | None = None) 
     ----------
     paths : sequence of str or pathlib.Path
         Files and folders; a path given twice is walked once.
-    exclude : str or pathlib.Path, optional
-        A folder not to enter: the output folder, so that results are never taken for photographs.
+    out : str or pathlib.Path, optional
+        The output folder. It is not entered, so that results are never taken for photographs, and a folder
+        whose results would land inside itself is refused.
 
     Yields
     ------
     ImageItem or Problem
         What to attribute, or what is wrong with a path: missing, unreadable, a folder without images.
     """
-    excluded = _identity(exclude) if exclude is not None else None
+    excluded = _identity(out) if out is not None else None
     arguments = [os.path.abspath(p) for p in paths]
     shown = dict(reversed([(a, os.fspath(p)) for a, p in zip(arguments, paths, strict=True)]))
     unique = list(dict.fromkeys(arguments))
     keys = _argument_keys(unique)
     for path in unique:
         if os.path.isdir(path):
+            if out is not None and os.path.realpath(os.path.join(out, keys[path])) == os.path.realpath(path):
+                yield Problem(shown[path], "the results would go into this folder itself; choose another --out")
+                continue
             found = False
             for entry in _walk(shown[path], keys[path], excluded, ()):
                 found = True

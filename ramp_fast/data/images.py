@@ -12,7 +12,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ramp_fast.errors import RampFastError
 
-__all__ = ["MAX_ASPECT", "ImageError", "read_image"]
+__all__ = ["MAX_ASPECT", "ImageError", "OwnPictureError", "read_image"]
+
+SOFTWARE = "ramp_fast"
+"""The ``Software`` entry of every PNG this package writes, by which it is told from a photograph."""
 
 MAX_ASPECT = 50
 """Longest side over shortest: beyond it, scaling the short side to the model's input explodes the long one."""
@@ -20,6 +23,10 @@ MAX_ASPECT = 50
 
 class ImageError(RampFastError):
     """A file cannot be read as an image; the message says why, without the file's name."""
+
+
+class OwnPictureError(ImageError):
+    """The file is an overlay or a contact sheet that this package wrote."""
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -41,6 +48,8 @@ def read_image(path: str | Path) -> Image.Image:
 
     Raises
     ------
+    OwnPictureError
+        The file is a picture that this package wrote (its PNG says so).
     ImageError
         The file is missing, unreadable, broken, truncated, not an image, too large
         (twice ``PIL.Image.MAX_IMAGE_PIXELS``, Pillow's limit) or longer than ``MAX_ASPECT`` times its width.
@@ -50,6 +59,8 @@ def read_image(path: str | Path) -> Image.Image:
             if os.fstat(file.fileno()).st_size == 0:
                 raise ImageError("the file is empty")
             with Image.open(file) as image:
+                if image.info.get("Software") == SOFTWARE:
+                    raise OwnPictureError("a picture made by ramp-fast, not a photograph")
                 _check_shape(image.size)
                 image.load()
                 return _to_rgb(_upright(image))

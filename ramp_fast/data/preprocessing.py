@@ -27,7 +27,7 @@ class Preprocessing:
     Raises
     ------
     InputError
-        The model does not take 3 channels.
+        The model does not take 3 channels, or a standard deviation or the crop is not a share in (0, 1].
 
     Examples
     --------
@@ -41,6 +41,10 @@ class Preprocessing:
         channels, height, width = (int(n) for n in config["input_size"])
         if channels != 3:
             raise InputError(f"the model takes {channels} input channels; photographs have 3 (RGB)")
+        if not all(0 < float(v) <= 1 for v in config["std"]):
+            raise InputError(f"the standard deviations {list(config['std'])} are not in (0, 1]")
+        if not 0 < float(config.get("crop_pct", 1.0)) <= 1:
+            raise InputError(f"the crop {config['crop_pct']} is not in (0, 1]")
         self.input_size = (channels, height, width)
         self.config = dict(config)
         self._transform: Callable[[Image.Image], torch.Tensor] = create_transform(**self.config, is_training=False)

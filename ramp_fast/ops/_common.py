@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ramp_fast.ops._registry import extension
+if TYPE_CHECKING:
+    from ramp_fast import _C as C
+else:  # None where it is missing; the registry calls no CPU kernel then
+    from ramp_fast.ops._registry import extension as C
 
-# The kernels, or None. Implementations are only registered as CPU kernels where it is there.
-C = extension
-
-KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
+__all__ = ["C", "compute_dtype", "halves", "mass_equation", "per_sample", "rescale_equation", "same_layout"]
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of arithmetic and masses: float64 as soon as an operand is, else float32."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
-
-
-def in_kernel_dtypes(*tensors: Tensor) -> bool:
-    """Whether the C++ kernels take tensors of these dtypes."""
-    return all(tensor.dtype in KERNEL_DTYPES for tensor in tensors)
 
 
 def same_layout(coefficients: tuple[Tensor, ...], samples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -31,7 +28,7 @@ def same_layout(coefficients: tuple[Tensor, ...], samples: tuple[Tensor, ...]) -
     the same everywhere (channels-last, for example); otherwise every tensor is made contiguous.
     """
     tensors = coefficients + samples
-    if all([tensor.is_contiguous() for tensor in tensors]):
+    if all(tensor.is_contiguous() for tensor in tensors):
         return tensors
     first = coefficients[0]
     strides = first.stride()
@@ -81,7 +78,7 @@ def rescale_equation(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
 
 
 def mass_equation(x: Tensor, c: Tensor, contrast: bool) -> Tensor:
-    """sum |x| |P| and, with contrast, sum |x| |P - D|: [T, B] in the dtype of its arguments."""
+    """Masses: sum |x| |P| and, with contrast, sum |x| |P - D|: [T, B] in the dtype of its arguments."""
     p, d = halves(c, contrast)
     maps = p if d is None else torch.cat((p, p - d))
     return (x.abs() * maps.abs()).unsqueeze(-1).flatten(2).sum(-1, dtype=torch.float64).to(c.dtype)

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ramp_fast import _native
 from ramp_fast.errors import BackendError
@@ -27,7 +28,9 @@ Implementation = Callable[..., Any]
 extension: ModuleType | None
 extension, extension_reason, openmp_pool = _native.load()
 
-_library = torch.library.Library("ramp_fast", "DEF")
+KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
+
+_library = torch.library.Library("ramp_fast", "DEF")  # type: ignore[no-untyped-call]  # torch has no types for it
 _operators: dict[str, Operator] = {}
 _forced: str | None = None
 
@@ -103,17 +106,15 @@ class Operator:
         reference = self.reference
 
         def call(*args: Any) -> Any:
-            result = kernel(*args)
-            return reference(*args) if result is NotImplemented else result
+            return kernel(*args) if _takes(args) else reference(*args)
 
         return call
 
     def _without_fallback(self, kernel: Implementation) -> Implementation:
         def call(*args: Any) -> Any:
-            result = kernel(*args)
-            if result is NotImplemented:
-                self._refusal(f"does not take {self._describe(args)}")()
-            return result
+            if not _takes(args):
+                self._refusal(f"does not take {', '.join(str(a.dtype) for a in args if isinstance(a, Tensor))}")()
+            return kernel(*args)
 
         return call
 
@@ -128,9 +129,10 @@ class Operator:
 
         return refuse
 
-    @staticmethod
-    def _describe(args: tuple[Any, ...]) -> str:
-        return ", ".join(f"{a.dtype} {list(a.shape)}" for a in args if isinstance(a, torch.Tensor))
+
+def _takes(args: tuple[Any, ...]) -> bool:
+    """Whether the kernels take tensors of these dtypes."""
+    return all(arg.dtype in KERNEL_DTYPES for arg in args if isinstance(arg, Tensor))
 
 
 def register(
@@ -150,7 +152,7 @@ def register(
     reference, fake : callable
         The equation in plain torch, and the contract on shapes and dtypes.
     cpu : callable, optional
-        Runs the kernel of the C++ extension; returns NotImplemented for what it does not take.
+        Runs the kernel of the C++ extension.
     triton : str, optional
         ``"module:function"`` below ``ramp_fast.kernels``, imported at the first call.
     """
@@ -162,10 +164,10 @@ def register(
         kernels["triton"] = _lazily(triton)
     operator = _operators[name] = Operator(name, reference, kernels)
 
-    _library.define(schema)
+    _library.define(schema)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"ramp_fast::{name}", fake, lib=_library)
     for device, key in _DEVICE_KEYS.items():
-        _library.impl(name, _dispatcher(operator, device), key)
+        _library.impl(name, _dispatcher(operator, device), key)  # type: ignore[no-untyped-call]
     return getattr(torch.ops.ramp_fast, name).default
 
 

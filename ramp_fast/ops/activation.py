@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, get_num_threads
 
-from ramp_fast.ops._common import C, compute_dtype, in_kernel_dtypes
+from ramp_fast.ops._common import C, compute_dtype
 from ramp_fast.ops._registry import register
 
 
@@ -22,8 +22,6 @@ def _sign_select_fake(acc: Tensor, x: Tensor) -> Tensor:
 
 
 def _sign_select_cpu(acc: Tensor, x: Tensor) -> Tensor:
-    if not in_kernel_dtypes(acc, x):
-        return NotImplemented
     out = acc.new_empty((acc.shape[0], *x.shape))
     C.sign_select(acc.contiguous(), x.contiguous(), out, get_num_threads())
     return out
@@ -80,8 +78,6 @@ def _gelu_factor_fake(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple
 def _gelu_factor_cpu(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:  # the kernel's polynomials are float32: the equation is the kernel
         return _gelu_factor_reference(x, tanh_approx, dtype)
-    if not in_kernel_dtypes(x):
-        return NotImplemented
     y, factor = _gelu_outputs(x, dtype)
     C.gelu_factor(x.contiguous(), tanh_approx, y, factor, get_num_threads())
     return y, factor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, get_num_threads
 
-from ramp_fast.ops._common import C, compute_dtype, in_kernel_dtypes
+from ramp_fast.ops._common import C, compute_dtype
 from ramp_fast.ops._registry import register
 
 
@@ -24,8 +24,6 @@ def _softmax_pullback_fake(scores: Tensor, c: Tensor) -> Tensor:
 
 
 def _softmax_pullback_cpu(scores: Tensor, c: Tensor) -> Tensor:
-    if not in_kernel_dtypes(scores, c):
-        return NotImplemented
     out = torch.empty(c.shape, dtype=c.dtype)
     C.softmax_pullback(scores.contiguous(), c.contiguous(), out, get_num_threads())
     return out

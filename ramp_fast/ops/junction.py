@@ -11,7 +11,6 @@ from torch import Tensor, get_num_threads
 from ramp_fast.ops._common import (
     C,
     compute_dtype,
-    in_kernel_dtypes,
     mass_equation,
     rescale_equation,
     same_layout,
@@ -53,8 +52,6 @@ def _junction_fake(c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: tor
 
 
 def _junction_cpu(c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None) -> Parts:
-    if not in_kernel_dtypes(c, a, b):
-        return NotImplemented
     c, a, b = same_layout((c,), (a, b))
     parts = _parts(c, c.dtype, b_dtype or c.dtype, compute_dtype(c, a, b))
     C.junction(c, a, b, *parts, contrast, get_num_threads())
@@ -107,6 +104,7 @@ def _merge_junction_reference(
     first, second, a, b = same_layout((first, second), (a, b))
     c = rescale_equation(first.to(dtype), first_scale.to(dtype), contrast)
     c = c + rescale_equation(second.to(dtype), second_scale.to(dtype), contrast)
+    c = torch.empty_like(first, dtype=dtype).copy_(c)  # in the layout of its operands
     return _split_equation(c, a, b, contrast, out_dtype, b_dtype or out_dtype)
 
 
@@ -136,8 +134,6 @@ def _merge_junction_cpu(
     contrast: bool,
     b_dtype: torch.dtype | None = None,
 ) -> Parts:
-    if not in_kernel_dtypes(first, first_scale, second, second_scale, a, b):
-        return NotImplemented
     out_dtype = torch.promote_types(first.dtype, second.dtype)
     mass_dtype = compute_dtype(first, first_scale, second, second_scale, a, b)
     first, second, a, b = same_layout((first, second), (a, b))

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, get_num_threads
 
-from ramp_fast.ops._common import C, compute_dtype, in_kernel_dtypes, mass_equation
+from ramp_fast.ops._common import C, compute_dtype, mass_equation
 from ramp_fast.ops._registry import register
 
 
 def _inverse_sigma(x: Tensor, eps: float) -> Tensor:
-    sigma = (x.var(-1, correction=0, keepdim=True) + eps).sqrt()
+    variance = (x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)  # not var(), which warns of empty rows
+    sigma = (variance + eps).sqrt()
     return torch.where(sigma > 0, 1 / sigma, torch.zeros_like(sigma))
 
 
@@ -33,8 +34,6 @@ def _norm_pullback_fake(c: Tensor, x: Tensor, weight: Tensor | None, eps: float)
 
 
 def _norm_pullback_cpu(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    if not in_kernel_dtypes(c, x) or not (weight is None or in_kernel_dtypes(weight)):
-        return NotImplemented
     out = torch.empty(c.shape, dtype=c.dtype)
     weight = None if weight is None else weight.contiguous()
     C.norm_pullback(c.contiguous(), x.contiguous(), weight, eps, out, get_num_threads())
@@ -102,8 +101,6 @@ def _select_norm_pullback_fake(
 def _select_norm_pullback_cpu(
     acc: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, contrast: bool
 ) -> tuple[Tensor, Tensor]:
-    if not in_kernel_dtypes(acc, x, *(p for p in (weight, bias) if p is not None)):
-        return NotImplemented
     out, mass = _select_outputs(acc, x)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()

@@ -12,7 +12,6 @@ from torch import Tensor, get_num_threads
 from ramp_fast.ops._common import (
     C,
     compute_dtype,
-    in_kernel_dtypes,
     mass_equation,
     rescale_equation,
     same_layout,
@@ -30,8 +29,6 @@ def _mass_fake(x: Tensor, c: Tensor, contrast: bool) -> Tensor:
 
 
 def _mass_cpu(x: Tensor, c: Tensor, contrast: bool) -> Tensor:
-    if not in_kernel_dtypes(x, c):
-        return NotImplemented
     c, x = same_layout((c,), (x,))
     out = torch.empty(c.shape[:2], dtype=compute_dtype(x, c))
     C.mass(x, c, out, contrast, get_num_threads())
@@ -66,7 +63,7 @@ def mass(x: Tensor, c: Tensor, contrast: bool) -> Tensor:
 def _rescale_reference(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
     dtype = compute_dtype(c, scale)
     (c,) = same_layout((c,), ())
-    return rescale_equation(c.to(dtype), scale.to(dtype), contrast).to(c.dtype)
+    return torch.empty_like(c).copy_(rescale_equation(c.to(dtype), scale.to(dtype), contrast))
 
 
 def _rescale_fake(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
@@ -75,8 +72,6 @@ def _rescale_fake(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
 
 
 def _rescale_cpu(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
-    if not in_kernel_dtypes(c, scale):
-        return NotImplemented
     (c,) = same_layout((c,), ())
     out = torch.empty_like(c)
     C.rescale(c, scale.contiguous(), out, contrast, get_num_threads())
@@ -113,10 +108,9 @@ def _merge_reference(
     dtype = compute_dtype(first, first_scale, second, second_scale)
     out_dtype = torch.promote_types(first.dtype, second.dtype)
     first, second = same_layout((first, second), ())
-    return (
-        rescale_equation(first.to(dtype), first_scale.to(dtype), contrast)
-        + rescale_equation(second.to(dtype), second_scale.to(dtype), contrast)
-    ).to(out_dtype)
+    c = rescale_equation(first.to(dtype), first_scale.to(dtype), contrast)
+    c = c + rescale_equation(second.to(dtype), second_scale.to(dtype), contrast)
+    return torch.empty_like(first, dtype=out_dtype).copy_(c)
 
 
 def _merge_fake(first: Tensor, first_scale: Tensor, second: Tensor, second_scale: Tensor, contrast: bool) -> Tensor:
@@ -125,8 +119,6 @@ def _merge_fake(first: Tensor, first_scale: Tensor, second: Tensor, second_scale
 
 
 def _merge_cpu(first: Tensor, first_scale: Tensor, second: Tensor, second_scale: Tensor, contrast: bool) -> Tensor:
-    if not in_kernel_dtypes(first, first_scale, second, second_scale):
-        return NotImplemented
     first, second = same_layout((first, second), ())
     out = torch.empty_like(first, dtype=torch.promote_types(first.dtype, second.dtype))
     C.merge(first, first_scale.contiguous(), second, second_scale.contiguous(), out, contrast, get_num_threads())
@@ -169,8 +161,6 @@ def _scale_by_fake(c: Tensor, factor: Tensor) -> Tensor:
 
 
 def _scale_by_cpu(c: Tensor, factor: Tensor) -> Tensor:
-    if not in_kernel_dtypes(c, factor):
-        return NotImplemented
     c, factor = same_layout((c,), (factor,))
     out = torch.empty_like(c)
     C.scale_by(c, factor, out, get_num_threads())

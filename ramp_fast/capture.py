@@ -1,0 +1,460 @@
+"""Capture: a PyTorch module becomes a :class:`~ramp_fast.graph.Graph` through ``torch.export``.
+
+Export runs without tracing into the user's module state: no hooks, no patched classes, no copies of
+weights. Everything the vocabulary lacks is collected and reported at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from ramp_fast import graph as g
+from ramp_fast.errors import InputError, UnsupportedModelError
+from ramp_fast.graph import Graph, Node
+from ramp_fast.vocabulary import VOCABULARY, Unsupported, bind
+
+# Nodes that compute nothing: shape and dtype guards left by export.
+_GUARDS = ("_assert", "sym_constrain", "_guards_fn")
+# The result depends on the shape of the first operand only.
+_SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_tensor"}
+
+EXAMPLE_BATCH = 2  # torch.export specialises a batch of 1
+
+
+class _NeedsFunctionalForm(Exception):
+    """An in-place operation writes through a view that is read later."""
+
+
+def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict: bool = True) -> Graph:
+    """Capture ``model`` for images of one shape.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        In eval mode, floating point, mapping ``[B, C, H, W]`` to logits ``[B, classes]``.
+    image_shape : (C, H, W)
+    strict : bool
+        Refuse operations outside the vocabulary. With False, elementwise and linear ones get the
+        rule's generic definition, with one warning each.
+
+    Raises
+    ------
+    InputError
+        The model cannot take images of this shape.
+    UnsupportedModelError
+        Operations are unsupported (all of them are listed), or the model cannot be exported.
+    """
+    program = _export(model, image_shape)
+    try:
+        graph, batch_symbol = _translate(program, strict)
+    except _NeedsFunctionalForm:
+        graph, batch_symbol = _translate(program.run_decompositions({}), strict)
+    if len(graph.output.shape) != 2:
+        raise UnsupportedModelError(
+            f"the model must return logits of shape [batch, classes]; it returns {list(graph.output.shape)}. "
+            "Wrap it in a module that returns the logits alone."
+        )
+    graph.prune()
+    _infer_batch_axes(graph, batch_symbol is not None)
+    return graph
+
+
+def static_batch(graph: Graph) -> int | None:
+    """The batch size the model insists on, or None where any batch is possible."""
+    size = graph.input.shape[0]
+    return size if isinstance(size, int) else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings about the model's internals from the user's terminal."""
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
+    parameter = next(model.parameters(), None)
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    device = torch.device("cpu") if parameter is None else parameter.device
+
+    def export(batch: int) -> torch.export.ExportedProgram:
+        example = torch.zeros(batch, *image_shape, dtype=dtype, device=device)
+        shapes = ({0: torch.export.Dim.AUTO},) if batch > 1 else None
+        return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
+
+    with torch.no_grad(), _quiet():
+        try:
+            program = export(EXAMPLE_BATCH)
+        except Exception as error:
+            try:
+                model(torch.zeros(1, *image_shape, dtype=dtype, device=device))
+            except Exception as failure:
+                raise InputError(
+                    f"the model cannot take images of shape {list(image_shape)}: {_first_line(failure)}"
+                ) from failure
+            try:
+                program = export(1)
+            except Exception:
+                raise UnsupportedModelError(
+                    f"torch.export cannot capture {type(model).__name__}: {_first_line(error)}. "
+                    "Control flow that depends on values must be rewritten."
+                ) from error
+        else:
+            sample = next(n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs)
+            if isinstance(sample.meta["val"].shape[0], int):
+                # The exporter gave up on the batch silently: one image at a time is always right.
+                program = export(1)
+    return program
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _translate(program: torch.export.ExportedProgram, strict: bool) -> tuple[Graph, Any]:
+    signature = program.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        names = list(signature.buffers_to_mutate.values()) + list(signature.user_inputs_to_mutate.values())
+        raise UnsupportedModelError(f"the model writes to its own state in the forward pass: {', '.join(names)}")
+    if len(signature.user_inputs) != 1:
+        raise UnsupportedModelError("the model must take exactly one input, the images")
+    if len(signature.user_outputs) != 1:
+        raise UnsupportedModelError(
+            f"the model must return exactly one tensor, the logits; it returns {len(signature.user_outputs)}. "
+            "Wrap it in a module that returns the logits alone."
+        )
+    leaves: dict[str, str] = {}
+    for mapping in (
+        signature.inputs_to_parameters,
+        signature.inputs_to_buffers,
+        signature.inputs_to_lifted_tensor_constants,
+    ):
+        leaves.update(mapping)
+    translator = _Translator(program, leaves, strict)
+    for node in program.graph.nodes:
+        translator.visit(node)
+    if translator.unsupported:
+        lines = "\n".join(f"  {name}  in  {module or '(model)'}" for name, module in translator.unsupported)
+        raise UnsupportedModelError(
+            "operations that no rule is known for:\n" + lines + "\n"
+            "docs/rules.md lists the supported ones. Engine(..., strict=False) applies the generic definition "
+            "to elementwise and linear operations.",
+            translator.unsupported,
+        )
+    assert translator.input is not None and translator.output is not None
+    return Graph(translator.nodes, translator.input, translator.output), translator.batch_symbol
+
+
+class _Translator:
+    """Walks the exported graph once and emits nodes of the vocabulary."""
+
+    def __init__(self, program: torch.export.ExportedProgram, leaves: dict[str, str], strict: bool) -> None:
+        self.leaves = leaves
+        self.tensors: dict[str, torch.Tensor] = {**dict(program.state_dict), **program.constants}
+        self.strict = strict
+        self.nodes: list[Node] = []
+        self.env: dict[fx.Node, Node] = {}
+        self.root: dict[fx.Node, fx.Node] = {}  # storage owner, for in-place operations
+        self.unsupported: list[tuple[str, str]] = []
+        self.input: Node | None = None
+        self.output: Node | None = None
+        self.batch_symbol: Any = None
+        self.position = {node: i for i, node in enumerate(program.graph.nodes)}
+
+    def emit(self, node: Node, origin: fx.Node) -> Node:
+        self.nodes.append(node)
+        self.env[origin] = node
+        return node
+
+    def resolve(self, value: Any) -> Any:
+        return fx.node.map_arg(value, lambda n: self.env[n])
+
+    def shape(self, value: Any) -> tuple[int | str, ...]:
+        """Sizes for people: the batch shows by name."""
+        if not isinstance(value, torch.Tensor):
+            return ()
+        return tuple(
+            s if isinstance(s, int) else str(s).replace(str(self.batch_symbol), "batch") for s in value.shape
+        )
+
+    def example(self, value: Any) -> tuple[int, ...]:
+        """Sizes at the example batch; for a size itself, its value."""
+        if isinstance(value, torch.Tensor):
+            return tuple(self.example(s)[0] for s in value.shape)
+        if isinstance(value, torch.SymInt):
+            return (int(value.node.expr.subs(self.batch_symbol.node.expr, EXAMPLE_BATCH)),)
+        return (value,) if isinstance(value, (bool, int)) else ()
+
+    def visit(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self._placeholder(node)
+        elif node.op == "output":
+            self.output = self.env[node.args[0][0]]  # type: ignore[index]
+        elif node.op == "call_function":
+            self._call(node)
+        elif node.op == "get_attr" or node.op == "call_module":
+            self._unsupported(node, str(node.target))
+
+    def _placeholder(self, node: fx.Node) -> None:
+        value = node.meta["val"]
+        if node.name in self.leaves:
+            fqn = self.leaves[node.name]
+            leaf = Node(node.name, g.PARAM, _no_call, params={"tensor": self.tensors[fqn], "fqn": fqn})
+            leaf.shape, leaf.example = self.shape(value), self.example(value)
+            leaf.params["floating"] = value.is_floating_point()
+            self.emit(leaf, node)
+            return
+        if not isinstance(value, torch.Tensor):
+            self.emit(Node(node.name, g.CONST, _no_call), node)
+            return
+        if not isinstance(value.shape[0], int):
+            self.batch_symbol = value.shape[0]
+        leaf = Node(node.name, g.INPUT, _no_call, shape=self.shape(value), example=self.example(value))
+        self.input = self.emit(leaf, node)
+
+    def _call(self, node: fx.Node) -> None:
+        name = _short_name(node.target)
+        if name.startswith(_GUARDS):
+            return
+        value = node.meta.get("val")
+        args, kwargs = self.resolve(node.args), self.resolve(node.kwargs)
+        target: Any = node.target
+        mutated = None
+        if isinstance(target, torch._ops.OpOverload) and _is_inplace(target):
+            mutated = node.args[0]
+            assert isinstance(mutated, fx.Node)
+            self._check_aliases(node, mutated)
+            target = _functional(target)
+            name = _short_name(target)
+        module = _module_name(node)
+        out = Node(node.name, "", target, tuple(args), dict(kwargs), module=module, shape=self.shape(value))
+        out.example = self.example(value)
+        variable = any(not ref.constant for ref in out.references())
+        if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            out.kind = g.INT
+        elif not variable or name.split(".")[0] in _SHAPE_ONLY:
+            out.kind = g.CONST
+            out.params["floating"] = isinstance(value, torch.Tensor) and value.is_floating_point()
+        else:
+            replacement = self._lookup(out, name, node)
+            if replacement is not None:
+                self.env[node] = replacement
+                self._track(node, mutated)
+                return
+        self.emit(out, node)
+        self._track(node, mutated)
+
+    def _lookup(self, out: Node, name: str, origin: fx.Node) -> Node | None:
+        """Fill in ``out``'s kind; return another node where the operation does nothing."""
+        if out.target is operator.getitem:
+            source = out.args[0]
+            if source.kind != g.PARTS:  # one of several results, of which the first is the value
+                if out.args[1] != 0:
+                    self._unsupported(origin, f"a secondary result of {source.target}")
+                source.shape, source.example = out.shape, out.example
+                return source  # type: ignore[no-any-return]
+            out.kind, out.operands = g.PART, [source]
+            out.params = {"index": out.args[1]}
+            return None
+        handler = VOCABULARY.get(name)
+        try:
+            if handler is None:
+                raise Unsupported(name)
+            bound = bind(out.target, out.args, out.kwargs)
+            return handler(out, bound)
+        except Unsupported as error:
+            if not self.strict and self._generic(out, origin):
+                warnings.warn(
+                    f"{name} in {out.module or 'the model'} is outside the vocabulary: the rule's generic "
+                    "definition is applied through autograd",
+                    stacklevel=2,
+                )
+                return None
+            self._unsupported(origin, str(error))
+            out.kind = g.GENERIC
+            return None
+
+    def _generic(self, out: Node, origin: fx.Node) -> bool:
+        """Whether an unknown operation is elementwise in its only variable operand (then it is marked so)."""
+        sources = [n for n in dict.fromkeys(out.references()) if not n.constant]
+        if len(sources) != 1 or out.shape != sources[0].shape or torch.Tag.pointwise not in origin.target.tags:  # type: ignore[union-attr]
+            return False
+        out.kind, out.operands = g.GENERIC, sources
+        return True
+
+    def _unsupported(self, node: fx.Node, what: str) -> None:
+        entry = (what, _module_name(node))
+        if entry not in self.unsupported:
+            self.unsupported.append(entry)
+
+    def _track(self, node: fx.Node, mutated: fx.Node | None) -> None:
+        if mutated is not None:
+            self.env[mutated] = self.env[node]
+            self.root[node] = self.root.get(mutated, mutated)
+        elif isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target) and node.all_input_nodes:
+            source = node.all_input_nodes[0]
+            self.root[node] = self.root.get(source, source)
+
+    def _check_aliases(self, node: fx.Node, mutated: fx.Node) -> None:
+        owner = self.root.get(mutated, mutated)
+        here = self.position[node]
+        for other in [owner, *(n for n, r in self.root.items() if r is owner)]:
+            if other is mutated or self.env.get(other) is self.env[mutated]:
+                continue
+            if any(self.position[user] > here for user in other.users):
+                raise _NeedsFunctionalForm
+
+
+def _no_call() -> None:
+    raise RuntimeError("a leaf of the graph is never called")
+
+
+def _short_name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removeprefix("aten.")
+    return getattr(target, "__name__", str(target))
+
+
+def _is_inplace(target: torch._ops.OpOverload) -> bool:
+    arguments = target._schema.arguments
+    return bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
+
+
+def _is_view(target: torch._ops.OpOverload) -> bool:
+    # reshape, flatten and contiguous declare an alias only sometimes: treat them as views.
+    declared = any(a.alias_info is not None for a in target._schema.arguments)
+    return declared or _short_name(target).split(".")[0] in {"reshape", "flatten", "contiguous", "to", "dropout"}
+
+
+def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    packet = getattr(torch.ops.aten, target._schema.name.split("::")[1].rstrip("_"))
+    overload: torch._ops.OpOverload = getattr(packet, target._overloadname)
+    return overload
+
+
+def _module_name(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(list(stack.values())):
+        if isinstance(path, str) and not path.startswith("_empty_nn_module_stack"):
+            return path
+    return ""
+
+
+def _infer_batch_axes(graph: Graph, symbolic: bool) -> None:
+    """Find where the samples of every tensor live.
+
+    Sample numbers are pushed through the graph: the real operation for those that only move values, the
+    number of the operand's position for all others. Strided views keep this nearly free.
+    """
+    if not symbolic:
+        for node in graph.nodes:
+            if not node.constant and node.shape:
+                node.batch = g.BatchAxis(0, 1, node.shape[0] if isinstance(node.shape[0], int) else 1)
+        return
+    count = EXAMPLE_BATCH
+    values: dict[Node, Any] = {}
+    for node in graph.nodes:
+        if node.kind == g.INT:
+            values[node] = node.example[0]
+        elif node.constant:
+            values[node] = _constant_ids(node)
+        elif node.kind == g.INPUT:
+            ids = torch.arange(count, dtype=torch.int16).view(count, *[1] * (len(node.example) - 1))
+            values[node] = ids.expand(node.example)
+        elif node.kind in (g.MOVE, g.PARTS, g.PART):
+            values[node] = _run(node, values)
+        else:
+            values[node] = _positionwise(node, values)
+        if not node.constant and isinstance(values[node], torch.Tensor):
+            node.batch = _locate(values[node], count, node)
+
+
+def _constant_ids(node: Node) -> Any:
+    """A constant belongs to every sample (-1), or, expanded along the batch, to one sample each.
+
+    Integers may be indices and stay what they are.
+    """
+    batched = [i for i, s in enumerate(node.shape) if s == "batch"]
+    if node.params.get("floating", True) and len(batched) == 1:
+        ids = torch.arange(EXAMPLE_BATCH, dtype=torch.int16)
+        return ids.view(*[-1 if i == batched[0] else 1 for i in range(len(node.shape))]).expand(node.example)
+    if node.params.get("floating", True):
+        return torch.full((1,) * len(node.example), -1, dtype=torch.int16).expand(node.example)
+    known: dict[Node, Any] = {}
+
+    def value(n: Node) -> Any:
+        if n not in known:
+            if n.kind == g.PARAM:
+                known[n] = n.params["tensor"]
+            elif n.kind == g.INT:
+                known[n] = n.example[0]
+            else:
+                known[n] = n.target(*g.map_nodes(value, n.args), **g.map_nodes(value, n.kwargs))
+        return known[n]
+
+    return value(node)
+
+
+def _run(node: Node, values: dict[Node, Any]) -> Any:
+    args = g.map_nodes(values.__getitem__, node.args)
+    kwargs = g.map_nodes(values.__getitem__, node.kwargs)
+    return node.target(*args, **kwargs)
+
+
+def _positionwise(node: Node, values: dict[Node, Any]) -> torch.Tensor:
+    """Sample numbers of an operation that computes: the operand's, with contracted axes collapsed."""
+    shape = node.example
+    source: torch.Tensor = max((values[n] for n in node.sources), key=lambda v: v.dim() * 10**9 + v.numel())
+    if source.shape != shape:
+        try:
+            source.expand(shape)
+        except RuntimeError:
+            if node.kind in (g.LINEAR, g.MATMUL, g.ATTENTION):
+                source = source[..., :1] if source.shape[:-1] == shape[:-1] else source[..., :1, :1]
+            else:  # convolutions, pools and reductions: the batch leads
+                source = source.reshape(source.shape[0], -1)[:, 0]
+                source = source.view(-1, *[1] * (len(shape) - 1))
+    return source.expand(shape)
+
+
+def _locate(ids: torch.Tensor, count: int, node: Node) -> g.BatchAxis:
+    for axis in range(ids.dim()):
+        length = ids.shape[axis]
+        if length % count:
+            continue
+        index: list[Any] = [0] * ids.dim()
+        index[axis] = slice(None)
+        line = ids[tuple(index)]
+        # Values from constants (-1) belong to every sample: look at the first position without them.
+        if bool((line < 0).any()):
+            line = ids.movedim(axis, 0).reshape(length, -1).amax(1)
+        change = (line != line[0]).nonzero()
+        if not len(change):
+            continue
+        inner = int(change[0])
+        if length % (count * inner):
+            continue
+        outer = length // (count * inner)
+        expected = torch.arange(count, dtype=ids.dtype).repeat_interleave(inner).repeat(outer)
+        shaped = expected.view(*[-1 if i == axis else 1 for i in range(ids.dim())])
+        if torch.equal(line, expected) and bool(((ids == shaped) | (ids < 0)).all()):
+            return g.BatchAxis(axis, outer, inner)
+    raise UnsupportedModelError(
+        f"{node.kind} in {node.module or 'the model'} mixes the samples of a batch ({node.name}, shape {node.shape})"
+    )

@@ -1,0 +1,383 @@
+"""The engine: attribution maps of a PyTorch image classifier."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramp_fast import graph as g
+from ramp_fast import rules
+from ramp_fast.capture import capture, static_batch
+from ramp_fast.errors import InputError, UnsupportedModelError
+from ramp_fast.gemm import exact_float32, precision_for
+from ramp_fast.passes import canonicalize
+from ramp_fast.plan import Plan
+from ramp_fast.rules.abslrp import AbsLRP, RelativeStabilizer
+from ramp_fast.runtime import run
+
+PRECISIONS = ("float64", "float32", "mixed", "fast")
+CONTRASTS = ("others", "none")
+NORMALIZATIONS = ("max", "sum", "none")
+
+# Below this the stabilizer no longer tames the rounding of a reduced-precision forward pass.
+_SMALLEST_FAST_STABILIZER = 0.05
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What :meth:`Engine.attribute` returns.
+
+    Attributes
+    ----------
+    maps : Tensor
+        Relevance of every pixel and channel, ``[B, C, H, W]`` (``[B, K, C, H, W]`` for K targets), float32
+        (float64 under precision "float64"), on the images' device.
+    target : Tensor
+        Explained classes, ``[B]`` or ``[B, K]``; the seed itself where one was given.
+    logits : Tensor
+        ``[B, classes]``, of the forward pass that was attributed.
+    """
+
+    maps: Tensor
+    target: Tensor
+    logits: Tensor
+
+
+class Engine:
+    """Attributes images with one model under one rule.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A classifier in eval mode that maps ``[B, C, H, W]`` to logits ``[B, classes]``. It is never changed;
+        when its weights are, the engine notices and uses the new ones.
+    rule : str or AbsLRP
+        "abslrp" (shares kept at junctions), "abslrp-release" (equal shares), or a rule object.
+    precision : {"mixed", "float32", "float64", "fast"}
+        "mixed": float32 forward pass, bf16 products in the pull-back where the device has them. "fast": a
+        reduced-precision forward pass as well; needs a rule with a relative stabilizer.
+    strict : bool
+        Refuse operations outside the vocabulary (docs/rules.md). With False, elementwise and linear ones
+        follow the rule's generic definition, with one warning each.
+    input_shape : (C, H, W), optional
+        Capture for this shape now. By default timm's configuration says it, or the first images do.
+    micro_batch : int, optional
+        Images that go through the model together. By default one on CPUs, where it costs nothing and makes
+        results independent of the batch to the last bit, and the whole batch on GPUs.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The model has operations without a rule (all are listed), is in training mode, quantised or not
+        floating point.
+    ValueError, TypeError
+        An argument is not one of the values above.
+
+    Examples
+    --------
+    >>> engine = Engine(timm.create_model("vit_base_patch16_224", pretrained=True).eval())
+    >>> a = engine.attribute(images)
+    >>> a.maps.shape
+    torch.Size([8, 3, 224, 224])
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        rule: str | AbsLRP = "abslrp",
+        precision: str = "mixed",
+        strict: bool = True,
+        *,
+        input_shape: tuple[int, int, int] | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.rule = rules.resolve(rule)
+        _one_of("precision", precision, PRECISIONS)
+        if precision == "fast":
+            _require_stabilizer(self.rule)
+        if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1):
+            raise ValueError(f"micro_batch must be a positive integer, got {micro_batch!r}")
+        self.model, self.precision, self.strict, self.micro_batch = model, precision, bool(strict), micro_batch
+        _check_model(model)
+        self._plans: dict[tuple[int, int, int], Plan] = {}
+        self._state: dict[str, tuple[Any, ...]] = {}
+        self._layout: tuple[Any, ...] = ()
+        self._lock = threading.Lock()
+        self._last: tuple[int, int, int] | None = None
+        shape = input_shape or _configured_shape(model)
+        if shape is not None:
+            self._plan_for(tuple(shape))  # type: ignore[arg-type]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan for the images seen last (or for ``input_shape``); ``print`` it.
+
+        Raises
+        ------
+        RuntimeError
+            No image shape is known yet.
+        """
+        if self._last is None:
+            raise RuntimeError("no plan yet: pass input_shape=(C, H, W) to Engine, or attribute images first")
+        return self._plans[self._last]
+
+    def attribute(
+        self,
+        images: Tensor,
+        target: int | Tensor | None = None,
+        contrast: str = "others",
+        normalize: str = "max",
+        *,
+        batch_size: int | None = None,
+    ) -> Attribution:
+        """Relevance maps of ``images``.
+
+        Parameters
+        ----------
+        images : Tensor
+            ``[B, C, H, W]``, floating point, preprocessed as the model wants them.
+        target : None, int, integer Tensor [B] or [B, K], or floating Tensor [B, classes]
+            Classes to explain: the predicted ones, one for all, one or K per image (one forward pass for all
+            K), or a seed of relevance at the logits, used as given (``contrast`` must be "none").
+        contrast : {"others", "none"}
+            Subtract the map of a uniform seed over all other classes, each map normalised on its own, or not.
+        normalize : {"max", "sum", "none"}
+            Scale every map to a largest absolute value of 1, to a sum of absolute values of 1, or leave it:
+            then the map is the difference of two maps of mass 1 (with contrast), or a map of mass 1.
+        batch_size : int, optional
+            Work on this many images at a time. Results do not depend on it.
+
+        Returns
+        -------
+        Attribution
+            A map is zero everywhere where no relevance arrives.
+
+        Raises
+        ------
+        InputError
+            An argument has the wrong shape, dtype or range. Nothing has been computed then.
+        """
+        _one_of("contrast", contrast, CONTRASTS)
+        _one_of("normalize", normalize, NORMALIZATIONS)
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
+        _check_images(images)
+        _check_model(self.model)
+        with self._lock:
+            plan = self._plan_for(tuple(images.shape[1:]))  # type: ignore[arg-type]
+        classes = int(plan.graph.output.example[1])
+        wanted = _Target(target, images.shape[0], classes, contrast)
+        device = _device(self.model)
+        together = self.micro_batch or static_batch(plan.graph) or (1 if device.type == "cpu" else images.shape[0])
+        if batch_size is not None:
+            together = min(together, batch_size)
+        if static_batch(plan.graph) is not None:
+            together = 1
+        kind = plan.precision.output
+        shape = (images.shape[0], wanted.count, *images.shape[1:])
+        maps = torch.empty(shape, dtype=kind, device=images.device)
+        logits = torch.empty(images.shape[0], classes, dtype=kind, device=images.device)
+        chosen = torch.empty(images.shape[0], wanted.count, dtype=torch.long, device=images.device)
+        with torch.no_grad(), exact_float32(device), torch.autocast(device.type, enabled=False):
+            for start in range(0, images.shape[0], max(together, 1)):
+                here = slice(start, start + together)
+                batch = images[here].detach().to(device, plan.precision.forward)
+                classes_here: list[Tensor] = []
+
+                def seed(
+                    values: Tensor, here: slice = here, classes_here: list[Tensor] = classes_here
+                ) -> tuple[Tensor, bool]:
+                    ids, c = wanted.seed(values, here, self.rule)
+                    classes_here.append(ids)
+                    return c, wanted.contrast
+
+                relevance, out = run(plan, batch, seed)
+                result = relevance[wanted.count :] if wanted.contrast else relevance
+                maps[here] = _normalized(result, normalize).transpose(0, 1).to(maps)
+                logits[here] = out.to(logits)
+                chosen[here] = classes_here[0].to(chosen)
+        if not wanted.several:
+            maps, chosen = maps.squeeze(1), chosen.squeeze(1)
+        return Attribution(maps, chosen if wanted.given is None else wanted.given, logits)
+
+    def _plan_for(self, shape: tuple[int, int, int]) -> Plan:
+        layout, state = _fingerprint(self.model)
+        if layout != self._layout:
+            self._plans.clear()
+        plan = self._plans.get(shape)
+        if plan is None:
+            graph = capture(self.model, shape, strict=self.strict)
+            canonicalize(graph, fold_batchnorm=self.rule.fold_batchnorm)
+            plan = Plan(graph, self.rule, precision_for(self.precision, _device(self.model)))
+            plan.prepare()
+            self._plans[shape] = plan
+            if state != self._state:
+                self._refresh(except_for=shape)
+        elif state != self._state:
+            self._refresh()
+        self._layout, self._state, self._last = layout, state, shape
+        return plan
+
+    def _refresh(self, except_for: tuple[int, int, int] | None = None) -> None:
+        """The model's weights have changed: pack them again."""
+        tensors = _tensors(self.model)
+        for shape, plan in self._plans.items():
+            if shape == except_for:
+                continue
+            for node in plan.graph.nodes:
+                if node.kind == g.PARAM and node.params["fqn"] in tensors:
+                    node.params["tensor"] = tensors[node.params["fqn"]]
+            plan.prepare()
+
+
+class _Target:
+    """The classes or the seed that was asked for, checked."""
+
+    def __init__(self, target: int | Tensor | None, batch: int, classes: int, contrast: str) -> None:
+        self.classes, self.contrast = classes, contrast == "others"
+        self.given: Tensor | None = None
+        self.ids: Tensor | None = None
+        self.several = False
+        if self.contrast and classes < 2:
+            raise InputError('contrast="others" needs at least two classes; pass contrast="none"')
+        if isinstance(target, bool) or not (target is None or isinstance(target, (int, Tensor))):
+            raise InputError(f"target must be None, an int or a Tensor, got {type(target).__name__}")
+        if isinstance(target, int):
+            target = torch.full((batch,), target)
+        if isinstance(target, Tensor):
+            self._check(target, batch)
+        self.count = self.ids.shape[1] if self.ids is not None else 1
+
+    def _check(self, target: Tensor, batch: int) -> None:
+        if target.is_floating_point():
+            if target.shape != (batch, self.classes):
+                raise InputError(
+                    f"a seed must be [{batch}, {self.classes}] (batch, classes), got {list(target.shape)}"
+                )
+            if self.contrast:
+                raise InputError('a seed is used as given: pass contrast="none"')
+            if not bool(target.isfinite().all()):
+                raise InputError("the seed has values that are not finite")
+            self.given = target
+            return
+        if target.dtype == torch.bool or target.is_complex():
+            raise InputError(f"target must be integers (classes) or floating point (a seed), got {target.dtype}")
+        if target.dim() not in (1, 2) or target.shape[0] != batch or (target.dim() == 2 and target.shape[1] == 0):
+            raise InputError(f"target must be [{batch}] or [{batch}, K], got {list(target.shape)}")
+        if target.numel() and (int(target.min()) < 0 or int(target.max()) >= self.classes):
+            raise InputError(
+                f"target must be between 0 and {self.classes - 1}, got {int(target.min())} to {int(target.max())}"
+            )
+        self.several = target.dim() == 2
+        self.ids = target.long().view(batch, -1)
+
+    def seed(self, logits: Tensor, here: slice, rule: AbsLRP) -> tuple[Tensor, Tensor]:
+        """Classes ``[b, K]`` and coefficients ``[T, b, classes]`` for the images ``here``."""
+        if self.given is not None:
+            seed = self.given[here].to(logits)
+            return logits.argmax(-1, keepdim=True), rule.start(seed.unsqueeze(0), logits)
+        ids = logits.argmax(-1, keepdim=True) if self.ids is None else self.ids[here].to(logits.device)
+        positive = torch.zeros(ids.shape[1], *logits.shape, dtype=logits.dtype, device=logits.device)
+        positive.scatter_(2, ids.t().unsqueeze(-1), 1.0)
+        p = rule.start(positive, logits)
+        if not self.contrast:
+            return ids, p
+        n = rule.start((1 - positive) / (self.classes - 1), logits)
+        return ids, torch.cat([p, p - n])
+
+
+def _normalized(maps: Tensor, how: str) -> Tensor:
+    if how == "none":
+        return maps
+    size = maps.abs().flatten(2)
+    scale = size.amax(-1) if how == "max" else size.sum(-1, dtype=torch.float64).to(maps.dtype)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return maps / scale.view(*scale.shape, 1, 1, 1)
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(repr(k) for k in known)}; got {value!r}")
+
+
+def _require_stabilizer(rule: AbsLRP) -> None:
+    s = rule.stabilizer
+    if not isinstance(s, RelativeStabilizer) or s.factor < _SMALLEST_FAST_STABILIZER:
+        raise ValueError(
+            'precision="fast" computes the forward pass in reduced precision, and the division by near-zero logits '
+            f"would amplify its rounding to errors of 40 % of a map: use a rule with a relative stabilizer of at "
+            f"least {_SMALLEST_FAST_STABILIZER}, such as AbsLRP(stabilizer=RelativeStabilizer(0.1)); got {s!r}"
+        )
+
+
+def _check_images(images: Any) -> None:
+    if not isinstance(images, Tensor):
+        raise InputError(f"images must be a torch.Tensor, got {type(images).__name__}")
+    if images.dim() != 4:
+        raise InputError(f"images must be [B, C, H, W], got shape {list(images.shape)}")
+    if not images.is_floating_point():
+        raise InputError(
+            f"images must be floating point and preprocessed as the model wants them, got {images.dtype}"
+        )
+    if not bool(images.isfinite().all()):
+        raise InputError("images have values that are not finite")
+
+
+def _check_model(model: torch.nn.Module) -> None:
+    training = [name or "(model)" for name, m in model.named_modules() if m.training]
+    if training:
+        raise UnsupportedModelError(
+            f"the model is in training mode ({training[0]}{' and others' if len(training) > 1 else ''}): call model.eval()"
+        )
+    devices = set()
+    for name, tensor in _tensors(model).items():
+        devices.add(tensor.device)
+        if tensor.is_quantized or (isinstance(tensor, torch.nn.Parameter) and not tensor.is_floating_point()):
+            raise UnsupportedModelError(
+                f"parameter {name} is {tensor.dtype}: quantised and non-floating models cannot be attributed; "
+                "use the floating-point model"
+            )
+    for name, module in model.named_modules():
+        if ".quantized" in type(module).__module__:
+            raise UnsupportedModelError(
+                f"{name} is a quantised module ({type(module).__name__}): use the floating-point model"
+            )
+    if len(devices) > 1:
+        raise UnsupportedModelError(f"the model is spread over several devices: {sorted(map(str, devices))}")
+    if any(d.type == "meta" for d in devices):
+        raise UnsupportedModelError("the model has no weights (meta device)")
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    first = next(iter(_tensors(model).values()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _fingerprint(model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, tuple[Any, ...]]]:
+    """What a captured graph depends on (names, shapes, dtypes, device), and the identity of the weights."""
+    tensors = _tensors(model)
+    layout = tuple((n, tuple(t.shape), t.dtype, t.device) for n, t in tensors.items())
+    state = {n: (id(t), t.data_ptr(), None if t.is_inference() else t._version) for n, t in tensors.items()}
+    return layout, state
+
+
+def _configured_shape(model: torch.nn.Module) -> tuple[int, int, int] | None:
+    """The input shape from timm's configuration, where the model's own patch grid does not contradict it."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = config.get("input_size") if isinstance(config, dict) else None
+    if size is None or len(size) != 3:
+        return None
+    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if own is not None:
+        size = (size[0], *own)
+    return int(size[0]), int(size[1]), int(size[2])

@@ -1,0 +1,206 @@
+"""The operation graph of a captured model: nodes, their vocabulary and small graph utilities.
+
+A :class:`Graph` is a list of :class:`Node` in execution order. Every node keeps the ATen call that
+computes it (``target``, ``args``, ``kwargs`` with other nodes as references), so that the forward pass
+needs no second definition, and a ``kind`` with ``operands`` and ``params``, which is what rules read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+# Kinds of nodes without relevance.
+INPUT = "input"  # the images
+PARAM = "param"  # a parameter, buffer or lifted constant of the model
+CONST = "const"  # computed from constants only, possibly of the batch size
+INT = "int"  # a size: a Python integer at run time
+
+# Kinds of nodes that relevance flows through; docs/rules.md has their pull-backs.
+LINEAR = "linear"
+CONV = "conv"
+BATCH_NORM = "batch_norm"
+LAYER_NORM = "layer_norm"
+GROUP_NORM = "group_norm"
+RMS_NORM = "rms_norm"
+ACTIVATION = "activation"
+ADD = "add"
+MUL = "mul"
+DIV = "div"
+SCALE = "scale"
+MATMUL = "matmul"
+SOFTMAX = "softmax"
+ATTENTION = "attention"
+MAX_POOL = "max_pool"
+LINEAR_POOL = "linear_pool"
+GATE = "gate"
+LINEAR_MAP = "linear_map"
+MOVE = "move"
+PARTS = "parts"  # unbind, split, chunk: several outputs
+PART = "part"  # one of them
+GENERIC = "generic"  # strict=False: an elementwise operation outside the vocabulary
+
+WEIGHTED = frozenset({LINEAR, CONV})
+JUNCTIONS = frozenset({ADD, MUL, MATMUL, ATTENTION})
+CONSTANT = frozenset({PARAM, CONST, INT})
+
+
+@dataclass(frozen=True)
+class BatchAxis:
+    """Where the samples of a tensor live: ``shape[axis] == outer * batch * inner``."""
+
+    axis: int = 0
+    outer: int = 1
+    inner: int = 1
+
+    @property
+    def leading(self) -> bool:
+        """Whether the tensor is already batch-major, so that ``reshape(batch, -1)`` separates the samples."""
+        return self.axis == 0 and self.outer == 1
+
+
+@dataclass(eq=False)
+class Node:
+    """One operation.
+
+    Attributes
+    ----------
+    name : str
+        Unique name, from the exported graph.
+    kind : str
+        One of the constants of this module.
+    target : callable
+        What the forward pass calls (an ATen overload or a Python operator).
+    args, kwargs : tuple, dict
+        Its arguments; other nodes appear as references.
+    operands : list of Node
+        The tensors whose product, sum or map this is; constants among them carry no relevance.
+    params : dict
+        What rules and kernels need to know (weights as nodes, strides, epsilon).
+    module : str
+        Dotted name of the module the operation runs in, "" for the model itself.
+    shape : tuple
+        Sizes at capture; the batch shows as a string. Empty for nodes with several outputs.
+    example : tuple of int
+        Sizes at the batch the model was captured with.
+    batch : BatchAxis
+        Where the samples live in this node's output.
+    """
+
+    name: str
+    kind: str
+    target: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    operands: list[Node] = field(default_factory=list)
+    params: dict[str, Any] = field(default_factory=dict)
+    module: str = ""
+    shape: tuple[int | str, ...] = ()
+    example: tuple[int, ...] = ()
+    batch: BatchAxis = field(default_factory=BatchAxis)
+
+    @property
+    def constant(self) -> bool:
+        """Whether the value does not depend on the images."""
+        return self.kind in CONSTANT
+
+    @property
+    def sources(self) -> list[Node]:
+        """Operands that carry relevance."""
+        return [n for n in self.operands if not n.constant]
+
+    def references(self) -> Iterator[Node]:
+        """Every node this one reads, constants and sizes included (may repeat)."""
+        yield from _nodes_in((self.args, self.kwargs, self.operands, self.params))
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Read ``new`` wherever this node reads ``old``."""
+
+        def swap(value: Node) -> Node:
+            return new if value is old else value
+
+        self.args = map_nodes(swap, self.args)
+        self.kwargs = map_nodes(swap, self.kwargs)
+        self.operands = [swap(n) for n in self.operands]
+        self.params = map_nodes(swap, self.params)
+
+    def __repr__(self) -> str:
+        return f"Node({self.name}: {self.kind} {list(self.shape)})"
+
+
+def map_nodes(function: Callable[[Node], Any], value: Any) -> Any:
+    """Apply ``function`` to every node inside nested tuples, lists and dicts."""
+    if isinstance(value, Node):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_nodes(function, v) for v in value)
+    if isinstance(value, dict):
+        return {k: map_nodes(function, v) for k, v in value.items()}
+    return value
+
+
+def _nodes_in(value: Any) -> Iterator[Node]:
+    if isinstance(value, Node):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            yield from _nodes_in(v)
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from _nodes_in(v)
+
+
+@dataclass
+class Graph:
+    """Nodes in execution order, with the one that is the images and the one that is the logits."""
+
+    nodes: list[Node]
+    input: Node
+    output: Node
+
+    def users(self) -> dict[Node, list[Node]]:
+        """For every node the nodes that read it, each once, in execution order."""
+        users: dict[Node, list[Node]] = {n: [] for n in self.nodes}
+        for node in self.nodes:
+            for ref in dict.fromkeys(node.references()):
+                users[ref].append(node)
+        return users
+
+    def replace_uses(self, old: Node, new: Node, *, keep: Iterable[Node] = ()) -> None:
+        """Let every reader of ``old`` read ``new`` instead, except the nodes in ``keep``."""
+        kept = {id(n) for n in keep}
+        for node in self.nodes:
+            if id(node) not in kept and node is not new:
+                node.replace(old, new)
+        if self.output is old:
+            self.output = new
+
+    def insert_after(self, anchor: Node, node: Node) -> None:
+        self.nodes.insert(self.nodes.index(anchor) + 1, node)
+
+    def prune(self) -> None:
+        """Remove nodes that the output does not need and restore execution order."""
+        order: list[Node] = []
+        state: dict[int, bool] = {}
+        stack: list[tuple[Node, bool]] = [(self.output, False), (self.input, False)]
+        while stack:
+            node, done = stack.pop()
+            if done:
+                if not state[id(node)]:
+                    state[id(node)] = True
+                    order.append(node)
+                continue
+            if id(node) in state:
+                continue
+            state[id(node)] = False
+            stack.append((node, True))
+            stack.extend((ref, False) for ref in node.references() if id(ref) not in state)
+        position = {id(n): i for i, n in enumerate(self.nodes)}
+        if all(id(n) in position for n in order) and _in_order(order, position):
+            order.sort(key=lambda n: position[id(n)])
+        self.nodes = order
+
+
+def _in_order(nodes: list[Node], position: dict[int, int]) -> bool:
+    return all(position[id(ref)] < position[id(n)] for n in nodes for ref in n.references())

@@ -1,0 +1,265 @@
+"""Plan: a graph under a rule becomes a list of steps with their kernels, and knows how long values live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ramp_fast import graph as g
+from ramp_fast.gemm import Precision
+from ramp_fast.graph import Graph, Node
+from ramp_fast.rules.abslrp import AbsLRP
+from ramp_fast.rules.base import Facts, Operation
+
+
+@dataclass
+class Step:
+    """One operation of the plan.
+
+    Attributes
+    ----------
+    node : Node
+    operation : Operation or None
+        None for sizes and constants that are computed anew in every run.
+    carries : bool
+        Whether relevance flows through it.
+    drop_forward, drop_pullback : list of Node
+        Values that nobody needs after this step of the forward pass, of the pull-back.
+    """
+
+    node: Node
+    operation: Operation | None
+    carries: bool = False
+    drop_forward: list[Node] = field(default_factory=list)
+    drop_pullback: list[Node] = field(default_factory=list)
+
+
+class Plan:
+    """Steps in execution order, with constants and packed weights once :meth:`prepare` has run.
+
+    ``print(plan)`` shows the operations, module names, shapes, kernels, and the bytes each step keeps for the
+    pull-back of one image.
+    """
+
+    def __init__(self, graph: Graph, rule: AbsLRP, precision: Precision) -> None:
+        self.graph, self.rule, self.precision = graph, rule, precision
+        self.constants: dict[Node, Any] = {}
+        users = graph.users()
+        carries = _carrying(graph)
+        self._static = _static_constants(graph)
+        self.steps: list[Step] = []
+        residual = any(n.kind == g.ADD and len(n.sources) == 2 for n in graph.nodes)
+        for node in graph.nodes:
+            if node.kind in (g.INPUT, g.PARAM) or node in self._static:
+                continue
+            if node.constant:
+                self.steps.append(Step(node, None))
+                continue
+            facts = self._facts(node, users, carries, residual)
+            self.steps.append(Step(node, rule.operation(node, facts), node in carries))
+        self.fan_out = {n for n in carries if sum(u in carries and n in u.sources for u in users[n]) > 1}
+        self._schedule()
+
+    def _facts(self, node: Node, users: dict[Node, list[Node]], carries: set[Node], residual: bool) -> Facts:
+        facts = Facts(self.precision)
+        if node.kind in g.WEIGHTED:
+            facts.positive_input = self._positive(node.operands[0], users)
+            facts.emits_pair = not facts.positive_input and _fuses_norm(node, users)
+        elif node.kind == g.LAYER_NORM:
+            reader = users[node][0]
+            facts.takes_pair = (
+                len(users[node]) == 1
+                and reader.kind == g.LINEAR
+                and reader in carries
+                and _fuses_norm(reader, users)
+                and not self._positive(node, users)
+            )
+        elif node.kind == g.ADD and len(node.sources) == 2:
+            # The branch is what only this sum reads; the shortcut has other readers as well.
+            single = [n for n in node.operands if len(users[n]) == 1]
+            facts.extra["branch"] = single[0] if len(single) == 1 else node.operands[1]
+        elif node.kind == g.MAX_POOL:
+            form = self.rule.maxpool
+            facts.extra["divided"] = residual if form == "auto" else form == "divided"
+        return facts
+
+    def _positive(self, node: Node, users: dict[Node, list[Node]]) -> bool:
+        """Whether relevance reaches only positive entries of ``node``: by value, or by a gate right below."""
+        if _never_negative(node):
+            return True
+        while len(users[node]) == 1:
+            if self.rule.gated_output(node):
+                return True
+            if node.kind != g.MOVE or len(node.sources) != 1 or node.params["how"] in ("expand", "vjp"):
+                return False
+            node = node.operands[0]
+        return False
+
+    def _schedule(self) -> None:
+        """Fill in where values are dropped."""
+        last_use: dict[Node, int] = {}
+        for i, step in enumerate(self.steps):
+            for ref in step.node.references():
+                last_use[ref] = i
+        last_need: dict[Node, int] = {}
+        for i, step in enumerate(self.steps):
+            if not step.carries or step.operation is None:
+                continue
+            needed = [*step.operation.needs(), *([step.node] if step.node in self.fan_out else [])]
+            for node in needed:
+                last_need.setdefault(node, i)  # the pull-back runs from the last step to the first
+        self.needed = set(last_need)
+        keep = self.needed | {self.graph.output, self.graph.input}
+        for node, i in last_use.items():
+            if node not in keep and not (node.kind == g.PARAM or node in self._static):
+                self.steps[i].drop_forward.append(node)
+        for node, i in last_need.items():
+            if not (node.kind == g.PARAM or node in self._static or node is self.graph.input):
+                self.steps[i].drop_pullback.append(node)
+
+    def prepare(self) -> None:
+        """Evaluate constants in the plan's precision and pack weights."""
+        values: dict[Node, Any] = {}
+
+        def cast(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                return value.detach().to(self.precision.forward)
+            return value
+
+        with torch.no_grad():
+            for node in self.graph.nodes:
+                if node.kind == g.PARAM:
+                    values[node] = cast(node.params["tensor"])
+                elif node in self._static:
+                    args = g.map_nodes(values.__getitem__, node.args)
+                    values[node] = cast(node.target(*args, **g.map_nodes(values.__getitem__, node.kwargs)))
+            for step in self.steps:
+                if step.operation is not None:
+                    step.operation.prepare(values)
+        # Weights that were packed are not needed a second time.
+        used = {r for s in self.steps if s.node.kind not in g.WEIGHTED for r in s.node.references()}
+        self.constants = {n: v for n, v in values.items() if n in used}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights."""
+        return sum(s.operation.weight_bytes for s in self.steps if s.operation is not None and self.constants is not None)
+
+    def kept_bytes(self, step: Step) -> int:
+        """Bytes per image that ``step`` is the first to keep for the pull-back."""
+        if step.operation is None:
+            return 0
+        size = self.precision.forward.itemsize
+        total = _count(step.node.example) * size if step.node in self.needed and _owns_memory(step.node) else 0
+        if step.carries:
+            total += sum(_count(shape) * dtype.itemsize for shape, dtype in step.operation.keeps())
+        return total // max(_batch(self.graph), 1)
+
+    def __str__(self) -> str:
+        header = ("operation", "module", "shape", "forward", "pull-back", "kept/image")
+        rows = [header]
+        for step in self.steps:
+            if step.operation is None:
+                continue
+            rows.append(
+                (
+                    step.node.kind,
+                    step.node.module or "(model)",
+                    "x".join(str(s) for s in step.node.shape),
+                    step.operation.forward_kernel,
+                    step.operation.pullback_kernel if step.carries else "-",
+                    _human(self.kept_bytes(step)),
+                )
+            )
+        widths = [max(len(r[i]) for r in rows) for i in range(len(header))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+        kept = sum(self.kept_bytes(s) for s in self.steps)
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        lines.append(
+            f"rule {self.rule}, precision {self.precision.name}: {len(rows) - 1} steps, "
+            f"{_human(kept)} kept per image, {_human(self.weight_bytes)} of packed weights"
+        )
+        return "\n".join(lines)
+
+
+def _carrying(graph: Graph) -> set[Node]:
+    """Nodes that relevance flows through: operands, from the logits down (statistics are detached)."""
+    found = {graph.output}
+    stack = [graph.output]
+    while stack:
+        for source in stack.pop().sources:
+            if source not in found:
+                found.add(source)
+                stack.append(source)
+    return found
+
+
+def _static_constants(graph: Graph) -> set[Node]:
+    """Constants that depend on weights only, not on the batch size."""
+    static: set[Node] = set()
+    for node in graph.nodes:
+        if node.kind == g.CONST and all(r.kind == g.PARAM or r in static for r in node.references()):
+            static.add(node)
+    return static
+
+
+def _fuses_norm(linear: Node, users: dict[Node, list[Node]]) -> bool:
+    norm = linear.operands[0]
+    return (
+        linear.kind == g.LINEAR
+        and norm.kind == g.LAYER_NORM
+        and norm.params["dims"] == 1
+        and len(users[norm]) == 1
+        and norm.batch.leading
+        and norm.batch.inner == 1
+    )
+
+
+_NEVER_NEGATIVE = frozenset(
+    {"relu", "relu6", "sigmoid", "hardsigmoid", "abs", "square", "exp", "softplus", "sqrt", "rsqrt"}
+)
+
+
+def _never_negative(node: Node) -> bool:
+    if node.kind == g.ACTIVATION:
+        return node.params["function"] in _NEVER_NEGATIVE
+    if node.kind == g.SOFTMAX:
+        return True
+    if node.kind in (g.MAX_POOL, g.LINEAR_POOL, g.MOVE, g.PART, g.PARTS, g.GATE):
+        return bool(node.sources) and len(node.sources) == len(node.operands) and _all(node.sources)
+    if node.kind == g.ADD:
+        plain = node.params["signs"] == (1, 1) and len(node.sources) == 2
+        return plain and _all(node.sources)
+    return node.kind == g.MUL and _all(node.sources)
+
+
+def _all(nodes: Iterable[Node]) -> bool:
+    return all(_never_negative(n) for n in nodes)
+
+
+def _owns_memory(node: Node) -> bool:
+    """Whether the value is not a view of another one that is counted already."""
+    return node.kind not in (g.PART, g.MOVE, g.GATE, g.INPUT) or node.params.get("how") in ("cat", "stack", "vjp")
+
+
+def _batch(graph: Graph) -> int:
+    return graph.input.example[0]
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for s in shape:
+        total *= s
+    return total
+
+
+def _human(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

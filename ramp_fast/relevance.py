@@ -1,0 +1,138 @@
+"""Relevance in flight: coefficients, the mass they stand for, and the scalings that keep the two equal.
+
+Relevance is ``R = |x| * c``. A coefficient tensor has a leading axis of right-hand sides, ``[T, *shape]``:
+with contrast the first half are ``P`` (positive), the second half ``D = P - N``, which keeps the difference
+of two nearly equal maps from being rounded away (docs/rules.md, "Contrast").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ramp_fast import ops
+from ramp_fast.graph import BatchAxis
+
+
+@dataclass
+class Contribution:
+    """What one reader of a tensor says about its relevance.
+
+    Attributes
+    ----------
+    c : Tensor
+        Coefficients ``[T, *shape]``, up to one positive factor per right-hand side and sample.
+    target : Tensor
+        The mass this relevance stands for, ``[T, B]`` (of P and N with contrast).
+    actual : Tensor or None
+        The mass of ``c`` as it is, where it is known already.
+    pair : bool
+        ``c`` ends in two halves, ``W+^T c`` and ``W-^T c``, that the operation below selects from.
+    """
+
+    c: Tensor
+    target: Tensor
+    actual: Tensor | None = None
+    pair: bool = False
+
+
+class Rows:
+    """Tensors as one row per sample: ``[B, M]`` for activations, ``[T, B, M]`` for coefficients.
+
+    Elementwise work needs no order inside a sample, so that memory order is kept: channels-last tensors and
+    tensors whose batch axis leads are not copied.
+    """
+
+    def __init__(self, c: Tensor, axis: BatchAxis, batch: int) -> None:
+        self.axis, self.batch = axis, batch
+        self.channels_last = (
+            axis.leading and c.dim() >= 4 and not c.is_contiguous() and c.movedim(-3, -1).is_contiguous()
+        )
+
+    def of(self, t: Tensor, lead: int) -> Tensor:
+        """``t`` with ``lead`` axes before those of the operation's output."""
+        if self.channels_last:
+            t = t.movedim(-3, -1)
+        if not self.axis.leading:
+            at = lead + self.axis.axis
+            t = t.unflatten(at, (self.axis.outer, self.batch, self.axis.inner)).movedim(at + 1, lead)
+        return t.reshape(*t.shape[:lead], self.batch, -1)
+
+    def back(self, rows: Tensor, like: Tensor) -> Tensor:
+        """``rows`` in the shape of the coefficients ``like``."""
+        if self.axis.leading:
+            if self.channels_last:
+                return rows.view(like.movedim(-3, -1).shape).movedim(-1, -3)
+            return rows.view(like.shape)
+        at = 1 + self.axis.axis
+        split = like.shape[:at] + (self.axis.outer, self.axis.inner) + like.shape[at + 1 :]
+        inner = rows.view(rows.shape[0], self.batch, *split[1:])
+        return inner.movedim(1, at + 1).reshape(like.shape)
+
+
+@dataclass(frozen=True)
+class Bookkeeping:
+    """Sizes of one run and the operations on masses that depend on them.
+
+    Attributes
+    ----------
+    batch : int
+        Samples.
+    sides : int
+        Right-hand sides ``T``.
+    contrast : bool
+        Whether the second half of them are differences.
+    """
+
+    batch: int
+    sides: int
+    contrast: bool
+
+    def rows(self, c: Tensor, axis: BatchAxis) -> Rows:
+        return Rows(c, axis, self.batch)
+
+    def mass(self, x: Tensor, c: Tensor, axis: BatchAxis) -> Tensor:
+        """``sum |x| |c|`` of every sample, ``[T, B]``; for the second half with contrast, of N."""
+        rows = self.rows(c, axis)
+        return ops.mass(rows.of(x, 0), rows.of(c, 1), self.contrast)
+
+    def rescale(self, c: Tensor, scale: Tensor, axis: BatchAxis) -> Tensor:
+        """Multiply P by its scale and N by its own, on the pair (P, D)."""
+        rows = self.rows(c, axis)
+        return rows.back(ops.rescale(rows.of(c, 1), scale, self.contrast), c)
+
+    def merge(self, x: Tensor, parts: list[Contribution], axis: BatchAxis) -> Contribution:
+        """Relevance from several readers adds; each part has its target mass first."""
+        if len(parts) == 1:
+            return parts[0]
+        scaled = [(p.c, *self.scale(x, p, axis)) for p in parts]
+        target = torch.stack([alive for _, _, alive in scaled]).sum(0)
+        (first, first_scale, _), (second, second_scale, _), *others = scaled
+        rows = self.rows(first, axis)
+        c = rows.back(
+            ops.merge(rows.of(first, 1), first_scale, rows.of(second, 1), second_scale, self.contrast), first
+        )
+        for other, scale, _ in others:
+            c = c + self.rescale(other, scale, axis)
+        return Contribution(c, target, target)
+
+    def scale(self, x: Tensor, part: Contribution, axis: BatchAxis) -> tuple[Tensor, Tensor]:
+        """The factor that gives ``part`` its target mass, and the mass it then has (0 where it is all zero)."""
+        actual = part.actual if part.actual is not None else self.mass(x, part.c, axis)
+        alive = actual > 0
+        return divide(part.target, actual), torch.where(alive, part.target, torch.zeros_like(part.target))
+
+    def exact(self, x: Tensor, part: Contribution, axis: BatchAxis) -> Contribution:
+        """``part`` scaled to its target mass."""
+        if part.actual is part.target:
+            return part
+        scale, alive = self.scale(x, part, axis)
+        return Contribution(self.rescale(part.c, scale, axis), alive, alive)
+
+
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    """``a / b`` with 0 where ``b`` is 0: relevance that is zero everywhere stays zero."""
+    zero = b == 0
+    return torch.where(zero, torch.zeros_like(a), a / torch.where(zero, torch.ones_like(b), b))

@@ -1,0 +1,828 @@
+"""absLRP, relative absolute magnitude LRP, in coefficient form.
+
+Source: Vukadin, Afrić, Šilić, Delač, "Advancing Attribution-Based Neural Network Explainability through
+Relative Absolute Magnitude Layer-Wise Relevance Propagation and Multi-Component Evaluation", ACM TIST 15(3):47,
+2024, arXiv 2412.09311. ``docs/rules.md`` derives every pull-back below from the general definition
+
+    R = N(x * d/dx <f(x) + f_abs(|x|), R/|f|>)
+
+with ``R = |x| c``: division and multiplication cancel, and coefficients ``c`` are pulled back like gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramp_fast import gemm, ops
+from ramp_fast import graph as g
+from ramp_fast.graph import Node
+from ramp_fast.relevance import Bookkeeping, Contribution, divide
+from ramp_fast.rules.base import Facts, Flow, Operation, Values, reduce_to, vjp
+from ramp_fast.rules.moves import Join, Move, Part, Parts
+
+aten = torch.ops.aten
+
+# A constant this low added to attention scores is a mask: it is left out of softmax(|S|) as -inf is.
+MASK_BELOW = -99.0
+
+
+@dataclass(frozen=True)
+class RelativeStabilizer:
+    """A stabilizer proportional to the spread of a sample's logits.
+
+    Parameters
+    ----------
+    factor : float
+        The stabilizer is ``factor * std(logits)`` of each sample. Between 0.05 and 0.2 it leaves the maps'
+        meaning alone and takes away most of their sensitivity to rounding (docs/rules.md, "Precision").
+    """
+
+    factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise ValueError(f"RelativeStabilizer needs a positive factor, got {self.factor}")
+
+
+@dataclass(frozen=True)
+class AbsLRP:
+    """The absLRP rule and its options.
+
+    Parameters
+    ----------
+    stabilizer : float or RelativeStabilizer
+        Added to the absolute value of the logits, the only division of the rule. 1e-9 as published.
+    shares : {"kept", "equal"}
+        At a junction (residual sum, attention product) each operand keeps the share of relevance it gets
+        ("kept", the rule "abslrp"), or all operands are scaled to mass 1 ("equal", "abslrp-release": the
+        published package's refactored release).
+    maxpool : {"auto", "divided", "undivided"}
+        Max-pooling sends ``c`` ("divided") or ``z c`` ("undivided") to the largest input. "auto", as published:
+        divided for networks with residual sums, undivided for the others.
+    fold_batchnorm : bool
+        Fold BatchNorm into the convolution before it first (Guillemot et al. 2020, arXiv 2002.11018).
+    """
+
+    stabilizer: float | RelativeStabilizer = 1e-9
+    shares: str = "kept"
+    maxpool: str = "auto"
+    fold_batchnorm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shares not in ("kept", "equal"):
+            raise ValueError(f'shares must be "kept" or "equal", got {self.shares!r}')
+        if self.maxpool not in ("auto", "divided", "undivided"):
+            raise ValueError(f'maxpool must be "auto", "divided" or "undivided", got {self.maxpool!r}')
+        if not isinstance(self.stabilizer, RelativeStabilizer) and not float(self.stabilizer) >= 0:
+            raise ValueError(f"stabilizer must not be negative, got {self.stabilizer}")
+
+    @property
+    def gates_attention(self) -> bool:
+        """Whether only positive head outputs, queries and keys carry relevance."""
+        return self.shares == "kept"
+
+    def start(self, seed: Tensor, logits: Tensor) -> Tensor:
+        """Coefficients at the logits, ``seed / (|logit| + stabilizer)``; ``seed`` is ``[T, B, classes]``.
+
+        A logit of exactly zero without stabilizer gets no relevance.
+        """
+        size = logits.abs()
+        if isinstance(self.stabilizer, RelativeStabilizer):
+            size = size + self.stabilizer.factor * logits.std(-1, keepdim=True, unbiased=False)
+        else:
+            size = size + self.stabilizer
+        return divide(seed, size.expand_as(seed))
+
+    def finish(self, c: Tensor, images: Tensor) -> Tensor:
+        """Relevance of pixels from their coefficients."""
+        return images.abs() * c
+
+    def operation(self, node: Node, facts: Facts) -> Operation:
+        """The operation of ``node`` under this rule."""
+        if node.kind == g.MOVE:
+            return (Join if node.params["how"] in ("cat", "stack") else Move)(node, facts)
+        facts.extra.update(gated=self.gates_attention, shares=self.shares)
+        return TABLE[node.kind](node, facts)
+
+    def gated_output(self, node: Node) -> bool:
+        """Whether relevance of non-positive outputs of ``node`` is dropped by its own pull-back."""
+        if node.kind == g.ATTENTION or (node.kind == g.MATMUL and node.params["role"] == "attend"):
+            return self.gates_attention
+        return node.kind in (g.ACTIVATION, g.GATE)
+
+
+def _share(target: Tensor, masses: list[Tensor], shares: str) -> list[Tensor]:
+    """Target masses of a junction's operands."""
+    if shares == "equal":
+        one = torch.ones_like(target)
+        return [one] * len(masses)
+    total = torch.stack(masses).sum(0)
+    return [divide(target * m, total) for m in masses]
+
+
+def _gate(c: Tensor, x: Tensor) -> Tensor:
+    """``[x > 0] c``, zero where ``c`` is not finite and gated."""
+    return torch.where(x > 0, c, torch.zeros((), dtype=c.dtype, device=c.device))
+
+
+def _selected(acc_positive: Tensor, acc_negative: Tensor, x: Tensor) -> Tensor:
+    zero = torch.zeros((), dtype=acc_positive.dtype, device=acc_positive.device)
+    return torch.where(x > 0, acc_positive, torch.where(x < 0, acc_negative, zero))
+
+
+# Weighted layers: c_x = 2 W+^T c where x > 0, 2 W-^T c where x < 0
+
+
+class _Weighted(Operation):
+    forward_map: gemm.Map
+    positive: gemm.Map | None
+    both: gemm.Map
+
+    def needs(self) -> list[Node]:
+        only_sign = not self.facts.positive_input and not self.facts.emits_pair
+        return [self.node.operands[0]] if only_sign else []
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.forward_map.nbytes + self.both.nbytes
+
+    def effective(self, constants: dict[Node, Any]) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with everything that was folded into them."""
+        p = self.node.params
+        weight: Tensor = constants[p["weight"]]
+        bias: Tensor | None = constants[p["bias"]] if isinstance(p["bias"], Node) else None
+        if p.get("transposed"):
+            weight = weight.t()
+        column = (-1, *[1] * (weight.dim() - 1))
+        if "batch_norm" in p:
+            norm = {k: constants[v] if isinstance(v, Node) else v for k, v in p["batch_norm"].items()}
+            gain = (norm["var"].double() + norm["eps"]).rsqrt()
+            if norm["weight"] is not None:
+                gain = gain * norm["weight"].double()
+            shift = -norm["mean"].double() if bias is None else bias.double() - norm["mean"].double()
+            shift = shift * gain + (norm["bias"].double() if norm["bias"] is not None else 0.0)
+            weight = (weight.double() * gain.view(column)).to(weight.dtype)
+            bias = shift.to(weight.dtype)
+        if "scale" in p:
+            scale = constants[p["scale"]].flatten()
+            weight = weight * scale.view(column)
+            bias = None if bias is None else bias * scale
+        return weight, bias
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        return self.forward_map(values[self.node.operands[0]]), None
+
+
+class Linear(_Weighted):
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        weight, bias = self.effective(constants)
+        self.forward_map = gemm.Matrix(weight, bias)
+        plus = gemm.positive_part(weight).t()
+        if self.facts.positive_input:
+            # The factor 2 is exact in every binary format: it goes into the weights.
+            stacked = 2 * plus
+        else:
+            stacked = torch.cat([plus, gemm.negative_part(weight).t()])
+        self.both = gemm.Matrix(stacked.to(self.facts.precision.pullback))
+        self.forward_kernel = self.forward_map.kernel
+        sides = "W+" if self.facts.positive_input else "W+|W-"
+        select = "" if self.facts.positive_input else " > norm" if self.facts.emits_pair else " > sign_select"
+        self.pullback_kernel = f"{self.both.kernel} {sides}{select}"
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        acc = self.both(part.c.to(self.facts.precision.pullback).contiguous())
+        source = self.node.operands[0]
+        if self.facts.positive_input:
+            yield Flow(source, Contribution(acc, part.target))
+        elif self.facts.emits_pair:
+            yield Flow(source, Contribution(acc, part.target, pair=True))
+        else:
+            yield Flow(source, Contribution(ops.sign_select(acc, values[source]), part.target))
+
+
+class Conv(_Weighted):
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        weight, bias = self.effective(constants)
+        p = self.node.params
+        geometry = gemm.Geometry(p["stride"], p["padding"], p["dilation"], p["groups"])
+        size = self.node.operands[0].example[2:]
+        tiles = len(size) == 2 and geometry.tiles(weight, *size)
+        self.forward_map = gemm.PatchForward(weight, bias) if tiles else gemm.ConvForward(weight, bias, geometry)
+        halves = [gemm.positive_part(weight)]
+        if self.facts.positive_input:
+            halves = [2 * halves[0]]
+        else:
+            halves.append(gemm.negative_part(weight))
+        # W+ and W- side by side, as two groups of input channels within every group.
+        stacked = torch.cat(halves, 1).to(self.facts.precision.pullback)
+        self.both = gemm.PatchPullback(stacked) if tiles else gemm.ConvPullback(stacked, geometry, size)
+        self.forward_kernel = self.forward_map.kernel
+        self.pullback_kernel = f"{self.both.kernel} {'W+' if self.facts.positive_input else 'W+|W- > select'}"
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        c = part.c.to(self.facts.precision.pullback)
+        acc = self.both(c.flatten(0, 1)).unflatten(0, c.shape[:2])
+        source = self.node.operands[0]
+        if not self.facts.positive_input:
+            groups = self.node.params["groups"]
+            halves = acc.unflatten(2, (groups, 2, -1))
+            positive, negative = (halves[:, :, :, i].flatten(2, 3) for i in (0, 1))
+            acc = 2 * _selected(positive, negative, values[source])
+        yield Flow(source, Contribution(acc, part.target))
+
+
+# Diagonal operations: c_x = factor * c
+
+
+class _Diagonal(Operation):
+    """Keeps the factor; a subclass computes it together with the output."""
+
+    pullback_kernel = "scale_by"
+
+    def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [(self.node.example, self.facts.precision.pullback)]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        yield Flow(self.node.operands[0], Contribution(ops.scale_by(part.c, kept), part.target))
+
+
+class Activation(_Diagonal):
+    """``c_x = [f(x) > 0] (sign(x) f'(x) + f'(|x|)) c``; 2 [y > 0] c where f is like ReLU."""
+
+    def __init__(self, node: Node, facts: Facts) -> None:
+        super().__init__(node, facts)
+        if node.params["function"] == "gelu":
+            self.forward_kernel = "gelu_factor"
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        x = values[self.node.operands[0]]
+        dtype = self.facts.precision.pullback
+        if self.node.params["how"] == "relu":
+            y = values.call(self.node)
+            return y, (y > 0).to(dtype).mul_(2)
+        if self.node.params["function"] == "gelu":
+            tanh = self.node.kwargs.get("approximate", "none") == "tanh"
+            y, factor = ops.gelu_factor(x, tanh, dtype)
+            return y, factor
+        y, factor = smooth_factor(lambda u: self._function(u, values), x)
+        return y, factor.to(dtype)
+
+    def _function(self, u: Tensor, values: Values) -> Tensor:
+        args = (u, *g.map_nodes(values.__getitem__, self.node.args[1:]))
+        y: Tensor = self.node.target(*args, **g.map_nodes(values.__getitem__, self.node.kwargs))
+        return y
+
+
+def smooth_factor(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """``f(x)`` and ``[f(x) > 0] (sign(x) f'(x) + f'(|x|))``, slopes by autograd; 0 where a slope is not finite."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def slope(u: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = u.detach().requires_grad_()
+            y = function(leaf)
+            (d,) = torch.autograd.grad(y.sum(), leaf)
+        return y.detach(), d
+
+    y, at_x = slope(wide)
+    _, at_abs = slope(wide.abs())
+    factor = torch.where(y > 0, wide.sign() * at_x + at_abs, torch.zeros_like(y))
+    return y.to(x.dtype), torch.nan_to_num(factor, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+class BatchNorm(_Diagonal):
+    """``c_x = (sign(x) g + |g|) / sqrt(var + eps) * c``."""
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        p = {k: constants[v] if isinstance(v, Node) else v for k, v in self.node.params.items()}
+        wide = p["var"].to(torch.promote_types(p["var"].dtype, torch.float32))
+        inverse = (wide + p["eps"]).rsqrt()
+        gain = inverse if p["weight"] is None else p["weight"] * inverse
+        shape = (-1, *[1] * (len(self.node.example) - 2))
+        shift = -p["mean"] * gain + (p["bias"] if p["bias"] is not None else 0.0)
+        dtype = self.facts.precision.forward
+        self.gain, self.shift = gain.view(shape).to(dtype), shift.view(shape).to(dtype)
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        x = values[self.node.operands[0]]
+        dtype = self.facts.precision.pullback
+        factor = torch.addcmul(self.gain.abs(), x.sign(), self.gain).to(dtype)
+        return torch.addcmul(self.shift, x, self.gain), factor
+
+
+class Scale(Operation):
+    """A constant factor: ``|s| c`` for one number, ``2 |s| [s x > 0] c`` (the linear rule) for a tensor."""
+
+    def needs(self) -> list[Node]:
+        return [] if self._number else [self.node.operands[0]]
+
+    @property
+    def _number(self) -> bool:
+        factor = self.node.params["factor"]
+        return not isinstance(factor, Node) or all(s == 1 for s in factor.example)
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        factor = values[self.node.params["factor"]]
+        source = self.node.operands[0]
+        if not isinstance(factor, Tensor):
+            size = 1 / abs(factor) if self.node.params["inverse"] else abs(factor)
+            c = part.c * size
+        else:
+            wide = factor.to(torch.promote_types(part.c.dtype, torch.float32))
+            size = wide.abs().reciprocal() if self.node.params["inverse"] else wide.abs()
+            c = part.c * size.to(part.c.dtype)
+            if not self._number:
+                c = 2 * _gate(c, values[source] * factor)
+        yield Flow(source, Contribution(reduce_to(c, source_shape(values, source, c)), part.target))
+
+
+def source_shape(values: Values, source: Node, c: Tensor) -> torch.Size:
+    """Shape of ``source``'s value, from the coefficients' own where it is no longer held."""
+    try:
+        shape: torch.Size = values[source].shape
+    except KeyError:
+        shape = c.shape[1:]
+    return shape
+
+
+class Gate(Operation):
+    """A linear layer with weight one: relevance of non-positive entries is dropped."""
+
+    def needs(self) -> list[Node]:
+        return [self.node]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        yield Flow(self.node.operands[0], Contribution(2 * _gate(part.c, values[self.node]), part.target))
+
+
+class LayerNorm(Operation):
+    """``c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) c``, statistics detached."""
+
+    pullback_kernel = "norm_pullback"
+
+    def __init__(self, node: Node, facts: Facts) -> None:
+        super().__init__(node, facts)
+        if facts.takes_pair:
+            self.pullback_kernel = "select_norm_pullback"
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        source = self.node.operands[0]
+        p = self.node.params
+        x = values[source]
+        weight = values[p["weight"]]
+        part = self.merged(parts, values, book)
+        if part.pair:
+            c, actual = ops.select_norm_pullback(part.c, x, weight, values[p["bias"]], p["eps"], book.contrast)
+            yield Flow(source, Contribution(c, part.target, actual))
+            return
+        dims = p["dims"]
+        flat = x.flatten(-dims), part.c.flatten(-dims), None if weight is None else weight.flatten()
+        c = ops.norm_pullback(flat[1], flat[0], flat[2], p["eps"]).view(part.c.shape)
+        yield Flow(source, Contribution(c, part.target))
+
+
+class RmsNorm(Operation):
+    """``c_x = (sign(x) w + |w|) / rms(x) * c``."""
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        source = self.node.operands[0]
+        p = self.node.params
+        part = self.merged(parts, values, book)
+        x = values[source].to(torch.promote_types(values[source].dtype, torch.float32))
+        axes = tuple(range(-p["dims"], 0))
+        eps = p["eps"] if p["eps"] is not None else torch.finfo(values[source].dtype).eps
+        inverse = (x.square().mean(axes, keepdim=True) + eps).rsqrt()
+        weight = values[p["weight"]]
+        factor = (1 + x.sign()) if weight is None else weight.abs() + x.sign() * weight
+        yield Flow(source, Contribution(ops.scale_by(part.c, factor * inverse), part.target))
+
+
+class GroupNorm(Operation):
+    """LayerNorm's pull-back with statistics over groups of channels."""
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        source = self.node.operands[0]
+        p = self.node.params
+        part = self.merged(parts, values, book)
+        x = values[source].to(torch.promote_types(values[source].dtype, torch.float32))
+        grouped = x.unflatten(1, (p["groups"], -1)).flatten(2)
+
+        def inverse_sigma(u: Tensor) -> Tensor:
+            return (u.var(-1, unbiased=False, keepdim=True) + p["eps"]).rsqrt().expand_as(u).reshape(x.shape)
+
+        shape = (-1, *[1] * (x.dim() - 2))
+        weight = values[p["weight"]]
+        gain = torch.ones((), dtype=x.dtype, device=x.device) if weight is None else weight.to(x.dtype).view(shape)
+        factor = x.sign() * gain * inverse_sigma(grouped) + gain.abs() * inverse_sigma(grouped.abs())
+        yield Flow(source, Contribution(ops.scale_by(part.c, factor), part.target))
+
+
+class Div(Operation):
+    """Division by a statistic of the images, detached: ``c_x = 2 [x d > 0] / |d| * c``."""
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0], self.node.params["denominator"]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        source = self.node.operands[0]
+        x, denominator = values[source], values[self.node.params["denominator"]]
+        size = denominator.abs().to(torch.promote_types(denominator.dtype, torch.float32))
+        c = 2 * _gate(divide(part.c, size.expand(part.c.shape[1:]).expand_as(part.c)), x * denominator)
+        yield Flow(source, Contribution(reduce_to(c.to(part.c.dtype), x.shape), part.target))
+
+
+# Junctions
+
+
+class Add(Operation):
+    """``c_a = 2 [a > 0] c``, ``c_b = 2 [b > 0] c``, each with its share; constants take theirs away."""
+
+    pullback_kernel = "junction"
+
+    def needs(self) -> list[Node]:
+        return [n for n in self.node.operands if not n.constant]
+
+    @property
+    def _plain(self) -> bool:
+        """Two tensors of the same shape, added."""
+        a, *rest = self.node.operands
+        same = len(rest) == 1 and a.example == rest[0].example and a.batch == rest[0].batch
+        return same and not a.constant and not rest[0].constant and self.node.params["signs"] == (1, 1)
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        shares = self.facts.extra["shares"]
+        if not self._plain:
+            yield from self._general(self.merged(parts, values, book), values, book, shares)
+            return
+        first, second = self.node.operands
+        a, b = values[first], values[second]
+        rows = book.rows(parts[0].c, self.node.batch)
+        flat_a, flat_b = rows.of(a, 0), rows.of(b, 0)
+        if len(parts) == 2:
+            x = values[self.node]
+            scales = [book.scale(x, p, self.node.batch) for p in parts]
+            target = scales[0][1] + scales[1][1]
+            c_a, c_b, m_a, m_b = ops.merge_junction(
+                rows.of(parts[0].c, 1),
+                scales[0][0],
+                rows.of(parts[1].c, 1),
+                scales[1][0],
+                flat_a,
+                flat_b,
+                book.contrast,
+                self.facts.precision.pullback if self.facts.extra.get("branch") is second else None,
+            )
+        else:
+            part = self.merged(parts, values, book)
+            target = part.target
+            c_a, c_b, m_a, m_b = ops.junction(rows.of(part.c, 1), flat_a, flat_b, book.contrast)
+        like = parts[0].c
+        t_a, t_b = _share(target, [m_a, m_b], shares)
+        yield Flow(first, Contribution(rows.back(c_a, like), t_a, m_a))
+        yield Flow(second, Contribution(rows.back(c_b, like), t_b, m_b))
+
+    def _general(self, part: Contribution, values: Values, book: Bookkeeping, shares: str) -> Iterator[Flow]:
+        p = self.node.params
+        flows: list[tuple[Node | None, Tensor, Tensor]] = []
+        for operand, sign in zip((p["first"], p["second"]), p["signs"], strict=True):
+            x = values[operand]
+            if not isinstance(x, Tensor):
+                x = torch.tensor(float(x), dtype=part.c.dtype, device=part.c.device)
+            full = x.expand(part.c.shape[1:])
+            c = 2 * _gate(part.c, full * sign)
+            if isinstance(operand, Node) and not operand.constant:
+                c = reduce_to(c, x.shape)
+                flows.append((operand, c, book.mass(x, c, operand.batch)))
+            else:
+                flows.append((None, c, book.mass(full, c, self.node.batch)))
+        targets = _share(part.target, [m for _, _, m in flows], shares)
+        for (node, c, actual), target in zip(flows, targets, strict=True):
+            if node is not None:
+                yield Flow(node, Contribution(c, target, actual))
+
+
+class Mul(Operation):
+    """``c_a = 2 |b| [a b > 0] c`` and likewise for b: both get the same relevance."""
+
+    def needs(self) -> list[Node]:
+        return list(self.node.operands)
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        first, second = self.node.operands
+        a, b = values[first], values[second]
+        c = 2 * _gate(part.c, a * b)
+        flows = []
+        for operand, x, other in ((first, a, b), (second, b, a)):
+            own = reduce_to(c * other.abs().to(c.dtype), x.shape)
+            flows.append((operand, own, book.mass(x, own, operand.batch)))
+        targets = _share(part.target, [m for _, _, m in flows], self.facts.extra["shares"])
+        for (node, own, actual), target in zip(flows, targets, strict=True):
+            yield Flow(node, Contribution(own, target, actual))
+
+
+class Matmul(Operation):
+    """``z = a b``: ``c_a = sign(a) (c b^T) + c |b|^T`` and likewise for b, a junction.
+
+    With kept shares, attention's products are gated: the output of A V, the operands of Q K^T.
+    """
+
+    def needs(self) -> list[Node]:
+        own = [self.node] if self._gates_output else []
+        return list(self.node.operands) + own
+
+    @property
+    def _gates_output(self) -> bool:
+        return bool(self.facts.extra["gated"]) and self.node.params["role"] == "attend"
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        dtype = self.facts.precision.pullback
+        c = part.c.to(dtype)
+        if self._gates_output:
+            c = _gate(c, values[self.node])
+        first, second = self.node.operands
+        a, b = values[first], values[second]
+        only_positive = self.facts.extra["gated"] and self.node.params["role"] == "scores"
+        c_a = pull_product(c, b.mT, a, dtype, only_positive, lambda u, v: u @ v)
+        c_b = pull_product(c, a.mT, b, dtype, only_positive, lambda u, v: v @ u)
+        flows = [
+            (first, reduce_to(c_a, a.shape)),
+            (second, reduce_to(c_b, b.shape)),
+        ]
+        masses = [book.mass(values[n], own, n.batch) for n, own in flows]
+        targets = _share(part.target, masses, self.facts.extra["shares"])
+        for (node, own), target, actual in zip(flows, targets, masses, strict=True):
+            yield Flow(node, Contribution(own, target, actual))
+
+
+def pull_product(
+    c: Tensor, other: Tensor, x: Tensor, dtype: torch.dtype, only_positive: bool, product: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """``2 (c other+)`` where ``x > 0``, ``2 (c other-)`` where ``x < 0`` (or nowhere else, ``only_positive``)."""
+    positive = product(c, (2 * gemm.positive_part(other)).to(dtype))
+    if only_positive:
+        return _gate(positive, x)
+    return _selected(positive, product(c, (2 * gemm.negative_part(other)).to(dtype)), x)
+
+
+class Softmax(Operation):
+    """``c_S = (sign(S) A + softmax(|S|)) c``, denominators detached."""
+
+    pullback_kernel = "softmax_pullback"
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        source = self.node.operands[0]
+        scores = values[source]
+        dim = self.node.params["dim"] % scores.dim()
+        c = ops.softmax_pullback(masked(scores).movedim(dim, -1), part.c.movedim(dim + 1, -1))
+        yield Flow(source, Contribution(c.movedim(-1, dim + 1), part.target))
+
+
+def masked(scores: Tensor) -> Tensor:
+    """Scores with everything a mask has pushed far down at minus infinity."""
+    return scores.masked_fill(scores < MASK_BELOW, float("-inf"))
+
+
+class Attention(Operation):
+    """``softmax(scale Q K^T + bias) V``: softmax and both products with their junctions, in one step."""
+
+    pullback_kernel = "attention"
+
+    def needs(self) -> list[Node]:
+        own = [self.node] if self.facts.extra["gated"] else []
+        return list(self.node.operands) + own
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        p = self.node.params
+        q, k, v = (values[n] for n in self.node.operands)
+        mask = values[p["mask"]] if p["mask"] is not None else None
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, 0.0, p["causal"], scale=p["scale"], enable_gqa=p["grouped"]
+        )
+        return out, None
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        p, gated, shares = self.node.params, self.facts.extra["gated"], self.facts.extra["shares"]
+        dtype = self.facts.precision.pullback
+        nodes = self.node.operands
+        q, k, v = (values[n] for n in nodes)
+        heads = k.shape[1]
+        if p["grouped"]:
+            repeat = q.shape[1] // heads
+            k, v = (t.repeat_interleave(repeat, 1) for t in (k, v))
+        c = part.c.to(dtype)
+        if gated:
+            c = _gate(c, values[self.node])
+        query = q * p["scale"]
+        plain, bias = self._scores(query, k, values)
+        scores = plain if bias is None else plain + bias
+        weights = torch.nan_to_num(scores.softmax(-1))
+        axis = self.node.batch
+
+        c_a = c @ (2 * gemm.positive_part(v)).to(dtype).mT
+        c_v = self._fold(2 * _gate(weights.to(dtype).mT @ c, v), heads)
+        m_a, m_v = book.mass(weights, c_a, axis), book.mass(values[nodes[2]], c_v, nodes[2].batch)
+        t_a, t_v = _share(part.target, [m_a, m_v], shares)
+
+        c_s = ops.softmax_pullback(scores, c_a)
+        if bias is not None:
+            c_s, t_a = self._take_bias(c_s, t_a, plain, bias, axis, book, shares)
+        c_q = pull_product(c_s, k, query, dtype, gated, lambda u, w: u @ w) * p["scale"]
+        c_k = self._fold(pull_product(c_s.mT, query, k, dtype, gated, lambda u, w: u @ w), heads)
+        m_q, m_k = book.mass(q, c_q, axis), book.mass(values[nodes[1]], c_k, nodes[1].batch)
+        t_q, t_k = _share(t_a, [m_q, m_k], shares)
+        for node, own, target, actual in zip(
+            nodes, (c_q, c_k, c_v), (t_q, t_k, t_v), (m_q, m_k, m_v), strict=True
+        ):
+            if not node.constant:
+                yield Flow(node, Contribution(own, target, actual))
+
+    @staticmethod
+    def _fold(c: Tensor, heads: int) -> Tensor:
+        """Sum the coefficients of a key or value head over the query heads that share it."""
+        return c if c.shape[2] == heads else c.unflatten(2, (heads, -1)).sum(3)
+
+    def _scores(self, query: Tensor, k: Tensor, values: Values) -> tuple[Tensor, Tensor | None]:
+        """``Q K^T`` with masked entries at minus infinity, and the additive bias apart from the mask."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scores = query.to(wide) @ k.to(wide).mT
+        p = self.node.params
+        if p["causal"]:
+            keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            return scores.masked_fill(~keep, float("-inf")), None
+        if p["mask"] is None:
+            return scores, None
+        mask = values[p["mask"]]
+        if mask.dtype == torch.bool:
+            return scores.masked_fill(~mask, float("-inf")), None
+        hidden = mask < MASK_BELOW
+        bias = mask.masked_fill(hidden, 0.0).to(wide)
+        return scores.masked_fill(hidden, float("-inf")), bias
+
+    @staticmethod
+    def _take_bias(
+        c: Tensor, target: Tensor, plain: Tensor, bias: Tensor, axis: g.BatchAxis, book: Bookkeeping, shares: str
+    ) -> tuple[Tensor, Tensor]:
+        """The junction ``S = Q K^T + bias``: the bias takes its share away."""
+        finite = plain.masked_fill(plain.isinf(), 0.0)
+        own = 2 * _gate(c, finite)
+        taken = 2 * _gate(c, bias)
+        masses = [book.mass(finite, own, axis), book.mass(bias.expand_as(plain), taken, axis)]
+        return own, _share(target, masses, shares)[0]
+
+
+# Pools and linear maps
+
+
+class LinearPool(Operation):
+    """A linear layer with constant weights that are not negative: ``c_x = 2 [x > 0] L^T c``."""
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        source = self.node.operands[0]
+        x = values[source]
+        p = self.node.params
+        if p["how"] == "vjp":
+
+            def pool(leaf: Tensor) -> Tensor:
+                args = [leaf if a is source else values[a] if isinstance(a, Node) else a for a in self.node.args]
+                y: Tensor = self.node.target(*args, **self.node.kwargs)
+                return y
+
+            c = vjp(pool, tuple(x.shape), part.c)
+        else:
+            c = part.c
+            if not p["keepdim"]:
+                for d in p["dims"]:
+                    c = c.unsqueeze(d + 1)
+            if p["how"] == "mean":
+                count = 1
+                for d in p["dims"]:
+                    count *= x.shape[d]
+                c = c / count
+        yield Flow(source, Contribution(2 * _gate(c, x), part.target))
+
+
+class MaxPool(Operation):
+    """``c_x = unpool(c)``, or ``unpool(z c)`` in the undivided form."""
+
+    def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [(self.node.example, torch.int64)]
+
+    def needs(self) -> list[Node]:
+        return [] if self.facts.extra["divided"] else [self.node]
+
+    def _arguments(self) -> tuple[Any, ...]:
+        p = self.node.params
+        return p["kernel_size"], p["stride"], p["padding"], p["dilation"], p["ceil_mode"]
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        x = values[self.node.operands[0]]
+        y, indices = aten.max_pool2d_with_indices.default(x, *self._arguments())
+        return y, (indices, x.shape, x.is_contiguous())
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        indices, shape, plain = kept
+        wide = self.facts.precision.accumulate
+        c = part.c.to(wide)
+        if not self.facts.extra["divided"]:
+            c = c * values[self.node].to(wide)
+        layout = torch.contiguous_format if plain else torch.channels_last
+        like = torch.empty(shape, dtype=wide, device=c.device).contiguous(memory_format=layout)
+        sides = [
+            aten.max_pool2d_with_indices_backward.default(
+                side.contiguous(memory_format=layout), like, *self._arguments(), indices
+            )
+            for side in c
+        ]
+        yield Flow(self.node.operands[0], Contribution(torch.stack(sides).to(part.c.dtype), part.target))
+
+
+class LinearMap(Operation):
+    """A linear function with weights of both signs: ``c_x = sign(x) L^T c + |L|^T c``."""
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        source = self.node.operands[0]
+        x = values[source]
+        function = self.node.target
+        constants = [values[n] for n in self.node.args[1:]]
+        wide = part.c.to(self.facts.precision.accumulate)
+        signed = vjp(lambda u: function(u, *constants), tuple(x.shape), wide)
+        absolute = vjp(lambda u: function.absolute(u, *constants), tuple(x.shape), wide)  # type: ignore[attr-defined]
+        yield Flow(source, Contribution((x.sign() * signed + absolute).to(part.c.dtype), part.target))
+
+
+class Generic(_Diagonal):
+    """strict=False: an unknown elementwise operation under the general definition."""
+
+    pullback_kernel = "autograd"
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        source = self.node.operands[0]
+
+        def function(u: Tensor) -> Tensor:
+            args = [u if a is source else values[a] if isinstance(a, Node) else a for a in self.node.args]
+            y: Tensor = self.node.target(*args, **self.node.kwargs)
+            return y
+
+        y, factor = smooth_factor(function, values[source])
+        return y, factor.to(self.facts.precision.pullback)
+
+
+TABLE: dict[str, type[Operation]] = {
+    g.LINEAR: Linear,
+    g.CONV: Conv,
+    g.BATCH_NORM: BatchNorm,
+    g.LAYER_NORM: LayerNorm,
+    g.GROUP_NORM: GroupNorm,
+    g.RMS_NORM: RmsNorm,
+    g.ACTIVATION: Activation,
+    g.ADD: Add,
+    g.MUL: Mul,
+    g.DIV: Div,
+    g.SCALE: Scale,
+    g.MATMUL: Matmul,
+    g.SOFTMAX: Softmax,
+    g.ATTENTION: Attention,
+    g.MAX_POOL: MaxPool,
+    g.LINEAR_POOL: LinearPool,
+    g.GATE: Gate,
+    g.LINEAR_MAP: LinearMap,
+    g.PARTS: Parts,
+    g.PART: Part,
+    g.GENERIC: Generic,
+}

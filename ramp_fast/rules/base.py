@@ -1,0 +1,140 @@
+"""What every rule shares: the interface of an operation and the linear-algebra helpers of pull-backs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ramp_fast import graph as g
+from ramp_fast.gemm import Precision
+from ramp_fast.graph import Node
+from ramp_fast.relevance import Bookkeeping, Contribution
+
+
+class Flow(NamedTuple):
+    """Relevance on its way to ``node``; ``part`` numbers one output of a node with several."""
+
+    node: Node
+    contribution: Contribution
+    part: int | None = None
+
+
+@dataclass
+class Facts:
+    """What the plan knows about one node and tells its operation.
+
+    Attributes
+    ----------
+    precision : Precision
+    positive_input : bool
+        Relevance can only reach positive entries of the weighted operand: ``W+`` is enough.
+    emits_pair : bool
+        The operation below selects between ``W+^T c`` and ``W-^T c`` itself.
+    takes_pair : bool
+        The operation above leaves that selection to this one.
+    norm_above : Node or None
+        The normalisation's reader, where the two run as one step.
+    """
+
+    precision: Precision
+    positive_input: bool = False
+    emits_pair: bool = False
+    takes_pair: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Values:
+    """Values of nodes during one run; constants resolve to what was prepared for this precision."""
+
+    def __init__(self, constants: dict[Node, Any]) -> None:
+        self._constants = constants
+        self._values: dict[Node, Any] = {}
+
+    def __getitem__(self, node: Any) -> Any:
+        if not isinstance(node, Node):
+            return node
+        if node in self._values:
+            return self._values[node]
+        return self._constants[node]
+
+    def __setitem__(self, node: Node, value: Any) -> None:
+        self._values[node] = value
+
+    def drop(self, node: Node) -> None:
+        self._values.pop(node, None)
+
+    def call(self, node: Node) -> Any:
+        """The node's own ATen call on these values."""
+        return node.target(*g.map_nodes(self.__getitem__, node.args), **g.map_nodes(self.__getitem__, node.kwargs))
+
+
+class Operation:
+    """One node under one rule: forward pass, what it keeps for later, and the pull-back.
+
+    Attributes
+    ----------
+    forward_kernel, pullback_kernel : str
+        Names of the routines, for ``print(engine.plan)``.
+    """
+
+    forward_kernel = "aten"
+    pullback_kernel = "torch"
+
+    def __init__(self, node: Node, facts: Facts) -> None:
+        self.node, self.facts = node, facts
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        """Pack weights; called again when the model's weights have changed."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of packed weights."""
+        return 0
+
+    def needs(self) -> list[Node]:
+        """Nodes whose values the pull-back reads."""
+        return []
+
+    def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of what the forward pass keeps besides :meth:`needs`."""
+        return []
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        """The node's value, and what to keep besides :meth:`needs`."""
+        return values.call(self.node), None
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        """Relevance of the operands from that of the output (``parts``, one per reader)."""
+        raise NotImplementedError
+
+    def merged(self, parts: list[Contribution], values: Values, book: Bookkeeping) -> Contribution:
+        """The readers' relevance as one contribution."""
+        if len(parts) == 1:
+            return parts[0]
+        return book.merge(values[self.node], parts, self.node.batch)
+
+
+def vjp(function: Callable[[Tensor], Tensor], like: Tensor | tuple[int, ...], c: Tensor) -> Tensor:
+    """``J^T c`` for every right-hand side of ``c`` ``[T, *out]``, of a function linear in its argument.
+
+    ``like`` is the point of linearisation, or the shape of the argument where the point does not matter.
+    """
+    with torch.enable_grad():
+        leaf = torch.zeros(like, dtype=c.dtype, device=c.device) if isinstance(like, tuple) else like.detach().to(c.dtype)
+        leaf = leaf.requires_grad_()
+        out = function(leaf)
+        grads = [torch.autograd.grad(out, leaf, side, retain_graph=True)[0] for side in c]
+    return torch.stack(grads)
+
+
+def reduce_to(c: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """Sum ``c`` ``[T, *out]`` over the axes along which an operand of ``shape`` was broadcast."""
+    lead = c.dim() - 1 - len(shape)
+    if lead:
+        c = c.sum(tuple(range(1, 1 + lead)))
+    axes = tuple(i + 1 for i, s in enumerate(shape) if s == 1 and c.shape[i + 1] != 1)
+    return c.sum(axes, keepdim=True) if axes else c

@@ -1,0 +1,166 @@
+"""Operations that move values: coefficients move back along, under every rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramp_fast.graph import Node
+from ramp_fast.relevance import Bookkeeping, Contribution
+from ramp_fast.rules.base import Flow, Operation, Values, reduce_to, vjp
+
+_Inverse = Callable[[Tensor, Node, torch.Size], Tensor]
+
+
+def _reshape(c: Tensor, node: Node, shape: torch.Size) -> Tensor:
+    return c.reshape(c.shape[0], *shape)
+
+
+def _permute(c: Tensor, node: Node, shape: torch.Size) -> Tensor:
+    dims = node.params["dims"]
+    inverse = [0] * len(dims)
+    for place, source in enumerate(dims):
+        inverse[source] = place
+    return c.permute(0, *(d + 1 for d in inverse))
+
+
+def _slice(c: Tensor, node: Node, shape: torch.Size) -> Tensor:
+    p = node.params
+    full = c.new_zeros(c.shape[0], *shape)
+    index: list[Any] = [slice(None)] * full.dim()
+    index[p["dim"] + 1] = slice(p["start"], p["end"], p["step"])
+    full[tuple(index)] = c
+    return full
+
+
+def _select(c: Tensor, node: Node, shape: torch.Size) -> Tensor:
+    full = c.new_zeros(c.shape[0], *shape)
+    full.select(node.params["dim"] + 1, node.params["index"]).copy_(c)
+    return full
+
+
+def _expand(c: Tensor, node: Node, shape: torch.Size) -> Tensor:
+    return reduce_to(c, shape)
+
+
+_INVERSES: dict[str, _Inverse] = {
+    "reshape": _reshape,
+    "permute": _permute,
+    "slice": _slice,
+    "select": _select,
+    "expand": _expand,
+}
+
+
+class Move(Operation):
+    """One operand, one output; mass stays what it is."""
+
+    pullback_kernel = "view"
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        return values.call(self.node), values[self.node.operands[0]].shape
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        node = self.node
+        part = self.merged(parts, values, book)
+        how = node.params["how"]
+        if how == "vjp":
+            source = node.operands[0]
+
+            def move(leaf: Tensor) -> Tensor:
+                args = [leaf if a is source else _resolved(values, a) for a in node.args]
+                moved: Tensor = node.target(*args, **{k: _resolved(values, v) for k, v in node.kwargs.items()})
+                return moved
+
+            c = vjp(move, tuple(kept), part.c)
+        else:
+            c = _INVERSES[how](part.c, node, kept)
+        # Only sums over copies (expand and its like) can change the mass.
+        actual = None if how in ("expand", "vjp") else part.actual
+        yield Flow(node.operands[0], Contribution(c, part.target, actual))
+
+
+def _resolved(values: Values, argument: Any) -> Any:
+    from ramp_fast.graph import map_nodes
+
+    return map_nodes(values.__getitem__, argument)
+
+
+class Join(Operation):
+    """cat and stack: every operand gets its part, with the mass that part carries."""
+
+    def needs(self) -> list[Node]:
+        return [self.node] if len(self.node.sources) > 1 else []
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        sizes = [values[n].shape for n in self.node.operands]
+        return values.call(self.node), sizes
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        node = self.node
+        part = self.merged(parts, values, book)
+        dim = node.params["dim"] + 1
+        several = len(node.sources) > 1
+        if several:
+            part = book.exact(values[node], part, node.batch)
+        if node.params["how"] == "stack":
+            pieces = list(part.c.unbind(dim))
+            own = list(values[node].unbind(dim - 1)) if several else []
+        else:
+            lengths = [s[dim - 1] for s in kept]
+            pieces = list(part.c.split(lengths, dim))
+            own = list(values[node].split(lengths, dim - 1)) if several else []
+        for i, operand in enumerate(node.operands):
+            if operand.constant:
+                continue
+            if not several:
+                yield Flow(operand, Contribution(pieces[i], part.target))
+                continue
+            mass = book.mass(own[i], pieces[i], operand.batch)
+            yield Flow(operand, Contribution(pieces[i], mass, mass))
+
+
+class Parts(Operation):
+    """unbind, split and chunk: the readers' parts are put together again."""
+
+    pullback_kernel = "copy"
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        pieces = values.call(self.node)
+        return pieces, (values[self.node.operands[0]].shape, [p.shape for p in pieces])
+
+    def join(self, pieces: dict[int, Tensor], kept: Any) -> Tensor:
+        shape, shapes = kept
+        first = next(iter(pieces.values()))
+        dtype = first.dtype
+        for piece in pieces.values():
+            dtype = torch.promote_types(dtype, piece.dtype)
+        whole = first.new_empty(first.shape[0], *shape, dtype=dtype)
+        dim = self.node.params["dim"] + 1
+        if self.node.params["how"] == "unbind":
+            places = whole.unbind(dim)
+        else:
+            places = whole.split([s[dim - 1] for s in shapes], dim)
+        for i, place in enumerate(places):
+            if i in pieces:
+                place.copy_(pieces[i])
+            else:
+                place.zero_()
+        return whole
+
+
+class Part(Operation):
+    """One output of :class:`Parts`: its relevance is scaled here, so that the parts can be put together."""
+
+    pullback_kernel = "rescale"
+
+    def needs(self) -> list[Node]:
+        return [self.node]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        part = book.exact(values[self.node], part, self.node.batch)
+        yield Flow(self.node.operands[0], part, self.node.params["index"])

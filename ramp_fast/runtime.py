@@ -1,0 +1,99 @@
+"""Runtime: runs a plan on a batch, forward and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramp_fast import graph as g
+from ramp_fast.graph import Node
+from ramp_fast.plan import Plan
+from ramp_fast.relevance import Bookkeeping, Contribution
+from ramp_fast.rules.base import Flow, Values
+from ramp_fast.rules.moves import Parts
+
+# From the logits [B, classes] to coefficients at the logits [T, B, classes] and whether they are a contrast.
+Seed = Callable[[Tensor], tuple[Tensor, bool]]
+
+
+def run(plan: Plan, images: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
+    """Forward pass and pull-back of one micro-batch.
+
+    Parameters
+    ----------
+    plan : Plan
+        Prepared.
+    images : Tensor
+        ``[B, C, H, W]`` in the plan's forward dtype, on the weights' device.
+    seed : callable
+        Called once with the logits.
+
+    Returns
+    -------
+    relevance : Tensor
+        ``[T, B, C, H, W]``; P and N of every pair have mass 1 (or 0 where there is none), with contrast the
+        second half is their difference.
+    logits : Tensor
+        ``[B, classes]``.
+    """
+    values = Values(plan.constants)
+    values[plan.graph.input] = images
+    kept: dict[Node, Any] = {}
+    for step in plan.steps:
+        node = step.node
+        if step.operation is None:
+            values[node] = values.call(node)
+        else:
+            values[node], saved = step.operation.forward(values)
+            if step.carries:
+                kept[node] = saved
+        for done in step.drop_forward:
+            values.drop(done)
+
+    logits: Tensor = values[plan.graph.output]
+    wide = logits.to(plan.precision.accumulate)
+    c, contrast = seed(wide)
+    book = Bookkeeping(images.shape[0], c.shape[0], contrast)
+    target = c.new_ones(c.shape[:2])
+    pending: dict[Node, list[Contribution]] = {plan.graph.output: [Contribution(c, target, None)]}
+    pieces: dict[Node, dict[int, Contribution]] = {}
+
+    for step in reversed(plan.steps):
+        node, operation = step.node, step.operation
+        if operation is not None and step.carries:
+            if isinstance(operation, Parts):
+                flows = [_joined(operation, pieces.pop(node, {}), kept.pop(node))]
+            else:
+                parts = pending.pop(node, [])
+                saved = kept.pop(node)
+                flows = list(operation.pullback(parts, values, saved, book)) if parts else []
+            for flow in flows:
+                if flow is None:
+                    continue
+                if flow.part is None:
+                    pending.setdefault(flow.node, []).append(flow.contribution)
+                else:
+                    pieces.setdefault(flow.node, {})[flow.part] = flow.contribution
+            del flows
+        for done in step.drop_pullback:
+            values.drop(done)
+
+    source = plan.graph.input
+    arrived = pending.get(source)
+    if not arrived:
+        return torch.zeros(c.shape[0], *images.shape, dtype=plan.precision.accumulate, device=c.device), wide
+    final = book.merge(images, arrived, source.batch)
+    wide_c = final.c.to(plan.precision.accumulate)
+    one = Contribution(wide_c, torch.ones_like(final.target))
+    return plan.rule.finish(book.exact(images, one, source.batch).c, images.to(wide_c.dtype)), wide
+
+
+def _joined(operation: Parts, parts: dict[int, Contribution], kept: Any) -> Flow | None:
+    if not parts:
+        return None
+    c = operation.join({i: p.c for i, p in parts.items()}, kept)
+    target = torch.stack([p.target for p in parts.values()]).sum(0)
+    return Flow(operation.node.operands[0], Contribution(c, target, target))
