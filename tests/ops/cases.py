@@ -1,0 +1,262 @@
+"""One description per operator: how to draw its arguments, and the magnitudes that its errors are measured in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ramp_fast.ops import _registry
+from ramp_fast.ops._common import mass_equation, rescale_equation
+
+EPS = 1e-6
+
+# Around the sizes at which the kernels change course: vectors (16), blocks (512) and chunks (8192).
+INNER = [(), (0,), (1,), (3,), (16,), (5, 7), (513,), (3, 4, 5), (2, 4097), (17, 31, 3)]
+ROWS = [(1,), (5,), (0, 4), (3, 0), (1, 1), (7, 16), (3, 513), (2, 3, 33), (31, 270)]
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float64, torch.float64),
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a case varies over."""
+
+    rhs: int = 2
+    batch: int = 2
+    inner: tuple[int, ...] = (5, 7)
+    rows: tuple[int, ...] = (3, 33)
+    c_dtype: torch.dtype = torch.float32
+    x_dtype: torch.dtype = torch.float32
+    contrast: bool = True
+    seed: int = 0
+    zeros: bool = False
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        return torch.float64 if torch.float64 in (self.c_dtype, self.x_dtype) else torch.float32
+
+
+@st.composite
+def options(draw: st.DrawFn) -> Options:
+    c_dtype, x_dtype = draw(st.sampled_from(DTYPES))
+    contrast = draw(st.booleans())
+    return Options(
+        rhs=draw(st.sampled_from([2, 4] if contrast else [1, 2, 3])),
+        batch=draw(st.integers(0, 3)),
+        inner=draw(st.sampled_from(INNER)),
+        rows=draw(st.sampled_from(ROWS)),
+        c_dtype=c_dtype,
+        x_dtype=x_dtype,
+        contrast=contrast,
+        seed=draw(st.integers(0, 2**31)),
+        zeros=draw(st.booleans()),
+    )
+
+
+class Draw:
+    """Random tensors of a case, reproducible by its seed."""
+
+    def __init__(self, o: Options) -> None:
+        self.o = o
+        self.generator = torch.Generator().manual_seed(o.seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
+
+    def sample(self, *shape: int) -> Tensor:
+        """Activations [B, ...]; some exactly 0 (and one sample as a whole) if the case asks for zeros."""
+        x = self.normal(self.o.batch, *shape, dtype=self.o.x_dtype)
+        if self.o.zeros and x.numel():
+            x[torch.rand(x.shape, generator=self.generator) < 0.3] = 0
+            x[0] = 0
+        return x
+
+    def coefficient(self, *shape: int) -> Tensor:
+        c = self.normal(self.o.rhs, self.o.batch, *shape, dtype=self.o.c_dtype)
+        if self.o.zeros and c.numel():
+            c[:, -1] = 0
+        return c
+
+    def scale(self) -> Tensor:
+        dtype = torch.float64 if self.o.arithmetic == torch.float64 else torch.float32
+        return self.normal(self.o.rhs, self.o.batch, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator: its arguments for given options, and per output the magnitude of its terms (float64)."""
+
+    name: str
+    arguments: Callable[[Options], tuple[Any, ...]]
+    magnitude: Callable[..., tuple[Tensor, ...]]
+
+    def expected(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """The reference in float64."""
+        return as_tuple(_registry._operators[self.name].reference(*in_float64(args)))
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+
+def in_float64(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        a.double() if isinstance(a, Tensor) else torch.float64 if isinstance(a, torch.dtype) else a for a in args
+    )
+
+
+def _rescale_magnitude(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
+    # with all signs such that nothing cancels: s_P - s_N becomes |s_P| + |s_N|
+    if not contrast:
+        return rescale_equation(c.abs(), scale.abs(), False)
+    half = scale.shape[0] // 2
+    signs = scale.abs()
+    signs[half:] *= -1
+    terms = c.abs()
+    terms[half:] *= -1
+    return rescale_equation(terms, signs, True).abs()
+
+
+def _merge_magnitude(first: Tensor, s: Tensor, second: Tensor, t: Tensor, contrast: bool) -> Tensor:
+    return _rescale_magnitude(first, s, contrast) + _rescale_magnitude(second, t, contrast)
+
+
+def _uncancelled_mass(x: Tensor, c: Tensor, contrast: bool) -> Tensor:
+    """The mass if P and -D had the same sign everywhere."""
+    terms = c.abs()
+    if contrast:
+        terms[terms.shape[0] // 2 :] *= -1
+    return mass_equation(x, terms, contrast)
+
+
+def _split_magnitude(c: Tensor, a: Tensor, b: Tensor, contrast: bool) -> tuple[Tensor, ...]:
+    return 2 * c, 2 * c, 2 * _uncancelled_mass(a, c, contrast), 2 * _uncancelled_mass(b, c, contrast)
+
+
+def _mass(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    return d.sample(*o.inner), d.coefficient(*o.inner), o.contrast
+
+
+def _rescale(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    return d.coefficient(*o.inner), d.scale(), o.contrast
+
+
+def _merge(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    second = d.coefficient(*o.inner).to(o.x_dtype)
+    return d.coefficient(*o.inner), d.scale(), second, d.scale(), o.contrast
+
+
+def _junction(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    b_dtype = o.x_dtype if o.seed % 2 else None
+    return d.coefficient(*o.inner), d.sample(*o.inner), d.sample(*o.inner), o.contrast, b_dtype
+
+
+def _merge_junction(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    b_dtype = o.x_dtype if o.seed % 2 else None
+    return *_merge(o)[:4], d.sample(*o.inner), d.sample(*o.inner), o.contrast, b_dtype
+
+
+def _norm(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    weight = d.normal(o.rows[-1], dtype=torch.float32) if o.seed % 3 else None
+    return d.coefficient(*o.rows), d.sample(*o.rows), weight, EPS
+
+
+def _norm_factor_magnitude(x: Tensor, weight: Tensor | None) -> Tensor:
+    w = 1 if weight is None else weight.abs()
+    return w * sum(((u - u.mean(-1, keepdim=True)).square().mean(-1, keepdim=True) + EPS).rsqrt() for u in (x, x.abs()))
+
+
+def _select_norm(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    width = o.rows[-1]
+    x = d.sample(*o.rows)
+    weight = d.normal(width, dtype=torch.float32) if o.seed % 3 else None
+    bias = d.normal(width, dtype=torch.float32) if o.seed % 2 else None
+    acc = d.coefficient(*o.rows[:-1], 2 * width)
+    # which half is chosen is decided by rounding where the normalised value is almost 0: make both 0 there
+    n = torch.nn.functional.layer_norm(
+        x.double(),
+        (width,),
+        None if weight is None else weight.double(),
+        None if bias is None else bias.double(),
+        EPS,
+    )
+    near = n.abs() < 1e-3
+    return acc.masked_fill(torch.cat((near, near), -1), 0), x, weight, bias, EPS, o.contrast
+
+
+def _select_norm_magnitude(
+    acc: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, contrast: bool
+) -> tuple[Tensor, ...]:
+    upper, lower = acc.abs().tensor_split(2, -1)
+    c = 2 * torch.maximum(upper, lower) * _norm_factor_magnitude(x, weight)
+    return c, _uncancelled_mass(x, c, contrast)
+
+
+def _sign_select(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    return d.coefficient(*o.rows[:-1], 2 * o.rows[-1]), d.sample(*o.rows)
+
+
+def _scale_by(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    return d.coefficient(*o.inner), d.sample(*o.inner)
+
+
+def _gelu(o: Options) -> tuple[Any, ...]:
+    return 3 * Draw(o).sample(*o.inner), o.contrast, o.c_dtype
+
+
+def _softmax(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    scores = (8 * d.sample(*o.rows)).clamp(-30, 30)
+    if o.zeros and scores.numel():
+        scores[torch.rand(scores.shape, generator=d.generator) < 0.3] = -torch.inf
+        scores[..., 0, :] = -torch.inf  # a whole row (or, of one row, all of it)
+    return scores, d.coefficient(*o.rows)
+
+
+def _softmax_magnitude(scores: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    masked = scores == -torch.inf
+    both = scores.softmax(-1) + scores.abs().masked_fill(masked, -torch.inf).softmax(-1)
+    return (both.masked_fill(masked, 0) * c.abs(),)
+
+
+CASES = {
+    case.name: case
+    for case in [
+        Case("mass", _mass, lambda x, c, contrast: (_uncancelled_mass(x, c, contrast),)),
+        Case("rescale", _rescale, lambda *a: (_rescale_magnitude(*a),)),
+        Case("merge", _merge, lambda *a: (_merge_magnitude(*a),)),
+        Case("junction", _junction, lambda c, a, b, contrast, _: _split_magnitude(c.abs(), a, b, contrast)),
+        Case(
+            "merge_junction",
+            _merge_junction,
+            lambda f, s, g, t, a, b, contrast, _: _split_magnitude(
+                _merge_magnitude(f, s, g, t, contrast), a, b, contrast
+            ),
+        ),
+        Case("norm_pullback", _norm, lambda c, x, w, eps: (_norm_factor_magnitude(x, w) * c.abs(),)),
+        Case("select_norm_pullback", _select_norm, _select_norm_magnitude),
+        Case("sign_select", _sign_select, lambda acc, x: (torch.zeros(()),)),
+        Case("scale_by", _scale_by, lambda c, f: (c.abs() * f.abs(),)),
+        Case("gelu_factor", _gelu, lambda x, tanh, _: (x.abs(), 2 + 2 * x.abs())),
+        Case("softmax_pullback", _softmax, _softmax_magnitude),
+    ]
+}

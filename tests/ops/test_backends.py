@@ -1,0 +1,217 @@
+"""Choice of backend and instruction set, loading of the extension, and its DLPack boundary."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from ramp_fast import BackendError, ops
+from ramp_fast.ops import _registry
+
+needs_extension = pytest.mark.skipif(_registry.extension is None, reason="tests the C++ extension itself")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAMP_FAST_")} | environment
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+
+
+# Makes `ramp_fast._C` impossible to find, as in an installation that was built without a compiler.
+WITHOUT_EXTENSION = """
+import importlib.util, warnings
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "ramp_fast._C" else find_spec(name, package)
+"""
+
+
+def test_without_the_extension_there_is_one_warning_and_the_reference_runs() -> None:
+    result = python(
+        WITHOUT_EXTENSION
+        + """
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import ramp_fast
+    from ramp_fast import ops
+    import torch
+    assert ops.mass(torch.ones(1, 3), torch.ones(1, 1, 3), False).item() == 3
+ours = [w for w in caught if "ramp_fast" in str(w.message)]
+assert len(ours) == 1 and "without its C++ extension" in str(ours[0].message), ours
+assert "C++" in ops.unavailable("cpu")
+try:
+    ops.set_backend("cpu")
+except ramp_fast.BackendError as error:
+    print(error)
+"""
+    )
+    assert result.returncode == 0, result.stderr
+    assert "extension is missing" in result.stdout
+
+
+def test_a_required_extension_that_is_missing_is_an_error() -> None:
+    result = python(WITHOUT_EXTENSION + "import ramp_fast", RAMP_FAST_REQUIRE_EXTENSION="1")
+    assert "ImportError: ramp_fast is installed without its C++ extension" in result.stderr
+
+
+def test_import_does_not_load_torch() -> None:
+    result = python("import ramp_fast, sys; assert 'torch' not in sys.modules; print(ramp_fast.__version__)")
+    assert result.returncode == 0, result.stderr
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", ops.cpu_isas())
+def test_instruction_set_by_environment(isa: str) -> None:
+    result = python("from ramp_fast.ops import _registry as r; print(r.extension.active_isa())", RAMP_FAST_CPU_ISA=isa)
+    assert result.stdout.strip() == isa
+
+
+@needs_extension
+def test_unknown_instruction_set() -> None:
+    result = python("import ramp_fast.ops", RAMP_FAST_CPU_ISA="sse9")
+    assert "BackendError: RAMP_FAST_CPU_ISA" in result.stderr
+    assert "supported here: generic" in result.stderr
+    with pytest.raises(ValueError, match="does not run on this processor"):
+        ops.set_cpu_isa("sse9")
+
+
+def test_unknown_backend() -> None:
+    assert "BackendError: RAMP_FAST_BACKEND=gpu" in python("import ramp_fast.ops", RAMP_FAST_BACKEND="gpu").stderr
+    with pytest.raises(BackendError, match="unknown backend"):
+        ops.set_backend("gpu")
+
+
+def test_unavailable_backend() -> None:
+    with pytest.raises(BackendError, match="cannot run here"):
+        ops.set_backend("cuda")
+    assert ops.forced_backend() is None
+
+
+@needs_extension
+def test_default_backend_is_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    original = _registry.extension.mass
+    monkeypatch.setattr(_registry.extension, "mass", lambda *args: (calls.append("kernel"), original(*args)))
+    x, c = torch.ones(1, 3), torch.ones(1, 1, 3)
+    ops.mass(x, c, False)
+    assert calls == ["kernel"]
+    ops.set_backend("reference")
+    ops.mass(x, c, False)
+    assert calls == ["kernel"]
+
+
+@needs_extension
+def test_dtypes_without_a_kernel_fall_back_unless_the_backend_is_forced() -> None:
+    x, c = torch.ones(1, 3, dtype=torch.float16), torch.ones(1, 1, 3, dtype=torch.float16)
+    assert ops.mass(x, c, False).item() == 3
+    ops.set_backend("cpu")
+    with pytest.raises(BackendError, match=r"does not take torch\.float16"):
+        ops.mass(x, c, False)
+
+
+@needs_extension
+def test_a_forced_cpu_backend_refuses_other_devices() -> None:
+    ops.set_backend("cpu")
+    with pytest.raises(BackendError, match="does not run on cuda tensors"):
+        _registry._operators["mass"].chosen["cuda"]()
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_one_openmp_pool() -> None:
+    # after a parallel region of torch's and one of ours, one OpenMP runtime is mapped and no thread was added
+    result = python(
+        """
+import os, torch
+torch.set_num_threads(3)
+torch.randn(2000, 2000).exp_().sum()
+before = len(os.listdir("/proc/self/task"))
+from ramp_fast import ops
+from ramp_fast.ops import _registry
+ops.mass(torch.randn(4, 500_000), torch.randn(2, 4, 500_000), True)
+after = len(os.listdir("/proc/self/task"))
+mapped = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rpartition("/")[2]}
+print(len(mapped), after - before, _registry.openmp_pool in mapped)
+"""
+    )
+    assert result.stdout.split() == ["1", "0", "True"], result.stdout + result.stderr
+
+
+@needs_extension
+def test_numpy_arrays_through_capsules() -> None:
+    # not a torch tensor: the view comes from a DLPack capsule, which is consumed
+    x, c, out = np.full((1, 3), 2.0, np.float32), np.ones((1, 1, 3), np.float32), np.empty((1, 1), np.float32)
+    references = sys.getrefcount(x)
+    for _ in range(3):
+        _registry.extension.mass(x, c, out, False, 1)
+    assert out.item() == 6
+    assert sys.getrefcount(x) == references
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("x", "error", "problem"),
+    [
+        (torch.ones(1, 3, dtype=torch.float16), ValueError, "x must be float32, float64 or bfloat16"),
+        (torch.ones(1, 3, dtype=torch.int32), ValueError, "x must be float32"),
+        (torch.ones(1, 6)[:, ::2], ValueError, "same memory layout"),
+        (torch.ones(1, 1, 1, 1, 1, 1, 1, 1, 3), ValueError, "at most 8"),
+        ([1.0, 2.0], TypeError, "x must be a tensor"),
+        (None, TypeError, "x must be a tensor"),
+    ],
+)
+def test_views_refuse(x: object, error: type[Exception], problem: str) -> None:
+    with pytest.raises(error, match=problem):
+        _registry.extension.mass(x, torch.ones(1, 1, 3), torch.empty(1, 1), False, 1)
+
+
+@needs_extension
+def test_views_refuse_the_meta_device() -> None:
+    with pytest.raises((ValueError, BufferError, RuntimeError)):
+        _registry.extension.mass(torch.ones(1, 3, device="meta"), torch.ones(1, 1, 3), torch.empty(1, 1), False, 1)
+
+
+@needs_extension
+def test_kernels_release_the_interpreter_lock() -> None:
+    x, c = torch.randn(8, 1_000_000), torch.randn(2, 8, 1_000_000)
+    torch.set_num_threads(1)
+    ticks = 0
+    done = threading.Event()
+
+    def work() -> None:
+        for _ in range(10):
+            ops.mass(x, c, True)
+        done.set()
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # this thread only runs while the other one gives the lock up of its own accord
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        while not done.wait(0.0005):
+            ticks += 1
+        thread.join()
+    finally:
+        sys.setswitchinterval(switch)
+    assert ticks > 5
+
+
+@needs_extension
+def test_calls_from_several_threads() -> None:
+    x, c = torch.randn(2, 100_000), torch.randn(2, 2, 100_000)
+    expected = ops.mass(x, c, True)
+    results: list[bool] = []
+
+    def work() -> None:
+        results.extend(torch.equal(ops.mass(x, c, True), expected) for _ in range(20))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 80

@@ -1,0 +1,160 @@
+"""What holds for every operator: opcheck, layouts, independence of threads and of the batch, clear errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, Options, as_tuple
+from torch import Tensor
+
+from ramp_fast import ops
+
+LARGE = Options(rhs=4, batch=5, inner=(9, 4099), rows=(67, 521), seed=1, zeros=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name: str, dtype: torch.dtype, backend: str) -> None:
+    if ops.unavailable(backend):
+        pytest.skip(ops.unavailable(backend))
+    ops.set_backend(backend)
+    x_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    args = CASES[name].arguments(Options(c_dtype=dtype, x_dtype=x_dtype, seed=1))
+    torch.use_deterministic_algorithms(False)  # opcheck compares freshly allocated fakes
+    torch.library.opcheck(getattr(torch.ops.ramp_fast, name).default, args)
+
+
+@pytest.mark.parametrize("isa", ops.cpu_isas())
+@pytest.mark.parametrize("name", CASES)
+def test_threads_do_not_matter(name: str, isa: str) -> None:
+    ops.set_backend("cpu")
+    ops.set_cpu_isa(isa)
+    args = CASES[name].arguments(LARGE)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(as_tuple(getattr(ops, name)(*args)))
+    for other in results[1:]:
+        for expected, actual in zip(results[0], other, strict=True):
+            assert torch.equal(expected, actual)
+
+
+def _of_sample(args: tuple[object, ...], name: str, first: int, last: int) -> tuple[object, ...]:
+    """The same call with samples [first, last) only."""
+    coefficients = {"c", "first", "second", "first_scale", "second_scale", "scale", "acc"}
+    parameters = {"weight", "bias"}
+    schema = getattr(torch.ops.ramp_fast, name).default._schema
+    parts: list[object] = []
+    for argument, value in zip(schema.arguments, args, strict=True):
+        if not isinstance(value, Tensor) or argument.name in parameters:
+            parts.append(value)
+        else:
+            # at another address modulo the vector size than in the batch
+            part = value[:, first:last] if argument.name in coefficients else value[first:last]
+            shifted = torch.empty(part.numel() + 3, dtype=part.dtype)[3:].view(part.shape)
+            parts.append(shifted.copy_(part))
+    return tuple(parts)
+
+
+@pytest.mark.parametrize("isa", ops.cpu_isas())
+@pytest.mark.parametrize("name", CASES)
+def test_the_rest_of_the_batch_does_not_matter(name: str, isa: str) -> None:
+    ops.set_backend("cpu")
+    ops.set_cpu_isa(isa)
+    args = CASES[name].arguments(LARGE)
+    whole = as_tuple(getattr(ops, name)(*args))
+    batch_axis = 0 if name == "gelu_factor" else 1
+    for first, last in [(0, 1), (2, 3), (1, 4)]:
+        part = as_tuple(getattr(ops, name)(*_of_sample(args, name, first, last)))
+        for expected, actual in zip(whole, part, strict=True):
+            assert torch.equal(expected.narrow(batch_axis, first, last - first), actual)
+
+
+ELEMENTWISE = ["mass", "rescale", "merge", "junction", "merge_junction", "scale_by"]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_channels_last_stays_channels_last(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ops.unavailable(backend):
+        pytest.skip(ops.unavailable(backend))
+    ops.set_backend(backend)
+    args = CASES[name].arguments(Options(inner=(6, 5, 7)))
+    expected = as_tuple(getattr(ops, name)(*args))
+    moved = [a.movedim(-3, -1).contiguous().movedim(-1, -3) if _is_map(a) else a for a in args]
+    if backend == "cpu":
+        monkeypatch.setattr(Tensor, "contiguous", _only_small(Tensor.contiguous))
+    actual = as_tuple(getattr(ops, name)(*moved))
+    monkeypatch.undo()
+    for e, a in zip(expected, actual, strict=True):
+        torch.testing.assert_close(a, e)
+        if _is_map(a):
+            assert a.movedim(-3, -1).is_contiguous()
+
+
+def _is_map(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 3
+
+
+def _only_small(contiguous):  # type: ignore[no-untyped-def]
+    def checked(self: Tensor) -> Tensor:
+        assert not _is_map(self), "a tensor was copied"
+        return contiguous(self)
+
+    return checked
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", CASES)
+def test_strided_arguments(name: str, backend: str) -> None:
+    # a transposed coefficient, an expanded x, every other element: whatever the caller has
+    if ops.unavailable(backend):
+        pytest.skip(ops.unavailable(backend))
+    ops.set_backend(backend)
+    args = CASES[name].arguments(Options(inner=(6, 5, 7), rows=(5, 33)))
+    expected = as_tuple(getattr(ops, name)(*args))
+    for strided in (_every_other, _transposed):
+        actual = as_tuple(getattr(ops, name)(*[strided(a) if isinstance(a, Tensor) else a for a in args]))
+        for e, a in zip(expected, actual, strict=True):
+            torch.testing.assert_close(a, e)
+
+
+def _every_other(value: Tensor) -> Tensor:
+    return value.repeat_interleave(2, -1)[..., ::2]
+
+
+def _transposed(value: Tensor) -> Tensor:
+    return value.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def test_the_batch_may_be_inside_the_channels() -> None:
+    # dense and equal strides, but samples are not outermost: must not be taken for [T, B, elements]
+    c = torch.randn(2, 3, 4, 5).transpose(1, 2).contiguous().transpose(1, 2)
+    x = torch.randn(3, 4, 5).transpose(0, 1).contiguous().transpose(0, 1)
+    torch.testing.assert_close(ops.mass(x, c, False), ops.mass(x.contiguous(), c.contiguous(), False))
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda: ops.mass(torch.zeros(2, 5), torch.zeros(3, 2, 5), True), "must be even"),
+        (lambda: ops.mass(torch.zeros(2, 4), torch.zeros(2, 2, 5), False), "do not fit"),
+        (lambda: ops.mass(torch.zeros(5), torch.zeros(5), False), r"must be \[T, B"),
+        (lambda: ops.rescale(torch.zeros(2, 2, 5), torch.zeros(2, 3), False), "must have shape"),
+        (lambda: ops.junction(torch.zeros(2, 2, 5), torch.zeros(2, 5), torch.zeros(2, 6), False), "do not fit"),
+        (lambda: ops.norm_pullback(torch.zeros(2, 2, 5), torch.zeros(2, 5), torch.zeros(4), 1e-6), "must have shape"),
+        (
+            lambda: ops.select_norm_pullback(torch.zeros(2, 2, 5), torch.zeros(2, 5), None, None, 1e-6, False),
+            "must end in twice",
+        ),
+        (lambda: ops.sign_select(torch.zeros(2, 2, 5), torch.zeros(2, 5)), "must end in twice"),
+        (lambda: ops.scale_by(torch.zeros(2, 2, 5), torch.zeros(3, 5)), "do not fit"),
+        (lambda: ops.softmax_pullback(torch.zeros(2, 5), torch.zeros(2, 2, 6)), "do not fit"),
+    ],
+)
+def test_wrong_shapes(call, problem: str) -> None:  # type: ignore[no-untyped-def]
+    if ops.unavailable("cpu"):
+        pytest.skip(ops.unavailable("cpu"))
+    with pytest.raises(ValueError, match=problem):
+        call()

@@ -1,0 +1,149 @@
+"""Every operator, on every instruction set and as the float32 reference, against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, Options, as_tuple, in_float64, options
+from hypothesis import HealthCheck, given, settings
+from tolerances import assert_close
+
+from ramp_fast import ops
+
+VARIANTS = ["reference", *ops.cpu_isas()]
+
+# The fixtures only save and restore global state.
+examples = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def choose(variant: str) -> None:
+    if variant == "reference":
+        ops.set_backend("reference")
+    else:
+        ops.set_backend("cpu")
+        ops.set_cpu_isa(variant)
+
+
+def check(name: str, o: Options) -> None:
+    case = CASES[name]
+    args = case.arguments(o)
+    before = [a.clone() for a in args if isinstance(a, torch.Tensor)]
+    actual = as_tuple(getattr(ops, name)(*args))
+    for kept, a in zip(before, (a for a in args if isinstance(a, torch.Tensor)), strict=True):
+        assert torch.equal(kept, a), "an argument was written to"
+    magnitudes = as_tuple(case.magnitude(*in_float64(args)))
+    arithmetic = o.x_dtype if name == "gelu_factor" and o.x_dtype == torch.float64 else o.arithmetic
+    if name == "gelu_factor" and o.x_dtype != torch.float64:
+        arithmetic = torch.float32
+    for index, outputs in enumerate(zip(actual, case.expected(args), magnitudes, strict=True)):
+        assert_close(name, index, *outputs, arithmetic)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", CASES)
+@given(o=options())
+@examples
+def test_against_float64(name: str, variant: str, o: Options) -> None:
+    choose(variant)
+    check(name, o)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("batch", [0, 2])
+def test_large(name: str, variant: str, batch: int) -> None:
+    # several chunks, blocks and a tail in each sample, enough work for several threads
+    choose(variant)
+    check(name, Options(rhs=4, batch=batch, inner=(9, 4099), rows=(67, 521)))
+
+
+def output_dtypes(name: str, c_dtype: torch.dtype, x_dtype: torch.dtype) -> list[torch.dtype]:
+    args = CASES[name].arguments(Options(c_dtype=c_dtype, x_dtype=x_dtype, seed=1))
+    return [out.dtype for out in as_tuple(getattr(ops, name)(*args))]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_output_dtypes(backend: str) -> None:
+    if ops.unavailable(backend):
+        backend = "reference"
+    ops.set_backend(backend)
+    bf16, f32, f64 = torch.bfloat16, torch.float32, torch.float64
+    assert output_dtypes("mass", bf16, bf16) == [f32]
+    assert output_dtypes("mass", f64, f64) == [f64]
+    assert output_dtypes("merge", bf16, f32) == [f32]
+    assert output_dtypes("merge", bf16, bf16) == [bf16]
+    assert output_dtypes("junction", f32, bf16) == [f32, bf16, f32, f32]
+    assert output_dtypes("merge_junction", bf16, bf16) == [bf16, bf16, f32, f32]
+    assert output_dtypes("norm_pullback", bf16, f32) == [bf16]
+    assert output_dtypes("select_norm_pullback", bf16, f32) == [f32, f32]
+    assert output_dtypes("select_norm_pullback", f64, f64) == [f64, f64]
+    assert output_dtypes("sign_select", bf16, f32) == [bf16]
+    assert output_dtypes("gelu_factor", bf16, f32) == [f32, bf16]
+    assert output_dtypes("softmax_pullback", bf16, f32) == [bf16]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_bfloat16_values_round_trip(variant: str) -> None:
+    # scale_by 1 loads, multiplies and stores: every bfloat16 must survive, NaN and infinities included
+    choose(variant)
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    out = ops.scale_by(every.view(1, 1, -1), torch.ones(1, 2**16))
+    torch.testing.assert_close(out.flatten(), every, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rounding_to_bfloat16_is_to_nearest_even(variant: str) -> None:
+    choose(variant)
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (1, 1, 50_000), generator=generator).to(torch.int32)
+    bits[..., ::3] = bits[..., ::3] & ~0xFFFF | 0x8000  # halfway between two bfloat16 values
+    a = torch.ones(1, 50_000)
+    c = bits.view(torch.float32) / 2
+    c_b = ops.junction(c, a, a, False, torch.bfloat16)[1]
+    torch.testing.assert_close(c_b, (2 * c).to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merge_junction_is_junction_of_merge(variant: str) -> None:
+    choose(variant)
+    first, s, second, t, a, b, contrast, _ = CASES["merge_junction"].arguments(Options(rhs=4, batch=3, inner=(700,)))
+    fused = ops.merge_junction(first, s, second, t, a, b, contrast)
+    separate = ops.junction(ops.merge(first, s, second, t, contrast), a, b, contrast)
+    for x, y in zip(fused, separate, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_softmax_of_masked_rows(variant: str) -> None:
+    choose(variant)
+    scores = torch.tensor([[0.0, -torch.inf, 0.0], [-torch.inf] * 3, [0.0, -2.0, 500.0]])[None]
+    c = torch.full((1, 1, 3, 3), torch.inf)
+    c[..., 0, ::2] = 1
+    c[..., 2, :] = 1
+    out = ops.softmax_pullback(scores, c)[0, 0]
+    # masked entries give 0 even against an infinite coefficient; sign(0) is 0, so only softmax(|S|) is left
+    torch.testing.assert_close(out[0], torch.tensor([0.5, 0.0, 0.5]))
+    assert torch.equal(out[1], torch.zeros(3))
+    torch.testing.assert_close(out[2], torch.tensor([0.0, 0.0, 2.0]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_constant_rows_without_epsilon(variant: str) -> None:
+    choose(variant)
+    x = torch.zeros(1, 2, 5)
+    out = ops.norm_pullback(torch.ones(1, 1, 2, 5), x, None, 0.0)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tanh_approx", [False, True])
+def test_gelu_over_its_range(variant: str, tanh_approx: bool) -> None:
+    choose(variant)
+    x = torch.cat([torch.linspace(-12, 12, 20_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 1e4, -1e4])])
+    y, factor = ops.gelu_factor(x, tanh_approx, torch.float32)
+    wide = x.double().requires_grad_()
+    exact = torch.nn.functional.gelu(wide, approximate="tanh" if tanh_approx else "none")
+    (slope,) = torch.autograd.grad(exact.sum(), wide)
+    assert_close("gelu_factor", 0, y, exact.detach(), x.double().abs(), torch.float32)
+    gate = exact.detach() > 0
+    assert_close("gelu_factor", 1, factor, 2 * gate * slope, 2 + 2 * x.double().abs().clamp_max(12), torch.float32)

@@ -1,0 +1,79 @@
+"""One table of tolerances, and the comparison that uses it.
+
+An error is measured in units of the element's magnitude: the sum of the absolute values of the terms that it is the
+sum of (``Case.magnitude``). So cancellation is allowed for exactly, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# What storing a result in its dtype costs: half a unit in the last place.
+STORE = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+
+# What computing it costs, by operator and dtype of arithmetic, each with its reason.
+COMPUTE = {
+    # 512 terms are summed in 16 or fewer float lanes before they go on in double
+    ("mass", torch.float32): 2e-6,
+    ("mass", torch.float64): 1e-14,
+    # two products and two sums
+    ("rescale", torch.float32): 4e-7,
+    ("rescale", torch.float64): 1e-15,
+    # twice that and a sum
+    ("merge", torch.float32): 6e-7,
+    ("merge", torch.float64): 2e-15,
+    # coefficients are exact (times 2); the masses as above
+    ("junction", torch.float32): 2e-6,
+    ("junction", torch.float64): 1e-14,
+    # merge, then masses
+    ("merge_junction", torch.float32): 3e-6,
+    ("merge_junction", torch.float64): 1e-14,
+    # variances of a row in float32, two passes; square root and division halve and round
+    ("norm_pullback", torch.float32): 4e-6,
+    ("norm_pullback", torch.float64): 1e-13,
+    # the same and a mass
+    ("select_norm_pullback", torch.float32): 6e-6,
+    ("select_norm_pullback", torch.float64): 1e-13,
+    # a choice and a doubling: exact
+    ("sign_select", torch.float32): 0.0,
+    ("sign_select", torch.float64): 0.0,
+    # one product
+    ("scale_by", torch.float32): 1e-7,
+    ("scale_by", torch.float64): 2e-16,
+    # rational erf (3e-7 near its clamp at 4), exp with 1e-7, argument squares up to 100 half-units
+    ("gelu_factor", torch.float32): 6e-7,
+    ("gelu_factor", torch.float64): 1e-15,
+    # exp(s - max) carries the rounding of s - max: 2^-24 times up to 60, twice
+    ("softmax_pullback", torch.float32): 8e-6,
+    ("softmax_pullback", torch.float64): 2e-14,
+}
+
+# Below this, exp flushes to zero (exp(-87) and smaller) and products leave the range of float32.
+FLOOR = 1e-36
+
+
+def assert_close(
+    name: str, index: int, actual: Tensor, expected: Tensor, magnitude: Tensor, arithmetic: torch.dtype
+) -> None:
+    """Compare one output with its float64 reference; the message names the worst element and how many fail."""
+    assert actual.shape == expected.shape
+    if actual.numel() == 0:
+        return
+    assert not actual.isnan().any(), (
+        f"{name}[{index}]: {int(actual.isnan().sum())} elements are NaN or were not written"
+    )
+    allowed = (COMPUTE[name, arithmetic] + STORE[actual.dtype]) * magnitude.expand_as(expected) + FLOOR
+    error = (actual.double() - expected).abs()
+    failing = error > allowed
+    if failing.any():
+        ratio = (error / allowed).flatten()
+        worst = int(ratio.argmax())
+        position = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), expected.shape))
+        norm = expected.norm().clamp_min(torch.finfo(torch.float64).tiny)
+        raise AssertionError(
+            f"{name}[{index}] {tuple(expected.shape)} {actual.dtype}: {int(failing.sum())} of {failing.numel()} "
+            f"elements are off, worst {ratio[worst]:.3g} times the tolerance at {position}: "
+            f"{actual.flatten()[worst].item()!r} instead of {expected.flatten()[worst].item()!r}; "
+            f"relative error of the whole {float(error.norm() / norm):.3g}"
+        )
