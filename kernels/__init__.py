@@ -1,0 +1,1 @@
+"""Triton kernels, one family per file; imported by `ramp_fast.ops` at the first use of each."""

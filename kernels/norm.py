@@ -1,0 +1,108 @@
+"""LayerNorm's pull-back.
+
+    c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) c,    sigma(u) = sqrt(var(u) + eps) over the row
+
+One program per row: statistics of x and |x| in two passes (the row stays in cache), then every right-hand side.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ramp_fast.kernels.common import compute_dtype
+
+MAX_BLOCK = 4096
+
+
+@triton.jit
+def _inverse(variance, eps):
+    sigma = tl.sqrt(variance + eps)
+    return tl.where(sigma > 0, 1 / sigma, 0.0)
+
+
+@triton.jit
+def norm_pullback_kernel(
+    c_ptr,  # [T, rows, width]
+    x_ptr,  # [rows, width]
+    weight_ptr,  # [width]; not read unless HAS_WEIGHT
+    out_ptr,  # [T, rows, width]
+    rhs,  # T
+    rows,
+    width,
+    EPS: tl.constexpr,  # a constant, so that float64 does not get a float32 epsilon
+    HAS_WEIGHT: tl.constexpr,
+    COMPUTE: tl.constexpr,  # float32 or float64
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    x_row = x_ptr + row * width
+
+    total = tl.zeros([BLOCK], COMPUTE)
+    total_absolute = tl.zeros([BLOCK], COMPUTE)
+    for start in range(0, width, BLOCK):
+        inside = start + columns < width
+        x = tl.load(x_row + start + columns, mask=inside, other=0.0).to(COMPUTE)
+        total += x
+        total_absolute += tl.abs(x)
+    mean = tl.sum(total, 0) / width
+    mean_absolute = tl.sum(total_absolute, 0) / width
+
+    squares = tl.zeros([BLOCK], COMPUTE)
+    squares_absolute = tl.zeros([BLOCK], COMPUTE)
+    for start in range(0, width, BLOCK):
+        inside = start + columns < width
+        x = tl.load(x_row + start + columns, mask=inside, other=0.0).to(COMPUTE)
+        centred = tl.where(inside, x - mean, 0.0)
+        centred_absolute = tl.where(inside, tl.abs(x) - mean_absolute, 0.0)
+        squares += centred * centred
+        squares_absolute += centred_absolute * centred_absolute
+    inverse = _inverse(tl.sum(squares, 0) / width, EPS)
+    inverse_absolute = _inverse(tl.sum(squares_absolute, 0) / width, EPS)
+
+    for start in range(0, width, BLOCK):
+        inside = start + columns < width
+        x = tl.load(x_row + start + columns, mask=inside, other=0.0).to(COMPUTE)
+        if HAS_WEIGHT:
+            w = tl.load(weight_ptr + start + columns, mask=inside, other=0.0).to(COMPUTE)
+        else:
+            w = tl.full([BLOCK], 1.0, COMPUTE)
+        sign = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(COMPUTE)
+        factor = sign * w * inverse + tl.abs(w) * inverse_absolute
+        for t in range(rhs):
+            offset = (t * rows.to(tl.int64) + row) * width + start + columns
+            c = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+            tl.store(out_ptr + offset, (factor * c).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def norm_pullback(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """``ramp_fast::norm_pullback`` for c [T, B, ..., K], x [B, ..., K], weight [K]."""
+    if x.ndim < 1 or c.shape[1:] != x.shape or (weight is not None and weight.shape != x.shape[-1:]):
+        raise ValueError(f"c {list(c.shape)} must be [T, *x.shape] with x {list(x.shape)}, weight [{x.shape[-1]}]")
+    c, x = c.contiguous(), x.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    out = torch.empty_like(c)
+    if out.numel() == 0:
+        return out
+    width = x.shape[-1]
+    rows = x.numel() // width
+    block = min(triton.next_power_of_2(width), MAX_BLOCK)
+    with torch.cuda.device_of(c):
+        norm_pullback_kernel[(rows,)](
+            c,
+            x,
+            x if weight is None else weight,
+            out,
+            c.shape[0],
+            rows,
+            width,
+            EPS=eps,
+            HAS_WEIGHT=weight is not None,
+            COMPUTE=compute_dtype(c, x)[1],
+            BLOCK=block,
+            num_warps=4 if block <= 1024 else 8,
+        )
+    return out
