@@ -130,6 +130,11 @@ def load_model(
             f"{full_name} has no classifier (0 classes); pass --num-classes with a --checkpoint that has one"
         )
     names = ClassNames.imagenet(count) if class_names is None else ClassNames.from_file(class_names, count)
+    if "img_size" in extra:
+        # timm builds the model for this size, but its data config goes on naming the published one.
+        size = extra["img_size"]
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        preprocessing.setdefault("input_size", (3, int(height), int(width)))
     return LoadedModel(model.eval(), full_name, weights, Preprocessing.of_model(model, **preprocessing), names)
 
 
@@ -243,9 +248,11 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
         raise ModelError(f"{file}: {'not a file' if file.exists() else 'no such checkpoint file'}")
     content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    while isinstance(content, Mapping):
+        wrapped = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if wrapped is None:
+            break
+        content = wrapped
     if not isinstance(content, Mapping) or not content:
         raise ModelError(f"{file}: holds {type(content).__name__}, not a state dict")
     stray = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
