@@ -42,10 +42,7 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "sign_select": (both, x),
         "scale_by": (normal(RHS, BATCH, TOKENS, HIDDEN).bfloat16(), hidden),
         "gelu_factor": (hidden, False, torch.bfloat16),
-        "softmax_pullback": (
-            normal(BATCH, HEADS, TOKENS, TOKENS),
-            normal(RHS, BATCH, HEADS, TOKENS, TOKENS).bfloat16(),
-        ),
+        "softmax_pullback": (normal(BATCH, HEADS, TOKENS, TOKENS), attention),
     }
 
 
