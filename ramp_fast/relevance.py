@@ -132,6 +132,30 @@ class Bookkeeping:
         return Contribution(self.rescale(part.c, scale, axis), alive, alive)
 
 
+    def centred(self, part: Contribution, axis: BatchAxis) -> Contribution:
+        """``part`` with N scaled so that it is about as large as P, which makes D as small as it can be.
+
+        Between two places where masses are restored P and N drift apart, and D would carry that drift through
+        reduced-precision products only for it to cancel later. Any positive scale of N is allowed there; a
+        sample of the coefficients is enough to choose one.
+        """
+        if not self.contrast or part.actual is not None or part.c.numel() == 0:
+            return part
+        rows = self.rows(part.c, axis)
+        flat = rows.of(part.c, 1)
+        stride = max(1, flat.shape[-1] // _CENTRE_SAMPLE)
+        p, d = flat[..., ::stride].to(part.target.dtype).chunk(2)
+        n = (p - d).abs().sum(-1)
+        alpha = torch.where(n > 0, divide(p.abs().sum(-1), n), torch.ones_like(n))
+        alpha = torch.where(alpha > 0, alpha, torch.ones_like(alpha))
+        scale = torch.cat([torch.ones_like(alpha), alpha])
+        return Contribution(rows.back(ops.rescale(flat, scale, True), part.c), part.target, None, part.pair)
+
+
+# Coefficients that `Bookkeeping.centred` looks at, about, per right-hand side and sample.
+_CENTRE_SAMPLE = 8192
+
+
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """``a / b`` with 0 where ``b`` is 0: relevance that is zero everywhere stays zero."""
     zero = b == 0

@@ -73,10 +73,11 @@ def run(plan: Plan, images: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
             for flow in flows:
                 if flow is None:
                     continue
+                contribution = plan.rule.leave(node, flow.contribution)
                 if flow.part is None:
-                    pending.setdefault(flow.node, []).append(flow.contribution)
+                    pending.setdefault(flow.node, []).append(contribution)
                 else:
-                    pieces.setdefault(flow.node, {})[flow.part] = flow.contribution
+                    pieces.setdefault(flow.node, {})[flow.part] = contribution
             del flows
         for done in step.drop_pullback:
             values.drop(done)

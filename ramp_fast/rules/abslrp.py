@@ -109,6 +109,12 @@ class AbsLRP:
         facts.extra.update(gated=self.gates_attention, shares=self.shares)
         return TABLE[node.kind](node, facts)
 
+    def leave(self, node: Node, contribution: Contribution) -> Contribution:
+        """What leaves an operation: with equal shares every operation but a move has mass 1 below it."""
+        if self.shares == "equal" and node.kind not in (g.MOVE, g.PARTS, g.PART):
+            contribution.target = torch.ones_like(contribution.target)
+        return contribution
+
     def gated_output(self, node: Node) -> bool:
         """Whether relevance of non-positive outputs of ``node`` is dropped by its own pull-back."""
         if node.kind == g.ATTENTION or (node.kind == g.MATMUL and node.params["role"] == "attend"):
@@ -119,8 +125,7 @@ class AbsLRP:
 def _share(target: Tensor, masses: list[Tensor], shares: str) -> list[Tensor]:
     """Target masses of a junction's operands."""
     if shares == "equal":
-        one = torch.ones_like(target)
-        return [one] * len(masses)
+        return [torch.ones_like(target)] * len(masses)
     total = torch.stack(masses).sum(0)
     return [divide(target * m, total) for m in masses]
 
@@ -195,7 +200,7 @@ class Linear(_Weighted):
         self.pullback_kernel = f"{self.both.kernel} {sides}{select}"
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
+        part = book.centred(self.merged(parts, values, book), self.node.batch)
         acc = self.both(part.c.to(self.facts.precision.pullback).contiguous())
         source = self.node.operands[0]
         if self.facts.positive_input:
@@ -226,7 +231,7 @@ class Conv(_Weighted):
         self.pullback_kernel = f"{self.both.kernel} {'W+' if self.facts.positive_input else 'W+|W- > select'}"
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
+        part = book.centred(self.merged(parts, values, book), self.node.batch)
         c = part.c.to(self.facts.precision.pullback)
         acc = self.both(c.flatten(0, 1)).unflatten(0, c.shape[:2])
         source = self.node.operands[0]
