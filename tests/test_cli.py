@@ -613,6 +613,22 @@ class TestDemo:
         assert cli.main(["attribute", "--out", str(tmp_path / "out")]) == 2
         assert "pip install 'ramp_fast[demo]'" in one_line(capsys.readouterr().err)
 
+    @pytest.mark.parametrize("paths", [(), ("demo",)])
+    def test_no_path_or_demo_means_the_photographs(
+        self, run: Callable[..., int], tmp_path: Path, paths: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert run(*paths) == 0
+        assert {"cat.npz", "coffee.npz", "rocket.npz", "tripod.npz"} <= files(tmp_path / "out")
+
+    def test_a_folder_called_demo_is_a_folder(
+        self, run: Callable[..., int], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        photos.rename(tmp_path / "demo")
+        monkeypatch.chdir(tmp_path)
+        assert run("demo") == 0
+        assert "sub/b.npz" in files(tmp_path / "out")
+
     def test_demo_takes_no_other_weights(self, run: Callable[..., int], checkpoint: Path, photos: Path) -> None:
         assert run(photos, "--model", "demo", "--checkpoint", checkpoint) == 2
 
@@ -631,13 +647,11 @@ class TestDemo:
 
     @needs_demo
     @needs_engine
-    @pytest.mark.parametrize("arguments", [(), ("demo",)])
     def test_the_readme_s_first_command(
-        self, tmp_path: Path, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:  # fmt: skip
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.chdir(tmp_path)
-        assert cli.main(["attribute", *arguments, "--out", "out"]) == 0, capsys.readouterr().err
+        assert cli.main(["attribute", "--out", "out"]) == 0, capsys.readouterr().err
         stems = ("cat", "coffee", "rocket", "tripod")
         assert files(tmp_path / "out") == {f"{s}{e}" for s in stems for e in (".png", ".npz")} | {"contact_sheet.png"}
         with np.load("out/coffee.npz") as stored:
