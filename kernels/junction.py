@@ -26,9 +26,9 @@ def junction_kernel(
     c_a_ptr,  # [T, B, inner]
     c_b_ptr,  # [T, B, inner]
     masses_ptr,  # [2, T, B, blocks]: of a, of b
-    rhs,  # T
     batch,  # B
     inner,
+    RHS: tl.constexpr,  # T
     CONTRAST: tl.constexpr,
     COMPUTE: tl.constexpr,  # float32 or float64
     BLOCK: tl.constexpr,
@@ -41,20 +41,20 @@ def junction_kernel(
     a = tl.load(a_ptr + sample * inner + elements, mask=inside, other=0.0).to(COMPUTE)
     b = tl.load(b_ptr + sample * inner + elements, mask=inside, other=0.0).to(COMPUTE)
 
-    maps = rhs // 2 if CONTRAST else rhs
-    for t in range(maps):
+    MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
+    for t in range(MAPS):
         row = t * batch.to(tl.int64) + sample
         offset = row * inner + elements
         twice = 2 * tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
         tl.store(c_a_ptr + offset, tl.where(a > 0, twice, 0.0).to(c_a_ptr.dtype.element_ty), mask=inside)
         tl.store(c_b_ptr + offset, tl.where(b > 0, twice, 0.0).to(c_b_ptr.dtype.element_ty), mask=inside)
         mass_row = row * blocks + block
-        mass_b_row = (rhs * batch.to(tl.int64) + row) * blocks + block
+        mass_b_row = (RHS * batch.to(tl.int64) + row) * blocks + block
         magnitude = tl.abs(twice)
         tl.store(masses_ptr + mass_row, tl.sum(tl.where(a > 0, a * magnitude, 0.0), 0))
         tl.store(masses_ptr + mass_b_row, tl.sum(tl.where(b > 0, b * magnitude, 0.0), 0))
         if CONTRAST:
-            skip = maps * batch.to(tl.int64)  # from the row of P to that of D
+            skip = MAPS * batch.to(tl.int64)  # from the row of P to that of D
             offset += skip * inner
             twice_d = 2 * tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
             tl.store(c_a_ptr + offset, tl.where(a > 0, twice_d, 0.0).to(c_a_ptr.dtype.element_ty), mask=inside)
@@ -85,7 +85,7 @@ def junction(
     if masses.numel():
         with torch.cuda.device_of(c):
             junction_kernel[(blocks, batch)](
-                c, a, b, c_a, c_b, masses, rhs, batch, inner, CONTRAST=contrast, COMPUTE=compute, BLOCK=BLOCK
+                c, a, b, c_a, c_b, masses, batch, inner, RHS=rhs, CONTRAST=contrast, COMPUTE=compute, BLOCK=BLOCK
             )
     mass_a, mass_b = masses.sum(-1, dtype=torch.float64).to(dtype).unbind(0)
     return c_a, c_b, mass_a.clone(), mass_b.clone()

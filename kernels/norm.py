@@ -29,9 +29,9 @@ def norm_pullback_kernel(
     x_ptr,  # [rows, width]
     weight_ptr,  # [width]; not read unless HAS_WEIGHT
     out_ptr,  # [T, rows, width]
-    rhs,  # T
     rows,
-    width,
+    RHS: tl.constexpr,  # T; like WIDTH a constant of the model (and an int for Triton 3.6's interpreter)
+    WIDTH: tl.constexpr,
     EPS: tl.constexpr,  # a constant, so that float64 does not get a float32 epsilon
     HAS_WEIGHT: tl.constexpr,
     COMPUTE: tl.constexpr,  # float32 or float64
@@ -39,32 +39,32 @@ def norm_pullback_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    x_row = x_ptr + row * width
+    x_row = x_ptr + row * WIDTH
 
     total = tl.zeros([BLOCK], COMPUTE)
     total_absolute = tl.zeros([BLOCK], COMPUTE)
-    for start in range(0, width, BLOCK):
-        inside = start + columns < width
+    for start in range(0, WIDTH, BLOCK):
+        inside = start + columns < WIDTH
         x = tl.load(x_row + start + columns, mask=inside, other=0.0).to(COMPUTE)
         total += x
         total_absolute += tl.abs(x)
-    mean = tl.sum(total, 0) / width
-    mean_absolute = tl.sum(total_absolute, 0) / width
+    mean = tl.sum(total, 0) / WIDTH
+    mean_absolute = tl.sum(total_absolute, 0) / WIDTH
 
     squares = tl.zeros([BLOCK], COMPUTE)
     squares_absolute = tl.zeros([BLOCK], COMPUTE)
-    for start in range(0, width, BLOCK):
-        inside = start + columns < width
+    for start in range(0, WIDTH, BLOCK):
+        inside = start + columns < WIDTH
         x = tl.load(x_row + start + columns, mask=inside, other=0.0).to(COMPUTE)
         centred = tl.where(inside, x - mean, 0.0)
         centred_absolute = tl.where(inside, tl.abs(x) - mean_absolute, 0.0)
         squares += centred * centred
         squares_absolute += centred_absolute * centred_absolute
-    inverse = _inverse(tl.sum(squares, 0) / width, EPS)
-    inverse_absolute = _inverse(tl.sum(squares_absolute, 0) / width, EPS)
+    inverse = _inverse(tl.sum(squares, 0) / WIDTH, EPS)
+    inverse_absolute = _inverse(tl.sum(squares_absolute, 0) / WIDTH, EPS)
 
-    for start in range(0, width, BLOCK):
-        inside = start + columns < width
+    for start in range(0, WIDTH, BLOCK):
+        inside = start + columns < WIDTH
         x = tl.load(x_row + start + columns, mask=inside, other=0.0).to(COMPUTE)
         if HAS_WEIGHT:
             w = tl.load(weight_ptr + start + columns, mask=inside, other=0.0).to(COMPUTE)
@@ -72,8 +72,8 @@ def norm_pullback_kernel(
             w = tl.full([BLOCK], 1.0, COMPUTE)
         sign = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(COMPUTE)
         factor = sign * w * inverse + tl.abs(w) * inverse_absolute
-        for t in range(rhs):
-            offset = (t * rows.to(tl.int64) + row) * width + start + columns
+        for t in range(RHS):
+            offset = (t * rows.to(tl.int64) + row) * WIDTH + start + columns
             c = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
             tl.store(out_ptr + offset, (factor * c).to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -96,9 +96,9 @@ def norm_pullback(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Te
             x,
             x if weight is None else weight,
             out,
-            c.shape[0],
             rows,
-            width,
+            RHS=c.shape[0],
+            WIDTH=width,
             EPS=eps,
             HAS_WEIGHT=weight is not None,
             COMPUTE=compute_dtype(c, x)[1],

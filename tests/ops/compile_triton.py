@@ -13,20 +13,18 @@ from triton.compiler import ASTSource
 from ramp_fast.kernels.junction import junction_kernel
 from ramp_fast.kernels.norm import norm_pullback_kernel
 
-NORM = {"EPS": 1e-6, "HAS_WEIGHT": True, "COMPUTE": tl.float32, "BLOCK": 1024}
-JUNCTION = {"CONTRAST": True, "COMPUTE": tl.float32, "BLOCK": 2048}
+NORM = {"RHS": 2, "WIDTH": 768, "EPS": 1e-6, "HAS_WEIGHT": True, "COMPUTE": tl.float32, "BLOCK": 1024}
+JUNCTION = {"RHS": 2, "CONTRAST": True, "COMPUTE": tl.float32, "BLOCK": 2048}
 SOURCES = {
     "norm_pullback": (
         norm_pullback_kernel,
-        {"c_ptr": "*bf16", "x_ptr": "*fp32", "weight_ptr": "*fp32", "out_ptr": "*bf16"}
-        | dict.fromkeys(("rhs", "rows", "width"), "i32"),
+        {"c_ptr": "*bf16", "x_ptr": "*fp32", "weight_ptr": "*fp32", "out_ptr": "*bf16"} | {"rows": "i32"},
         NORM,
     ),
     "junction": (
         junction_kernel,
         {"c_ptr": "*fp32", "a_ptr": "*fp32", "b_ptr": "*fp32", "c_a_ptr": "*fp32", "c_b_ptr": "*bf16"}
-        | {"masses_ptr": "*fp32"}
-        | dict.fromkeys(("rhs", "batch", "inner"), "i32"),
+        | {"masses_ptr": "*fp32", "batch": "i32", "inner": "i32"},
         JUNCTION,
     ),
 }
