@@ -35,21 +35,25 @@ _operators: dict[str, Operator] = {}
 _forced: str | None = None
 
 
-def unavailable(backend: str) -> str:
-    """Why a backend cannot run on this machine; an empty string if it can."""
-    if backend == "reference":
-        return ""
-    if backend == "cpu":
-        return "" if extension is not None else f"the C++ extension is missing: {extension_reason}"
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed (it exists for Linux on x86_64 and aarch64)"
-        if not torch.cuda.is_available() and not _triton_interprets():
-            return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
-        return ""
+def _missing(backend: str) -> str:
+    """What a backend lacks that no tensor's device could make up for; empty if nothing. Does not initialise CUDA."""
+    if backend == "cpu" and extension is None:
+        return f"the C++ extension is missing: {extension_reason}"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (it exists for Linux on x86_64 and aarch64)"
     if backend == "cuda":
         return "no CUDA C++ kernels are built in this version"
-    raise BackendError(f"unknown backend {backend!r}; supported: {', '.join(BACKENDS)}")
+    return ""
+
+
+def unavailable(backend: str) -> str:
+    """Why a backend cannot run on this machine; an empty string if it can."""
+    if backend not in BACKENDS:
+        raise BackendError(f"unknown backend {backend!r}; supported: {', '.join(BACKENDS)}")
+    reason = _missing(backend)
+    if not reason and backend == "triton" and not torch.cuda.is_available() and not _triton_interprets():
+        reason = "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
+    return reason
 
 
 def forced_backend() -> str | None:
@@ -99,7 +103,7 @@ class Operator:
             return self._refusal(f"does not run on {device} tensors")
         kernel = self._kernels.get(backend)
         if _forced is None:
-            return self.reference if kernel is None or unavailable(backend) else self._with_fallback(kernel)
+            return self.reference if kernel is None or _missing(backend) else self._with_fallback(kernel)
         return self._refusal("has no kernel for it") if kernel is None else self._without_fallback(kernel)
 
     def _with_fallback(self, kernel: Implementation) -> Implementation:
