@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ramp_fast import BackendError, ops
+from ramp_fast import BackendError, _native, ops
 from ramp_fast.ops import _registry
 
 needs_extension = pytest.mark.skipif(_registry.extension is None, reason="tests the C++ extension itself")
@@ -67,22 +67,32 @@ def test_import_does_not_load_torch() -> None:
 
 @needs_extension
 @pytest.mark.parametrize("isa", ops.cpu_isas())
-def test_instruction_set_by_environment(isa: str) -> None:
-    result = python("from ramp_fast.ops import _registry as r; print(r.extension.active_isa())", RAMP_FAST_CPU_ISA=isa)
-    assert result.stdout.strip() == isa
+def test_instruction_set_by_environment(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAMP_FAST_CPU_ISA", isa)
+    extension, reason, _ = _native.load()
+    assert not reason
+    assert extension.active_isa() == isa
 
 
 @needs_extension
-def test_unknown_instruction_set() -> None:
-    result = python("import ramp_fast.ops", RAMP_FAST_CPU_ISA="sse9")
-    assert "BackendError: RAMP_FAST_CPU_ISA" in result.stderr
-    assert "supported here: generic" in result.stderr
+def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAMP_FAST_CPU_ISA", "sse9")
+    with pytest.raises(BackendError, match="RAMP_FAST_CPU_ISA.*supported here: generic"):
+        _native.load()
     with pytest.raises(ValueError, match="does not run on this processor"):
         ops.set_cpu_isa("sse9")
 
 
-def test_unknown_backend() -> None:
-    assert "BackendError: RAMP_FAST_BACKEND=gpu" in python("import ramp_fast.ops", RAMP_FAST_BACKEND="gpu").stderr
+def test_backend_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAMP_FAST_BACKEND", "reference")
+    _registry.force_from_environment()
+    assert ops.forced_backend() == "reference"
+
+
+def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAMP_FAST_BACKEND", "gpu")
+    with pytest.raises(BackendError, match="RAMP_FAST_BACKEND=gpu: unknown backend"):
+        _registry.force_from_environment()
     with pytest.raises(BackendError, match="unknown backend"):
         ops.set_backend("gpu")
 
