@@ -77,7 +77,7 @@ def test_instruction_set_by_environment(isa: str, monkeypatch: pytest.MonkeyPatc
 @needs_extension
 def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAMP_FAST_CPU_ISA", "sse9")
-    with pytest.raises(BackendError, match="RAMP_FAST_CPU_ISA.*supported here: generic"):
+    with pytest.raises(BackendError, match=r"RAMP_FAST_CPU_ISA.*supported here: generic"):
         _native.load()
     with pytest.raises(ValueError, match="does not run on this processor"):
         ops.set_cpu_isa("sse9")
