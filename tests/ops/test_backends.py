@@ -19,7 +19,10 @@ needs_extension = pytest.mark.skipif(_registry.extension is None, reason="tests 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAMP_FAST_")} | environment
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    # not in the checkout, which would hide an installed package behind its sources
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=os.path.abspath(os.sep), check=False
+    )
 
 
 # Makes `ramp_fast._C` impossible to find, as in an installation that was built without a compiler.

@@ -49,8 +49,9 @@ def test_metadata() -> None:
     assert "platform_system" in triton[0]
 
 
-def test_diagnostics() -> None:
-    result = subprocess.run([sys.executable, "-m", "ramp_fast"], capture_output=True, text=True, check=False)
+def test_diagnostics(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ramp_fast"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 0, result.stderr
     for line in (
         "ramp_fast 0.",
