@@ -356,6 +356,10 @@ def _module_name(node: fx.Node) -> str:
     return ""
 
 
+# Numbers of the example's samples; 0 stands for values that belong to none (constants, zero padding).
+_SAMPLES = torch.arange(1, EXAMPLE_BATCH + 1, dtype=torch.int16)
+
+
 def _infer_batch_axes(graph: Graph, symbolic: bool) -> None:
     """Find where the samples of every tensor live.
 
@@ -375,7 +379,7 @@ def _infer_batch_axes(graph: Graph, symbolic: bool) -> None:
         elif node.constant:
             values[node] = _constant_ids(node)
         elif node.kind == g.INPUT:
-            ids = torch.arange(count, dtype=torch.int16).view(count, *[1] * (len(node.example) - 1))
+            ids = _SAMPLES.view(count, *[1] * (len(node.example) - 1))
             values[node] = ids.expand(node.example)
         elif node.kind in (g.MOVE, g.PARTS, g.PART):
             values[node] = _run(node, values)
@@ -386,16 +390,15 @@ def _infer_batch_axes(graph: Graph, symbolic: bool) -> None:
 
 
 def _constant_ids(node: Node) -> Any:
-    """A constant belongs to every sample (-1), or, expanded along the batch, to one sample each.
+    """A constant belongs to no sample, or, expanded along the batch, to one sample each.
 
     Integers may be indices and stay what they are.
     """
     batched = [i for i, s in enumerate(node.shape) if s == "batch"]
     if node.params.get("floating", True) and len(batched) == 1:
-        ids = torch.arange(EXAMPLE_BATCH, dtype=torch.int16)
-        return ids.view(*[-1 if i == batched[0] else 1 for i in range(len(node.shape))]).expand(node.example)
+        return _SAMPLES.view(*[-1 if i == batched[0] else 1 for i in range(len(node.shape))]).expand(node.example)
     if node.params.get("floating", True):
-        return torch.full((1,) * len(node.example), -1, dtype=torch.int16).expand(node.example)
+        return torch.zeros((1,) * len(node.example), dtype=torch.int16).expand(node.example)
     known: dict[Node, Any] = {}
 
     def value(n: Node) -> Any:
@@ -426,9 +429,10 @@ def _positionwise(node: Node, values: dict[Node, Any]) -> torch.Tensor:
             source.expand(shape)
         except RuntimeError:
             if node.kind in (g.LINEAR, g.MATMUL, g.ATTENTION):
-                source = source[..., :1] if source.shape[:-1] == shape[:-1] else source[..., :1, :1]
+                axes = -1 if source.shape[:-1] == shape[:-1] else (-2, -1)
+                source = source.amax(axes, keepdim=True)
             else:  # convolutions, pools and reductions: the batch leads
-                source = source.reshape(source.shape[0], -1)[:, 0]
+                source = source.reshape(source.shape[0], -1).amax(1)
                 source = source.view(-1, *[1] * (len(shape) - 1))
     return source.expand(shape)
 
@@ -441,8 +445,8 @@ def _locate(ids: torch.Tensor, count: int, node: Node) -> g.BatchAxis:
         index: list[Any] = [0] * ids.dim()
         index[axis] = slice(None)
         line = ids[tuple(index)]
-        # Values from constants (-1) belong to every sample: look at the first position without them.
-        if bool((line < 0).any()):
+        # Values that belong to no sample say nothing: look at the whole slice.
+        if bool((line == 0).any()):
             line = ids.movedim(axis, 0).reshape(length, -1).amax(1)
         change = (line != line[0]).nonzero()
         if not len(change):
@@ -451,9 +455,9 @@ def _locate(ids: torch.Tensor, count: int, node: Node) -> g.BatchAxis:
         if length % (count * inner):
             continue
         outer = length // (count * inner)
-        expected = torch.arange(count, dtype=ids.dtype).repeat_interleave(inner).repeat(outer)
+        expected = _SAMPLES.repeat_interleave(inner).repeat(outer)
         shaped = expected.view(*[-1 if i == axis else 1 for i in range(ids.dim())])
-        if torch.equal(line, expected) and bool(((ids == shaped) | (ids < 0)).all()):
+        if torch.equal(line, expected) and bool(((ids == shaped) | (ids == 0)).all()):
             return g.BatchAxis(axis, outer, inner)
     raise UnsupportedModelError(
         f"{node.kind} in {node.module or 'the model'} mixes the samples of a batch ({node.name}, shape {node.shape})"

@@ -69,13 +69,9 @@ class Plan:
             facts.positive_input = self._positive(node.operands[0], users)
             facts.emits_pair = not facts.positive_input and _fuses_norm(node, users)
         elif node.kind == g.LAYER_NORM:
-            reader = users[node][0]
-            facts.takes_pair = (
-                len(users[node]) == 1
-                and reader.kind == g.LINEAR
-                and reader in carries
-                and _fuses_norm(reader, users)
-                and not self._positive(node, users)
+            facts.takes_pair = any(
+                reader in carries and _fuses_norm(reader, users) and not self._positive(node, users)
+                for reader in users[node]
             )
         elif node.kind == g.ADD and len(node.sources) == 2:
             # The branch is what only this sum reads; the shortcut has other readers as well.
