@@ -110,10 +110,10 @@ class Plan:
         self.needed = set(last_need)
         keep = self.needed | {self.graph.output, self.graph.input}
         for node, i in last_use.items():
-            if node not in keep and not (node.kind == g.PARAM or node in self._static):
+            if node not in keep and not node.constant:
                 self.steps[i].drop_forward.append(node)
         for node, i in last_need.items():
-            if not (node.kind == g.PARAM or node in self._static or node is self.graph.input):
+            if not (node.constant or node is self.graph.input):
                 self.steps[i].drop_pullback.append(node)
 
     def prepare(self) -> None:
