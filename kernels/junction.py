@@ -16,6 +16,7 @@ from torch import Tensor
 from ramp_fast.kernels.common import compute_dtype
 
 BLOCK = 2048
+WARPS = 8  # with 4 the kernel takes 181 registers and the loads of few blocks are in flight
 
 
 @triton.jit
@@ -85,7 +86,19 @@ def junction(
     if masses.numel():
         with torch.cuda.device_of(c):
             junction_kernel[(blocks, batch)](
-                c, a, b, c_a, c_b, masses, batch, inner, RHS=rhs, CONTRAST=contrast, COMPUTE=compute, BLOCK=BLOCK
+                c,
+                a,
+                b,
+                c_a,
+                c_b,
+                masses,
+                batch,
+                inner,
+                RHS=rhs,
+                CONTRAST=contrast,
+                COMPUTE=compute,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
             )
     mass_a, mass_b = masses.sum(-1, dtype=torch.float64).to(dtype).unbind(0)
     return c_a, c_b, mass_a.clone(), mass_b.clone()

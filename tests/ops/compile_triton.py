@@ -14,24 +14,27 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ramp_fast.kernels import junction
 from ramp_fast.kernels.junction import junction_kernel
 from ramp_fast.kernels.norm import norm_pullback_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 NORM = {"RHS": 2, "WIDTH": 768, "EPS": 1e-6, "HAS_WEIGHT": True, "COMPUTE": tl.float32, "BLOCK": 1024}
-JUNCTION = {"RHS": 2, "CONTRAST": True, "COMPUTE": tl.float32, "BLOCK": 2048}
+JUNCTION = {"RHS": 2, "CONTRAST": True, "COMPUTE": tl.float32, "BLOCK": junction.BLOCK}
 SOURCES = {
     "norm_pullback": (
         norm_pullback_kernel,
         {"c_ptr": "*bf16", "x_ptr": "*fp32", "weight_ptr": "*fp32", "out_ptr": "*bf16"} | {"rows": "i32"},
         NORM,
+        4,  # warps
     ),
     "junction": (
         junction_kernel,
         {"c_ptr": "*fp32", "a_ptr": "*fp32", "b_ptr": "*fp32", "c_a_ptr": "*fp32", "c_b_ptr": "*bf16"}
         | {"masses_ptr": "*fp32", "batch": "i32", "inner": "i32"},
         JUNCTION,
+        junction.WARPS,
     ),
 }
 
@@ -39,10 +42,10 @@ SOURCES = {
 def main() -> None:
     """Print one JSON object per kernel and compute capability named on the command line."""
     for capability in map(int, sys.argv[1:]):
-        for name, (kernel, signature, constants) in SOURCES.items():
+        for name, (kernel, signature, constants, warps) in SOURCES.items():
             types = signature | dict.fromkeys(constants, "constexpr")
             source = ASTSource(fn=kernel, signature=types, constexprs=dict(constants))
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
             report = {
                 "kernel": name,
                 "capability": capability,
