@@ -103,6 +103,11 @@ class Bookkeeping:
         rows = self.rows(c, axis)
         return rows.back(ops.rescale(rows.of(c, 1), scale, self.contrast), c)
 
+    def diagonal(self, c: Tensor, factor: Tensor, axis: BatchAxis) -> Tensor:
+        """``factor * c`` for a factor of the activation's shape, in the memory order of ``c``."""
+        rows = self.rows(c, axis)
+        return rows.back(ops.scale_by(rows.of(c, 1), rows.of(factor, 0)), c)
+
     def merge(self, x: Tensor, parts: list[Contribution], axis: BatchAxis) -> Contribution:
         """Relevance from several readers adds; each part has its target mass first."""
         if len(parts) == 1:
