@@ -157,7 +157,8 @@ def _translate(program: torch.export.ExportedProgram, strict: bool) -> tuple[Gra
             "to elementwise and linear operations.",
             translator.unsupported,
         )
-    assert translator.input is not None and translator.output is not None
+    assert translator.input is not None
+    assert translator.output is not None
     return Graph(translator.nodes, translator.input, translator.output), translator.batch_symbol
 
 
@@ -175,9 +176,15 @@ class _Translator:
         self.input: Node | None = None
         self.output: Node | None = None
         self.batch_symbol: Any = None
-        self.position = {node: i for i, node in enumerate(program.graph.nodes)}
+        self.position = {node: i for i, node in enumerate(_flattened(program.graph_module))}
+        self.inlined: dict[fx.Node, list[Any]] = {}
+        self.names: dict[str, int] = {}
 
     def emit(self, node: Node, origin: fx.Node) -> Node:
+        taken = self.names.setdefault(node.name, 0)
+        self.names[node.name] += 1
+        if taken:  # regions name their operations anew
+            node.name = f"{node.name}_{taken}"
         self.nodes.append(node)
         self.env[origin] = node
         return node
@@ -208,8 +215,30 @@ class _Translator:
             self.output = self.env[node.args[0][0]]  # type: ignore[index]
         elif node.op == "call_function":
             self._call(node)
+        elif node.op == "get_attr" and isinstance(_submodule(node), fx.GraphModule):
+            return  # the body of a region, inlined where it is called
         elif node.op == "get_attr" or node.op == "call_module":
             self._unsupported(node, str(node.target))
+
+    def _inline(self, node: fx.Node) -> None:
+        """A region under its own autocast or grad mode: its operations take their place in the graph."""
+        body = _body(node)
+        assert body is not None
+        enabled, at = (node.args[2], 4) if "autocast" in str(node.target) else (False, 1)
+        if enabled:
+            self._unsupported(node, "a region under autocast (the engine's precision decides the dtype)")
+        arguments = iter(node.args[at + 1 :])
+        for inner in body.graph.nodes:
+            if inner.op == "placeholder":
+                outer = next(arguments)
+                assert isinstance(outer, fx.Node)
+                self.env[inner] = self.env[outer]
+                self.root[inner] = self.root.get(outer, outer)
+            elif inner.op == "output":
+                results = inner.args[0]
+                self.inlined[node] = list(results) if isinstance(results, (tuple, list)) else [results]
+            else:
+                self.visit(inner)
 
     def _placeholder(self, node: fx.Node) -> None:
         value = node.meta["val"]
@@ -231,6 +260,14 @@ class _Translator:
     def _call(self, node: fx.Node) -> None:
         name = _short_name(node.target)
         if name.startswith(_GUARDS):
+            return
+        if _body(node) is not None:
+            self._inline(node)
+            return
+        if node.target is operator.getitem and node.args[0] in self.inlined:
+            inner = self.inlined[node.args[0]][node.args[1]]  # type: ignore[index]
+            self.env[node] = self.env[inner]
+            self.root[node] = self.root.get(inner, inner)
             return
         value = node.meta.get("val")
         args, kwargs = self.resolve(node.args), self.resolve(node.kwargs)
@@ -257,6 +294,7 @@ class _Translator:
                 self.env[node] = replacement
                 self._track(node, mutated)
                 return
+        self.nodes.extend(out.params.pop("before", ()))  # what the handler split off
         self.emit(out, node)
         self._track(node, mutated)
 
@@ -266,7 +304,9 @@ class _Translator:
             source = out.args[0]
             if source.kind != g.PARTS:  # one of several results, of which the first is the value
                 if out.args[1] != 0:
-                    self._unsupported(origin, f"a secondary result of {source.target}")
+                    if origin.users:
+                        self._unsupported(origin, f"a secondary result of {source.target}")
+                    return source  # type: ignore[no-any-return]
                 source.shape, source.example = out.shape, out.example
                 return source  # type: ignore[no-any-return]
             out.kind, out.operands = g.PART, [source]
@@ -319,6 +359,28 @@ class _Translator:
                 continue
             if any(self.position[user] > here for user in other.users):
                 raise _NeedsFunctionalForm
+
+
+def _submodule(node: fx.Node) -> Any:
+    return getattr(node.graph.owning_module, str(node.target), None)
+
+
+def _body(node: fx.Node) -> fx.GraphModule | None:
+    """The body of a region that runs under another autocast or grad mode."""
+    if not str(node.target).startswith(("wrap_with_autocast", "wrap_with_set_grad_enabled")):
+        return None
+    at = 4 if "autocast" in str(node.target) else 1
+    body = _submodule(node.args[at])  # type: ignore[arg-type]
+    assert isinstance(body, fx.GraphModule)
+    return body
+
+
+def _flattened(module: fx.GraphModule) -> Iterator[fx.Node]:
+    """Nodes in execution order, with those of nested regions where they run."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and (body := _body(node)) is not None:
+            yield from _flattened(body)
+        yield node
 
 
 def _no_call() -> None:
@@ -381,6 +443,8 @@ def _infer_batch_axes(graph: Graph, symbolic: bool) -> None:
         elif node.kind == g.INPUT:
             ids = _SAMPLES.view(count, *[1] * (len(node.example) - 1))
             values[node] = ids.expand(node.example)
+        elif node.kind == g.MOVE and node.params["how"] == "vjp":
+            values[node] = _moved(node, values)
         elif node.kind in (g.MOVE, g.PARTS, g.PART):
             values[node] = _run(node, values)
         else:
@@ -420,15 +484,44 @@ def _run(node: Node, values: dict[Node, Any]) -> Any:
     return node.target(*args, **kwargs)
 
 
+def _moved(node: Node, values: dict[Node, Any]) -> torch.Tensor:
+    """Sample numbers moved by an operation that knows floating tensors only; padding belongs to no sample."""
+    source = node.operands[0]
+    if node.params.get("masks"):
+        return values[source].expand(node.example)  # type: ignore[no-any-return]
+    args = g.map_nodes(lambda n: values[n].float() if n is source else values[n], node.args)
+    if node.params.get("pads"):
+        args = (args[0], args[1])
+    moved: torch.Tensor = node.target(*args, **g.map_nodes(values.__getitem__, node.kwargs))
+    return moved.to(torch.int16)
+
+
+def _contracted(node: Node, values: dict[Node, Any]) -> torch.Tensor:
+    """Sample numbers of an einsum: those of its first operand that has any, axis by axis."""
+    labels, result = node.params["labels"]
+    at, source = next((i, n) for i, n in enumerate(node.operands) if not n.constant)
+    own = labels[at]
+    gone = [i for i, label in enumerate(own) if label not in result]
+    ids: torch.Tensor = values[source]
+    ids = ids.amax(gone) if gone else ids
+    left = [label for label in own if label in result]
+    order = [left.index(label) for label in result if label in left]
+    ids = ids.permute(order)
+    shape = iter(ids.shape)
+    return ids.reshape([next(shape) if label in left else 1 for label in result]).expand(node.example)
+
+
 def _positionwise(node: Node, values: dict[Node, Any]) -> torch.Tensor:
     """Sample numbers of an operation that computes: the operand's, with contracted axes collapsed."""
     shape = node.example
+    if "labels" in node.params:
+        return _contracted(node, values)
     source: torch.Tensor = max((values[n] for n in node.sources), key=lambda v: v.dim() * 10**9 + v.numel())
     if source.shape != shape:
         try:
             source.expand(shape)
         except RuntimeError:
-            if node.kind in (g.LINEAR, g.MATMUL, g.ATTENTION):
+            if node.kind in (g.LINEAR, g.MATMUL, g.ATTENTION) or node.params.get("contracts"):
                 axes = -1 if source.shape[:-1] == shape[:-1] else (-2, -1)
                 source = source.amax(axes, keepdim=True)
             else:  # convolutions, pools and reductions: the batch leads
@@ -438,6 +531,8 @@ def _positionwise(node: Node, values: dict[Node, Any]) -> torch.Tensor:
 
 
 def _locate(ids: torch.Tensor, count: int, node: Node) -> g.BatchAxis:
+    if not ids.numel():  # empty slices: nothing is there to be mixed
+        return g.BatchAxis(next((i for i, s in enumerate(node.shape) if isinstance(s, str)), 0))
     for axis in range(ids.dim()):
         length = ids.shape[axis]
         if length % count:

@@ -36,13 +36,16 @@ MAX_POOL = "max_pool"
 LINEAR_POOL = "linear_pool"
 GATE = "gate"
 LINEAR_MAP = "linear_map"
+BILINEAR = "bilinear"  # einsum of two tensors
+EXTREME = "extreme"  # the largest (smallest) of several entries
+FUNCTION = "function"  # norms, standard deviations: one tensor, not elementwise
 MOVE = "move"
 PARTS = "parts"  # unbind, split, chunk: several outputs
 PART = "part"  # one of them
 GENERIC = "generic"  # strict=False: an elementwise operation outside the vocabulary
 
 WEIGHTED = frozenset({LINEAR, CONV})
-JUNCTIONS = frozenset({ADD, MUL, MATMUL, ATTENTION})
+JUNCTIONS = frozenset({ADD, MUL, MATMUL, ATTENTION, BILINEAR})
 CONSTANT = frozenset({PARAM, CONST, INT})
 
 

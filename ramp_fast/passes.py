@@ -18,7 +18,9 @@ aten = torch.ops.aten
 
 _LINEAR_KINDS = frozenset({g.SCALE, g.MOVE, g.PARTS, g.PART})
 # Operations after which a position's value depends on other positions.
-_MIXING = frozenset({g.CONV, g.MATMUL, g.ATTENTION, g.SOFTMAX, g.MAX_POOL, g.LINEAR_MAP})
+_MIXING = frozenset(
+    {g.CONV, g.MATMUL, g.ATTENTION, g.SOFTMAX, g.MAX_POOL, g.EXTREME, g.LINEAR_MAP, g.BILINEAR, g.FUNCTION}
+)
 
 
 def canonicalize(graph: Graph, *, fold_batchnorm: bool = False) -> Graph:
@@ -36,6 +38,7 @@ def canonicalize(graph: Graph, *, fold_batchnorm: bool = False) -> Graph:
     _fold_channel_scales(graph)
     _recognize_attention(graph)
     _assign_matmul_roles(graph)
+    _mark_masks(graph)
     _recognize_linear_maps(graph)
     _mark_picks(graph)
     _hoist_slices(graph)
@@ -122,12 +125,25 @@ def _recognize_attention(graph: Graph) -> None:
     graph.prune()
 
 
+def _mark_masks(graph: Graph) -> None:
+    """Constants added to scores on the way into a softmax may be masks."""
+    users = graph.users()
+    for node in graph.nodes:
+        current = node.operands[0] if node.kind == g.SOFTMAX else node
+        while current is not node and len(users[current]) == 1 and current.kind in (g.MOVE, g.ADD):
+            if current.kind == g.ADD:
+                if len(current.sources) != 1 or current.params["signs"] != (1, 1):
+                    break
+                current.params["scores"] = True
+            current = current.sources[0]
+
+
 def _assign_matmul_roles(graph: Graph) -> None:
     """Tell scores (Q K^T, on the way into a softmax) and attended values (A V) from other products."""
     soft = frozenset({g.MOVE, g.SCALE})
     users = graph.users()
     for node in graph.nodes:
-        if node.kind != g.MATMUL:
+        if node.kind not in (g.MATMUL, g.BILINEAR):
             continue
         node.params["role"] = "product"
         if any(_through(n, frozenset({g.MOVE})).kind == g.SOFTMAX for n in node.operands):
@@ -402,9 +418,9 @@ def _plan_hoist(piece: Node, source: Node) -> _Targets | None:
                 targets.append((n, own))
         return targets
     if kind == g.ATTENTION:
-        if dim != 2 or source.params["causal"] or source.params["mask"] is not None or source.params["grouped"]:
+        if dim != rank - 2 or source.params["causal"] or source.params["mask"] is not None or source.params["grouped"]:
             return None
-        return [(source.operands[0], 2)]
+        return [(source.operands[0], dim)]
     if kind == g.MOVE and source.params["how"] == "permute":
         return [(source.operands[0], source.params["dims"][dim])]
     if kind == g.MOVE and source.params["how"] == "reshape":

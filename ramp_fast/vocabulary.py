@@ -15,6 +15,7 @@ import torch
 
 from ramp_fast import graph as g
 from ramp_fast.graph import Node
+from ramp_fast.maps import Call, Resampling
 
 Bound = dict[str, Any]
 Handler = Callable[[Node, Bound], "Node | None"]
@@ -59,6 +60,40 @@ def _constant_only(value: Any, what: str) -> None:
         raise Unsupported(f"{what} that depends on the images")
 
 
+def _image(b: Bound) -> Node:
+    """The first operand, whichever name the schema gives it."""
+    source: Node = b["self"] if "self" in b else b["input"]
+    return source
+
+
+def _split_off(node: Node, suffix: str, target: Any, args: tuple[Any, ...], like: Node) -> Node:
+    """An operation that a handler takes apart is computed in steps: one of them, shaped ``like`` a node."""
+    part = Node(f"{node.name}_{suffix}", "", target, args, module=node.module, shape=like.shape, example=like.example)
+    if all(n.constant for n in part.references()):
+        part.kind, part.params = g.CONST, {"floating": True}
+    else:
+        VOCABULARY[str(target).removeprefix("aten.")](part, bind(target, args, {}))
+    return part
+
+
+def _linear_map(node: Node, source: Node, function: Call, **params: Any) -> None:
+    """Linear in ``source`` with constant weights of both signs."""
+    node.target, node.args, node.kwargs = function, (source, *function.constants), {}
+    _set(node, g.LINEAR_MAP, [source], **params)
+
+
+def _reduced(rank: int, dims: list[int], keepdim: bool) -> tuple[list[list[int]], list[int]]:
+    """Labels of a reduction's axes, operands' and result's, as an einsum would name them."""
+    result = [-1 - d if d in dims else d for d in range(rank)] if keepdim else [d for d in range(rank) if d not in dims]
+    return [list(range(rank))], result
+
+
+def _axes(dim: Any, rank: int) -> list[int]:
+    if dim is None or dim == []:
+        return list(range(rank))
+    return sorted(d % rank for d in (dim if isinstance(dim, (list, tuple)) else [dim]))
+
+
 # Operations with weights
 
 
@@ -93,7 +128,8 @@ def _conv(node: Node, b: Bound) -> None:
     elif padding == "same":
         reach = [d * (k - 1) for d, k in zip(dilation, b["weight"].shape[2:], strict=True)]
         if any(r % 2 for r in reach):
-            raise Unsupported(f"{node.target} with asymmetric 'same' padding")
+            _conv_after_pad(node, b, reach)
+            return
         padding = [r // 2 for r in reach]
     _set(
         node,
@@ -106,6 +142,26 @@ def _conv(node: Node, b: Bound) -> None:
         dilation=dilation,
         groups=b["groups"],
     )
+
+
+def _conv_after_pad(node: Node, b: Bound, reach: list[int]) -> None:
+    """'same' padding that is not symmetric: zeros first, the larger half behind."""
+    source = b["input"]
+    sizes = [side for r in reversed(reach) for side in (r // 2, r - r // 2)]
+    grown = tuple(s + r for s, r in zip(source.example[2:], reach, strict=True))
+    like = Node("", "", node.target, shape=(*source.shape[:2], *grown), example=(*source.example[:2], *grown))
+    padded = _split_off(node, "pad", torch.ops.aten.constant_pad_nd.default, (source, sizes, 0.0), like)
+    target = getattr(torch.ops.aten, f"conv{len(reach)}d").default
+    args = (padded, b["weight"], b["bias"], b["stride"], [0] * len(reach), b["dilation"], b["groups"])
+    _call(node, target, *args)
+    _conv(node, bind(target, args, {}))
+    node.params["before"] = [padded]
+
+
+@handles("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input")
+def _conv_transpose(node: Node, b: Bound) -> None:
+    _constant_only(b["weight"], f"{node.target} with a weight")
+    _linear_map(node, b["input"], Call(node, b["input"]))
 
 
 @handles("batch_norm.default")
@@ -148,6 +204,13 @@ def _layer_norm(node: Node, b: Bound) -> None:
     _set(node, g.LAYER_NORM, [b["input"]], weight=b["weight"], bias=b["bias"], eps=b["eps"], dims=dims)
 
 
+@handles("native_layer_norm.default")
+def _native_layer_norm(node: Node, b: Bound) -> None:
+    _layer_norm(node, b)
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    _call(node, torch.ops.aten.layer_norm.default, *(b[k] for k in names))
+
+
 @handles("rms_norm.default")
 def _rms_norm(node: Node, b: Bound) -> None:
     dims = len(b["normalized_shape"])
@@ -157,6 +220,20 @@ def _rms_norm(node: Node, b: Bound) -> None:
 @handles("group_norm.default")
 def _group_norm(node: Node, b: Bound) -> None:
     _set(node, g.GROUP_NORM, [b["input"]], weight=b["weight"], bias=b["bias"], eps=b["eps"], groups=b["num_groups"])
+
+
+@handles("native_group_norm.default")
+def _native_group_norm(node: Node, b: Bound) -> None:
+    _set(node, g.GROUP_NORM, [b["input"]], weight=b["weight"], bias=b["bias"], eps=b["eps"], groups=b["group"])
+    _call(node, torch.ops.aten.group_norm.default, *(b[k] for k in ("input", "group", "weight", "bias", "eps")))
+
+
+@handles("instance_norm.default")
+def _instance_norm(node: Node, b: Bound) -> None:
+    if not b["use_input_stats"]:
+        raise Unsupported("instance_norm.default with running statistics")
+    groups = int(b["input"].shape[1])
+    _set(node, g.GROUP_NORM, [b["input"]], weight=b["weight"], bias=b["bias"], eps=b["eps"], groups=groups)
 
 
 # Activations: y = f(x), elementwise; `how` is what the rule needs to know of f.
@@ -179,6 +256,7 @@ _SMOOTH = (
     "softplus.default",
     "log_sigmoid.default",
     "clamp.default",
+    "clamp.Tensor",
     "clamp_min.default",
     "clamp_max.default",
     "abs.default",
@@ -186,6 +264,17 @@ _SMOOTH = (
     "exp.default",
     "sqrt.default",
     "rsqrt.default",
+    "reciprocal.default",
+    "log.default",
+    "log1p.default",
+    "expm1.default",
+    "erf.default",
+    "sin.default",
+    "cos.default",
+    "atan.default",
+    "softshrink.default",
+    "hardshrink.default",
+    "threshold.default",
     "pow.Tensor_Scalar",
 )
 
@@ -193,9 +282,14 @@ _SMOOTH = (
 def _activation(how: str) -> Handler:
     def handler(node: Node, b: Bound) -> None:
         source = next(iter(b.values()))
-        if any(isinstance(v, Node) for v in list(b.values())[1:]):
-            raise Unsupported(f"{node.target} with tensor bounds")
+        for value in list(b.values())[1:]:
+            _constant_only(value, f"{node.target} with bounds")
         name = str(node.target).removeprefix("aten.").split(".")[0]
+        lowest = b.get("min_val", b.get("min"))
+        if name in ("hardtanh", "clamp", "clamp_min") and lowest == 0:
+            # nn.ReLU6 and x.clamp(min=0) are what relu6 and relu are
+            _set(node, g.ACTIVATION, [source], how="relu", function="relu6")
+            return
         _set(node, g.ACTIVATION, [source], how=how, function=name)
 
     return handler
@@ -217,7 +311,7 @@ def _prelu(node: Node, b: Bound) -> None:
 
 
 def _pair(node: Node, a: Any, b: Any) -> tuple[Any, Any]:
-    if isinstance(a, Node) and a.kind == g.INT or isinstance(b, Node) and b.kind == g.INT:
+    if any(isinstance(n, Node) and n.kind == g.INT for n in (a, b)):
         raise Unsupported(f"{node.target} of a tensor and a size")
     return a, b
 
@@ -237,10 +331,43 @@ def _mul(node: Node, b: Bound) -> None:
     first, second = _pair(node, b["self"], b["other"])
     if isinstance(second, Node) and not second.constant:
         if isinstance(first, Node) and not first.constant:
+            if _is_inverse(first):
+                first, second = second, first
+            if _is_inverse(second):
+                # A written-out norm: the factor is a statistic, detached as a denominator is.
+                _set(node, g.DIV, [first], denominator=second, inverse=True)
+                return
             _set(node, g.MUL, [first, second])
             return
         first, second = second, first
     _set(node, g.SCALE, [first], factor=second, inverse=False)
+
+
+def _is_inverse(node: Node) -> bool:
+    while node.kind == g.MOVE and len(node.operands) == 1:
+        node = node.operands[0]
+    return node.kind == g.ACTIVATION and node.params["function"] in ("rsqrt", "reciprocal")
+
+
+@handles("addcmul.default")
+def _addcmul(node: Node, b: Bound) -> None:
+    """``self + tensor1 * tensor2``, in two steps."""
+    if b["value"] != 1:
+        raise Unsupported("addcmul.default with a value")
+    factors = (b["tensor1"], b["tensor2"])
+    like = Node("", "", node.target)
+    like.shape = _broadcast(factors[0].shape, factors[1].shape)
+    like.example = _broadcast(factors[0].example, factors[1].example)
+    product = _split_off(node, "product", torch.ops.aten.mul.Tensor, factors, like)
+    _call(node, torch.ops.aten.add.Tensor, b["self"], product)
+    _add(node, {"self": b["self"], "other": product, "alpha": 1})
+    node.params["before"] = [product]
+
+
+def _broadcast(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
+    rank = max(len(a), len(b))
+    pairs = zip((1,) * (rank - len(a)) + a, (1,) * (rank - len(b)) + b, strict=True)
+    return tuple(y if x == 1 else x for x, y in pairs)
 
 
 @handles("div.Tensor", "div.Scalar")
@@ -250,7 +377,7 @@ def _div(node: Node, b: Bound) -> None:
         if not isinstance(first, Node) or first.constant:
             raise Unsupported("div.Tensor of a constant by a tensor that depends on the images")
         # A denominator is a statistic, as in normalisation layers: it is detached.
-        _set(node, g.DIV, [first], denominator=second)
+        _set(node, g.DIV, [first], denominator=second, inverse=False)
         return
     _set(node, g.SCALE, [first], factor=second, inverse=True)
 
@@ -262,15 +389,36 @@ def _neg(node: Node, b: Bound) -> None:
 
 @handles("matmul.default", "bmm.default", "mm.default")
 def _matmul(node: Node, b: Bound) -> None:
-    first, second = b["self"], b.get("other", b.get("mat2"))
+    first, second = b["self"], b["other"] if "other" in b else b["mat2"]
     if second.constant:
-        if len(second.shape) != 2:
-            raise Unsupported(f"{node.target} with a batch of constant matrices")
-        _set(node, g.LINEAR, [first], weight=second, bias=None, transposed=True)
+        if len(second.shape) == 2:
+            _set(node, g.LINEAR, [first], weight=second, bias=None, transposed=True)
+        else:
+            _linear_map(node, first, Call(node, first), contracts=True)
     elif first.constant:
-        raise Unsupported(f"{node.target} with a constant left operand")
+        _linear_map(node, second, Call(node, second), contracts=True)
     else:
         _set(node, g.MATMUL, [first, second])
+
+
+@handles("einsum.default")
+def _einsum(node: Node, b: Bound) -> None:
+    """A product of two tensors, or a linear map of one."""
+    equation, tensors = b["equation"].replace(" ", ""), list(b["tensors"])
+    if "." in equation or "->" not in equation:
+        raise Unsupported(f"einsum.default {b['equation']!r}: spell out every axis and the result")
+    left, result = equation.split("->")
+    labels = [list(term) for term in left.split(",")]
+    if any(len(set(term)) != len(term) for term in labels):
+        raise Unsupported(f"einsum.default {b['equation']!r}, which takes a diagonal")
+    variable = [i for i, n in enumerate(tensors) if not n.constant]
+    if len(variable) == 1:
+        source = tensors[variable[0]]
+        _linear_map(node, source, Call(node, source), labels=([labels[variable[0]]], list(result)))
+    elif len(variable) == len(tensors) == 2:
+        _set(node, g.BILINEAR, tensors, labels=(labels, list(result)))
+    else:
+        raise Unsupported(f"einsum.default of {len(variable)} tensors that depend on the images")
 
 
 @handles("softmax.int", "_softmax.default")
@@ -280,12 +428,17 @@ def _softmax(node: Node, b: Bound) -> None:
 
 @handles("scaled_dot_product_attention.default")
 def _attention(node: Node, b: Bound) -> None:
-    _constant_only(b["attn_mask"], "scaled_dot_product_attention.default with a mask")
     if b["dropout_p"]:
         raise Unsupported("scaled_dot_product_attention.default with dropout at inference")
     q, k, v = b["query"], b["key"], b["value"]
-    if len(q.shape) != 4 or len(k.shape) != 4:
-        raise Unsupported(f"scaled_dot_product_attention.default on {len(q.shape)}-dimensional tensors")
+    rank = len(q.shape)
+    if rank < 3 or not rank == len(k.shape) == len(v.shape):
+        raise Unsupported("scaled_dot_product_attention.default on tensors of different ranks")
+    if b["enable_gqa"] and rank != 4:
+        raise Unsupported(f"scaled_dot_product_attention.default, grouped, on {rank}-dimensional tensors")
+    if isinstance(b["attn_mask"], Node) and not b["attn_mask"].constant:
+        _attention_in_steps(node, b)
+        return
     _set(
         node,
         g.ATTENTION,
@@ -297,13 +450,30 @@ def _attention(node: Node, b: Bound) -> None:
     )
 
 
+def _attention_in_steps(node: Node, b: Bound) -> None:
+    """Attention with scores that are biased by something the images decide (decomposed relative positions)."""
+    q, k, v, bias = b["query"], b["key"], b["value"], b["attn_mask"]
+    if b["is_causal"] or b["enable_gqa"]:
+        raise Unsupported("scaled_dot_product_attention.default, causal or grouped, with a mask from the images")
+    aten, rank = torch.ops.aten, len(q.shape)
+    scale = b["scale"] if b["scale"] is not None else 1 / math.sqrt(int(q.shape[-1]))
+    turned = Node("", "", node.target, shape=(*k.shape[:-2], k.shape[-1], k.shape[-2]),
+                  example=(*k.example[:-2], k.example[-1], k.example[-2]))  # fmt: skip
+    like = Node("", "", node.target, shape=(*q.shape[:-1], k.shape[-2]), example=(*q.example[:-1], k.example[-2]))
+    query = _split_off(node, "query", aten.mul.Tensor, (q, scale), q)
+    key = _split_off(node, "key", aten.transpose.int, (k, rank - 2, rank - 1), turned)
+    plain = _split_off(node, "scores", aten.matmul.default, (query, key), like)
+    scores = _split_off(node, "biased", aten.add.Tensor, (plain, bias), like)
+    weights = _split_off(node, "weights", aten.softmax.int, (scores, -1), like)
+    _call(node, aten.matmul.default, weights, v)
+    _set(node, g.MATMUL, [weights, v], before=[query, key, plain, scores, weights])
+
+
 # Pools
 
 
-@handles("max_pool2d.default", "max_pool1d.default", "max_pool2d_with_indices.default")
+@handles("max_pool2d.default", "max_pool2d_with_indices.default")
 def _max_pool(node: Node, b: Bound) -> None:
-    if len(node.operands or [b["self"]]) != 1 or "max_pool2d" not in str(node.target):
-        raise Unsupported(str(node.target))
     _set(
         node,
         g.MAX_POOL,
@@ -316,12 +486,30 @@ def _max_pool(node: Node, b: Bound) -> None:
     )
 
 
+@handles("max_pool1d.default", "max_pool3d.default", "adaptive_max_pool1d.default", "adaptive_max_pool2d.default",
+         "amax.default", "amin.default", "max.dim", "min.dim")  # fmt: skip
+def _extreme(node: Node, b: Bound) -> None:
+    params: Bound = {}
+    if "dim" in b:
+        rank = len(b["self"].shape)
+        params["labels"] = _reduced(rank, _axes(b["dim"], rank), b["keepdim"])
+    _set(node, g.EXTREME, [b["self"]], **params)
+
+
+@handles("linalg_vector_norm.default", "norm.ScalarOpt_dim", "std.correction", "std.dim", "var.correction", "var.dim",
+         "logsumexp.default")  # fmt: skip
+def _function(node: Node, b: Bound) -> None:
+    rank = len(b["self"].shape)
+    _set(node, g.FUNCTION, [b["self"]], labels=_reduced(rank, _axes(b["dim"], rank), b["keepdim"]))
+
+
 @handles("mean.dim", "sum.dim_IntList")
 def _mean(node: Node, b: Bound) -> None:
     rank = len(b["self"].shape)
-    dims = sorted(d % rank for d in b["dim"]) if b["dim"] else list(range(rank))
+    dims = _axes(b["dim"], rank)
     how = "mean" if "mean" in str(node.target) else "sum"
-    _set(node, g.LINEAR_POOL, [b["self"]], how=how, dims=dims, keepdim=b["keepdim"])
+    labels = _reduced(rank, dims, b["keepdim"])
+    _set(node, g.LINEAR_POOL, [b["self"]], how=how, dims=dims, keepdim=b["keepdim"], labels=labels)
 
 
 @handles("adaptive_avg_pool2d.default", "adaptive_avg_pool1d.default")
@@ -340,17 +528,32 @@ def _adaptive_pool(node: Node, b: Bound) -> None:
     "avg_pool1d.default",
     "upsample_bilinear2d.vec",
     "upsample_bilinear2d.default",
+    "_upsample_bilinear2d_aa.vec",
+    "_upsample_bilinear2d_aa.default",
+    "upsample_linear1d.vec",
+    "upsample_linear1d.default",
     "adaptive_avg_pool3d.default",
+    "avg_pool3d.default",
+    "col2im.default",
+    "cumsum.default",
 )
 def _other_pool(node: Node, b: Bound) -> None:
-    _set(node, g.LINEAR_POOL, [b.get("self", b.get("input"))], how="vjp")
+    _set(node, g.LINEAR_POOL, [_image(b)], how="vjp")
+
+
+@handles("upsample_bicubic2d.vec", "upsample_bicubic2d.default", "_upsample_bicubic2d_aa.vec",
+         "_upsample_bicubic2d_aa.default")  # fmt: skip
+def _bicubic(node: Node, b: Bound) -> None:
+    source = _image(b)
+    _linear_map(node, source, Resampling(node, source))
 
 
 # Movers: values change place, not size. `how` names the inverse.
 
 
 @handles("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int",
-         "unsqueeze.default", "squeeze.default", "squeeze.dim", "squeeze.dims", "view_as.default")  # fmt: skip
+         "unsqueeze.default", "squeeze.default", "squeeze.dim", "squeeze.dims", "view_as.default",
+         "reshape_as.default")  # fmt: skip
 def _reshape(node: Node, b: Bound) -> Node | None:
     source = b["self"]
     if node.shape == source.shape:
@@ -361,7 +564,8 @@ def _reshape(node: Node, b: Bound) -> Node | None:
     return None
 
 
-@handles("permute.default", "transpose.int", "t.default", "swapaxes.default", "movedim.int", "movedim.intlist")
+@handles("permute.default", "transpose.int", "t.default", "swapaxes.default", "swapdims.default", "movedim.int",
+         "movedim.intlist", "moveaxis.int", "moveaxis.intlist", "numpy_T.default", "mT.default")  # fmt: skip
 def _permute(node: Node, b: Bound) -> None:
     source = b["self"]
     rank = len(source.shape)
@@ -401,14 +605,15 @@ def _select(node: Node, b: Bound) -> None:
         _set(node, g.MOVE, [source], how="select", dim=dim, index=b["index"])
 
 
-@handles("cat.default", "stack.default")
+@handles("cat.default", "concat.default", "concatenate.default", "stack.default")
 def _cat(node: Node, b: Bound) -> None:
     parts = list(b["tensors"])
     how = "stack" if "stack" in str(node.target) else "cat"
     _set(node, g.MOVE, parts, how=how, dim=b["dim"] % len(node.shape))
 
 
-@handles("unbind.int", "split.Tensor", "split_with_sizes.default", "split.sizes", "chunk.default", "tensor_split.sections")
+@handles("unbind.int", "split.Tensor", "split_with_sizes.default", "split.sizes", "chunk.default",
+         "tensor_split.sections")  # fmt: skip
 def _parts(node: Node, b: Bound) -> None:
     source = b["self"]
     how = "unbind" if "unbind" in str(node.target) else "split"
@@ -429,18 +634,18 @@ def _pad(node: Node, b: Bound) -> Node | None:
     source = b["self"]
     if not any(p if isinstance(p, int) else True for p in b["pad"]):
         return source  # type: ignore[no-any-return]
-    value = b["value"]
-    if b.get("mode", "constant") != "constant" or value not in (None, 0, 0.0):
-        raise Unsupported(f"{node.target} other than by zeros")
-    _set(node, g.MOVE, [source], how="vjp")
+    # Constant padding is no part of the images: its relevance goes. Reflected values are copies.
+    _set(node, g.MOVE, [source], how="vjp", pads=b.get("mode", "constant") == "constant")
     return None
 
 
 @handles("roll.default", "flip.default", "index_select.default", "repeat.default", "repeat_interleave.self_int",
          "pixel_shuffle.default", "pixel_unshuffle.default", "channel_shuffle.default", "upsample_nearest2d.vec",
-         "upsample_nearest2d.default", "im2col.default", "diagonal.default")  # fmt: skip
+         "upsample_nearest2d.default", "upsample_nearest1d.vec", "im2col.default", "diagonal.default", "unfold.default",
+         "rot90.default", "reflection_pad1d.default", "reflection_pad2d.default", "replication_pad1d.default",
+         "replication_pad2d.default")  # fmt: skip
 def _linear_move(node: Node, b: Bound) -> None:
-    source = b.get("self", b.get("input"))
+    source = _image(b)
     _set(node, g.MOVE, [source], how="vjp")
 
 
@@ -449,6 +654,28 @@ def _index(node: Node, b: Bound) -> None:
     for index in b["indices"]:
         _constant_only(index, "index.Tensor with an index")
     _set(node, g.MOVE, [b["self"]], how="vjp")
+
+
+@handles("gather.default")
+def _gather(node: Node, b: Bound) -> None:
+    _constant_only(b["index"], "gather.default with an index")
+    _set(node, g.MOVE, [b["self"]], how="vjp")
+
+
+@handles("masked_fill.Scalar", "masked_fill.Tensor")
+def _masked_fill(node: Node, b: Bound) -> None:
+    _constant_only(b["mask"], f"{node.target} with a mask")
+    _constant_only(b["value"], f"{node.target} with a value")
+    _set(node, g.MOVE, [b["self"]], how="vjp", masks=True)
+
+
+@handles("where.self", "where.ScalarOther", "where.ScalarSelf")
+def _where(node: Node, b: Bound) -> None:
+    _constant_only(b["condition"], f"{node.target} with a condition")
+    variable = [n for n in (b["self"], b["other"]) if isinstance(n, Node) and not n.constant]
+    if len(variable) != 1:
+        raise Unsupported(f"{node.target} of two tensors that depend on the images")
+    _set(node, g.MOVE, variable, how="vjp", masks=True)
 
 
 # Nothing happens at inference
