@@ -77,7 +77,7 @@ class Plan:
             # The branch is what only this sum reads; the shortcut has other readers as well.
             single = [n for n in node.operands if len(users[n]) == 1]
             facts.extra["branch"] = single[0] if len(single) == 1 else node.operands[1]
-        elif node.kind == g.MAX_POOL:
+        elif node.kind in (g.MAX_POOL, g.EXTREME):
             form = self.rule.maxpool
             facts.extra["divided"] = residual if form == "auto" else form == "divided"
         return facts
@@ -224,7 +224,7 @@ def _never_negative(node: Node) -> bool:
         return node.params["function"] in _NEVER_NEGATIVE
     if node.kind == g.SOFTMAX:
         return True
-    if node.kind in (g.MAX_POOL, g.LINEAR_POOL, g.MOVE, g.PART, g.PARTS, g.GATE):
+    if node.kind in (g.MAX_POOL, g.EXTREME, g.LINEAR_POOL, g.MOVE, g.PART, g.PARTS, g.GATE):
         return bool(node.sources) and len(node.sources) == len(node.operands) and _all(node.sources)
     if node.kind == g.ADD:
         plain = node.params["signs"] == (1, 1) and len(node.sources) == 2

@@ -117,7 +117,7 @@ class AbsLRP:
 
     def gated_output(self, node: Node) -> bool:
         """Whether relevance of non-positive outputs of ``node`` is dropped by its own pull-back."""
-        if node.kind == g.ATTENTION or (node.kind == g.MATMUL and node.params["role"] == "attend"):
+        if node.kind == g.ATTENTION or (node.kind in (g.MATMUL, g.BILINEAR) and node.params["role"] == "attend"):
             return self.gates_attention
         return node.kind in (g.ACTIVATION, g.GATE)
 
@@ -442,7 +442,10 @@ class GroupNorm(Operation):
 
 
 class Div(Operation):
-    """Division by a statistic of the images, detached: ``c_x = 2 [x d > 0] / |d| * c``."""
+    """Division by a statistic of the images, detached: ``c_x = 2 [x d > 0] / |d| * c``.
+
+    Or, ``inverse``, multiplication by the inverse of one: ``c_x = 2 [x d > 0] |d| c``.
+    """
 
     def needs(self) -> list[Node]:
         return [self.node.operands[0], self.node.params["denominator"]]
@@ -452,7 +455,12 @@ class Div(Operation):
         source = self.node.operands[0]
         x, denominator = values[source], values[self.node.params["denominator"]]
         size = denominator.abs().to(torch.promote_types(denominator.dtype, torch.float32))
-        c = 2 * _gate(divide(part.c, size.expand(part.c.shape[1:]).expand_as(part.c)), x * denominator)
+        scaled = (
+            part.c * size
+            if self.node.params["inverse"]
+            else divide(part.c, size.expand(part.c.shape[1:]).expand_as(part.c))
+        )
+        c = 2 * _gate(scaled, x * denominator)
         yield Flow(source, Contribution(reduce_to(c.to(part.c.dtype), x.shape), part.target))
 
 
@@ -791,6 +799,94 @@ class LinearMap(Operation):
         yield Flow(source, Contribution((x.sign() * signed + absolute).to(part.c.dtype), part.target))
 
 
+class Bilinear(Operation):
+    """``z = B(a, b)``: ``c_a = 2 B(., b+)^T c`` where ``a > 0``, ``2 B(., b-)^T c`` where ``a < 0``; likewise b.
+
+    A junction. Gates are those of :class:`Matmul`.
+    """
+
+    pullback_kernel = "autograd"
+
+    def needs(self) -> list[Node]:
+        gated = self.facts.extra["gated"] and self.node.params["role"] == "attend"
+        return [*self.node.operands, *([self.node] if gated else [])]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        gated, role = self.facts.extra["gated"], self.node.params["role"]
+        c = part.c.to(self.facts.precision.accumulate)
+        if gated and role == "attend":
+            c = _gate(c, values[self.node])
+        equation = self.node.args[0]
+        a, b = (values[n].to(c.dtype) for n in self.node.operands)
+
+        def pull(x: Tensor, other: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+            positive = vjp(lambda u: product(u, gemm.positive_part(other)), tuple(x.shape), 2 * c)
+            if gated and role == "scores":
+                return _gate(positive, x)
+            negative = vjp(lambda u: product(u, gemm.negative_part(other)), tuple(x.shape), 2 * c)
+            return _selected(positive, negative, x)
+
+        own = [
+            pull(a, b, lambda u, v: torch.einsum(equation, u, v)),
+            pull(b, a, lambda u, v: torch.einsum(equation, v, u)),
+        ]
+        masses = [
+            book.mass(x, o, n.batch) for x, o, n in zip((a, b), own, self.node.operands, strict=True)
+        ]
+        targets = _share(part.target, masses, self.facts.extra["shares"])
+        for node, o, target, actual in zip(self.node.operands, own, targets, masses, strict=True):
+            yield Flow(node, Contribution(o.to(part.c.dtype), target, actual))
+
+
+class _AtPoint(Operation):
+    """An operation of one tensor that is differentiated where it is."""
+
+    pullback_kernel = "autograd"
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        return self.call(values[self.node.operands[0]], values), None
+
+    def call(self, u: Tensor, values: Values) -> Tensor:
+        args = (u, *g.map_nodes(values.__getitem__, self.node.args[1:]))
+        y = self.node.target(*args, **g.map_nodes(values.__getitem__, self.node.kwargs))
+        result: Tensor = y[0] if isinstance(y, tuple) else y
+        return result
+
+    def pull(self, x: Tensor, c: Tensor, values: Values) -> Tensor:
+        """``J(x)^T c``, 0 where a slope is not finite."""
+        return torch.nan_to_num(vjp(lambda u: self.call(u, values), x, c), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+class Extreme(_AtPoint):
+    """The largest (or smallest) of several entries, as max-pooling: ``c`` (or ``z c``) goes to the chosen one."""
+
+    def needs(self) -> list[Node]:
+        return super().needs() + ([] if self.facts.extra["divided"] else [self.node])
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        source = self.node.operands[0]
+        c = part.c.to(self.facts.precision.accumulate)
+        if not self.facts.extra["divided"]:
+            c = c * values[self.node].to(c.dtype)
+        yield Flow(source, Contribution(self.pull(values[source], c, values).to(part.c.dtype), part.target))
+
+
+class Function(_AtPoint):
+    """The general definition for a function of one tensor: ``c_x = sign(x) J(x)^T c + J(|x|)^T c``."""
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        source = self.node.operands[0]
+        x, c = values[source], part.c.to(self.facts.precision.accumulate)
+        own = x.sign() * self.pull(x, c, values) + self.pull(x.abs(), c, values)
+        yield Flow(source, Contribution(own.to(part.c.dtype), part.target))
+
+
 class Generic(_Diagonal):
     """strict=False: an unknown elementwise operation under the general definition."""
 
@@ -827,6 +923,9 @@ TABLE: dict[str, type[Operation]] = {
     g.LINEAR_POOL: LinearPool,
     g.GATE: Gate,
     g.LINEAR_MAP: LinearMap,
+    g.BILINEAR: Bilinear,
+    g.EXTREME: Extreme,
+    g.FUNCTION: Function,
     g.PARTS: Parts,
     g.PART: Part,
     g.GENERIC: Generic,
