@@ -108,6 +108,11 @@ class Bookkeeping:
         rows = self.rows(c, axis)
         return rows.back(ops.scale_by(rows.of(c, 1), rows.of(factor, 0)), c)
 
+    def gate(self, c: Tensor, x: Tensor, axis: BatchAxis) -> Tensor:
+        """``2 [x > 0] c``, in the memory order of ``c``."""
+        rows = self.rows(c, axis)
+        return rows.back(ops.gate(rows.of(c, 1), rows.of(x, 0)), c)
+
     def merge(self, x: Tensor, parts: list[Contribution], axis: BatchAxis) -> Contribution:
         """Relevance from several readers adds; each part has its target mass first."""
         if len(parts) == 1:
@@ -121,7 +126,8 @@ class Bookkeeping:
         )
         for other, scale, _ in others:
             c = c + self.rescale(other, scale, axis)
-        return Contribution(c, target, target)
+        # Masses add; the sum's own mass is smaller where relevance of opposite signs met.
+        return Contribution(c, target)
 
     def scale(self, x: Tensor, part: Contribution, axis: BatchAxis) -> tuple[Tensor, Tensor]:
         """The factor that gives ``part`` its target mass, and the mass it then has (0 where it is all zero)."""

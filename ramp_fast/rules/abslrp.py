@@ -11,6 +11,7 @@ with ``R = |x| c``: division and multiplication cancel, and coefficients ``c`` a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,8 @@ class AbsLRP:
         if node.kind == g.MOVE:
             return (Join if node.params["how"] in ("cat", "stack") else Move)(node, facts)
         facts.extra.update(gated=self.gates_attention, shares=self.shares)
+        if node.kind == g.ACTIVATION and node.params["how"] == "relu":
+            return (Absorbed if facts.extra.get("absorbed") else Relu)(node, facts)
         return TABLE[node.kind](node, facts)
 
     def leave(self, node: Node, contribution: Contribution) -> Contribution:
@@ -259,8 +262,34 @@ class _Diagonal(Operation):
         yield Flow(self.node.operands[0], Contribution(book.diagonal(part.c, kept, self.node.batch), part.target))
 
 
+class Relu(Operation):
+    """Activations whose output has the sign of the input or is 0: ``c_x = 2 [y > 0] c``."""
+
+    pullback_kernel = "gate"
+
+    def needs(self) -> list[Node]:
+        return [self.node]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        c = book.gate(part.c, values[self.node], self.node.batch)
+        yield Flow(self.node.operands[0], Contribution(c, part.target))
+
+
+class Absorbed(Operation):
+    """An activation that the step below computes together with its own work."""
+
+    forward_kernel = pullback_kernel = "(below)"
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        return values[self.node.operands[0]], None
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        yield Flow(self.node.operands[0], self.merged(parts, values, book))
+
+
 class Activation(_Diagonal):
-    """``c_x = [f(x) > 0] (sign(x) f'(x) + f'(|x|)) c``; 2 [y > 0] c where f is like ReLU."""
+    """``c_x = [f(x) > 0] (sign(x) f'(x) + f'(|x|)) c``."""
 
     def __init__(self, node: Node, facts: Facts) -> None:
         super().__init__(node, facts)
@@ -270,9 +299,6 @@ class Activation(_Diagonal):
     def forward(self, values: Values) -> tuple[Any, Any]:
         x = values[self.node.operands[0]]
         dtype = self.facts.precision.pullback
-        if self.node.params["how"] == "relu":
-            y = values.call(self.node)
-            return y, (y > 0).to(dtype).mul_(2)
         if self.node.params["function"] == "gelu":
             tanh = self.node.kwargs.get("approximate", "none") == "tanh"
             y, factor = ops.gelu_factor(x, tanh, dtype)
@@ -304,23 +330,25 @@ def smooth_factor(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tens
 
 
 class BatchNorm(_Diagonal):
-    """``c_x = (sign(x) g + |g|) / sqrt(var + eps) * c``."""
+    """``c_x = (sign(x) g + |g|) / sqrt(var + eps) * c``, times ``2 [y > 0]`` where a ReLU is computed with it."""
+
+    forward_kernel = "affine_factor"
 
     def prepare(self, constants: dict[Node, Any]) -> None:
         p = {k: constants[v] if isinstance(v, Node) else v for k, v in self.node.params.items()}
         wide = p["var"].to(torch.promote_types(p["var"].dtype, torch.float32))
-        inverse = (wide + p["eps"]).rsqrt()
-        gain = inverse if p["weight"] is None else p["weight"] * inverse
-        shape = (-1, *[1] * (len(self.node.example) - 2))
-        shift = -p["mean"] * gain + (p["bias"] if p["bias"] is not None else 0.0)
-        dtype = self.facts.precision.forward
-        self.gain, self.shift = gain.view(shape).to(dtype), shift.view(shape).to(dtype)
+        self.gain = (wide + p["eps"]).rsqrt()
+        if p["weight"] is not None:
+            self.gain = self.gain * p["weight"]
+        self.shift = -p["mean"] * self.gain
+        if p["bias"] is not None:
+            self.shift = self.shift + p["bias"]
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         x = values[self.node.operands[0]]
-        dtype = self.facts.precision.pullback
-        factor = torch.addcmul(self.gain.abs(), x.sign(), self.gain).to(dtype)
-        return torch.addcmul(self.shift, x, self.gain), factor
+        relu = self.facts.extra.get("relu")
+        cap = relu.params.get("cap", math.inf) if relu is not None else math.inf
+        return ops.affine_factor(x, self.gain, self.shift, relu is not None, cap, self.facts.precision.pullback)
 
 
 class Scale(Operation):
@@ -367,7 +395,8 @@ class Gate(Operation):
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = self.merged(parts, values, book)
-        yield Flow(self.node.operands[0], Contribution(2 * _gate(part.c, values[self.node]), part.target))
+        c = book.gate(part.c, values[self.node], self.node.batch)
+        yield Flow(self.node.operands[0], Contribution(c, part.target))
 
 
 class LayerNorm(Operation):
@@ -475,6 +504,22 @@ class Add(Operation):
     def needs(self) -> list[Node]:
         return [n for n in self.node.operands if not n.constant]
 
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        constant = self._added_to_scores(values)
+        if constant is None:
+            return super().forward(values)
+        # What a mask hides is minus infinity from here on, or scores above 1 would bring it over the threshold.
+        hidden = constant < MASK_BELOW
+        hidden = hidden & ~hidden.all(-1, keepdim=True)
+        return values[self.node.sources[0]] + constant.masked_fill(hidden, float("-inf")), None
+
+    def _added_to_scores(self, values: Values) -> Tensor | None:
+        """The constant, a bias or a mask, where this sum goes into a softmax."""
+        if not self.node.params.get("scores"):
+            return None
+        constant = next((values[n] for n in self.node.operands if n.constant), None)
+        return constant if isinstance(constant, Tensor) and constant.is_floating_point() else None
+
     @property
     def _plain(self) -> bool:
         """Two tensors of the same shape, added."""
@@ -516,11 +561,18 @@ class Add(Operation):
 
     def _general(self, part: Contribution, values: Values, book: Bookkeeping, shares: str) -> Iterator[Flow]:
         p = self.node.params
+        constant = self._added_to_scores(values)
+        if constant is not None and not constant.masked_fill(constant < MASK_BELOW, 0.0).any():
+            # A mask adds nothing to what it leaves: no junction.
+            yield Flow(self.node.sources[0], Contribution(part.c, part.target))
+            return
         flows: list[tuple[Node | None, Tensor, Tensor]] = []
         for operand, sign in zip((p["first"], p["second"]), p["signs"], strict=True):
             x = values[operand]
             if not isinstance(x, Tensor):
                 x = torch.tensor(float(x), dtype=part.c.dtype, device=part.c.device)
+            elif constant is not None:
+                x = x.masked_fill(x < MASK_BELOW if x is constant else x.isinf(), 0.0)
             full = x.expand(part.c.shape[1:])
             c = 2 * _gate(part.c, full * sign)
             if isinstance(operand, Node) and not operand.constant:
@@ -696,7 +748,8 @@ class Attention(Operation):
             return scores.masked_fill(~mask, float("-inf")), None
         hidden = mask < MASK_BELOW
         bias = mask.masked_fill(hidden, 0.0).to(wide)
-        return scores.masked_fill(hidden, float("-inf")), bias
+        # A mask adds nothing to what it leaves: no junction.
+        return scores.masked_fill(hidden, float("-inf")), bias if bool(bias.any()) else None
 
     @staticmethod
     def _take_bias(
@@ -742,7 +795,8 @@ class LinearPool(Operation):
                 for d in p["dims"]:
                     count *= x.shape[d]
                 c = c / count
-        yield Flow(source, Contribution(2 * _gate(c, x), part.target))
+        c = book.gate(c.expand(c.shape[0], *x.shape), x, source.batch)
+        yield Flow(source, Contribution(c, part.target))
 
 
 class MaxPool(Operation):
