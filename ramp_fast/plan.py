@@ -77,6 +77,10 @@ class Plan:
             # The branch is what only this sum reads; the shortcut has other readers as well.
             single = [n for n in node.operands if len(users[n]) == 1]
             facts.extra["branch"] = single[0] if len(single) == 1 else node.operands[1]
+        elif node.kind == g.BATCH_NORM:
+            facts.extra["relu"] = next((u for u in users[node] if _absorbed(u, users)), None)
+        elif node.kind == g.ACTIVATION:
+            facts.extra["absorbed"] = _absorbed(node, users)
         elif node.kind in (g.MAX_POOL, g.EXTREME):
             form = self.rule.maxpool
             facts.extra["divided"] = residual if form == "auto" else form == "divided"
@@ -212,6 +216,14 @@ def _fuses_norm(linear: Node, users: dict[Node, list[Node]]) -> bool:
         and norm.batch.leading
         and norm.batch.inner == 1
     )
+
+
+def _absorbed(node: Node, users: dict[Node, list[Node]]) -> bool:
+    """Whether ``node`` is a ReLU that the BatchNorm below it computes in its own pass."""
+    if node.kind != g.ACTIVATION or node.params["how"] != "relu":
+        return False
+    source = node.operands[0]
+    return source.kind == g.BATCH_NORM and users[source] == [node]
 
 
 _NEVER_NEGATIVE = frozenset(

@@ -291,6 +291,8 @@ def _activation(how: str) -> Handler:
             _set(node, g.ACTIVATION, [source], how="relu", function="relu6")
             return
         _set(node, g.ACTIVATION, [source], how=how, function=name)
+        if name == "relu6":
+            node.params["cap"] = 6.0
 
     return handler
 
@@ -654,6 +656,44 @@ def _index(node: Node, b: Bound) -> None:
     for index in b["indices"]:
         _constant_only(index, "index.Tensor with an index")
     _set(node, g.MOVE, [b["self"]], how="vjp")
+
+
+@handles("copy.default")
+def _copy(node: Node, b: Bound) -> Node | None:
+    """What is left of writing into a tensor, once that is spelled out: the new values."""
+    source = b["src"]
+    if source.constant:
+        raise Unsupported("copy.default of constants into a tensor that depends on the images")
+    if node.shape == source.shape:
+        return source  # type: ignore[no-any-return]
+    _call(node, torch.ops.aten.expand_as.default, source, b["self"])
+    _set(node, g.MOVE, [source], how="expand")
+    return None
+
+
+@handles("slice_scatter.default")
+def _slice_scatter(node: Node, b: Bound) -> Node | None:
+    """Writing into a slice: what is before, the new values, what is behind."""
+    whole, source = b["self"], b["src"]
+    dim = b["dim"] % len(whole.shape)
+    bounds = (b["start"], b["end"], b["step"])
+    if any(isinstance(n, Node) for n in bounds) or b["step"] != 1 or not isinstance(whole.shape[dim], int):
+        raise Unsupported("slice_scatter.default with steps or bounds that depend on the batch")
+    length = whole.example[dim]
+    start, end, _ = slice(b["start"], b["end"]).indices(length)
+    pieces = []
+    for first, last in ((0, start), (end, length)):
+        like = Node("", "", node.target, shape=(*whole.shape[:dim], last - first, *whole.shape[dim + 1 :]),
+                    example=(*whole.example[:dim], last - first, *whole.example[dim + 1 :]))  # fmt: skip
+        piece = _split_off(node, f"from_{first}", torch.ops.aten.slice.Tensor, (whole, dim, first, last, 1), like)
+        pieces.append(piece if last > first else None)
+    before, behind = pieces
+    if before is None and behind is None:
+        return source  # type: ignore[no-any-return]
+    parts = [n for n in (before, source, behind) if n is not None]
+    _call(node, torch.ops.aten.cat.default, parts, dim)
+    _set(node, g.MOVE, parts, how="cat", dim=dim, before=[n for n in (before, behind) if n is not None])
+    return None
 
 
 @handles("gather.default")

@@ -1,4 +1,4 @@
-// Bindings: sign_select, scale_by, gelu_factor.
+// Bindings: sign_select, scale_by, gelu_factor, affine_factor.
 #include "bind/bind.h"
 #include "cpu/dispatch.h"
 
@@ -28,7 +28,7 @@ void sign_select(py::handle acc_, py::handle x_, py::handle out_, int threads) {
     RF_CALL(sign_select, args);
 }
 
-void scale_by(py::handle c_, py::handle factor_, py::handle out_, int threads) {
+void scale_by(py::handle c_, py::handle factor_, py::handle out_, bool gate, int threads) {
     const TensorView c(c_, "c"), factor(factor_, "factor"), out(out_, "out");
     if (c.ndim() < 2) fail(c.describe() + " must be [T, B, ...]");
     c.same_layout(1, factor, 0);
@@ -37,6 +37,7 @@ void scale_by(py::handle c_, py::handle factor_, py::handle out_, int threads) {
     ScaleArgs args{};
     args.rhs = c.size(0);
     args.inner = factor.numel();
+    args.gate = gate;
     args.c = c.operand();
     args.factor = factor.operand();
     args.out = out.operand();
@@ -61,12 +62,40 @@ void gelu_factor(py::handle x_, bool tanh_approx, py::handle y_, py::handle fact
     RF_CALL(gelu_factor, args);
 }
 
+void affine_factor(py::handle x_, py::handle gain_, py::handle shift_, bool relu, double cap, py::handle y_,
+                   py::handle factor_, bool channels_last, int threads) {
+    const TensorView x(x_, "x"), gain(gain_, "gain"), shift(shift_, "shift"), y(y_, "y"),
+        factor(factor_, "factor");
+    if (x.ndim() < 2) fail(x.describe() + " must be [B, C, ...]");
+    if (x.dtype() == DType::f64) fail("affine_factor computes in float32: x must be float32 or bfloat16");
+    if (gain.dtype() != DType::f32 || shift.dtype() != DType::f32) fail("gain and shift must be float32");
+    gain.contiguous().shaped({x.size(channels_last ? -1 : 1)});
+    shift.contiguous().shaped({gain.size(0)});
+    y.contiguous().matches(0, x.contiguous(), 0, x.ndim());
+    factor.contiguous().matches(0, x, 0, x.ndim());
+    AffineArgs args{};
+    args.channels = gain.size(0);
+    args.outer = channels_last ? x.product(0, x.ndim() - 1) : x.size(0);
+    args.inner = channels_last ? 1 : x.product(2, x.ndim());
+    args.relu = relu;
+    args.cap = static_cast<float>(cap);
+    args.x = x.operand();
+    args.y = y.operand();
+    args.factor = factor.operand();
+    args.gain = gain.operand();
+    args.shift = shift.operand();
+    args.threads = threads;
+    py::gil_scoped_release release;
+    RF_CALL(affine_factor, args);
+}
+
 }  // namespace
 
 void register_activation(py::module_& m) {
     m.def("sign_select", &sign_select);
     m.def("scale_by", &scale_by);
     m.def("gelu_factor", &gelu_factor);
+    m.def("affine_factor", &affine_factor);
 }
 
 }  // namespace rf

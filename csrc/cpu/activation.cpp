@@ -50,8 +50,13 @@ void scale_chunk(int64_t index, const void* context, void*) {
             const int64_t offset = t * args.inner + start;
             const F* __restrict c = load(args.c, offset, n, in);
             F* __restrict out = target(args.out, offset, out_buffer);
-            RF_SIMD
-            for (int64_t i = 0; i < n; ++i) out[i] = c[i] * factor[i];
+            if (args.gate) {
+                RF_SIMD
+                for (int64_t i = 0; i < n; ++i) out[i] = factor[i] > F(0) ? F(2) * c[i] : F(0);
+            } else {
+                RF_SIMD
+                for (int64_t i = 0; i < n; ++i) out[i] = c[i] * factor[i];
+            }
             commit(args.out, offset, n, out_buffer);
         }
     }
@@ -122,7 +127,81 @@ void gelu_chunk(int64_t index, const void* context, void*) {
     }
 }
 
+RF_INLINE void affine_span(const float* __restrict x, const float* __restrict gain,
+                           const float* __restrict shift, int64_t n, bool relu, float cap,
+                           float* __restrict y, float* __restrict factor) {
+    if (relu) {
+        RF_SIMD
+        for (int64_t i = 0; i < n; ++i) {
+            const float z = gain[i] * x[i] + shift[i];
+            const float cut = z > 0.0f ? (z < cap ? z : cap) : 0.0f;
+            const float sign = (x[i] > 0.0f ? 1.0f : 0.0f) - (x[i] < 0.0f ? 1.0f : 0.0f);
+            const float slope = 2.0f * (sign * gain[i] + absolute(gain[i]));
+            y[i] = z != z ? z : cut;
+            factor[i] = z > 0.0f ? slope : 0.0f;
+        }
+    } else {
+        RF_SIMD
+        for (int64_t i = 0; i < n; ++i) {
+            const float sign = (x[i] > 0.0f ? 1.0f : 0.0f) - (x[i] < 0.0f ? 1.0f : 0.0f);
+            y[i] = gain[i] * x[i] + shift[i];
+            factor[i] = sign * gain[i] + absolute(gain[i]);
+        }
+    }
+}
+
+// Channels innermost: `size` rows of all channels.
+void affine_rows(int64_t index, const void* context, void*) {
+    const Chunked& job = *static_cast<const Chunked*>(context);
+    const AffineArgs& args = *static_cast<const AffineArgs*>(job.args);
+    const float* gain = static_cast<const float*>(args.gain.data);
+    const float* shift = static_cast<const float*>(args.shift.data);
+    const int64_t end = min64((index + 1) * job.size, args.outer);
+    float in[kBlock], y_buffer[kBlock], factor_buffer[kBlock];
+    for (int64_t row = index * job.size; row < end; ++row) {
+        for (int64_t start = 0; start < args.channels; start += kBlock) {
+            const int64_t n = min64(kBlock, args.channels - start), offset = row * args.channels + start;
+            float* y = target(args.y, offset, y_buffer);
+            float* factor = target(args.factor, offset, factor_buffer);
+            affine_span(load(args.x, offset, n, in), gain + start, shift + start, n, args.relu, args.cap, y,
+                        factor);
+            commit(args.y, offset, n, y_buffer);
+            commit(args.factor, offset, n, factor_buffer);
+        }
+    }
+}
+
+// Channels outside: one channel of one sample.
+void affine_plane(int64_t index, const void* context, void*) {
+    const AffineArgs& args = *static_cast<const AffineArgs*>(context);
+    const int64_t channel = index % args.channels;
+    float in[kBlock], y_buffer[kBlock], factor_buffer[kBlock], gain[kBlock], shift[kBlock];
+    for (int64_t i = 0; i < kBlock; ++i) {
+        gain[i] = static_cast<const float*>(args.gain.data)[channel];
+        shift[i] = static_cast<const float*>(args.shift.data)[channel];
+    }
+    for (int64_t start = 0; start < args.inner; start += kBlock) {
+        const int64_t n = min64(kBlock, args.inner - start), offset = index * args.inner + start;
+        float* y = target(args.y, offset, y_buffer);
+        float* factor = target(args.factor, offset, factor_buffer);
+        affine_span(load(args.x, offset, n, in), gain, shift, n, args.relu, args.cap, y, factor);
+        commit(args.y, offset, n, y_buffer);
+        commit(args.factor, offset, n, factor_buffer);
+    }
+}
+
 }  // namespace
+
+void affine_factor(const AffineArgs& args) {
+    const int64_t work = args.outer * args.channels * args.inner;
+    if (args.inner == 1) {
+        const int64_t rows = args.channels >= kChunk ? 1 : kChunk / (args.channels > 0 ? args.channels : 1);
+        const Chunked job{&args, rows};
+        parallel_for(ceil_div(args.outer, rows), work, args.threads, affine_rows, &job, 0);
+    } else {
+        parallel_for(args.outer * args.channels, work, args.threads, affine_plane, &args, 0);
+    }
+}
 
 void sign_select(const SelectArgs& args) {
     const bool wide = args.acc.dtype == DType::f64 || args.x.dtype == DType::f64;

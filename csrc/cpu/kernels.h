@@ -61,9 +61,10 @@ struct SelectArgs {
     int threads;
 };
 
-// out = c * factor
+// out = c * factor; with `gate` 2 c where factor > 0, else 0
 struct ScaleArgs {
     std::int64_t rhs, inner;  // inner includes the batch
+    bool gate;
     Operand c, factor, out;   // [T, inner], [inner], [T, inner]
     int threads;
 };
@@ -73,6 +74,17 @@ struct GeluArgs {
     std::int64_t inner;
     bool tanh_approx;
     Operand x, y, factor;
+    int threads;
+};
+
+// y = g x + h per channel, cut to [0, cap] with `relu`; factor = sign(x) g + |g|, with `relu` 2 [y > 0] times
+// that; float arithmetic only. Element (o, c, i) of [outer, channels, inner]: inner is 1 for channels-last.
+struct AffineArgs {
+    std::int64_t outer, channels, inner;
+    bool relu;
+    float cap;
+    Operand x, y, factor;
+    Operand gain, shift;  // [channels], float
     int threads;
 };
 
@@ -91,6 +103,7 @@ struct SoftmaxArgs {
     void sign_select(const SelectArgs&);       \
     void scale_by(const ScaleArgs&);           \
     void gelu_factor(const GeluArgs&);         \
+    void affine_factor(const AffineArgs&);     \
     void softmax_pullback(const SoftmaxArgs&); \
     }
 

@@ -13,16 +13,18 @@ from __future__ import annotations
 from ramp_fast.errors import BackendError
 from ramp_fast.ops import _registry
 from ramp_fast.ops._registry import BACKENDS, forced_backend, set_backend, unavailable
-from ramp_fast.ops.activation import gelu_factor, sign_select
+from ramp_fast.ops.activation import affine_factor, gelu_factor, sign_select
 from ramp_fast.ops.attention import softmax_pullback
 from ramp_fast.ops.junction import junction, merge_junction
 from ramp_fast.ops.norm import norm_pullback, select_norm_pullback
-from ramp_fast.ops.scaling import mass, merge, rescale, scale_by
+from ramp_fast.ops.scaling import gate, mass, merge, rescale, scale_by
 
 __all__ = [
     "BACKENDS",
+    "affine_factor",
     "cpu_isas",
     "forced_backend",
+    "gate",
     "gelu_factor",
     "junction",
     "mass",

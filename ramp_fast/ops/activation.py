@@ -1,4 +1,4 @@
-"""Gates and activations: ``sign_select``, ``gelu_factor``."""
+"""Gates, activations and BatchNorm: ``sign_select``, ``gelu_factor``, ``affine_factor``."""
 
 from __future__ import annotations
 
@@ -110,3 +110,75 @@ def gelu_factor(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tenso
         ``2 [y > 0] gelu'(x)``.
     """
     return _gelu_factor(x, tanh_approx, dtype)  # type: ignore[no-any-return]
+
+
+def _affine_factor_reference(
+    x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    wide = compute_dtype(x, gain, shift)
+    shape = (-1,) + (1,) * (x.ndim - 2)
+    u, g = x.to(wide), gain.to(wide).view(shape)
+    y = g * u + shift.to(wide).view(shape)
+    factor = u.sign() * g + g.abs()
+    if relu:
+        factor = torch.where(y > 0, 2 * factor, torch.zeros_like(factor))
+        y = y.clamp(0, cap)
+    return torch.empty_like(x).copy_(y), torch.empty_like(x, dtype=dtype).copy_(factor)
+
+
+def _affine_factor_fake(
+    x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+
+
+def _affine_factor_cpu(
+    x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if x.dtype == torch.float64 or gain.dtype == torch.float64:  # float32 kernel: the equation serves
+        return _affine_factor_reference(x, gain, shift, relu, cap, dtype)
+    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    if not last:
+        x = x.contiguous()
+    y, factor = _affine_factor_fake(x, gain, shift, relu, cap, dtype)
+    views = [t.permute(0, 2, 3, 1) if last else t for t in (x, y, factor)]
+    C.affine_factor(
+        views[0], gain.float().contiguous(), shift.float().contiguous(), relu, cap, *views[1:], last, get_num_threads()
+    )
+    return y, factor
+
+
+_affine_factor = register(
+    "affine_factor(Tensor x, Tensor gain, Tensor shift, bool relu, float cap, ScalarType dtype) -> (Tensor, Tensor)",
+    reference=_affine_factor_reference,
+    fake=_affine_factor_fake,
+    cpu=_affine_factor_cpu,
+)
+
+
+def affine_factor(
+    x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """BatchNorm in eval mode, with the ReLU behind it if there is one, and the factor of their pull-back.
+
+    Parameters
+    ----------
+    x : Tensor [B, C, ...]
+        Channels-last memory is kept.
+    gain, shift : Tensor [C]
+        ``y = gain x + shift``: ``weight / sqrt(var + eps)`` and ``bias - mean gain``.
+    relu : bool
+        Cut y to [0, cap] as well.
+    cap : float
+        Infinite for ReLU, 6 for ReLU6.
+    dtype : torch.dtype
+        What the factor is stored in.
+
+    Returns
+    -------
+    y : Tensor
+        In the dtype of x.
+    factor : Tensor
+        ``sign(x) gain + |gain|``, with ``relu`` times ``2 [y > 0]``.
+    """
+    return _affine_factor(x, gain, shift, relu, cap, dtype)  # type: ignore[no-any-return]

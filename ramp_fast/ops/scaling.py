@@ -1,4 +1,4 @@
-"""Masses and scalings of coefficients: ``mass``, ``rescale``, ``merge``, ``scale_by``.
+"""Masses and scalings of coefficients: ``mass``, ``rescale``, ``merge``, ``scale_by``, ``gate``.
 
 With ``contrast`` the leading axis of a coefficient holds T/2 rows P (positive) and then T/2 rows D = P - N, and
 that of masses and scales the values of P and then of N.
@@ -163,7 +163,7 @@ def _scale_by_fake(c: Tensor, factor: Tensor) -> Tensor:
 def _scale_by_cpu(c: Tensor, factor: Tensor) -> Tensor:
     c, factor = same_layout((c,), (factor,))
     out = torch.empty_like(c)
-    C.scale_by(c, factor, out, get_num_threads())
+    C.scale_by(c, factor, out, False, get_num_threads())
     return out
 
 
@@ -188,3 +188,38 @@ def scale_by(c: Tensor, factor: Tensor) -> Tensor:
     Tensor [T, B, ...] in the dtype of c
     """
     return _scale_by(c, factor)  # type: ignore[no-any-return]
+
+
+def _gate_reference(c: Tensor, x: Tensor) -> Tensor:
+    c, x = same_layout((c,), (x,))
+    return torch.where(x > 0, 2 * c, torch.zeros((), dtype=c.dtype, device=c.device))
+
+
+def _gate_cpu(c: Tensor, x: Tensor) -> Tensor:
+    c, x = same_layout((c,), (x,))
+    out = torch.empty_like(c)
+    C.scale_by(c, x, out, True, get_num_threads())
+    return out
+
+
+_gate = register(
+    "gate(Tensor c, Tensor x) -> Tensor",
+    reference=_gate_reference,
+    fake=_scale_by_fake,
+    cpu=_gate_cpu,
+)
+
+
+def gate(c: Tensor, x: Tensor) -> Tensor:
+    """Pull coefficients through a gate (ReLU, a linear layer of weight one): ``2 [x > 0] c``.
+
+    Parameters
+    ----------
+    c : Tensor [T, B, ...]
+    x : Tensor [B, ...]
+
+    Returns
+    -------
+    Tensor [T, B, ...] in the dtype of c
+    """
+    return _gate(c, x)  # type: ignore[no-any-return]

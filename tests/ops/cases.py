@@ -223,6 +223,22 @@ def _gelu(o: Options) -> tuple[Any, ...]:
     return 3 * Draw(o).sample(*o.inner), o.contrast, o.c_dtype
 
 
+def _affine(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    x = d.sample(*(o.inner or (3,)))
+    dtype = torch.float64 if o.x_dtype == torch.float64 else torch.float32
+    gain, shift = d.normal(x.shape[1], dtype=dtype), d.normal(x.shape[1], dtype=dtype)
+    # outputs within rounding of zero would gate differently in float32
+    y = x.double() * gain.double().view(-1, *[1] * (x.ndim - 2)) + shift.double().view(-1, *[1] * (x.ndim - 2))
+    x = torch.where(y.abs() < 1e-4, torch.ones_like(x), x)
+    return x, gain, shift, o.contrast, 1.5, o.c_dtype
+
+
+def _affine_magnitude(x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: float, _: Any) -> tuple[Tensor, ...]:
+    shape = (-1, *[1] * (x.ndim - 2))
+    return x.abs() * gain.abs().view(shape) + shift.abs().view(shape), 4 * gain.abs().view(shape)
+
+
 def _softmax(o: Options) -> tuple[Any, ...]:
     d = Draw(o)
     scores = (8 * d.sample(*o.rows)).clamp(-30, 30)
@@ -256,7 +272,9 @@ CASES = {
         Case("select_norm_pullback", _select_norm, _select_norm_magnitude),
         Case("sign_select", _sign_select, lambda acc, x: (torch.zeros(()),)),
         Case("scale_by", _scale_by, lambda c, f: (c.abs() * f.abs(),)),
+        Case("gate", _scale_by, lambda c, x: (2 * c.abs(),)),
         Case("gelu_factor", _gelu, lambda x, tanh, _: (x.abs(), 2 + 2 * x.abs())),
+        Case("affine_factor", _affine, _affine_magnitude),
         Case("softmax_pullback", _softmax, _softmax_magnitude),
     ]
 }

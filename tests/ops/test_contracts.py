@@ -43,7 +43,7 @@ def test_threads_do_not_matter(name: str, isa: str) -> None:
 def _of_sample(args: tuple[object, ...], name: str, first: int, last: int) -> tuple[object, ...]:
     """The same call with samples [first, last) only."""
     coefficients = {"c", "first", "second", "first_scale", "second_scale", "scale", "acc"}
-    parameters = {"weight", "bias"}
+    parameters = {"weight", "bias", "gain", "shift"}
     schema = getattr(torch.ops.ramp_fast, name).default._schema
     parts: list[object] = []
     for argument, value in zip(schema.arguments, args, strict=True):
@@ -64,14 +64,14 @@ def test_the_rest_of_the_batch_does_not_matter(name: str, isa: str) -> None:
     ops.set_cpu_isa(isa)
     args = CASES[name].arguments(LARGE)
     whole = as_tuple(getattr(ops, name)(*args))
-    batch_axis = 0 if name == "gelu_factor" else 1
+    batch_axis = 0 if name in ("gelu_factor", "affine_factor") else 1
     for first, last in [(0, 1), (2, 3), (1, 4)]:
         part = as_tuple(getattr(ops, name)(*_of_sample(args, name, first, last)))
         for expected, actual in zip(whole, part, strict=True):
             assert torch.equal(expected.narrow(batch_axis, first, last - first), actual)
 
 
-ELEMENTWISE = ["mass", "rescale", "merge", "junction", "merge_junction", "scale_by"]
+ELEMENTWISE = ["mass", "rescale", "merge", "junction", "merge_junction", "scale_by", "gate"]
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -32,9 +32,9 @@ def check(name: str, o: Options) -> None:
     for kept, a in zip(before, (a for a in args if isinstance(a, torch.Tensor)), strict=True):
         assert torch.equal(kept, a), "an argument was written to"
     magnitudes = as_tuple(case.magnitude(*in_float64(args)))
-    arithmetic = o.x_dtype if name == "gelu_factor" and o.x_dtype == torch.float64 else o.arithmetic
-    if name == "gelu_factor" and o.x_dtype != torch.float64:
-        arithmetic = torch.float32
+    arithmetic = o.arithmetic
+    if name in ("gelu_factor", "affine_factor"):  # their c_dtype is storage only
+        arithmetic = torch.float64 if o.x_dtype == torch.float64 else torch.float32
     for index, outputs in enumerate(zip(actual, case.expected(args), magnitudes, strict=True)):
         assert_close(name, index, *outputs, arithmetic)
 
@@ -79,6 +79,7 @@ def test_output_dtypes(backend: str) -> None:
     assert output_dtypes("select_norm_pullback", f64, f64) == [f64, f64]
     assert output_dtypes("sign_select", bf16, f32) == [bf16]
     assert output_dtypes("gelu_factor", bf16, f32) == [f32, bf16]
+    assert output_dtypes("affine_factor", bf16, f32) == [f32, bf16]
     assert output_dtypes("softmax_pullback", bf16, f32) == [bf16]
 
 

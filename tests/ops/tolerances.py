@@ -41,9 +41,15 @@ COMPUTE = {
     # one product
     ("scale_by", torch.float32): 1e-7,
     ("scale_by", torch.float64): 2e-16,
+    # a choice and a doubling: exact
+    ("gate", torch.float32): 0.0,
+    ("gate", torch.float64): 0.0,
     # rational erf (3e-7 near its clamp at 4), exp with 1e-7, argument squares up to 100 half-units
     ("gelu_factor", torch.float32): 6e-7,
     ("gelu_factor", torch.float64): 1e-15,
+    # a product and a sum; the factor is two sums
+    ("affine_factor", torch.float32): 2e-7,
+    ("affine_factor", torch.float64): 4e-16,
     # exp(s - max) carries the rounding of s - max: 2^-24 times up to 60, twice
     ("softmax_pullback", torch.float32): 8e-6,
     ("softmax_pullback", torch.float64): 2e-14,
