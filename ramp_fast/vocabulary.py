@@ -677,6 +677,8 @@ def _slice_scatter(node: Node, b: Bound) -> Node | None:
     whole, source = b["self"], b["src"]
     dim = b["dim"] % len(whole.shape)
     bounds = (b["start"], b["end"], b["step"])
+    if node.shape == source.shape and b["step"] == 1:
+        return source  # type: ignore[no-any-return]
     if any(isinstance(n, Node) for n in bounds) or b["step"] != 1 or not isinstance(whole.shape[dim], int):
         raise Unsupported("slice_scatter.default with steps or bounds that depend on the batch")
     length = whole.example[dim]
@@ -688,8 +690,6 @@ def _slice_scatter(node: Node, b: Bound) -> Node | None:
         piece = _split_off(node, f"from_{first}", torch.ops.aten.slice.Tensor, (whole, dim, first, last, 1), like)
         pieces.append(piece if last > first else None)
     before, behind = pieces
-    if before is None and behind is None:
-        return source  # type: ignore[no-any-return]
     parts = [n for n in (before, source, behind) if n is not None]
     _call(node, torch.ops.aten.cat.default, parts, dim)
     _set(node, g.MOVE, parts, how="cat", dim=dim, before=[n for n in (before, behind) if n is not None])

@@ -229,10 +229,9 @@ def test_einsum_of_two_tensors_is_a_junction(shares: str) -> None:
     r_b = pull(lambda u: product(a, u), lambda u: product(a.abs(), u.abs()), b, seed)
     m_a, m_b = (r.abs().sum((1, 2), keepdim=True) for r in (r_a, r_b))
     t_a, t_b = (m_a / (m_a + m_b), m_b / (m_a + m_b)) if shares == "kept" else (1.0, 1.0)
-    expected = torch.stack([
-        normalized(pull(lambda u: u @ w, lambda u: u.abs() @ w.abs(), x[:, i], r)) * t
-        for i, (w, r, t) in enumerate(((left, r_a, t_a), (right, r_b, t_b)))
-    ], 1)  # fmt: skip
+    x_a = pull(lambda u: u @ left, lambda u: u.abs() @ left.abs(), x[:, 0], r_a)
+    x_b = pull(lambda u: u @ right, lambda u: u.abs() @ right.abs(), x[:, 1], r_b)
+    expected = torch.stack([normalized(x_a) * t_a, normalized(x_b) * t_b], 1)
     rule = AbsLRP(stabilizer=0.0, shares=shares, maxpool="divided")
     check(engine_map(Fn(model, left, right), x, seed, rule), expected)
 
@@ -243,6 +242,23 @@ def test_addcmul_is_a_product_and_a_sum() -> None:
     together = engine_map(Fn(lambda x, w, b: torch.addcmul(b, w, x), weight, bias), x, seed)
     apart = engine_map(Fn(lambda x, w, b: b + w * x, weight, bias), x, seed)
     torch.testing.assert_close(together, apart, rtol=0, atol=0)
+
+
+def test_writing_into_a_slice() -> None:
+    x, seed = numbers(3, *SHAPE, seed=1), numbers(3, 48, seed=2)
+
+    def written(x: Tensor) -> Tensor:
+        y = x * 1.0
+        y[:, :, 1:3, 2:] = y[:, :, 1:3, 2:] + y[:, :, 2:4, 2:].relu()
+        return y
+
+    def joined(x: Tensor) -> Tensor:
+        y = x * 1.0
+        new = y[:, :, 1:3, 2:] + y[:, :, 2:4, 2:].relu()
+        middle = torch.cat([y[:, :, 1:3, :2], new], 3)
+        return torch.cat([y[:, :, :1], middle, y[:, :, 3:]], 2)
+
+    check(engine_map(Fn(written), x, seed), engine_map(Fn(joined), x, seed))
 
 
 def _heads(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
