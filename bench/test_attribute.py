@@ -54,7 +54,9 @@ def test_cost_in_forward_passes(benchmark: Any, name: str, precision: str) -> No
     base = statistics.median(forward[1:])
     ratio = benchmark.stats.stats.median / base
     benchmark.extra_info.update(forward_seconds=base, ratio=ratio)
-    print(f"\n{name} {precision}: forward {base:.3f} s, attribute {benchmark.stats.stats.median:.3f} s, {ratio:.2f} times")
+    print(
+        f"\n{name} {precision}: forward {base:.3f} s, attribute {benchmark.stats.stats.median:.3f} s, {ratio:.2f} times"
+    )
     assert ratio <= LIMITS[name, precision]
 
 

@@ -190,7 +190,14 @@ class _Translator:
         return node
 
     def resolve(self, value: Any) -> Any:
-        return fx.node.map_arg(value, lambda n: self.env[n])
+        """``value`` with the nodes of this graph in place of the exporter's."""
+        if isinstance(value, fx.Node):
+            return self.env[value]
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.resolve(v) for v in value)
+        if isinstance(value, dict):
+            return {k: self.resolve(v) for k, v in value.items()}
+        return value
 
     def shape(self, value: Any) -> tuple[int | str, ...]:
         """Sizes for people: the batch shows by name."""
@@ -252,8 +259,9 @@ class _Translator:
         if not isinstance(value, torch.Tensor):
             self.emit(Node(node.name, g.CONST, _no_call), node)
             return
-        if not isinstance(value.shape[0], int):
-            self.batch_symbol = value.shape[0]
+        batch: Any = value.shape[0]
+        if not isinstance(batch, int):
+            self.batch_symbol = batch
         leaf = Node(node.name, g.INPUT, _no_call, shape=self.shape(value), example=self.example(value))
         self.input = self.emit(leaf, node)
 
@@ -272,10 +280,9 @@ class _Translator:
         value = node.meta.get("val")
         args, kwargs = self.resolve(node.args), self.resolve(node.kwargs)
         target: Any = node.target
-        mutated = None
+        mutated: fx.Node | None = None
         if isinstance(target, torch._ops.OpOverload) and _is_inplace(target):
-            mutated = node.args[0]
-            assert isinstance(mutated, fx.Node)
+            (mutated, *_) = node.all_input_nodes
             self._check_aliases(node, mutated)
             target = _functional(target)
             name = _short_name(target)

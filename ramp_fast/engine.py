@@ -257,9 +257,7 @@ class _Target:
     def _check(self, target: Tensor, batch: int) -> None:
         if target.is_floating_point():
             if target.shape != (batch, self.classes):
-                raise InputError(
-                    f"a seed must be [{batch}, {self.classes}] (batch, classes), got {list(target.shape)}"
-                )
+                raise InputError(f"a seed must be [{batch}, {self.classes}] (batch, classes), got {list(target.shape)}")
             if self.contrast:
                 raise InputError('a seed is used as given: pass contrast="none"')
             if not bool(target.isfinite().all()):
@@ -322,9 +320,7 @@ def _check_images(images: Any) -> None:
     if images.dim() != 4:
         raise InputError(f"images must be [B, C, H, W], got shape {list(images.shape)}")
     if not images.is_floating_point():
-        raise InputError(
-            f"images must be floating point and preprocessed as the model wants them, got {images.dtype}"
-        )
+        raise InputError(f"images must be floating point and preprocessed as the model wants them, got {images.dtype}")
     if not bool(images.isfinite().all()):
         raise InputError("images have values that are not finite")
 
@@ -332,9 +328,8 @@ def _check_images(images: Any) -> None:
 def _check_model(model: torch.nn.Module) -> None:
     training = [name or "(model)" for name, m in model.named_modules() if m.training]
     if training:
-        raise UnsupportedModelError(
-            f"the model is in training mode ({training[0]}{' and others' if len(training) > 1 else ''}): call model.eval()"
-        )
+        others = " and others" if len(training) > 1 else ""
+        raise UnsupportedModelError(f"the model is in training mode ({training[0]}{others}): call model.eval()")
     devices = set()
     for name, tensor in _tensors(model).items():
         devices.add(tensor.device)

@@ -98,10 +98,13 @@ def _onednn(tensor: Tensor) -> bool:
 class Map(Protocol):
     """A linear map with its weights inside."""
 
-    kernel: str
-    nbytes: int
+    @property
+    def kernel(self) -> str: ...
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    @property
+    def nbytes(self) -> int: ...
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
 class Matrix:
@@ -239,7 +242,9 @@ class ConvPullback:
         if plain and all(p >= 0 for p in inner):
             # With stride one the transpose is a convolution with the flipped, transposed weight.
             turned = weight.unflatten(0, (geometry.groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
-            self.direct = ConvForward(turned, None, Geometry(geometry.stride, inner, geometry.dilation, geometry.groups))
+            self.direct = ConvForward(
+                turned, None, Geometry(geometry.stride, inner, geometry.dilation, geometry.groups)
+            )
             self.kernel = self.direct.kernel
         else:
             self.weight = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
@@ -274,7 +279,17 @@ class ConvPullback:
                     self.weight, g.padding, self.output_padding, g.stride, g.dilation, g.groups, list(key)
                 )
             y: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise(
-                c, self.reordered[key], None, g.padding, self.output_padding, g.stride, g.dilation, g.groups, "none", [], ""
+                c,
+                self.reordered[key],
+                None,
+                g.padding,
+                self.output_padding,
+                g.stride,
+                g.dilation,
+                g.groups,
+                "none",
+                [],
+                "",
             )
             return y
         return torch.convolution(

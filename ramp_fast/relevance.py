@@ -67,7 +67,7 @@ class Rows:
                 return rows.view(like.movedim(-3, -1).shape).movedim(-1, -3)
             return rows.view(like.shape)
         at = 1 + self.axis.axis
-        split = like.shape[:at] + (self.axis.outer, self.axis.inner) + like.shape[at + 1 :]
+        split = (*like.shape[:at], self.axis.outer, self.axis.inner, *like.shape[at + 1 :])
         inner = rows.view(rows.shape[0], self.batch, *split[1:])
         return inner.movedim(1, at + 1).reshape(like.shape)
 
@@ -121,9 +121,7 @@ class Bookkeeping:
         target = torch.stack([alive for _, _, alive in scaled]).sum(0)
         (first, first_scale, _), (second, second_scale, _), *others = scaled
         rows = self.rows(first, axis)
-        c = rows.back(
-            ops.merge(rows.of(first, 1), first_scale, rows.of(second, 1), second_scale, self.contrast), first
-        )
+        c = rows.back(ops.merge(rows.of(first, 1), first_scale, rows.of(second, 1), second_scale, self.contrast), first)
         for other, scale, _ in others:
             c = c + self.rescale(other, scale, axis)
         # Masses add; the sum's own mass is smaller where relevance of opposite signs met.
@@ -141,7 +139,6 @@ class Bookkeeping:
             return part
         scale, alive = self.scale(x, part, axis)
         return Contribution(self.rescale(part.c, scale, axis), alive, alive)
-
 
     def centred(self, part: Contribution, axis: BatchAxis) -> Contribution:
         """``part`` with N scaled so that it is about as large as P, which makes D as small as it can be.

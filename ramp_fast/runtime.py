@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ramp_fast import graph as g
 from ramp_fast.graph import Node
 from ramp_fast.plan import Plan
 from ramp_fast.relevance import Bookkeeping, Contribution

@@ -30,7 +30,7 @@ extension, extension_reason, openmp_pool = _native.load()
 
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 
-_library = torch.library.Library("ramp_fast", "DEF")  # type: ignore[no-untyped-call]  # torch has no types for it
+_library = torch.library.Library("ramp_fast", "DEF")
 _operators: dict[str, Operator] = {}
 _forced: str | None = None
 
@@ -168,10 +168,10 @@ def register(
         kernels["triton"] = _lazily(triton)
     operator = _operators[name] = Operator(name, reference, kernels)
 
-    _library.define(schema)  # type: ignore[no-untyped-call]
+    _library.define(schema)
     torch.library.register_fake(f"ramp_fast::{name}", fake, lib=_library)
     for device, key in _DEVICE_KEYS.items():
-        _library.impl(name, _dispatcher(operator, device), key)  # type: ignore[no-untyped-call]
+        _library.impl(name, _dispatcher(operator, device), key)
     return getattr(torch.ops.ramp_fast, name).default
 
 

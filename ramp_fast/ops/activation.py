@@ -141,10 +141,9 @@ def _affine_factor_cpu(
     if not last:
         x = x.contiguous()
     y, factor = _affine_factor_fake(x, gain, shift, relu, cap, dtype)
-    views = [t.permute(0, 2, 3, 1) if last else t for t in (x, y, factor)]
-    C.affine_factor(
-        views[0], gain.float().contiguous(), shift.float().contiguous(), relu, cap, *views[1:], last, get_num_threads()
-    )
+    rows = [t.permute(0, 2, 3, 1) if last else t for t in (x, y, factor)]
+    gain, shift = gain.float().contiguous(), shift.float().contiguous()
+    C.affine_factor(rows[0], gain, shift, relu, cap, rows[1], rows[2], last, get_num_threads())
     return y, factor
 
 

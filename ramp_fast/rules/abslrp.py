@@ -461,7 +461,8 @@ class GroupNorm(Operation):
         grouped = x.unflatten(1, (p["groups"], -1)).flatten(2)
 
         def inverse_sigma(u: Tensor) -> Tensor:
-            return (u.var(-1, unbiased=False, keepdim=True) + p["eps"]).rsqrt().expand_as(u).reshape(x.shape)
+            inverse: Tensor = (u.var(-1, unbiased=False, keepdim=True) + p["eps"]).rsqrt()
+            return inverse.expand_as(u).reshape(x.shape)
 
         shape = (-1, *[1] * (x.dim() - 2))
         weight = values[p["weight"]]
@@ -641,8 +642,11 @@ class Matmul(Operation):
             yield Flow(node, Contribution(own, target, actual))
 
 
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
 def pull_product(
-    c: Tensor, other: Tensor, x: Tensor, dtype: torch.dtype, only_positive: bool, product: Callable[[Tensor, Tensor], Tensor]
+    c: Tensor, other: Tensor, x: Tensor, dtype: torch.dtype, only_positive: bool, product: Product
 ) -> Tensor:
     """``2 (c other+)`` where ``x > 0``, ``2 (c other-)`` where ``x < 0`` (or nowhere else, ``only_positive``)."""
     positive = product(c, (2 * gemm.positive_part(other)).to(dtype))
@@ -722,9 +726,7 @@ class Attention(Operation):
         c_k = self._fold(pull_product(c_s.mT, query, k, dtype, gated, lambda u, w: u @ w), heads)
         m_q, m_k = book.mass(q, c_q, axis), book.mass(values[nodes[1]], c_k, nodes[1].batch)
         t_q, t_k = _share(t_a, [m_q, m_k], shares)
-        for node, own, target, actual in zip(
-            nodes, (c_q, c_k, c_v), (t_q, t_k, t_v), (m_q, m_k, m_v), strict=True
-        ):
+        for node, own, target, actual in zip(nodes, (c_q, c_k, c_v), (t_q, t_k, t_v), (m_q, m_k, m_v), strict=True):
             if not node.constant:
                 yield Flow(node, Contribution(own, target, actual))
 
@@ -885,9 +887,7 @@ class Bilinear(Operation):
             pull(a, b, lambda u, v: torch.einsum(equation, u, v)),
             pull(b, a, lambda u, v: torch.einsum(equation, v, u)),
         ]
-        masses = [
-            book.mass(x, o, n.batch) for x, o, n in zip((a, b), own, self.node.operands, strict=True)
-        ]
+        masses = [book.mass(x, o, n.batch) for x, o, n in zip((a, b), own, self.node.operands, strict=True)]
         targets = _share(part.target, masses, self.facts.extra["shares"])
         for node, o, target, actual in zip(self.node.operands, own, targets, masses, strict=True):
             yield Flow(node, Contribution(o.to(part.c.dtype), target, actual))

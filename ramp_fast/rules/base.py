@@ -124,7 +124,10 @@ def vjp(function: Callable[[Tensor], Tensor], like: Tensor | tuple[int, ...], c:
     ``like`` is the point of linearisation, or the shape of the argument where the point does not matter.
     """
     with torch.enable_grad():
-        leaf = torch.zeros(like, dtype=c.dtype, device=c.device) if isinstance(like, tuple) else like.detach().to(c.dtype)
+        if isinstance(like, tuple):
+            leaf = torch.zeros(like, dtype=c.dtype, device=c.device)
+        else:
+            leaf = like.detach().to(c.dtype)
         leaf = leaf.requires_grad_()
         out = function(leaf)
         grads = [torch.autograd.grad(out, leaf, side, retain_graph=True)[0] for side in c]
