@@ -61,7 +61,8 @@ def pull(f: Function, f_abs: Function, x: Tensor, relevance: Tensor) -> Tensor:
     with torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
         z = f(leaf)
-        (d,) = torch.autograd.grad(((z + f_abs(leaf)) * ratio(relevance.reshape(z.shape), z.detach().abs())).sum(), leaf)
+        c = ratio(relevance.reshape(z.shape), z.detach().abs())
+        (d,) = torch.autograd.grad(((z + f_abs(leaf)) * c).sum(), leaf)
     return torch.where(d == 0, 0.0, x * d)
 
 
