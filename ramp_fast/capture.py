@@ -64,6 +64,11 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
         )
     graph.prune()
     _infer_batch_axes(graph, batch_symbol is not None)
+    if batch_symbol is not None and graph.output.batch != g.BatchAxis():
+        raise UnsupportedModelError(
+            f"the model must return logits of shape [batch, classes]; the samples of its {list(graph.output.shape)} "
+            f"are in axis {graph.output.batch.axis}, {graph.output.batch.inner} rows each"
+        )
     return graph
 
 

@@ -187,7 +187,8 @@ class Engine:
         with torch.no_grad(), exact_float32(device), torch.autocast(device.type, enabled=False):
             for start in range(0, images.shape[0], max(together, 1)):
                 here = slice(start, start + together)
-                batch = images[here].detach().to(device, plan.precision.forward)
+                # Contiguous: kernels are chosen by strides too, and results must not depend on the caller's.
+                batch = images[here].detach().to(device, plan.precision.forward).contiguous()
                 classes_here: list[Tensor] = []
 
                 def seed(
@@ -273,7 +274,7 @@ class _Target:
                 f"target must be between 0 and {self.classes - 1}, got {int(target.min())} to {int(target.max())}"
             )
         self.several = target.dim() == 2
-        self.ids = target.long().view(batch, -1)
+        self.ids = target.long().reshape(batch, target.shape[1] if self.several else 1)
 
     def seed(self, logits: Tensor, here: slice, rule: AbsLRP) -> tuple[Tensor, Tensor]:
         """Classes ``[b, K]`` and coefficients ``[T, b, classes]`` for the images ``here``."""
@@ -326,6 +327,11 @@ def _check_images(images: Any) -> None:
 
 
 def _check_model(model: torch.nn.Module) -> None:
+    for name, module in model.named_modules():
+        if ".quantized" in type(module).__module__:
+            raise UnsupportedModelError(
+                f"{name} is a quantised module ({type(module).__name__}): use the floating-point model"
+            )
     training = [name or "(model)" for name, m in model.named_modules() if m.training]
     if training:
         others = " and others" if len(training) > 1 else ""
@@ -337,11 +343,6 @@ def _check_model(model: torch.nn.Module) -> None:
             raise UnsupportedModelError(
                 f"parameter {name} is {tensor.dtype}: quantised and non-floating models cannot be attributed; "
                 "use the floating-point model"
-            )
-    for name, module in model.named_modules():
-        if ".quantized" in type(module).__module__:
-            raise UnsupportedModelError(
-                f"{name} is a quantised module ({type(module).__name__}): use the floating-point model"
             )
     if len(devices) > 1:
         raise UnsupportedModelError(f"the model is spread over several devices: {sorted(map(str, devices))}")
@@ -361,7 +362,9 @@ def _device(model: torch.nn.Module) -> torch.device:
 def _fingerprint(model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, tuple[Any, ...]]]:
     """What a captured graph depends on (names, shapes, dtypes, device), and the identity of the weights."""
     tensors = _tensors(model)
-    layout = tuple((n, tuple(t.shape), t.dtype, t.device) for n, t in tensors.items())
+    shapes = tuple((n, tuple(t.shape), t.dtype, t.device) for n, t in tensors.items())
+    # The modules themselves: one that was replaced may compute something else.
+    layout = (shapes, tuple(model.named_modules()))
     state = {n: (id(t), t.data_ptr(), None if t.is_inference() else t._version) for n, t in tensors.items()}
     return layout, state
 
