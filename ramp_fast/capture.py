@@ -92,6 +92,22 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextmanager
+def _attributes_restored(model: torch.nn.Module) -> Iterator[None]:
+    """The exporter leaves copies of lists and dicts among a module's attributes: put the user's own back."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            now = vars(module)
+            for name in [n for n in now if n not in attributes]:
+                del now[name]
+            for name, value in attributes.items():
+                if now.get(name, now) is not value:
+                    now[name] = value
+
+
 def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
     parameter = next(model.parameters(), None)
     dtype = torch.float32 if parameter is None else parameter.dtype
@@ -102,7 +118,7 @@ def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> torch.
         shapes = ({0: torch.export.Dim.AUTO},) if batch > 1 else None
         return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
 
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _attributes_restored(model):
         try:
             program = export(EXAMPLE_BATCH)
         except Exception as error:
