@@ -285,14 +285,14 @@ def _activation(how: str) -> Handler:
         for value in list(b.values())[1:]:
             _constant_only(value, f"{node.target} with bounds")
         name = str(node.target).removeprefix("aten.").split(".")[0]
-        lowest = b.get("min_val", b.get("min"))
-        if name in ("hardtanh", "clamp", "clamp_min") and lowest == 0:
+        lowest, highest = b.get("min_val", b.get("min")), b.get("max_val", b.get("max"))
+        cut_at_zero = name in ("hardtanh", "clamp", "clamp_min") and lowest == 0
+        if how == "relu" or (cut_at_zero and not isinstance(highest, Node)):
             # nn.ReLU6 and x.clamp(min=0) are what relu6 and relu are
-            _set(node, g.ACTIVATION, [source], how="relu", function="relu6")
+            cap = 6.0 if name == "relu6" else math.inf if highest is None else float(highest)
+            _set(node, g.ACTIVATION, [source], how="relu", function="relu", cap=cap)
             return
         _set(node, g.ACTIVATION, [source], how=how, function=name)
-        if name == "relu6":
-            node.params["cap"] = 6.0
 
     return handler
 

@@ -347,7 +347,7 @@ class BatchNorm(_Diagonal):
     def forward(self, values: Values) -> tuple[Any, Any]:
         x = values[self.node.operands[0]]
         relu = self.facts.extra.get("relu")
-        cap = relu.params.get("cap", math.inf) if relu is not None else math.inf
+        cap = relu.params["cap"] if relu is not None else math.inf
         return ops.affine_factor(x, self.gain, self.shift, relu is not None, cap, self.facts.precision.pullback)
 
 

@@ -1,0 +1,119 @@
+"""The plan: fused steps compute what the model computes, structural savings, liveness, and how it prints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from ramp_fast import Engine
+from ramp_fast import graph as g
+
+
+class Clamp(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(min=0)
+
+
+ACTIVATIONS = [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardtanh(0, 2.5), Clamp(), nn.SiLU()]
+
+
+def conv_bn(activation: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), activation, nn.Flatten(), nn.Linear(320, 4))
+    norm = model[1]
+    with torch.no_grad():
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.normal_(std=6)  # so that outputs pass 6, and gains have both signs
+        norm.bias.normal_()
+    return model.eval()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("precision", ["float64", "float32", "mixed"])
+def test_batch_norm_and_its_activation_compute_what_the_model_computes(activation: nn.Module, precision: str) -> None:
+    model = conv_bn(activation)
+    images = torch.randn(2, 3, 8, 8)
+    if precision == "float64":
+        model, images = model.double(), images.double()
+    with torch.no_grad():
+        expected = model(images)
+    logits = Engine(model, precision=precision).attribute(images).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_relu_is_absorbed_by_batch_norm_only_where_nothing_else_reads_it() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = conv_bn(nn.ReLU())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layers[1](self.layers[0](x))
+            return self.layers[4]((y.relu() + y).flatten(1))  # type: ignore[no-any-return]
+
+    plain = str(Engine(conv_bn(nn.ReLU()), input_shape=(3, 8, 8)).plan)
+    shared = str(Engine(Shared().eval(), input_shape=(3, 8, 8)).plan)
+    assert "(below)" in plain
+    assert "(below)" not in shared
+
+
+def small_vit(**options: object) -> VisionTransformer:
+    torch.manual_seed(0)
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    return VisionTransformer(**{**arguments, **options}).eval()
+
+
+def shapes(engine: Engine, kind: str) -> list[tuple[int | str, ...]]:
+    return [step.node.shape for step in engine.plan.steps if step.node.kind == kind]
+
+
+def test_the_last_block_of_a_vit_computes_the_class_token_only() -> None:
+    engine = Engine(small_vit(), input_shape=(3, 32, 32))
+    assert shapes(engine, g.ATTENTION) == [("batch", 3, 17, 8), ("batch", 3, 1, 8)]
+    hidden = [s for s in shapes(engine, g.LINEAR) if s[-1] == 96]
+    assert hidden == [("batch", 17, 96), ("batch", 1, 96)]
+
+
+def test_average_pooling_over_patches_leaves_out_the_class_token_only() -> None:
+    engine = Engine(small_vit(global_pool="avg"), input_shape=(3, 32, 32))
+    assert shapes(engine, g.ATTENTION) == [("batch", 3, 17, 8), ("batch", 3, 16, 8)]
+
+
+def test_non_negative_and_gated_inputs_need_only_the_positive_weights() -> None:
+    text = str(Engine(small_vit(), input_shape=(3, 32, 32), precision="float32").plan)
+    row = {line.split()[1]: line for line in text.splitlines() if line.startswith("linear")}
+    assert "W+|W-" in row["blocks.0.attn.qkv"]
+    assert "W+|W-" in row["blocks.0.mlp.fc1"]
+    for gated in ("blocks.0.attn.proj", "blocks.0.mlp.fc2", "head"):
+        assert "W+" in row[gated]
+        assert "W-" not in row[gated]
+
+
+def test_equal_shares_do_not_gate_the_head_outputs() -> None:
+    text = str(Engine(small_vit(), "abslrp-release", input_shape=(3, 32, 32), precision="float32").plan)
+    row = next(line for line in text.splitlines() if "blocks.0.attn.proj" in line)
+    assert "W+|W-" in row
+
+
+def test_values_are_dropped_once_nobody_needs_them() -> None:
+    plan = Engine(small_vit(), input_shape=(3, 32, 32)).plan
+    dropped = [n for step in plan.steps for n in (*step.drop_forward, *step.drop_pullback)]
+    assert len(dropped) == len(set(dropped))
+    variable = {step.node for step in plan.steps if not step.node.constant}
+    assert variable - set(dropped) <= {plan.graph.output}
+
+
+def test_the_plan_prints_operations_modules_shapes_kernels_and_bytes() -> None:
+    text = str(Engine(small_vit(), input_shape=(3, 32, 32)).plan)
+    for part in ("attention", "blocks.1.mlp.fc1", "batchx17x96", "select_norm_pullback", "gelu_factor", "KB"):
+        assert part in text
+
+
+def test_weight_bytes_are_those_of_the_packed_weights() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7)).eval()
+    plan = Engine(model, precision="float32", input_shape=(3, 2, 2)).plan
+    # forward, and W+ and W- for the pull-back, of float32
+    assert plan.weight_bytes == 3 * 12 * 7 * 4
