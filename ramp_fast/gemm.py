@@ -9,6 +9,7 @@ a third faster than the default route; results do not depend on the number of ro
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,21 +70,34 @@ def precision_for(name: str, device: torch.device) -> Precision:
 def exact_float32(device: torch.device) -> Iterator[None]:
     """float32 products in true float32, whatever the global flags say; the flags are restored on exit.
 
-    Nothing is written where the flags already say so, which is the default on CPUs.
+    Nothing is written where the flags already say so, which is the default on CPUs. Of several threads in here
+    the first saves the flags and the last restores them.
     """
-    matmul = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn.allow_tf32 if device.type == "cuda" else False
+    backends = torch.backends
+    flags = [backends.mkldnn.matmul, backends.mkldnn.conv]
+    if device.type == "cuda":
+        flags = [backends.cuda.matmul, backends.cudnn.conv]
+    with _FLAGS_LOCK:
+        _INSIDE.append(device)
+        for flag in flags:
+            if flag.fp32_precision not in ("none", "ieee"):
+                _SAVED.append((flag, flag.fp32_precision))
+                flag.fp32_precision = "ieee"
     try:
-        if matmul != "highest":
-            torch.set_float32_matmul_precision("highest")
-        if cudnn:
-            torch.backends.cudnn.allow_tf32 = False
         yield
     finally:
-        if matmul != "highest":
-            torch.set_float32_matmul_precision(matmul)
-        if cudnn:
-            torch.backends.cudnn.allow_tf32 = True
+        with _FLAGS_LOCK:
+            _INSIDE.remove(device)
+            while _SAVED and not _INSIDE:
+                flag, value = _SAVED.pop()
+                flag.fp32_precision = "none"  # which inherits the backend's setting
+                if flag.fp32_precision != value:
+                    flag.fp32_precision = value
+
+
+_FLAGS_LOCK = threading.Lock()
+_INSIDE: list[torch.device] = []
+_SAVED: list[tuple[Any, str]] = []
 
 
 def _onednn(tensor: Tensor) -> bool:
