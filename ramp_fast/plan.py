@@ -229,7 +229,7 @@ def _absorbed(node: Node, users: dict[Node, list[Node]]) -> bool:
 
 
 _NEVER_NEGATIVE = frozenset(
-    {"relu", "relu6", "sigmoid", "hardsigmoid", "abs", "square", "exp", "softplus", "sqrt", "rsqrt"}
+    {"relu", "sigmoid", "hardsigmoid", "abs", "square", "exp", "softplus", "sqrt", "rsqrt"}
 )
 
 
