@@ -31,6 +31,9 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
     both = normal(RHS, BATCH, TOKENS, 2 * WIDTH).bfloat16()
     hidden = normal(BATCH, TOKENS, HIDDEN)
     attention = normal(RHS, BATCH, HEADS, TOKENS, TOKENS).bfloat16()
+    qkv = normal(BATCH, TOKENS, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+    heads = torch.nn.functional.scaled_dot_product_attention(*qkv)
+    c_heads = normal(RHS, BATCH, TOKENS, HEADS, WIDTH // HEADS).transpose(2, 3)
     return {
         "mass": (x, c, True),
         "rescale": (c, scale, True),
@@ -43,6 +46,7 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "scale_by": (normal(RHS, BATCH, TOKENS, HIDDEN).bfloat16(), hidden),
         "gelu_factor": (hidden, False, torch.bfloat16),
         "softmax_pullback": (normal(BATCH, HEADS, TOKENS, TOKENS), attention),
+        "attention_pullback": (*qkv, heads, c_heads, 0.125, True, True),
     }
 
 

@@ -27,6 +27,7 @@ class TensorView {
     int ndim() const { return ndim_; }
     DType dtype() const { return dtype_; }
     std::int64_t size(int axis) const { return shape_[axis < 0 ? axis + ndim_ : axis]; }
+    std::int64_t stride(int axis) const { return strides_[axis < 0 ? axis + ndim_ : axis]; }
     std::int64_t numel() const { return product(0, ndim_); }
     // Product of the sizes of axes [first, last).
     std::int64_t product(int first, int last) const;

@@ -74,3 +74,19 @@ def affine_factor(
 ) -> None: ...
 def gelu_factor(x: Tensor, tanh_approx: bool, y: Tensor, factor: Tensor, threads: _Threads, /) -> None: ...
 def softmax_pullback(scores: Tensor, c: Tensor, out: Tensor, threads: _Threads, /) -> None: ...
+def attention_pullback(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    c: Tensor,
+    scale: float,
+    gated: bool,
+    contrast: bool,
+    c_q: Tensor,
+    c_k: Tensor,
+    c_v: Tensor,
+    masses: Tensor,
+    threads: _Threads,
+    /,
+) -> None: ...

@@ -1,4 +1,4 @@
-// Bindings: softmax_pullback.
+// Bindings: softmax_pullback, attention_pullback.
 #include "bind/bind.h"
 #include "cpu/dispatch.h"
 
@@ -25,10 +25,60 @@ void softmax_pullback(py::handle scores_, py::handle c_, py::handle out_, int th
     RF_CALL(softmax_pullback, args);
 }
 
+// [B, H, rows, D] or, with `rhs`, [T, B, H, rows, D].
+StridedOperand strided(const TensorView& x, bool rhs) {
+    if (x.size(-1) > 1 && x.stride(-1) != 1) fail(x.describe() + " must be contiguous along its last axis");
+    const int first = rhs ? 1 : 0;
+    return {x.operand(), {rhs ? x.stride(0) : 0, x.stride(first), x.stride(first + 1), x.stride(first + 2)}};
+}
+
+void attention_pullback(py::handle q_, py::handle k_, py::handle v_, py::handle o_, py::handle c_,
+                        double scale, bool gated, bool contrast, py::handle c_q_, py::handle c_k_,
+                        py::handle c_v_, py::handle masses_, int threads) {
+    const TensorView q(q_, "q"), k(k_, "k"), v(v_, "v"), o(o_, "o"), c(c_, "c");
+    const TensorView c_q(c_q_, "c_q"), c_k(c_k_, "c_k"), c_v(c_v_, "c_v"), masses(masses_, "masses");
+    if (q.ndim() != 4) fail("q must be [B, H, N, D]: " + q.describe());
+    if (k.ndim() != 4) fail("k must be [B, H, M, D]: " + k.describe());
+    check_coefficient(c, contrast);
+    const std::int64_t T = c.size(0), B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2),
+                       D = q.size(3);
+    k.shaped({B, H, M, D});
+    v.shaped({B, H, M, D});
+    o.shaped({B, H, N, D});
+    c.shaped({T, B, H, N, D});
+    c_q.shaped({T, B, H, N, D});
+    c_k.shaped({T, B, H, M, D});
+    c_v.shaped({T, B, H, M, D});
+    masses.shaped({4, T, B}).contiguous();
+    AttentionArgs args{};
+    args.rhs = T;
+    args.batch = B;
+    args.heads = H;
+    args.queries = N;
+    args.keys = M;
+    args.width = D;
+    args.gated = gated;
+    args.contrast = contrast;
+    args.scale = scale;
+    args.q = strided(q, false);
+    args.k = strided(k, false);
+    args.v = strided(v, false);
+    args.o = strided(o, false);
+    args.c = strided(c, true);
+    args.c_q = strided(c_q, true);
+    args.c_k = strided(c_k, true);
+    args.c_v = strided(c_v, true);
+    args.masses = masses.operand();
+    args.threads = threads;
+    py::gil_scoped_release release;
+    RF_CALL_BF16(attention_pullback, args);
+}
+
 }  // namespace
 
 void register_attention(py::module_& m) {
     m.def("softmax_pullback", &softmax_pullback);
+    m.def("attention_pullback", &attention_pullback);
 }
 
 }  // namespace rf

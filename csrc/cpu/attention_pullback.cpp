@@ -64,19 +64,19 @@ struct Pair {
         sum = (SumVector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
                                           (__m512bh)b);
     }
-    static RF_INLINE __m256i rounded(const float* row) {
-        return (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(row));
+    typedef std::uint16_t HalfVector __attribute__((vector_size(kBytes / 2), may_alias));
+    static RF_INLINE HalfVector rounded(const float* row) {
+        return (HalfVector)_mm512_cvtneps_pbh(_mm512_load_ps(row));
     }
     static RF_INLINE void along_row(const float* __restrict row, int64_t n, Element* __restrict out) {
-        for (int64_t i = 0; i < n; i += lanes)
-            _mm256_store_si256(reinterpret_cast<__m256i*>(out + i / 2), rounded(row + i));
+        for (int64_t i = 0; i < n; i += lanes) *reinterpret_cast<HalfVector*>(out + i / 2) = rounded(row + i);
     }
     static RF_INLINE void across_rows(const float* __restrict rows, int64_t stride, int64_t n,
                                       Element* __restrict out) {
         for (int64_t i = 0; i < n; i += lanes) {
-            const __m512i low = _mm512_cvtepu16_epi32(rounded(rows + i));
-            const __m512i high = _mm512_cvtepu16_epi32(rounded(rows + stride + i));
-            _mm512_store_si512(out + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            const ElementVector low = __builtin_convertvector(rounded(rows + i), ElementVector);
+            const ElementVector high = __builtin_convertvector(rounded(rows + stride + i), ElementVector);
+            *reinterpret_cast<ElementVector*>(out + i) = low | (high << 16);
         }
     }
 };
@@ -238,7 +238,8 @@ RF_INLINE void clear(T* data, int64_t n) {
     for (int64_t i = 0; i < n; ++i) data[i] = T(0);
 }
 
-// to = factor * x+ in the first `depth` columns and, if there are more, factor * x- in the others; 0 beyond n.
+// to = factor * x+ in the first `depth` columns and, if there are more, factor * x- in the others; 0 beyond
+// n.
 template <class F>
 RF_INLINE void split_parts(const F* __restrict x, int64_t n, F factor, int64_t depth, int64_t parts,
                            F* __restrict to) {
@@ -275,9 +276,8 @@ void prepare_keys(const Job& job, const Scratch<P>& at, int64_t b, int64_t h) {
             clear(to, job.depth);
             if (start + r >= args.keys) continue;
             const F* k = load(args.k.operand, offset(args.k, 0, b, h, start + r), args.width, to);
-            if (k != to)
-                RF_SIMD
-                for (int64_t i = 0; i < args.width; ++i) to[i] = k[i];
+            if (k != to) RF_SIMD
+            for (int64_t i = 0; i < args.width; ++i) to[i] = k[i];
         }
         transpose(at.raw, padded, job.depth, args.width, at.keys_t + start, job.keys);
         for (int64_t r = 0; r < padded; ++r)
@@ -298,19 +298,19 @@ void prepare_keys(const Job& job, const Scratch<P>& at, int64_t b, int64_t h) {
     }
 }
 
-// s -> softmax(s), factor = sign(s) softmax(s) + softmax(|s|) over n scores; 0 from there to `padded`.
+// weight = softmax(s), factor = sign(s) softmax(s) + softmax(|s|) over n scores; 0 from there to `padded`.
 template <class F>
-RF_INLINE void softmax_row(F* __restrict s, int64_t n, int64_t padded, F* __restrict factor) {
+RF_INLINE void softmax_row(F* __restrict s, int64_t n, int64_t padded, F* __restrict weight,
+                           F* __restrict factor) {
     const F outside = -static_cast<F>(__builtin_inf());
     for (int64_t i = n; i < padded; ++i) s[i] = outside;
-    F largest = outside, smallest = -outside;
-    RF_SIMD_MAX(largest)
-    for (int64_t i = 0; i < padded; ++i) largest = s[i] > largest ? s[i] : largest;
-    for (int64_t i = n; i < padded; ++i) s[i] = -outside;
-    RF_PRAGMA(omp simd reduction(min : smallest))
-    for (int64_t i = 0; i < padded; ++i) smallest = s[i] < smallest ? s[i] : smallest;
-    for (int64_t i = n; i < padded; ++i) s[i] = outside;
-    const F largest_absolute = largest > -smallest ? largest : -smallest;
+    F largest = outside, largest_absolute = 0;
+    RF_SIMD_MAX(largest, largest_absolute)
+    for (int64_t i = 0; i < padded; ++i) {
+        const F magnitude = s[i] == outside ? F(0) : absolute(s[i]);
+        largest = s[i] > largest ? s[i] : largest;
+        largest_absolute = magnitude > largest_absolute ? magnitude : largest_absolute;
+    }
     double sum = 0, sum_absolute = 0;
     for (int64_t start = 0; start < padded; start += kBlock) {
         const int64_t end = min64(start + kBlock, padded);
@@ -320,19 +320,268 @@ RF_INLINE void softmax_row(F* __restrict s, int64_t n, int64_t padded, F* __rest
             const F e = exponential(s[i] - largest);
             const F kept = s[i] == outside ? outside : absolute(s[i]);
             const F ea = exponential(kept - largest_absolute);
+            weight[i] = e;
             factor[i] = ea;
-            // the sign of s stays with its exponential: e is never negative
-            s[i] = s[i] < 0 ? -e : (s[i] > 0 ? e : F(0));
             part += e;
             part_absolute += ea;
-            if (false) break;
         }
         sum += static_cast<double>(part);
         sum_absolute += static_cast<double>(part_absolute);
     }
-    (void)sum;
-    (void)sum_absolute;
+    const F inverse = static_cast<F>(1 / sum), inverse_absolute = static_cast<F>(1 / sum_absolute);
+    RF_SIMD
+    for (int64_t i = 0; i < padded; ++i) {
+        const F a = weight[i] * inverse;
+        const F upper = s[i] > 0 ? a : F(0);
+        const F lower = s[i] < 0 ? a : F(0);
+        weight[i] = a;
+        factor[i] = upper - lower + factor[i] * inverse_absolute;
+    }
+}
+
+// Masses of a row of A and, in place, c -> factor c.
+template <class F, bool contrast>
+RF_INLINE void scores_row(const F* __restrict weight, const F* __restrict factor, int64_t n, F* __restrict p,
+                          F* __restrict d, double* mass_p, double* mass_n) {
+    for (int64_t start = 0; start < n; start += kBlock) {
+        const int64_t end = min64(start + kBlock, n);
+        F sum_p = 0, sum_n = 0;
+        RF_SIMD_SUM(sum_p, sum_n)
+        for (int64_t i = start; i < end; ++i) {
+            sum_p += weight[i] * absolute(p[i]);
+            if (contrast) {
+                sum_n += weight[i] * absolute(p[i] - d[i]);
+                d[i] *= factor[i];
+            }
+            p[i] *= factor[i];
+        }
+        *mass_p += static_cast<double>(sum_p);
+        if (contrast) *mass_n += static_cast<double>(sum_n);
+    }
+}
+
+// out = factor (sums where x > 0, sums of the second part (if there is one) where x < 0, else 0)
+template <class F>
+RF_INLINE void select_row(const F* __restrict x, const F* __restrict sums, const F* __restrict lower,
+                          F factor, int64_t n, F* __restrict out) {
+    if (lower == nullptr) {
+        RF_SIMD
+        for (int64_t i = 0; i < n; ++i) {
+            const F value = factor * sums[i];
+            out[i] = x[i] > 0 ? value : F(0);
+        }
+        return;
+    }
+    RF_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        const F value = x[i] > 0 ? sums[i] : lower[i];
+        out[i] = x[i] == 0 ? F(0) : factor * value;
+    }
+}
+
+template <class F, bool contrast>
+RF_INLINE void mass_row(const F* __restrict x, const F* __restrict p, const F* __restrict d, int64_t n,
+                        double* mass_p, double* mass_n) {
+    F sum_p = 0, sum_n = 0;
+    RF_SIMD_SUM(sum_p, sum_n)
+    for (int64_t i = 0; i < n; ++i) {
+        const F magnitude = absolute(x[i]);
+        sum_p += magnitude * absolute(p[i]);
+        if (contrast) sum_n += magnitude * absolute(p[i] - d[i]);
+    }
+    *mass_p += static_cast<double>(sum_p);
+    if (contrast) *mass_n += static_cast<double>(sum_n);
+}
+
+// Selects, stores and weighs one row of a result; sums of D are `sides` after those of P.
+template <class F, bool contrast>
+RF_INLINE void finish_row(const Job& job, const StridedOperand& out, const F* x, F sign, F factor,
+                          const F* sums, int64_t between_sides, bool split, int64_t t, int64_t b, int64_t h,
+                          int64_t n, F* scaled, F* buffer, double* masses) {
+    const AttentionArgs& args = job.args;
+    const F* gate = x;
+    if (sign != F(1)) {
+        for (int64_t i = 0; i < args.width; ++i) scaled[i] = sign * x[i];
+        gate = scaled;
+    }
+    const F* results[2] = {nullptr, nullptr};
+    for (int64_t side = 0; side < (contrast ? 2 : 1); ++side) {
+        const F* from = sums + side * between_sides;
+        const int64_t to = offset(out, t + side * (args.rhs / 2), b, h, n);
+        F* result = target(out.operand, to, buffer + side * job.depth);
+        select_row(gate, from, split ? from + job.depth : nullptr, factor, args.width, result);
+        commit(out.operand, to, args.width, result);
+        results[side] = result;
+    }
+    mass_row<F, contrast>(x, results[0], results[1], args.width, masses + t, masses + t + args.rhs / 2);
+}
+
+// kRows rows of queries from `first` on: scores, their coefficients, c_Q, and the operands that c_K and c_V
+// need, at `row` of the block.
+template <class P, bool contrast>
+void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int64_t first, int64_t row,
+                double* masses) {
+    using F = typename P::Sum;
+    using E = typename P::Element;
+    const AttentionArgs& args = job.args;
+    const int64_t count = min64(kRows, args.queries - first);
+    const int64_t depth = job.depth, keys = job.keys, parts = job.parts, half = args.rhs / 2;
+    const F scale = static_cast<F>(args.scale);
+    for (int64_t r = 0; r < kRows; ++r) {
+        F* query = at.query + r * depth;
+        clear(query, depth);
+        clear(at.rows + r * parts, parts);
+        if (r >= count) continue;
+        const F* q = load(args.q.operand, offset(args.q, 0, b, h, first + r), args.width, at.raw);
+        RF_SIMD
+        for (int64_t i = 0; i < args.width; ++i) query[i] = scale * q[i];
+        split_parts(q, args.width, scale, depth, parts, at.rows + r * parts);
+    }
+    for (int64_t r = 0; r < kRows; r += P::pack)
+        P::across_rows(at.rows + r * parts, parts, parts, at.q_block + (row + r) / P::pack * parts);
+
+    F* scores = at.c_a;
+    product<Single<F>, false>(kRows, keys, args.width, {at.query, depth, 1}, at.keys_t, keys, scores, keys);
+    for (int64_t r = 0; r < kRows; ++r) {
+        F *weight = at.weights + r * keys, *factor = at.factors + r * keys;
+        if (r < count) {
+            softmax_row(scores + r * keys, args.keys, keys, weight, factor);
+        } else {
+            clear(weight, keys);
+            clear(factor, keys);
+        }
+    }
+    for (int64_t r = 0; r < kRows; r += P::pack)
+        P::across_rows(at.weights + r * keys, keys, keys, at.a_block + (row + r) / P::pack * keys);
+
+    for (int64_t t = 0; t < (contrast ? half : args.rhs); ++t) {
+        for (int64_t side = 0; side < job.sides; ++side) {
+            const int64_t rhs = t + side * half;
+            for (int64_t r = 0; r < kRows; ++r) {
+                F* g = at.rows + r * depth;
+                clear(g, depth);
+                if (r >= count) continue;
+                const F* c = load(args.c.operand, offset(args.c, rhs, b, h, first + r), args.width, at.raw);
+                if (args.gated) {
+                    const F* o =
+                        load(args.o.operand, offset(args.o, 0, b, h, first + r), args.width, at.raw + depth);
+                    RF_SIMD
+                    for (int64_t i = 0; i < args.width; ++i) g[i] = o[i] > 0 ? c[i] : F(0);
+                } else {
+                    RF_SIMD
+                    for (int64_t i = 0; i < args.width; ++i) g[i] = c[i];
+                }
+            }
+            E* g_block = at.g_block + (rhs * job.block + row) / P::pack * depth;
+            for (int64_t r = 0; r < kRows; ++r) {
+                P::along_row(at.rows + r * depth, depth, at.gated + r * depth / P::pack);
+                if (r % P::pack == 0)
+                    P::across_rows(at.rows + r * depth, depth, depth, g_block + r / P::pack * depth);
+            }
+            product<P, false>(kRows, keys, depth / P::pack, {at.gated, depth / P::pack, 1}, at.values_t, keys,
+                              at.c_a + side * kRows * keys, keys);
+        }
+        for (int64_t r = 0; r < count; ++r) {
+            F* p = at.c_a + r * keys;
+            scores_row<F, contrast>(at.weights + r * keys, at.factors + r * keys, keys, p, p + kRows * keys,
+                                    masses + t, masses + t + half);
+        }
+        for (int64_t side = 0; side < job.sides; ++side) {
+            const F* c_s = at.c_a + side * kRows * keys;
+            E* block = at.c_s_block + ((t + side * half) * job.block + row) / P::pack * keys;
+            for (int64_t r = 0; r < kRows; r += P::pack)
+                P::across_rows(c_s + r * keys, keys, keys, block + r / P::pack * keys);
+            const E* left = block;
+            if (P::pack > 1) {
+                for (int64_t r = 0; r < kRows; ++r)
+                    P::along_row(c_s + r * keys, keys, at.c_s + r * keys / P::pack);
+                left = at.c_s;
+            }
+            product<P, false>(kRows, parts, keys / P::pack, {left, keys / P::pack, 1}, at.key_parts, parts,
+                              at.c_query + side * kRows * parts, parts);
+        }
+        for (int64_t r = 0; r < count; ++r) {
+            const F* q = load(args.q.operand, offset(args.q, 0, b, h, first + r), args.width, at.raw);
+            finish_row<F, contrast>(job, args.c_q, q, scale < 0 ? F(-1) : F(1), 2 * scale,
+                                    at.c_query + r * parts, kRows * parts, !args.gated, t, b, h, first + r,
+                                    at.raw + depth, at.out_row, masses + 2 * args.rhs);
+        }
+    }
+}
+
+template <class P, bool contrast>
+void head(int64_t index, const void* context, void* scratch) {
+    using F = typename P::Sum;
+    const Job& job = *static_cast<const Job*>(context);
+    const AttentionArgs& args = job.args;
+    const Scratch<P> at(static_cast<char*>(scratch), job);
+    const int64_t b = index / args.heads, h = index % args.heads;
+    double* masses = job.partials + index * kMasses * args.rhs;
+    for (int64_t i = 0; i < kMasses * args.rhs; ++i) masses[i] = 0;
+
+    prepare_keys(job, at, b, h);
+    clear(at.sum_v, args.rhs * job.key_rows * job.depth);
+    clear(at.sum_k, args.rhs * job.key_rows * job.parts);
+    for (int64_t start = 0; start < args.queries; start += job.block) {
+        const int64_t rows = round_up(min64(job.block, args.queries - start), kRows);
+        for (int64_t row = 0; row < rows; row += kRows)
+            query_rows<P, contrast>(job, at, b, h, start + row, row, masses);
+        for (int64_t t = 0; t < args.rhs; ++t) {
+            product<P, true>(job.key_rows, job.depth, rows / P::pack, {at.a_block, 1, job.keys},
+                             at.g_block + t * job.block / P::pack * job.depth, job.depth,
+                             at.sum_v + t * job.key_rows * job.depth, job.depth);
+            product<P, true>(job.key_rows, job.parts, rows / P::pack,
+                             {at.c_s_block + t * job.block / P::pack * job.keys, 1, job.keys}, at.q_block,
+                             job.parts, at.sum_k + t * job.key_rows * job.parts, job.parts);
+        }
+    }
+    for (int64_t j = 0; j < args.keys; ++j) {
+        const F* k = load(args.k.operand, offset(args.k, 0, b, h, j), args.width, at.raw);
+        const F* v = load(args.v.operand, offset(args.v, 0, b, h, j), args.width, at.raw + job.depth);
+        for (int64_t t = 0; t < (contrast ? args.rhs / 2 : args.rhs); ++t) {
+            finish_row<F, contrast>(job, args.c_v, v, F(1), F(2),
+                                    at.sum_v + (t * job.key_rows + j) * job.depth,
+                                    args.rhs / 2 * job.key_rows * job.depth, false, t, b, h, j, nullptr,
+                                    at.out_row, masses + args.rhs);
+            finish_row<F, contrast>(job, args.c_k, k, F(1), F(2),
+                                    at.sum_k + (t * job.key_rows + j) * job.parts,
+                                    args.rhs / 2 * job.key_rows * job.parts, !args.gated, t, b, h, j, nullptr,
+                                    at.out_row, masses + 3 * args.rhs);
+        }
+    }
+}
+
+template <class P>
+void run(const AttentionArgs& args) {
+    const int64_t heads = args.batch * args.heads;
+    const Partials partials(heads * kMasses * args.rhs);
+    const Job job = plan<P>(args, partials.data());
+    parallel_for(heads, heads * args.rhs * (args.queries + args.width) * args.keys, args.threads,
+                 args.contrast ? head<P, true> : head<P, false>, &job, Scratch<P>(nullptr, job).bytes);
+    for (int64_t which = 0; which < kMasses; ++which)
+        for (int64_t t = 0; t < args.rhs; ++t)
+            for (int64_t b = 0; b < args.batch; ++b) {
+                double sum = 0;
+                for (int64_t h = 0; h < args.heads; ++h)
+                    sum += partials.data()[((b * args.heads + h) * kMasses + which) * args.rhs + t];
+                store_one(args.masses, (which * args.rhs + t) * args.batch + b, sum);
+            }
 }
 
 }  // namespace
+
+void attention_pullback(const AttentionArgs& args) {
+    const DType dtypes[] = {args.q.operand.dtype, args.k.operand.dtype, args.v.operand.dtype,
+                            args.o.operand.dtype, args.c.operand.dtype};
+    bool wide = false;
+    for (DType dtype : dtypes) wide = wide || dtype == DType::f64;
+    if (wide) run<Single<double>>(args);
+#ifdef __AVX512BF16__
+    else if (args.c.operand.dtype == DType::bf16)
+        run<Pair>(args);
+#endif
+    else
+        run<Single<float>>(args);
+}
+
 }  // namespace rf::RF_ISA

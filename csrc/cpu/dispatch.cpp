@@ -6,7 +6,8 @@
 namespace rf {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16"};
+constexpr Isa kIsas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16};  // slowest first
 
 bool runs_here(Isa isa) {
 #ifdef RF_HAVE_AVX2
@@ -14,17 +15,21 @@ bool runs_here(Isa isa) {
     const bool avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (isa == Isa::avx2) return avx2;
-    if (isa == Isa::avx512)
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (isa == Isa::avx512) return avx512;
+#endif
+#ifdef RF_HAVE_AVX512BF16
+    if (isa == Isa::avx512bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
     return isa == Isa::generic;
 }
 
 Isa best() {
-    for (Isa isa : {Isa::avx512, Isa::avx2})
-        if (runs_here(isa)) return isa;
-    return Isa::generic;
+    Isa fastest = Isa::generic;
+    for (Isa isa : kIsas)
+        if (runs_here(isa)) fastest = isa;
+    return fastest;
 }
 
 std::atomic<Isa> active{best()};
@@ -37,7 +42,7 @@ Isa current_isa() {
 
 std::vector<std::string> supported_isas() {
     std::vector<std::string> names;
-    for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512})
+    for (Isa isa : kIsas)
         if (runs_here(isa)) names.emplace_back(kNames[static_cast<int>(isa)]);
     return names;
 }
@@ -47,7 +52,7 @@ std::string active_isa() {
 }
 
 void set_isa(const std::string& name) {
-    for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512})
+    for (Isa isa : kIsas)
         if (name == kNames[static_cast<int>(isa)] && runs_here(isa)) {
             active = isa;
             return;

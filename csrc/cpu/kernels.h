@@ -65,7 +65,7 @@ struct SelectArgs {
 struct ScaleArgs {
     std::int64_t rhs, inner;  // inner includes the batch
     bool gate;
-    Operand c, factor, out;   // [T, inner], [inner], [T, inner]
+    Operand c, factor, out;  // [T, inner], [inner], [T, inner]
     int threads;
 };
 
@@ -96,19 +96,43 @@ struct SoftmaxArgs {
     int threads;
 };
 
-#define RF_DECLARE_KERNELS(isa)                \
-    namespace isa {                            \
-    void combine(const CombineArgs&);          \
-    void norm_pullback(const NormArgs&);       \
-    void sign_select(const SelectArgs&);       \
-    void scale_by(const ScaleArgs&);           \
-    void gelu_factor(const GeluArgs&);         \
-    void affine_factor(const AffineArgs&);     \
-    void softmax_pullback(const SoftmaxArgs&); \
+struct StridedOperand {
+    Operand operand;
+    std::int64_t strides[4];  // of [T, B, H, rows], in elements; 0 for T if there is none; [D] is contiguous
+};
+
+// The pull-back of O = A V, A = softmax(S), S = scale Q K^T; g = [o > 0] c if gated, else c:
+//   c_A = 2 g V+^T,  c_V = 2 [v > 0] A^T g,  c_S = (sign(S) A + softmax(|S|)) c_A
+//   c_Q = 2 scale (c_S K+ where scale q > 0; if not gated c_S K- where scale q < 0; else 0)
+//   c_K = 2 (c_S^T (scale Q)+ where k > 0; if not gated c_S^T (scale Q)- where k < 0; else 0)
+struct AttentionArgs {
+    std::int64_t rhs, batch, heads, queries, keys, width;  // T, B, H, N, M, D
+    bool gated, contrast;
+    double scale;
+    StridedOperand q, k, v, o, c;  // [B, H, N or M, D]; c [T, B, H, N, D]
+    StridedOperand c_q, c_k, c_v;  // [T, B, H, N or M, D]
+    Operand masses;                // [4, T, B]: of A, V, Q, K
+    int threads;
+};
+
+#define RF_DECLARE_KERNELS(isa)                    \
+    namespace isa {                                \
+    void combine(const CombineArgs&);              \
+    void norm_pullback(const NormArgs&);           \
+    void sign_select(const SelectArgs&);           \
+    void scale_by(const ScaleArgs&);               \
+    void gelu_factor(const GeluArgs&);             \
+    void affine_factor(const AffineArgs&);         \
+    void softmax_pullback(const SoftmaxArgs&);     \
+    void attention_pullback(const AttentionArgs&); \
     }
 
 RF_DECLARE_KERNELS(generic)
 RF_DECLARE_KERNELS(avx2)
 RF_DECLARE_KERNELS(avx512)
+
+namespace avx512bf16 {
+void attention_pullback(const AttentionArgs&);  // the others gain nothing: there it is the avx512 ones
+}
 
 }  // namespace rf

@@ -14,7 +14,7 @@ from ramp_fast.errors import BackendError
 from ramp_fast.ops import _registry
 from ramp_fast.ops._registry import BACKENDS, forced_backend, set_backend, unavailable
 from ramp_fast.ops.activation import affine_factor, gelu_factor, sign_select
-from ramp_fast.ops.attention import softmax_pullback
+from ramp_fast.ops.attention import attention_pullback, softmax_pullback
 from ramp_fast.ops.junction import junction, merge_junction
 from ramp_fast.ops.norm import norm_pullback, select_norm_pullback
 from ramp_fast.ops.scaling import gate, mass, merge, rescale, scale_by
@@ -22,6 +22,7 @@ from ramp_fast.ops.scaling import gate, mass, merge, rescale, scale_by
 __all__ = [
     "BACKENDS",
     "affine_factor",
+    "attention_pullback",
     "cpu_isas",
     "forced_backend",
     "gate",

@@ -1,11 +1,14 @@
-"""Softmax: ``c_S = (sign(S) softmax(S) + softmax(|S|)) c`` over rows of scores, -inf where masked."""
+"""Attention ``softmax(scale Q K^T) V``: ``attention_pullback`` for all of it, ``softmax_pullback`` for softmax alone.
+
+Softmax: ``c_S = (sign(S) softmax(S) + softmax(|S|)) c`` over rows of scores, -inf where masked.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, get_num_threads
 
-from ramp_fast.ops._common import C, compute_dtype
+from ramp_fast.ops._common import C, compute_dtype, mass_equation
 from ramp_fast.ops._registry import register
 
 
@@ -52,3 +55,126 @@ def softmax_pullback(scores: Tensor, c: Tensor) -> Tensor:
         0 where masked, and in rows that are masked as a whole.
     """
     return _softmax_pullback(scores, c)  # type: ignore[no-any-return]
+
+
+def _packed(q: Tensor, k: Tensor, c: Tensor) -> Tensor:
+    """One buffer for c_q, c_k and c_v: outputs of an operator must not be views of one another."""
+    batch, heads, queries, width = q.shape
+    return c.new_empty(c.shape[0], batch, (queries + 2 * k.shape[2]) * heads * width)
+
+
+def _views(packed: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c_q, c_k and c_v in the order of a qkv layer's outputs: [T, B, N, 3, H, D], or c_q apart if N is not M."""
+    _, heads, queries, width = q.shape
+    keys = k.shape[2]
+
+    def parts(buffer: Tensor, rows: int, count: int) -> tuple[Tensor, ...]:
+        shaped = buffer.view(*buffer.shape[:2], rows, count, heads, width)
+        return tuple([part.transpose(2, 3) for part in shaped.unbind(3)])
+
+    if queries == keys:
+        c_q, c_k, c_v = parts(packed, queries, 3)
+    else:
+        first = queries * heads * width
+        (c_q,) = parts(packed[..., :first], queries, 1)
+        c_k, c_v = parts(packed[..., first:], keys, 2)
+    return c_q, c_k, c_v
+
+
+def _attention_pullback_reference(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
+) -> tuple[Tensor, Tensor]:
+    packed = _packed(q, k, c)
+    outputs = _views(packed, q, k)
+    dtype = compute_dtype(q, k, v, o, c)
+    q, k, v, o, c = (x.to(dtype) for x in (q, k, v, o, c))
+    zero = torch.zeros((), dtype=dtype, device=c.device)
+
+    def pull(coefficients: Tensor, other: Tensor, x: Tensor) -> Tensor:
+        positive = 2 * (coefficients @ other.clamp_min(0))
+        negative = zero if gated else 2 * (coefficients @ (-other).clamp_min(0))
+        return torch.where(x > 0, positive, torch.where(x < 0, negative, zero))
+
+    query = scale * q
+    scores = query @ k.mT
+    weights = scores.softmax(-1)
+    if gated:
+        c = torch.where(o > 0, c, zero)
+    c_a = 2 * (c @ v.clamp_min(0).mT)
+    c_v = torch.where(v > 0, 2 * (weights.mT @ c), zero)
+    c_s = (scores.sign() * weights + scores.abs().softmax(-1)) * c_a
+    c_q = scale * pull(c_s, k, query)
+    c_k = pull(c_s.mT, query, k)
+    pairs = ((weights, c_a), (v, c_v), (q, c_q), (k, c_k))
+    masses = torch.stack([mass_equation(x, own, contrast) for x, own in pairs])
+    for output, own in zip(outputs, (c_q, c_k, c_v), strict=True):
+        output.copy_(own)
+    return packed, masses
+
+
+def _attention_pullback_fake(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
+) -> tuple[Tensor, Tensor]:
+    return _packed(q, k, c), c.new_empty((4, *c.shape[:2]), dtype=compute_dtype(q, k, v, o, c))
+
+
+def _attention_pullback_cpu(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
+) -> tuple[Tensor, Tensor]:
+    packed, masses = _attention_pullback_fake(q, k, v, o, c, scale, gated, contrast)
+    q, k, v, o, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, o, c))
+    outputs = _views(packed, q, k)
+    C.attention_pullback(q, k, v, o, c, scale, gated, contrast, *outputs, masses, get_num_threads())
+    return packed, masses
+
+
+_attention_pullback = register(
+    "attention_pullback(Tensor q, Tensor k, Tensor v, Tensor o, Tensor c, float scale, bool gated, bool contrast)"
+    " -> (Tensor, Tensor)",
+    reference=_attention_pullback_reference,
+    fake=_attention_pullback_fake,
+    cpu=_attention_pullback_cpu,
+)
+
+
+def attention_pullback(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pull coefficients of attention's output ``O = A V`` back to Q, K and V; scores are never in memory.
+
+    With ``S = scale Q K^T``, ``A = softmax(S)`` and ``g = [o > 0] c`` if gated, else ``g = c``::
+
+        c_A = 2 g V+^T                                       c_V = 2 [v > 0] A^T g
+        c_S = (sign(S) A + softmax(|S|)) c_A
+        c_Q = 2 scale [q > 0] c_S K+                         c_K = 2 [k > 0] c_S^T (scale Q)+
+
+    Not gated, ``c_Q`` also has ``2 scale c_S K-`` where q < 0, and ``c_K`` likewise.
+
+    Parameters
+    ----------
+    q : Tensor [B, H, N, D]
+    k, v : Tensor [B, H, M, D]
+    o : Tensor [B, H, N, D]
+        Attention's output; only its sign is used, and only if gated.
+    c : Tensor [T, B, H, N, D]
+    scale : float
+        Positive.
+    gated : bool
+        Whether only positive outputs, queries and keys carry relevance.
+    contrast : bool
+
+    Returns
+    -------
+    c_q, c_k, c_v : Tensor [T, B, H, N or M, D]
+        In the dtype of c. Views of one buffer [T, B, N, 3, H, D] if N is M.
+    masses : Tensor [4, T, B]
+        As :func:`ramp_fast.ops.mass` of (A, c_A), (v, c_V), (q, c_Q) and (k, c_K), before these are rounded to their
+        dtype; float32, or float64 if an operand is.
+
+    Notes
+    -----
+    The CPU kernel rounds operands of products (g, V+, A, c_S, K+, Q+; not those of S) to bfloat16 where c is bfloat16
+    and the processor multiplies bfloat16 (the instruction set "avx512bf16").
+    """
+    packed, masses = _attention_pullback(q, k, v, o, c, scale, gated, contrast)
+    return *_views(packed, q, k), masses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ramp_fast.ops import _registry
+from ramp_fast import ops
 from ramp_fast.ops._common import mass_equation, rescale_equation
 
 EPS = 1e-6
@@ -18,6 +19,20 @@ EPS = 1e-6
 # Around the sizes at which the kernels change course: vectors (16), blocks (512) and chunks (8192).
 INNER = [(), (0,), (1,), (3,), (16,), (5, 7), (513,), (3, 4, 5), (2, 4097), (17, 31, 3)]
 ROWS = [(1,), (5,), (0, 4), (3, 0), (1, 1), (7, 16), (3, 513), (2, 3, 33), (31, 270)]
+# Heads, queries, keys, head size: around tiles (6 and 4 rows), vectors (16), blocks of queries (about 24576 scores).
+ATTENTION = [
+    (1, 1, 1, 1),
+    (2, 1, 197, 64),
+    (1, 7, 5, 24),
+    (3, 13, 13, 3),
+    (1, 50, 51, 80),
+    (2, 33, 17, 16),
+    (1, 130, 513, 17),
+    (1, 0, 5, 4),
+    (1, 5, 0, 4),
+    (1, 5, 5, 0),
+]
+LARGE_ATTENTION = (2, 197, 197, 64)
 DTYPES = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.float32),
@@ -102,7 +117,12 @@ class Case:
 
     def expected(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The reference in float64."""
-        return as_tuple(_registry._operators[self.name].reference(*in_float64(args)))
+        backend = ops.forced_backend()
+        ops.set_backend("reference")
+        try:
+            return as_tuple(getattr(ops, self.name)(*in_float64(args)))
+        finally:
+            ops.set_backend(backend)
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
@@ -254,6 +274,36 @@ def _softmax_magnitude(scores: Tensor, c: Tensor) -> tuple[Tensor, ...]:
     return (both.masked_fill(masked, 0) * c.abs(),)
 
 
+def _attention(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    heads, queries, keys, width = LARGE_ATTENTION if math.prod(o.rows) > 30_000 else ATTENTION[o.seed % len(ATTENTION)]
+    # multiples of 1/8 make the scores exact in float32: the sign of one that is almost 0 is not decided by rounding
+    q = (d.sample(heads, queries, width) * 8).round() / 8
+    k = (d.sample(heads, keys, width) * 8).round() / 8
+    v, out = d.sample(heads, keys, width), d.sample(heads, queries, width)
+    c = d.coefficient(queries, heads, width).transpose(2, 3)
+    return q, k, v, out, c, 0.25, bool(o.seed % 3), o.contrast
+
+
+def _attention_magnitude(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
+) -> tuple[Tensor, ...]:
+    def pull(terms: Tensor, other: Tensor, x: Tensor) -> Tensor:
+        positive, negative = (2 * (terms @ (sign * other).clamp_min(0)) for sign in (1, -1))
+        return (x > 0) * positive + (0 if gated else (x < 0) * negative)
+
+    g = c.abs() * (o > 0) if gated else c.abs()
+    query = scale * q
+    scores = query @ k.mT
+    weights = scores.softmax(-1)
+    c_a = 2 * (g @ v.clamp_min(0).mT)
+    c_v = 2 * (v > 0) * (weights.mT @ g)
+    c_s = (weights + scores.abs().softmax(-1)) * c_a
+    c_q, c_k = scale * pull(c_s, k, query), pull(c_s.mT, query, k)
+    pairs = ((weights, c_a), (v, c_v), (q, c_q), (k, c_k))
+    return c_q, c_k, c_v, torch.stack([_uncancelled_mass(x, own, contrast) for x, own in pairs])
+
+
 CASES = {
     case.name: case
     for case in [
@@ -276,5 +326,6 @@ CASES = {
         Case("gelu_factor", _gelu, lambda x, tanh, _: (x.abs(), 2 + 2 * x.abs())),
         Case("affine_factor", _affine, _affine_magnitude),
         Case("softmax_pullback", _softmax, _softmax_magnitude),
+        Case("attention_pullback", _attention, _attention_magnitude),
     ]
 }

@@ -64,11 +64,13 @@ def test_the_rest_of_the_batch_does_not_matter(name: str, isa: str) -> None:
     ops.set_cpu_isa(isa)
     args = CASES[name].arguments(LARGE)
     whole = as_tuple(getattr(ops, name)(*args))
-    batch_axis = 0 if name in ("gelu_factor", "affine_factor") else 1
+    batch_axes = [0 if name in ("gelu_factor", "affine_factor") else 1] * len(whole)
+    if name == "attention_pullback":
+        batch_axes[-1] = 2  # masses are [4, T, B]
     for first, last in [(0, 1), (2, 3), (1, 4)]:
         part = as_tuple(getattr(ops, name)(*_of_sample(args, name, first, last)))
-        for expected, actual in zip(whole, part, strict=True):
-            assert torch.equal(expected.narrow(batch_axis, first, last - first), actual)
+        for expected, actual, axis in zip(whole, part, batch_axes, strict=True):
+            assert torch.equal(expected.narrow(axis, first, last - first), actual)
 
 
 ELEMENTWISE = ["mass", "rescale", "merge", "junction", "merge_junction", "scale_by", "gate"]
@@ -135,6 +137,13 @@ def test_the_batch_may_be_inside_the_channels() -> None:
     torch.testing.assert_close(ops.mass(x, c, False), ops.mass(x.contiguous(), c.contiguous(), False))
 
 
+def _attention_of(
+    keys: tuple[int, ...] = (1, 2, 5, 4), coefficients: tuple[int, ...] = (2, 1, 2, 3, 4)
+) -> tuple[Tensor, ...]:
+    q, k, c = torch.zeros(1, 2, 3, 4), torch.zeros(keys), torch.zeros(coefficients)
+    return ops.attention_pullback(q, k, k, q, c, 1.0, True, True)
+
+
 @pytest.mark.parametrize(
     ("call", "problem"),
     [
@@ -151,6 +160,9 @@ def test_the_batch_may_be_inside_the_channels() -> None:
         (lambda: ops.sign_select(torch.zeros(2, 2, 5), torch.zeros(2, 5)), "must end in twice"),
         (lambda: ops.scale_by(torch.zeros(2, 2, 5), torch.zeros(3, 5)), "do not fit"),
         (lambda: ops.softmax_pullback(torch.zeros(2, 5), torch.zeros(2, 2, 6)), "do not fit"),
+        (lambda: _attention_of(keys=(1, 2, 5, 5)), r"k .* must have shape \[1, 2, 5, 4\]"),
+        (lambda: _attention_of(coefficients=(2, 1, 2, 4, 4)), r"c .* must have shape \[2, 1, 2, 3, 4\]"),
+        (lambda: _attention_of(coefficients=(3, 1, 2, 3, 4)), "must be even"),
     ],
 )
 def test_wrong_shapes(call, problem: str) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import CASES, Options, as_tuple, in_float64, options
@@ -9,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from tolerances import assert_close
 
 from ramp_fast import ops
+from ramp_fast.ops import _registry
 
 VARIANTS = ["reference", *ops.cpu_isas()]
 
@@ -24,6 +27,10 @@ def choose(variant: str) -> None:
         ops.set_cpu_isa(variant)
 
 
+def multiplies_bfloat16() -> bool:
+    return ops.forced_backend() == "cpu" and _registry.extension.active_isa() == "avx512bf16"
+
+
 def check(name: str, o: Options) -> None:
     case = CASES[name]
     args = case.arguments(o)
@@ -35,6 +42,8 @@ def check(name: str, o: Options) -> None:
     arithmetic = o.arithmetic
     if name in ("gelu_factor", "affine_factor"):  # their c_dtype is storage only
         arithmetic = torch.float64 if o.x_dtype == torch.float64 else torch.float32
+    if name == "attention_pullback" and o.c_dtype == torch.bfloat16 and multiplies_bfloat16():
+        arithmetic = torch.bfloat16
     for index, outputs in enumerate(zip(actual, case.expected(args), magnitudes, strict=True)):
         assert_close(name, index, *outputs, arithmetic)
 
@@ -81,6 +90,8 @@ def test_output_dtypes(backend: str) -> None:
     assert output_dtypes("gelu_factor", bf16, f32) == [f32, bf16]
     assert output_dtypes("affine_factor", bf16, f32) == [f32, bf16]
     assert output_dtypes("softmax_pullback", bf16, f32) == [bf16]
+    assert output_dtypes("attention_pullback", bf16, f32) == [bf16, bf16, bf16, f32]
+    assert output_dtypes("attention_pullback", f64, f64) == [f64, f64, f64, f64]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -126,6 +137,69 @@ def test_softmax_of_masked_rows(variant: str) -> None:
     torch.testing.assert_close(out[0], torch.tensor([0.5, 0.0, 0.5]))
     assert torch.equal(out[1], torch.zeros(3))
     torch.testing.assert_close(out[2], torch.tensor([0.0, 0.0, 2.0]))
+
+
+def attention(dtype: torch.dtype, queries: int, keys: int, width: int) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    q, k, v = normal(2, 3, queries, width), normal(2, 3, keys, width), normal(2, 3, keys, width)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return q, k, v, out, normal(2, 2, queries, 3, width).to(dtype).transpose(2, 3), width**-0.5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_attention_pullback_of_ordinary_scores(variant: str, gated: bool) -> None:
+    choose(variant)
+    for dtype, tolerance in [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)]:
+        args = (*attention(dtype, 197, 197, 64), gated, True)
+        exact = CASES["attention_pullback"].expected(args)
+        for actual, expected in zip(ops.attention_pullback(*args), exact, strict=True):
+            assert (actual - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_pullback_agrees_with_its_parts(variant: str) -> None:
+    choose(variant)
+    q, k, v, out, c, scale = attention(torch.float32, 9, 7, 5)
+    c_q, c_k, c_v, masses = ops.attention_pullback(q, k, v, out, c, scale, True, True)
+    scores = scale * q @ k.mT
+    c_a = 2 * (c * (out > 0)) @ v.clamp_min(0).mT
+    c_s = ops.softmax_pullback(scores, c_a)
+    torch.testing.assert_close(c_q, 2 * scale * (q > 0) * (c_s @ k.clamp_min(0)))
+    torch.testing.assert_close(c_k, 2 * (k > 0) * (c_s.mT @ (scale * q).clamp_min(0)))
+    for mass, x, own in zip(masses, (scores.softmax(-1), v, q, k), (c_a, c_v, c_q, c_k), strict=True):
+        torch.testing.assert_close(mass, ops.mass(x, own, True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_attention_pullback_writes_the_layout_of_a_qkv_layer(backend: str) -> None:
+    if ops.unavailable(backend):
+        pytest.skip(ops.unavailable(backend))
+    ops.set_backend(backend)
+    args = attention(torch.float32, 6, 6, 5)
+    c_q, c_k, c_v, _ = ops.attention_pullback(*args, True, True)
+    assert c_q.stride() == c_k.stride() == c_v.stride() == (2 * 6 * 3 * 3 * 5, 6 * 3 * 3 * 5, 5, 3 * 3 * 5, 1)
+    step = 3 * 5 * c_q.element_size()
+    assert (c_k.data_ptr() - c_q.data_ptr(), c_v.data_ptr() - c_q.data_ptr()) == (step, 2 * step)
+    qkv = torch.stack([x.transpose(1, 2) for x in args[:3]], 2)  # the operands as views of one buffer too
+    views = qkv.permute(2, 0, 3, 1, 4)
+    for a, b in zip(ops.attention_pullback(*views, *args[3:], True, True)[:3], (c_q, c_k, c_v), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_pullback_of_extreme_scores(variant: str) -> None:
+    choose(variant)
+    q, k, v, out, c, _ = attention(torch.bfloat16, 5, 9, 8)
+    for factor in (0.0, 1e4):  # all scores equal; all weight on one key
+        for part in ops.attention_pullback(q, k, v, out, c, factor, True, True):
+            assert part.isfinite().all()
+    for part in ops.attention_pullback(q, k, v, out, torch.zeros_like(c), 1.0, True, True):
+        assert torch.equal(part, torch.zeros_like(part))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

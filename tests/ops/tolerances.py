@@ -53,6 +53,11 @@ COMPUTE = {
     # exp(s - max) carries the rounding of s - max: 2^-24 times up to 60, twice
     ("softmax_pullback", torch.float32): 8e-6,
     ("softmax_pullback", torch.float64): 2e-14,
+    # softmax as above on exact scores, then up to 513 terms summed one after another, three times in a row
+    ("attention_pullback", torch.float32): 8e-6,
+    ("attention_pullback", torch.float64): 3e-14,
+    # products of bfloat16: three operands are rounded on the way to c_Q (V+, c_S, K+) and c_K, 2^-8 each
+    ("attention_pullback", torch.bfloat16): 1.2e-2,
 }
 
 # Below this, exp flushes to zero (exp(-87) and smaller) and products leave the range of float32.
