@@ -677,10 +677,26 @@ def masked(scores: Tensor) -> Tensor:
     return scores.masked_fill(scores < MASK_BELOW, float("-inf"))
 
 
+@dataclass
+class _Pulled:
+    """Coefficients of attention's operands and the masses at its junctions (of A V, of Q K^T, of a bias)."""
+
+    c_q: Tensor
+    c_k: Tensor
+    c_v: Tensor
+    m_a: Tensor
+    m_v: Tensor
+    m_q: Tensor
+    m_k: Tensor
+    m_bias: list[Tensor] | None = None
+
+
 class Attention(Operation):
     """``softmax(scale Q K^T + bias) V``: softmax and both products with their junctions, in one step."""
 
-    pullback_kernel = "attention"
+    def __init__(self, node: Node, facts: Facts) -> None:
+        super().__init__(node, facts)
+        self.pullback_kernel = "attention_pullback" if self._fused else "products"
 
     def needs(self) -> list[Node]:
         own = [self.node] if self.facts.extra["gated"] else []
@@ -697,38 +713,61 @@ class Attention(Operation):
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = self.merged(parts, values, book)
-        p, gated, shares = self.node.params, self.facts.extra["gated"], self.facts.extra["shares"]
+        shares = self.facts.extra["shares"]
+        pulled = (self._in_one_step if self._fused else self._by_products)(part.c, values, book)
+        t_a, t_v = _share(part.target, [pulled.m_a, pulled.m_v], shares)
+        if pulled.m_bias is not None:
+            t_a = _share(t_a, pulled.m_bias, shares)[0]
+        t_q, t_k = _share(t_a, [pulled.m_q, pulled.m_k], shares)
+        flows = ((pulled.c_q, t_q, pulled.m_q), (pulled.c_k, t_k, pulled.m_k), (pulled.c_v, t_v, pulled.m_v))
+        for node, (c, target, actual) in zip(self.node.operands, flows, strict=True):
+            if not node.constant:
+                yield Flow(node, Contribution(c, target, actual))
+
+    @property
+    def _fused(self) -> bool:
+        """Whether one operator does it all: plain attention, samples first in every operand."""
+        p = self.node.params
+        plain = p["mask"] is None and not p["causal"] and not p["grouped"]
+        return plain and p["scale"] > 0 and all(n.batch.leading for n in (self.node, *self.node.operands))
+
+    def _in_one_step(self, c: Tensor, values: Values, book: Bookkeeping) -> _Pulled:
+        q, k, v = (values[n] for n in self.node.operands)
+        gated = self.facts.extra["gated"]
+        out = values[self.node] if gated else q  # only read where gated
+        c = c.to(self.facts.precision.pullback)
+        *own, masses = ops.attention_pullback(q, k, v, out, c, self.node.params["scale"], gated, book.contrast)
+        # The windows of one sample lie side by side along the batch.
+        return _Pulled(*own, *masses.unflatten(-1, (book.batch, -1)).sum(-1))
+
+    def _by_products(self, c: Tensor, values: Values, book: Bookkeeping) -> _Pulled:
+        p, gated = self.node.params, self.facts.extra["gated"]
         dtype = self.facts.precision.pullback
-        nodes = self.node.operands
+        nodes, axis = self.node.operands, self.node.batch
         q, k, v = (values[n] for n in nodes)
         heads = k.shape[1]
         if p["grouped"]:
             repeat = q.shape[1] // heads
             k, v = (t.repeat_interleave(repeat, 1) for t in (k, v))
-        c = part.c.to(dtype)
+        c = c.to(dtype)
         if gated:
             c = _gate(c, values[self.node])
         query = q * p["scale"]
         plain, bias = self._scores(query, k, values)
         scores = plain if bias is None else plain + bias
         weights = torch.nan_to_num(scores.softmax(-1))
-        axis = self.node.batch
 
         c_a = c @ (2 * gemm.positive_part(v)).to(dtype).mT
         c_v = self._fold(2 * _gate(weights.to(dtype).mT @ c, v), heads)
-        m_a, m_v = book.mass(weights, c_a, axis), book.mass(values[nodes[2]], c_v, nodes[2].batch)
-        t_a, t_v = _share(part.target, [m_a, m_v], shares)
-
         c_s = ops.softmax_pullback(scores, c_a)
+        m_bias = None
         if bias is not None:
-            c_s, t_a = self._take_bias(c_s, t_a, plain, bias, axis, book, shares)
+            c_s, m_bias = self._take_bias(c_s, plain, bias, axis, book)
         c_q = pull_product(c_s, k, query, dtype, gated, lambda u, w: u @ w) * p["scale"]
         c_k = self._fold(pull_product(c_s.mT, query, k, dtype, gated, lambda u, w: u @ w), heads)
-        m_q, m_k = book.mass(q, c_q, axis), book.mass(values[nodes[1]], c_k, nodes[1].batch)
-        t_q, t_k = _share(t_a, [m_q, m_k], shares)
-        for node, own, target, actual in zip(nodes, (c_q, c_k, c_v), (t_q, t_k, t_v), (m_q, m_k, m_v), strict=True):
-            if not node.constant:
-                yield Flow(node, Contribution(own, target, actual))
+        own = ((q, c_q, nodes[0]), (values[nodes[1]], c_k, nodes[1]), (values[nodes[2]], c_v, nodes[2]))
+        m_q, m_k, m_v = (book.mass(x, u, n.batch) for x, u, n in own)
+        return _Pulled(c_q, c_k, c_v, book.mass(weights, c_a, axis), m_v, m_q, m_k, m_bias)
 
     @staticmethod
     def _fold(c: Tensor, heads: int) -> Tensor:
@@ -755,14 +794,13 @@ class Attention(Operation):
 
     @staticmethod
     def _take_bias(
-        c: Tensor, target: Tensor, plain: Tensor, bias: Tensor, axis: g.BatchAxis, book: Bookkeeping, shares: str
-    ) -> tuple[Tensor, Tensor]:
-        """The junction ``S = Q K^T + bias``: the bias takes its share away."""
+        c: Tensor, plain: Tensor, bias: Tensor, axis: g.BatchAxis, book: Bookkeeping
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The junction ``S = Q K^T + bias``: coefficients of the product, and the masses of both."""
         finite = plain.masked_fill(plain.isinf(), 0.0)
         own = 2 * _gate(c, finite)
         taken = 2 * _gate(c, bias)
-        masses = [book.mass(finite, own, axis), book.mass(bias.expand_as(plain), taken, axis)]
-        return own, _share(target, masses, shares)[0]
+        return own, [book.mass(finite, own, axis), book.mass(bias.expand_as(plain), taken, axis)]
 
 
 # Pools and linear maps
