@@ -7,6 +7,9 @@ of two nearly equal maps from being rounded away (docs/rules.md, "Contrast").
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +121,7 @@ class Bookkeeping:
         if len(parts) == 1:
             return parts[0]
         scaled = [(p.c, *self.scale(x, p, axis)) for p in parts]
-        target = torch.stack([alive for _, _, alive in scaled]).sum(0)
+        target = total([alive for _, _, alive in scaled])
         (first, first_scale, _), (second, second_scale, _), *others = scaled
         rows = self.rows(first, axis)
         c = rows.back(ops.merge(rows.of(first, 1), first_scale, rows.of(second, 1), second_scale, self.contrast), first)
@@ -130,8 +133,7 @@ class Bookkeeping:
     def scale(self, x: Tensor, part: Contribution, axis: BatchAxis) -> tuple[Tensor, Tensor]:
         """The factor that gives ``part`` its target mass, and the mass it then has (0 where it is all zero)."""
         actual = part.actual if part.actual is not None else self.mass(x, part.c, axis)
-        alive = actual > 0
-        return divide(part.target, actual), torch.where(alive, part.target, torch.zeros_like(part.target))
+        return divide(part.target, actual), part.target * (actual > 0)
 
     def exact(self, x: Tensor, part: Contribution, axis: BatchAxis) -> Contribution:
         """``part`` scaled to its target mass."""
@@ -153,9 +155,8 @@ class Bookkeeping:
         flat = rows.of(part.c, 1)
         stride = max(1, flat.shape[-1] // _CENTRE_SAMPLE)
         p, d = flat[..., ::stride].to(part.target.dtype).chunk(2)
-        n = (p - d).abs().sum(-1)
-        alpha = torch.where(n > 0, divide(p.abs().sum(-1), n), torch.ones_like(n))
-        alpha = torch.where(alpha > 0, alpha, torch.ones_like(alpha))
+        alpha = p.abs().sum(-1) / (p - d).abs().sum(-1)
+        alpha.masked_fill_(~((alpha > 0) & (alpha < torch.inf)), 1.0)  # one of the two is zero here
         scale = torch.cat([torch.ones_like(alpha), alpha])
         return Contribution(rows.back(ops.rescale(flat, scale, True), part.c), part.target, None, part.pair)
 
@@ -164,7 +165,11 @@ class Bookkeeping:
 _CENTRE_SAMPLE = 8192
 
 
+def total(masses: Iterable[Tensor]) -> Tensor:
+    """Their sum; these tensors are tiny, so the number of operations is what counts."""
+    return functools.reduce(operator.add, masses)
+
+
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """``a / b`` with 0 where ``b`` is 0: relevance that is zero everywhere stays zero."""
-    zero = b == 0
-    return torch.where(zero, torch.zeros_like(a), a / torch.where(zero, torch.ones_like(b), b))
+    return (a / b).masked_fill_(b == 0, 0)

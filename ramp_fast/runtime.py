@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ramp_fast.graph import Node
 from ramp_fast.plan import Plan
-from ramp_fast.relevance import Bookkeeping, Contribution
+from ramp_fast.relevance import Bookkeeping, Contribution, total
 from ramp_fast.rules.base import Flow, Values
 from ramp_fast.rules.moves import Parts
 
@@ -95,5 +95,5 @@ def _joined(operation: Parts, parts: dict[int, Contribution], kept: Any) -> Flow
     if not parts:
         return None
     c = operation.join({i: p.c for i, p in parts.items()}, kept)
-    target = torch.stack([p.target for p in parts.values()]).sum(0)
+    target = total(p.target for p in parts.values())
     return Flow(operation.node.operands[0], Contribution(c, target, target))

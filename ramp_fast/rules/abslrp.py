@@ -22,7 +22,7 @@ from torch import Tensor
 from ramp_fast import gemm, ops
 from ramp_fast import graph as g
 from ramp_fast.graph import Node
-from ramp_fast.relevance import Bookkeeping, Contribution, divide
+from ramp_fast.relevance import Bookkeeping, Contribution, divide, total
 from ramp_fast.rules.base import Facts, Flow, Operation, Values, reduce_to, vjp
 from ramp_fast.rules.moves import Join, Move, Part, Parts
 
@@ -129,8 +129,8 @@ def _share(target: Tensor, masses: list[Tensor], shares: str) -> list[Tensor]:
     """Target masses of a junction's operands."""
     if shares == "equal":
         return [torch.ones_like(target)] * len(masses)
-    total = torch.stack(masses).sum(0)
-    return [divide(target * m, total) for m in masses]
+    whole = total(masses)
+    return [target * divide(m, whole) for m in masses]
 
 
 def _gate(c: Tensor, x: Tensor) -> Tensor:
