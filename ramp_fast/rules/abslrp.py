@@ -728,8 +728,11 @@ class Attention(Operation):
     def _fused(self) -> bool:
         """Whether one operator does it all: plain attention, samples first in every operand."""
         p = self.node.params
-        plain = p["mask"] is None and not p["causal"] and not p["grouped"]
-        return plain and p["scale"] > 0 and all(n.batch.leading for n in (self.node, *self.node.operands))
+        q, k, v = self.node.operands
+        plain = p["mask"] is None and not p["causal"] and not p["grouped"] and p["scale"] > 0
+        # A constant query may be broadcast over the batch: the operator does not do that.
+        fits = k.example == v.example and q.example[:2] == k.example[:2] and q.example[-1] == k.example[-1]
+        return plain and fits and all(n.batch.leading for n in (self.node, *self.node.operands))
 
     def _in_one_step(self, c: Tensor, values: Values, book: Bookkeeping) -> _Pulled:
         q, k, v = (values[n] for n in self.node.operands)
