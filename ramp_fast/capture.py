@@ -373,20 +373,29 @@ class _Translator:
 
     def _track(self, node: fx.Node, mutated: fx.Node | None) -> None:
         if mutated is not None:
-            self.env[mutated] = self.env[node]
+            before = self.env[mutated]
+            for alias in self._aliases(mutated):  # the same tensor under other names
+                if self.env.get(alias) is before:
+                    self.env[alias] = self.env[node]
             self.root[node] = self.root.get(mutated, mutated)
         elif isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target) and node.all_input_nodes:
             source = node.all_input_nodes[0]
             self.root[node] = self.root.get(source, source)
 
     def _check_aliases(self, node: fx.Node, mutated: fx.Node) -> None:
-        owner = self.root.get(mutated, mutated)
         here = self.position[node]
-        for other in [owner, *(n for n, r in self.root.items() if r is owner)]:
-            if other is mutated or self.env.get(other) is self.env[mutated]:
+        aliases = self._aliases(mutated)
+        plain = not any(_may_copy(n) for n in aliases)
+        for other in aliases:
+            if other is mutated or (plain and self.env.get(other) is self.env[mutated]):
                 continue
             if any(self.position[user] > here for user in other.users):
                 raise _NeedsFunctionalForm
+
+    def _aliases(self, node: fx.Node) -> list[fx.Node]:
+        """Every name of the storage that ``node`` is, or may be, a view of; itself included."""
+        owner = self.root.get(node, node)
+        return [owner, *(n for n, r in self.root.items() if r is owner and n is not owner)]
 
 
 def _submodule(node: fx.Node) -> Any:
@@ -430,6 +439,11 @@ def _is_view(target: torch._ops.OpOverload) -> bool:
     # reshape, flatten and contiguous declare an alias only sometimes: treat them as views.
     declared = any(a.alias_info is not None for a in target._schema.arguments)
     return declared or _short_name(target).split(".")[0] in {"reshape", "flatten", "contiguous", "to", "dropout"}
+
+
+def _may_copy(node: fx.Node) -> bool:
+    """Whether the result is a view of the operand or a copy, depending on memory order and dtype."""
+    return _short_name(node.target).split(".")[0] in {"reshape", "flatten", "contiguous", "to"}
 
 
 def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload:

@@ -262,6 +262,28 @@ def test_writing_into_a_slice() -> None:
     check(engine_map(Fn(written), x, seed), engine_map(Fn(joined), x, seed))
 
 
+def test_writing_through_a_view_of_everything() -> None:
+    """The view and its source are one tensor: both have the new values."""
+    x, seed = numbers(3, *SHAPE, seed=1), numbers(3, 48, seed=2)
+
+    def written(x: Tensor) -> Tensor:
+        y = x * 1.0
+        y[:, :, 0:] = y[:, :, 0:].relu() + x
+        return y * 2.0
+
+    def in_place(x: Tensor) -> Tensor:
+        y = x * 1.0
+        F.dropout(y, 0.5, training=False).relu_()
+        return (y + x) * 2.0
+
+    def plain(x: Tensor) -> Tensor:
+        return ((x * 1.0).relu() + x) * 2.0
+
+    expected = engine_map(Fn(plain), x, seed)
+    check(engine_map(Fn(written), x, seed), expected)
+    check(engine_map(Fn(in_place), x, seed), expected)
+
+
 def _heads(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (x.transpose(2, 3) @ w).chunk(3, -1)
     return q, k, v
