@@ -698,13 +698,13 @@ def build(name: str) -> tuple[Case, nn.Module, Tensor, Tensor]:
     return built, model, images, torch.from_numpy(rng.standard_normal((BATCH, classes)))
 
 
-# Without a junction there is nothing to share: one rule is enough.
-_PLAIN = ("activation", "conv", "linear", "matrix", "max pool", "average", "adaptive", "global", "sum")
+# Without several operands there is nothing to share: one rule is enough.
+SHARING = {g.ADD, g.MUL, g.MATMUL, g.ATTENTION, g.PARTS}
+BOTH = {name for name, make in CASES.items() if make().kinds & SHARING} | {"cat", "stack"}
 
 
 @pytest.mark.parametrize(
-    ("name", "shares"),
-    [(n, s) for n in sorted(CASES) for s in ("kept", "equal") if s == "kept" or not n.startswith(_PLAIN)],
+    ("name", "shares"), [(n, s) for n in sorted(CASES) for s in ("kept", "equal") if s == "kept" or n in BOTH]
 )
 def test_definition(name: str, shares: str) -> None:
     built, model, images, seed = build(name)
