@@ -12,6 +12,7 @@ with ``R = |x| c``: division and multiplication cancel, and coefficients ``c`` a
 from __future__ import annotations
 
 import math
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -731,7 +732,7 @@ class Attention(Operation):
         q, k, v = self.node.operands
         plain = p["mask"] is None and not p["causal"] and not p["grouped"] and p["scale"] > 0
         # A constant query may be broadcast over the batch: the operator does not do that.
-        fits = k.example == v.example and q.example[:2] == k.example[:2] and q.example[-1] == k.example[-1]
+        fits = k.example == v.example and q.example[:-2] == k.example[:-2] and q.example[-1] == k.example[-1]
         return plain and fits and all(n.batch.leading for n in (self.node, *self.node.operands))
 
     def _in_one_step(self, c: Tensor, values: Values, book: Bookkeeping) -> _Pulled:
@@ -739,7 +740,13 @@ class Attention(Operation):
         gated = self.facts.extra["gated"]
         out = values[self.node] if gated else q  # only read where gated
         c = c.to(self.facts.precision.pullback)
-        *own, masses = ops.attention_pullback(q, k, v, out, c, self.node.params["scale"], gated, book.contrast)
+        # Heads are all axes between the first and the last two: none, one, or heads and windows.
+        between = tuple(q.shape[1:-2])
+        heads = math.prod(between)
+        q, k, v, out = (t.reshape(t.shape[0], heads, *t.shape[-2:]) for t in (q, k, v, out))
+        c = c.reshape(*c.shape[:2], heads, *c.shape[-2:])
+        *flat, masses = ops.attention_pullback(q, k, v, out, c, self.node.params["scale"], gated, book.contrast)
+        own = [t.reshape(*t.shape[:2], *between, *t.shape[-2:]) for t in flat]
         # The windows of one sample lie side by side along the batch.
         return _Pulled(*own, *masses.unflatten(-1, (book.batch, -1)).sum(-1))
 
