@@ -12,7 +12,6 @@ with ``R = |x| c``: division and multiplication cancel, and coefficients ``c`` a
 from __future__ import annotations
 
 import math
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -746,9 +745,9 @@ class Attention(Operation):
         q, k, v, out = (t.reshape(t.shape[0], heads, *t.shape[-2:]) for t in (q, k, v, out))
         c = c.reshape(*c.shape[:2], heads, *c.shape[-2:])
         *flat, masses = ops.attention_pullback(q, k, v, out, c, self.node.params["scale"], gated, book.contrast)
-        own = [t.reshape(*t.shape[:2], *between, *t.shape[-2:]) for t in flat]
+        c_q, c_k, c_v = (t.reshape(*t.shape[:2], *between, *t.shape[-2:]) for t in flat)
         # The windows of one sample lie side by side along the batch.
-        return _Pulled(*own, *masses.unflatten(-1, (book.batch, -1)).sum(-1))
+        return _Pulled(c_q, c_k, c_v, *masses.unflatten(-1, (book.batch, -1)).sum(-1))
 
     def _by_products(self, c: Tensor, values: Values, book: Bookkeeping) -> _Pulled:
         p, gated = self.node.params, self.facts.extra["gated"]
