@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from export_once import export_once  # noqa: F401  # a fixture
 from torch import Tensor
 
 from ramp_fast import Engine
@@ -35,6 +36,9 @@ TOLERANCE = {
 }
 
 
+build = lru_cache(maxsize=1)(recipe.build)
+
+
 @cache
 def expected(case: str) -> dict[str, Tensor]:
     with np.load(GOLDEN / f"abslrp_{case}.npz", allow_pickle=False) as file:
@@ -52,10 +56,14 @@ def check(actual: Tensor, reference: Tensor, precision: str, what: str) -> None:
     assert found < TOLERANCE[precision, what], f"{what} in {precision}: relative error {found:.2e}"  # NaN fails too
 
 
+@pytest.fixture(params=recipe.CASES, scope="module")  # grouped by network: each is exported once
+def case(request: pytest.FixtureRequest, export_once: None) -> str:  # noqa: F811
+    return str(request.param)
+
+
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("case", recipe.CASES)
 def test_float64(case: str, rule: str) -> None:
-    model, images, target = recipe.build(case)
+    model, images, target = build(case)
     golden, prefix = expected(case), RULES[rule]
     engine = Engine(model, rule=rule, precision="float64")
     positive = engine.attribute(images, target, contrast="none", normalize="sum")
@@ -74,10 +82,9 @@ def test_float64(case: str, rule: str) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "mixed"])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("case", recipe.CASES)
 def test_reduced_precision(case: str, rule: str, precision: str) -> None:
-    model, images, target = recipe.build(case)
-    maps = Engine(model.float(), rule=rule, precision=precision).attribute(images.float(), target).maps
+    model, images, target = build(case)
+    maps = Engine(model, rule=rule, precision=precision).attribute(images.float(), target).maps
     assert maps.dtype == torch.float32
     check(maps, expected(case)[RULES[rule] + "relevance"], precision, "relevance")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from definition import HANDLERS, constant, explain
+from export_once import export_once  # noqa: F401  # a fixture
 from torch import Tensor, nn
 
 from ramp_fast import Engine
@@ -686,6 +688,7 @@ simple("pixel shuffle", lambda m, x: m.a(F.pixel_shuffle(m.b(x), 2)), "move", a=
 simple("repeated channels", lambda m, x: m.a(x.repeat_interleave(2, 1)), "move", a=lambda: nn.Conv2d(4, 3, 3))
 
 
+@lru_cache(maxsize=1)
 def build(name: str) -> tuple[Case, nn.Module, Tensor, Tensor]:
     """The case in float64 with images and a seed of both signs."""
     torch.manual_seed(sum(map(ord, name)))
@@ -703,6 +706,7 @@ SHARING = {g.ADD, g.MUL, g.MATMUL, g.ATTENTION, g.PARTS}
 BOTH = {name for name, make in CASES.items() if make().kinds & SHARING} | {"cat", "stack"}
 
 
+@pytest.mark.usefixtures("export_once")
 @pytest.mark.parametrize(
     ("name", "shares"), [(n, s) for n in sorted(CASES) for s in ("kept", "equal") if s == "kept" or n in BOTH]
 )
