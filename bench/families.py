@@ -43,6 +43,9 @@ SMALL = ("atto", "femto", "pico", "nano", "xxs", "xx_small", "xxt", "tiny", "xs"
          "_s", "_t", "050", "18", "26", "b0", "_0", "m0", "32", "16")  # fmt: skip
 CANDIDATES = 12
 CLASSES = 10
+LARGE = 512  # images of this size and more are attributed at SMALL_SIZE where the architecture allows it
+SMALL_SIZE = 256
+MEMORY = 10 * 2**30
 WAIT = 10  # a process may take this many times its processor time
 LOGITS_TOLERANCE = 1e-3  # float32, fused against unfused products
 BATCH_TOLERANCE = 5e-2  # float32 with near-zero logits: rounding, not mixing, which changes a map altogether
@@ -71,11 +74,17 @@ def candidates(family: str) -> list[str]:
 
 def build(name: str, device: str = "cpu") -> torch.nn.Module:
     """The architecture with random weights and few classes."""
+    config = timm.get_pretrained_cfg(name)
+    size = {"img_size": SMALL_SIZE} if config is not None and config.input_size[-1] >= LARGE else {}
+    options: list[dict[str, int]] = [{"num_classes": CLASSES, **size}, {"num_classes": CLASSES}, {}]
     with torch.device(device):
-        try:
-            return timm.create_model(name, pretrained=False, num_classes=CLASSES).eval()
-        except TypeError:
-            return timm.create_model(name, pretrained=False).eval()
+        for given in options:
+            try:
+                return timm.create_model(name, pretrained=False, **given).eval()
+            except TypeError:  # an architecture without this option
+                if not given:
+                    raise
+    raise AssertionError("the last set of options is empty")
 
 
 def smallest(family: str) -> str:
@@ -144,6 +153,7 @@ def work(
     warnings.simplefilter("ignore")
     if resource is not None:
         resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))  # an error in this process, not the machine's end
     name = name or smallest(family)
     pipe.send(name)
     try:

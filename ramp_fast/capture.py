@@ -6,10 +6,12 @@ weights. Everything the vocabulary lacks is collected and reported at once.
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 import warnings
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,11 +96,19 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _attributes_restored(model: torch.nn.Module) -> Iterator[None]:
-    """The exporter leaves copies of lists and dicts among a module's attributes: put the user's own back."""
+    """The exporter leaves copies of lists and dicts among a module's attributes: put the user's own back.
+
+    What a model caches in them while it is traced would be tensors without values: the contents are put back too.
+    """
     before = [(module, dict(vars(module))) for module in model.modules()]
+    contents = [(own, copy.copy(own)) for own in _containers(v for _, a in before for v in a.values())]
     try:
         yield
     finally:
+        for own, kept in contents:
+            if not _same_items(own, kept):
+                own.clear()
+                (own.extend if isinstance(own, list) else own.update)(kept)
         for module, attributes in before:
             now = vars(module)
             for name in [n for n in now if n not in attributes]:
@@ -106,6 +116,26 @@ def _attributes_restored(model: torch.nn.Module) -> Iterator[None]:
             for name, value in attributes.items():
                 if now.get(name, now) is not value:
                     now[name] = value
+
+
+def _containers(values: Iterable[Any]) -> Iterator[Any]:
+    """Every dict, list and set among ``values``, nested ones included, each once."""
+    waiting, seen = list(values), set()
+    while waiting:
+        value = waiting.pop()
+        if type(value) in (dict, list, set, OrderedDict) and id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+
+
+def _same_items(a: Any, b: Any) -> bool:
+    """Whether two containers hold the same objects, compared by identity."""
+    if isinstance(a, set):
+        return {id(v) for v in a} == {id(v) for v in b}
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(a[k] is b[k] for k in a)
+    return len(a) == len(b) and all(v is w for v, w in zip(a, b, strict=True))
 
 
 def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:

@@ -284,6 +284,32 @@ def test_writing_through_a_view_of_everything() -> None:
     check(engine_map(Fn(in_place), x, seed), expected)
 
 
+class Caching(nn.Module):
+    """Computes a table once and keeps it, as LeViT keeps its attention biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(numbers(6, 3))
+        self.kept: dict[str, Tensor] = {}
+        self.nested = [[self.kept]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "table" not in self.kept:
+            self.kept["table"] = self.weight * 2.0
+        return (x @ self.kept["table"]).flatten(1)
+
+
+def test_capture_leaves_no_tensors_in_a_models_caches() -> None:
+    model, x, seed = Caching(), numbers(3, *SHAPE, seed=1), numbers(3, 24, seed=2)
+    kept = model.kept
+    Engine(model.eval(), precision="float64", input_shape=SHAPE)
+    assert model.kept is kept
+    assert not kept
+    maps = engine_map(model, x, seed)  # runs the model as well: now the table is there
+    assert torch.equal(kept["table"], model.weight * 2.0)
+    torch.testing.assert_close(engine_map(model, x, seed), maps)
+
+
 def _heads(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (x.transpose(2, 3) @ w).chunk(3, -1)
     return q, k, v
