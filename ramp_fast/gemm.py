@@ -73,7 +73,7 @@ def exact_float32(device: torch.device) -> Iterator[None]:
     Nothing is written where the flags already say so, which is the default on CPUs. Of several threads in here
     the first saves the flags and the last restores them.
     """
-    backends = torch.backends
+    backends: Any = torch.backends  # mkldnn.matmul and its like are set up at run time
     flags = [backends.mkldnn.matmul, backends.mkldnn.conv]
     if device.type == "cuda":
         flags = [backends.cuda.matmul, backends.cudnn.conv]
