@@ -69,8 +69,16 @@ def select_norm_pullback(
 def sign_select(acc: Tensor, x: Tensor, out: Tensor, threads: _Threads, /) -> None: ...
 def scale_by(c: Tensor, factor: Tensor, out: Tensor, gate: bool, threads: _Threads, /) -> None: ...
 def affine_factor(
-    x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: float, y: Tensor, factor: Tensor, channels_last: bool,
-    threads: _Threads, /,
+    x: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    relu: bool,
+    cap: float,
+    y: Tensor,
+    factor: Tensor,
+    channels_last: bool,
+    threads: _Threads,
+    /,
 ) -> None: ...
 def gelu_factor(x: Tensor, tanh_approx: bool, y: Tensor, factor: Tensor, threads: _Threads, /) -> None: ...
 def softmax_pullback(scores: Tensor, c: Tensor, out: Tensor, threads: _Threads, /) -> None: ...

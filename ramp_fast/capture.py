@@ -254,9 +254,7 @@ class _Translator:
         """Sizes for people: the batch shows by name."""
         if not isinstance(value, torch.Tensor):
             return ()
-        return tuple(
-            s if isinstance(s, int) else str(s).replace(str(self.batch_symbol), "batch") for s in value.shape
-        )
+        return tuple(s if isinstance(s, int) else str(s).replace(str(self.batch_symbol), "batch") for s in value.shape)
 
     def example(self, value: Any) -> tuple[int, ...]:
         """Sizes at the example batch; for a size itself, its value."""

@@ -168,12 +168,12 @@ class Engine:
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
         _check_images(images)
-        _check_model(self.model)
-        with self._lock:
+        with self._lock:  # while the model is captured its parameters are the exporter's
+            _check_model(self.model)
+            device = _device(self.model)
             plan = self._plan_for(tuple(images.shape[1:]))  # type: ignore[arg-type]
         classes = int(plan.graph.output.example[1])
         wanted = _Target(target, images.shape[0], classes, contrast)
-        device = _device(self.model)
         together = self.micro_batch or static_batch(plan.graph) or (1 if device.type == "cpu" else images.shape[0])
         if batch_size is not None:
             together = min(together, batch_size)

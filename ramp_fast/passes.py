@@ -215,9 +215,7 @@ def _recognize_linear_maps(graph: Graph) -> None:
             inside.sort(key=lambda n: position[n])
             if not any(n.kind == g.SCALE for n in inside):
                 break
-            constants = list(
-                dict.fromkeys(r for n in inside for r in n.references() if r.constant)
-            )
+            constants = list(dict.fromkeys(r for n in inside for r in n.references() if r.constant))
             function = LinearMap([_copy(n) for n in inside], root, constants)
             node.kind, node.target = g.LINEAR_MAP, function
             node.args, node.kwargs = (root, *constants), {}

@@ -228,9 +228,7 @@ def _absorbed(node: Node, users: dict[Node, list[Node]]) -> bool:
     return source.kind == g.BATCH_NORM and users[source] == [node]
 
 
-_NEVER_NEGATIVE = frozenset(
-    {"relu", "sigmoid", "hardsigmoid", "abs", "square", "exp", "softplus", "sqrt", "rsqrt"}
-)
+_NEVER_NEGATIVE = frozenset({"relu", "sigmoid", "hardsigmoid", "abs", "square", "exp", "softplus", "sqrt", "rsqrt"})
 
 
 def _never_negative(node: Node) -> bool:

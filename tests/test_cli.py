@@ -449,11 +449,13 @@ class TestRefusals:
         assert "--checkpoint" in capsys.readouterr().out
         assert cli.main([]) == 2
 
-    def test_help_does_not_wait_for_torch(self) -> None:
+    def test_help_does_not_wait_for_torch(self, tmp_path: Path) -> None:
         code = (
             "import sys; from ramp_fast import cli; cli.main(['attribute', '--help']); sys.exit('timm' in sys.modules)"
         )
-        assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+        # elsewhere: `-c` puts the current folder first, and the checkout has no extension
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr.decode()
 
 
 class TestMemory:

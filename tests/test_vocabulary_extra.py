@@ -129,8 +129,9 @@ OPERATIONS: dict[str, One] = {
     "standard deviation": linear(lambda x: x.std((2, 3), unbiased=False)),
     "logsumexp": linear(lambda x: x.logsumexp((1,))),
     "instance norm": One(
-        lambda x, w, b: (x - x.detach().mean((2, 3), keepdim=True)) / detached_std(x) * w.view(-1, 1, 1)
-        + b.view(-1, 1, 1),
+        lambda x, w, b: (
+            (x - x.detach().mean((2, 3), keepdim=True)) / detached_std(x) * w.view(-1, 1, 1) + b.view(-1, 1, 1)
+        ),
         lambda x, w, b: x / detached_std(x) * w.view(-1, 1, 1),
         (numbers(2), numbers(2)),
     ),
