@@ -146,9 +146,7 @@ class Plan:
     @property
     def weight_bytes(self) -> int:
         """Bytes of packed weights."""
-        return sum(
-            s.operation.weight_bytes for s in self.steps if s.operation is not None and self.constants is not None
-        )
+        return sum(s.operation.weight_bytes for s in self.steps if s.operation is not None)
 
     def kept_bytes(self, step: Step) -> int:
         """Bytes per image that ``step`` is the first to keep for the pull-back."""

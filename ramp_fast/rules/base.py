@@ -36,8 +36,8 @@ class Facts:
         The operation below selects between ``W+^T c`` and ``W-^T c`` itself.
     takes_pair : bool
         The operation above leaves that selection to this one.
-    norm_above : Node or None
-        The normalisation's reader, where the two run as one step.
+    extra : dict
+        What only one kind of operation needs to know.
     """
 
     precision: Precision
