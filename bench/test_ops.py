@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ramp_fast import ops
+from ramp_fast.ops import pack_panels
 
 TOKENS, WIDTH, HIDDEN, HEADS, BATCH, RHS = 197, 768, 3072, 12, 8, 2
 
@@ -28,7 +29,8 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
     c, d = normal(RHS, BATCH, TOKENS, WIDTH), normal(RHS, BATCH, TOKENS, WIDTH)
     scale = torch.rand(RHS, BATCH, generator=generator)
     weight, bias = normal(WIDTH), normal(WIDTH)
-    both = normal(RHS, BATCH, TOKENS, 2 * WIDTH).bfloat16()
+    panels = pack_panels(normal(HIDDEN, WIDTH).bfloat16())
+    c_hidden = normal(RHS, BATCH, TOKENS, HIDDEN).bfloat16()
     hidden = normal(BATCH, TOKENS, HIDDEN)
     attention = normal(RHS, BATCH, HEADS, TOKENS, TOKENS).bfloat16()
     qkv = normal(BATCH, TOKENS, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
@@ -41,9 +43,9 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "junction": (c, x, y, True, torch.bfloat16),
         "merge_junction": (c, scale, d, scale, x, y, True, torch.bfloat16),
         "norm_pullback": (c, x, weight, 1e-6),
-        "select_norm_pullback": (both, x, weight, bias, 1e-6, True),
-        "sign_select": (both, x),
-        "scale_by": (normal(RHS, BATCH, TOKENS, HIDDEN).bfloat16(), hidden),
+        "linear_norm_pullback": (c_hidden, panels, x, weight, bias, 1e-6, True),
+        "linear_pullback": (c_hidden, panels, x, torch.bfloat16),
+        "scale_by": (c_hidden, hidden),
         "gelu_factor": (hidden, False, torch.bfloat16),
         "softmax_pullback": (normal(BATCH, HEADS, TOKENS, TOKENS), attention),
         "attention_pullback": (*qkv, heads, c_heads, 0.125, True, True),

@@ -14,6 +14,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_isa", &rf::set_isa, rf::py::arg("name"),
           "Choose the instruction set; ValueError if it cannot run.");
     rf::register_junction(m);
+    rf::register_linear(m);
     rf::register_norm(m);
     rf::register_activation(m);
     rf::register_attention(m);

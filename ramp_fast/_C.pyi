@@ -54,8 +54,10 @@ def merge_junction(
 def norm_pullback(
     c: Tensor, x: Tensor, weight: Tensor | None, eps: float, out: Tensor, threads: _Threads, /
 ) -> None: ...
-def select_norm_pullback(
-    acc: Tensor,
+def linear_pullback(c: Tensor, panels: Tensor, x: Tensor, out: Tensor, threads: _Threads, /) -> None: ...
+def linear_norm_pullback(
+    c: Tensor,
+    panels: Tensor,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -66,7 +68,6 @@ def select_norm_pullback(
     threads: _Threads,
     /,
 ) -> None: ...
-def sign_select(acc: Tensor, x: Tensor, out: Tensor, threads: _Threads, /) -> None: ...
 def scale_by(c: Tensor, factor: Tensor, out: Tensor, gate: bool, threads: _Threads, /) -> None: ...
 def affine_factor(
     x: Tensor,

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ramp_fast import ops
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -182,6 +184,39 @@ class PatchPullback:
     def __call__(self, c: Tensor) -> Tensor:
         rows = self.matrix(c.permute(0, 2, 3, 1).contiguous())
         return _unpatch(rows, self.size, self.channels)
+
+
+class Selection:
+    """The pull-back of a matrix ``[out, in]`` whose input has both signs: ``W+`` or ``W-`` by the input's sign."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.panels = ops.pack_panels(weight)
+        self.nbytes = self.panels.numel() * self.panels.element_size()
+        self.kernel = f"linear_pullback-{str(weight.dtype).removeprefix('torch.')}"
+
+    def __call__(self, c: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``c`` ``[T, B, ..., out]`` at the input ``x`` ``[B, ..., in]``."""
+        return ops.linear_pullback(c, self.panels, x, dtype)
+
+    def through_norm(
+        self, c: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, contrast: bool
+    ) -> tuple[Tensor, Tensor]:
+        """On through the LayerNorm of ``x`` that the input is; with masses ``[T, B]``."""
+        return ops.linear_norm_pullback(c, self.panels, x, weight, bias, eps, contrast)
+
+
+class PatchSelection:
+    """:class:`Selection` for a convolution whose windows tile the image."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.size = (weight.shape[2], weight.shape[3])
+        self.matrix = Selection(weight.flatten(1))
+        self.kernel, self.nbytes = self.matrix.kernel, self.matrix.nbytes
+
+    def __call__(self, c: Tensor, x: Tensor) -> Tensor:
+        """``c`` ``[T, B, out, h, w]`` at ``x`` ``[B, in, h*kh, w*kw]``."""
+        rows = self.matrix(c.permute(0, 1, 3, 4, 2).contiguous(), _patches(x, self.size), c.dtype)
+        return _unpatch(rows.flatten(0, 1), self.size, x.shape[1]).unflatten(0, c.shape[:2])
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,10 @@ class Plan:
         facts = Facts(self.precision)
         if node.kind in g.WEIGHTED:
             facts.positive_input = self._positive(node.operands[0], users)
-            facts.emits_pair = not facts.positive_input and _fuses_norm(node, users)
+            if not facts.positive_input and _fuses_norm(node, users):
+                facts.norm = node.operands[0]
         elif node.kind == g.LAYER_NORM:
-            facts.takes_pair = any(
+            facts.above = any(
                 reader in carries and _fuses_norm(reader, users) and not self._positive(node, users)
                 for reader in users[node]
             )

@@ -31,14 +31,11 @@ class Contribution:
         The mass this relevance stands for, ``[T, B]`` (of P and N with contrast).
     actual : Tensor or None
         The mass of ``c`` as it is, where it is known already.
-    pair : bool
-        ``c`` ends in two halves, ``W+^T c`` and ``W-^T c``, that the operation below selects from.
     """
 
     c: Tensor
     target: Tensor
     actual: Tensor | None = None
-    pair: bool = False
 
 
 class Rows:
@@ -158,7 +155,7 @@ class Bookkeeping:
         alpha = p.abs().sum(-1) / (p - d).abs().sum(-1)
         alpha.masked_fill_(~((alpha > 0) & (alpha < torch.inf)), 1.0)  # one of the two is zero here
         scale = torch.cat([torch.ones_like(alpha), alpha])
-        return Contribution(rows.back(ops.rescale(flat, scale, True), part.c), part.target, None, part.pair)
+        return Contribution(rows.back(ops.rescale(flat, scale, True), part.c), part.target)
 
 
 # Coefficients that `Bookkeeping.centred` looks at, about, per right-hand side and sample.

@@ -1,32 +1,9 @@
-// Bindings: sign_select, scale_by, gelu_factor, affine_factor.
+// Bindings: scale_by, gelu_factor, affine_factor.
 #include "bind/bind.h"
 #include "cpu/dispatch.h"
 
 namespace rf {
 namespace {
-
-void sign_select(py::handle acc_, py::handle x_, py::handle out_, int threads) {
-    const TensorView acc(acc_, "acc"), x(x_, "x"), out(out_, "out");
-    if (x.ndim() < 1 || acc.ndim() != x.ndim() + 1)
-        fail("x must be [B, ..., K] and acc one axis more: " + x.describe() + ", " + acc.describe());
-    x.matches(0, acc, 1, x.ndim() - 1);
-    if (acc.size(-1) != 2 * x.size(-1))
-        fail(acc.describe() + " must end in twice the last axis of " + x.describe());
-    if (out.ndim() != acc.ndim())
-        fail("the shapes of " + out.describe() + " and " + acc.describe() + " do not fit");
-    out.matches(0, acc, 0, 1);
-    out.matches(1, x, 0, x.ndim());
-    SelectArgs args{};
-    args.rhs = acc.size(0);
-    args.rows = x.product(0, x.ndim() - 1);
-    args.width = x.size(-1);
-    args.acc = acc.contiguous().operand();
-    args.x = x.contiguous().operand();
-    args.out = out.contiguous().operand();
-    args.threads = threads;
-    py::gil_scoped_release release;
-    RF_CALL(sign_select, args);
-}
 
 void scale_by(py::handle c_, py::handle factor_, py::handle out_, bool gate, int threads) {
     const TensorView c(c_, "c"), factor(factor_, "factor"), out(out_, "out");
@@ -92,7 +69,6 @@ void affine_factor(py::handle x_, py::handle gain_, py::handle shift_, bool relu
 }  // namespace
 
 void register_activation(py::module_& m) {
-    m.def("sign_select", &sign_select);
     m.def("scale_by", &scale_by);
     m.def("gelu_factor", &gelu_factor);
     m.def("affine_factor", &affine_factor);

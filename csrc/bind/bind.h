@@ -12,6 +12,7 @@ namespace rf {
 void register_activation(py::module_& m);
 void register_attention(py::module_& m);
 void register_junction(py::module_& m);
+void register_linear(py::module_& m);
 void register_norm(py::module_& m);
 
 // An absent optional tensor is None.

@@ -4,39 +4,10 @@
 namespace rf::RF_ISA {
 namespace {
 
-template <class F>
-void select_row(int64_t row, const void* context, void* scratch) {
-    const SelectArgs& args = *static_cast<const SelectArgs*>(context);
-    const int64_t width = args.width;
-    F* buffers = static_cast<F*>(scratch);  // [4, width]
-    const F* __restrict x = load(args.x, row * width, width, buffers);
-    for (int64_t t = 0; t < args.rhs; ++t) {
-        const int64_t index = t * args.rows + row;
-        const F* __restrict upper = load(args.acc, index * 2 * width, 2 * width, buffers + width);
-        const F* __restrict lower = upper + width;
-        F* __restrict out = target(args.out, index * width, buffers + 3 * width);
-        RF_SIMD
-        for (int64_t i = 0; i < width; ++i) {
-            const F up = x[i] > 0 ? upper[i] : F(0);
-            const F low = x[i] < 0 ? lower[i] : F(0);
-            out[i] = F(2) * (up + low);
-        }
-        commit(args.out, index * width, width, out);
-    }
-}
-
 struct Chunked {
     const void* args;
     int64_t size;  // elements or rows of one task
 };
-
-template <class F>
-void select_chunk(int64_t index, const void* context, void* scratch) {
-    const Chunked& job = *static_cast<const Chunked*>(context);
-    const SelectArgs& args = *static_cast<const SelectArgs*>(job.args);
-    const int64_t end = min64((index + 1) * job.size, args.rows);
-    for (int64_t row = index * job.size; row < end; ++row) select_row<F>(row, &args, scratch);
-}
 
 template <class F>
 void scale_chunk(int64_t index, const void* context, void*) {
@@ -201,15 +172,6 @@ void affine_factor(const AffineArgs& args) {
     } else {
         parallel_for(args.outer * args.channels, work, args.threads, affine_plane, &args, 0);
     }
-}
-
-void sign_select(const SelectArgs& args) {
-    const bool wide = args.acc.dtype == DType::f64 || args.x.dtype == DType::f64;
-    const int64_t rows = args.width >= kChunk ? 1 : kChunk / (args.width > 0 ? args.width : 1);
-    const Chunked job{&args, rows};
-    parallel_for(ceil_div(args.rows, rows), args.rhs * args.rows * args.width, args.threads,
-                 wide ? select_chunk<double> : select_chunk<float>, &job,
-                 4 * static_cast<std::size_t>(args.width) * (wide ? sizeof(double) : sizeof(float)));
 }
 
 void scale_by(const ScaleArgs& args) {

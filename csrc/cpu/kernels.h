@@ -38,26 +38,32 @@ struct CombineArgs {
 };
 
 // c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) c, sigma(u) = sqrt(var(u) + eps) over the last axis.
-// With `select`: c is [T, B, rows, 2 width] and c <- 2 (c[..., :width] where n > 0, c[..., width:] where n <
-// 0), n the output of the LayerNorm.
 struct NormArgs {
     std::int64_t rhs, batch, rows, width;  // T, B, rows of one sample, normalised size
-    bool contrast, select;
     double eps;
-    Operand c;             // [T, B, rows, width] or [T, B, rows, 2 width]
+    Operand c;       // [T, B, rows, width]
+    Operand x;       // [B, rows, width]
+    Operand weight;  // [width] or absent
+    Operand out;     // [T, B, rows, width]
+    int threads;
+};
+
+// Columns of one panel of packed weights.
+constexpr std::int64_t kLinearColumns = 32;
+
+// out[r, i] = sum_k c[r, k] max(s W[k, i], 0), s the sign of x[r, i] (0: out is 0); W is packed (linear.cpp).
+// With `norm` s is that of the output n of a LayerNorm of x, and out is multiplied by the LayerNorm's own
+// factor (NormArgs); mass is sum |x| |out|, of P and N with `contrast`.
+struct LinearArgs {
+    std::int64_t rhs, batch, rows, depth, width;  // T, B, rows of one sample, K, inputs
+    bool norm, contrast;
+    double eps;
+    Operand c;             // [T, B, rows, depth], in the dtype of the panels
+    Operand panels;        // [panels, steps, kLinearColumns, pack]
     Operand x;             // [B, rows, width]
     Operand weight, bias;  // [width] or absent
     Operand out;           // [T, B, rows, width]
     Operand mass;          // [T, B] or absent
-    int threads;
-};
-
-// out = 2 (acc[..., :width] where x > 0, acc[..., width:] where x < 0, else 0)
-struct SelectArgs {
-    std::int64_t rhs, rows, width;  // rows includes the batch
-    Operand acc;                    // [T, rows, 2 width]
-    Operand x;                      // [rows, width]
-    Operand out;                    // [T, rows, width]
     int threads;
 };
 
@@ -119,7 +125,7 @@ struct AttentionArgs {
     namespace isa {                                \
     void combine(const CombineArgs&);              \
     void norm_pullback(const NormArgs&);           \
-    void sign_select(const SelectArgs&);           \
+    void linear_pullback(const LinearArgs&);       \
     void scale_by(const ScaleArgs&);               \
     void gelu_factor(const GeluArgs&);             \
     void affine_factor(const AffineArgs&);         \
@@ -132,7 +138,9 @@ RF_DECLARE_KERNELS(avx2)
 RF_DECLARE_KERNELS(avx512)
 
 namespace avx512bf16 {
-void attention_pullback(const AttentionArgs&);  // the others gain nothing: there it is the avx512 ones
-}
+// The others gain nothing: there it is the avx512 ones.
+void attention_pullback(const AttentionArgs&);
+void linear_pullback(const LinearArgs&);
+}  // namespace avx512bf16
 
 }  // namespace rf

@@ -13,10 +13,11 @@ from __future__ import annotations
 from ramp_fast.errors import BackendError
 from ramp_fast.ops import _registry
 from ramp_fast.ops._registry import BACKENDS, forced_backend, set_backend, unavailable
-from ramp_fast.ops.activation import affine_factor, gelu_factor, sign_select
+from ramp_fast.ops.activation import affine_factor, gelu_factor
 from ramp_fast.ops.attention import attention_pullback, softmax_pullback
 from ramp_fast.ops.junction import junction, merge_junction
-from ramp_fast.ops.norm import norm_pullback, select_norm_pullback
+from ramp_fast.ops.linear import linear_norm_pullback, linear_pullback, pack_panels
+from ramp_fast.ops.norm import norm_pullback
 from ramp_fast.ops.scaling import gate, mass, merge, rescale, scale_by
 
 __all__ = [
@@ -28,16 +29,17 @@ __all__ = [
     "gate",
     "gelu_factor",
     "junction",
+    "linear_norm_pullback",
+    "linear_pullback",
     "mass",
     "merge",
     "merge_junction",
     "norm_pullback",
+    "pack_panels",
     "rescale",
     "scale_by",
-    "select_norm_pullback",
     "set_backend",
     "set_cpu_isa",
-    "sign_select",
     "softmax_pullback",
     "unavailable",
 ]

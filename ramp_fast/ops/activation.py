@@ -1,4 +1,4 @@
-"""Gates, activations and BatchNorm: ``sign_select``, ``gelu_factor``, ``affine_factor``."""
+"""Activations and BatchNorm: ``gelu_factor``, ``affine_factor``."""
 
 from __future__ import annotations
 
@@ -9,46 +9,6 @@ from torch import Tensor, get_num_threads
 
 from ramp_fast.ops._common import C, compute_dtype
 from ramp_fast.ops._registry import register
-
-
-def _sign_select_reference(acc: Tensor, x: Tensor) -> Tensor:
-    upper, lower = acc.tensor_split(2, dim=-1)
-    zero = torch.zeros((), dtype=acc.dtype, device=acc.device)
-    return (2 * torch.where(x > 0, upper, torch.where(x < 0, lower, zero))).contiguous()
-
-
-def _sign_select_fake(acc: Tensor, x: Tensor) -> Tensor:
-    return acc.new_empty((acc.shape[0], *x.shape))
-
-
-def _sign_select_cpu(acc: Tensor, x: Tensor) -> Tensor:
-    out = acc.new_empty((acc.shape[0], *x.shape))
-    C.sign_select(acc.contiguous(), x.contiguous(), out, get_num_threads())
-    return out
-
-
-_sign_select = register(
-    "sign_select(Tensor acc, Tensor x) -> Tensor",
-    reference=_sign_select_reference,
-    fake=_sign_select_fake,
-    cpu=_sign_select_cpu,
-)
-
-
-def sign_select(acc: Tensor, x: Tensor) -> Tensor:
-    """Finish the pull-back of a linear layer: ``2 acc+`` where x > 0, ``2 acc-`` where x < 0, else 0.
-
-    Parameters
-    ----------
-    acc : Tensor [T, B, ..., 2 K]
-        ``acc+ = W+^T c`` in [..., :K] and ``acc- = W-^T c`` in [..., K:].
-    x : Tensor [B, ..., K]
-
-    Returns
-    -------
-    Tensor [T, B, ..., K] in the dtype of acc
-    """
-    return _sign_select(acc, x)  # type: ignore[no-any-return]
 
 
 def _gelu_factor_reference(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

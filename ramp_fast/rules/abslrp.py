@@ -148,16 +148,16 @@ def _selected(acc_positive: Tensor, acc_negative: Tensor, x: Tensor) -> Tensor:
 
 class _Weighted(Operation):
     forward_map: gemm.Map
-    positive: gemm.Map | None
-    both: gemm.Map
+    pullback_map: gemm.Map | gemm.Selection
 
     def needs(self) -> list[Node]:
-        only_sign = not self.facts.positive_input and not self.facts.emits_pair
-        return [self.node.operands[0]] if only_sign else []
+        if self.facts.norm is not None:
+            return [self.facts.norm.operands[0]]
+        return [] if self.facts.positive_input else [self.node.operands[0]]
 
     @property
     def weight_bytes(self) -> int:
-        return self.forward_map.nbytes + self.both.nbytes
+        return self.forward_map.nbytes + self.pullback_map.nbytes
 
     def effective(self, constants: dict[Node, Any]) -> tuple[Tensor, Tensor | None]:
         """Weight and bias with everything that was folded into them."""
@@ -187,34 +187,41 @@ class _Weighted(Operation):
 
 
 class Linear(_Weighted):
+    pullback_map: gemm.Matrix | gemm.Selection
+
     def prepare(self, constants: dict[Node, Any]) -> None:
         weight, bias = self.effective(constants)
         self.forward_map = gemm.Matrix(weight, bias)
-        plus = gemm.positive_part(weight).t()
+        # The factor 2 is exact in every binary format: it goes into the weights.
+        doubled = (2 * weight).to(self.facts.precision.pullback)
         if self.facts.positive_input:
-            # The factor 2 is exact in every binary format: it goes into the weights.
-            stacked = 2 * plus
+            self.pullback_map = gemm.Matrix(gemm.positive_part(doubled).t())
+            self.pullback_kernel = f"{self.pullback_map.kernel} W+"
         else:
-            stacked = torch.cat([plus, gemm.negative_part(weight).t()])
-        self.both = gemm.Matrix(stacked.to(self.facts.precision.pullback))
+            self.pullback_map = gemm.Selection(doubled)
+            self.pullback_kernel = self.pullback_map.kernel + (" > norm" if self.facts.norm is not None else "")
         self.forward_kernel = self.forward_map.kernel
-        sides = "W+" if self.facts.positive_input else "W+|W-"
-        select = "" if self.facts.positive_input else " > norm" if self.facts.emits_pair else " > sign_select"
-        self.pullback_kernel = f"{self.both.kernel} {sides}{select}"
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = book.centred(self.merged(parts, values, book), self.node.batch)
-        acc = self.both(part.c.to(self.facts.precision.pullback).contiguous())
-        source = self.node.operands[0]
-        if self.facts.positive_input:
-            yield Flow(source, Contribution(acc, part.target))
-        elif self.facts.emits_pair:
-            yield Flow(source, Contribution(acc, part.target, pair=True))
+        c = part.c.to(self.facts.precision.pullback).contiguous()
+        source, norm = self.node.operands[0], self.facts.norm
+        if not isinstance(self.pullback_map, gemm.Selection):
+            yield Flow(source, Contribution(self.pullback_map(c), part.target))
+        elif norm is None:
+            yield Flow(source, Contribution(self.pullback_map(c, values[source], c.dtype), part.target))
         else:
-            yield Flow(source, Contribution(ops.sign_select(acc, values[source]), part.target))
+            p = norm.params
+            source = norm.operands[0]
+            pulled, actual = self.pullback_map.through_norm(
+                c, values[source], values[p["weight"]], values[p["bias"]], p["eps"], book.contrast
+            )
+            yield Flow(source, Contribution(pulled, part.target, actual))
 
 
 class Conv(_Weighted):
+    pullback_map: gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection
+
     def prepare(self, constants: dict[Node, Any]) -> None:
         weight, bias = self.effective(constants)
         p = self.node.params
@@ -222,27 +229,33 @@ class Conv(_Weighted):
         size = self.node.operands[0].example[2:]
         tiles = len(size) == 2 and geometry.tiles(weight, *size)
         self.forward_map = gemm.PatchForward(weight, bias) if tiles else gemm.ConvForward(weight, bias, geometry)
-        halves = [gemm.positive_part(weight)]
-        if self.facts.positive_input:
-            halves = [2 * halves[0]]
+        doubled = (2 * weight).to(self.facts.precision.pullback)
+        if tiles and not self.facts.positive_input:
+            self.pullback_map = gemm.PatchSelection(doubled)
         else:
-            halves.append(gemm.negative_part(weight))
-        # W+ and W- side by side, as two groups of input channels within every group.
-        stacked = torch.cat(halves, 1).to(self.facts.precision.pullback)
-        self.both = gemm.PatchPullback(stacked) if tiles else gemm.ConvPullback(stacked, geometry, size)
+            halves = [gemm.positive_part(doubled)]
+            if not self.facts.positive_input:
+                halves.append(gemm.negative_part(doubled))
+            # W+ and W- side by side, as two groups of input channels within every group.
+            stacked = torch.cat(halves, 1)
+            self.pullback_map = gemm.PatchPullback(stacked) if tiles else gemm.ConvPullback(stacked, geometry, size)
         self.forward_kernel = self.forward_map.kernel
-        self.pullback_kernel = f"{self.both.kernel} {'W+' if self.facts.positive_input else 'W+|W- > select'}"
+        sides = "" if tiles and not self.facts.positive_input else " W+" if self.facts.positive_input else " W+|W-"
+        self.pullback_kernel = self.pullback_map.kernel + sides
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = book.centred(self.merged(parts, values, book), self.node.batch)
         c = part.c.to(self.facts.precision.pullback)
-        acc = self.both(c.flatten(0, 1)).unflatten(0, c.shape[:2])
         source = self.node.operands[0]
+        if isinstance(self.pullback_map, gemm.PatchSelection):
+            yield Flow(source, Contribution(self.pullback_map(c, values[source]), part.target))
+            return
+        acc = self.pullback_map(c.flatten(0, 1)).unflatten(0, c.shape[:2])
         if not self.facts.positive_input:
             groups = self.node.params["groups"]
             halves = acc.unflatten(2, (groups, 2, -1))
             positive, negative = (halves[:, :, :, i].flatten(2, 3) for i in (0, 1))
-            acc = 2 * _selected(positive, negative, values[source])
+            acc = _selected(positive, negative, values[source])
         yield Flow(source, Contribution(acc, part.target))
 
 
@@ -402,15 +415,12 @@ class Gate(Operation):
 class LayerNorm(Operation):
     """``c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) c``, statistics detached."""
 
-    pullback_kernel = "norm_pullback"
-
     def __init__(self, node: Node, facts: Facts) -> None:
         super().__init__(node, facts)
-        if facts.takes_pair:
-            self.pullback_kernel = "select_norm_pullback"
+        self.pullback_kernel = "(above)" if facts.above else "norm_pullback"
 
     def needs(self) -> list[Node]:
-        return [self.node.operands[0]]
+        return [] if self.facts.above else [self.node.operands[0]]
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         source = self.node.operands[0]
@@ -418,10 +428,6 @@ class LayerNorm(Operation):
         x = values[source]
         weight = values[p["weight"]]
         part = self.merged(parts, values, book)
-        if part.pair:
-            c, actual = ops.select_norm_pullback(part.c, x, weight, values[p["bias"]], p["eps"], book.contrast)
-            yield Flow(source, Contribution(c, part.target, actual))
-            return
         dims = p["dims"]
         flat = x.flatten(-dims), part.c.flatten(-dims), None if weight is None else weight.flatten()
         c = ops.norm_pullback(flat[1], flat[0], flat[2], p["eps"]).view(part.c.shape)

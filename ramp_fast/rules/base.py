@@ -32,18 +32,18 @@ class Facts:
     precision : Precision
     positive_input : bool
         Relevance can only reach positive entries of the weighted operand: ``W+`` is enough.
-    emits_pair : bool
-        The operation below selects between ``W+^T c`` and ``W-^T c`` itself.
-    takes_pair : bool
-        The operation above leaves that selection to this one.
+    norm : Node or None
+        The LayerNorm whose output a linear layer alone reads: the layer's step pulls back through both.
+    above : bool
+        Of that LayerNorm: the step above does its pull-back.
     extra : dict
         What only one kind of operation needs to know.
     """
 
     precision: Precision
     positive_input: bool = False
-    emits_pair: bool = False
-    takes_pair: bool = False
+    norm: Node | None = None
+    above: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ramp_fast import ops
 from ramp_fast.ops._common import mass_equation, rescale_equation
+from ramp_fast.ops.linear import unpack_panels
 
 EPS = 1e-6
 
@@ -202,14 +203,30 @@ def _norm_factor_magnitude(x: Tensor, weight: Tensor | None) -> Tensor:
     return w * sum(((u - u.mean(-1, keepdim=True)).square().mean(-1, keepdim=True) + EPS).rsqrt() for u in (x, x.abs()))
 
 
-def _select_norm(o: Options) -> tuple[Any, ...]:
+def _packed(d: Draw, depth: int, width: int) -> Tensor:
+    return ops.pack_panels(d.normal(depth, width, dtype=d.o.c_dtype))
+
+
+def _depth(o: Options) -> int:
+    return (1, 2, 7, 33, 64)[o.seed % 5]
+
+
+def _linear(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    return d.coefficient(*o.rows[:-1], _depth(o)), _packed(d, _depth(o), o.rows[-1]), d.sample(*o.rows), o.c_dtype
+
+
+def _linear_magnitude(c: Tensor, panels: Tensor, x: Tensor) -> Tensor:
+    weight = unpack_panels(panels, c.shape[-1], x.shape[-1])
+    return c.abs() @ weight.abs()
+
+
+def _linear_norm(o: Options) -> tuple[Any, ...]:
     d = Draw(o)
     width = o.rows[-1]
     x = d.sample(*o.rows)
     weight = d.normal(width, dtype=torch.float32) if o.seed % 3 else None
     bias = d.normal(width, dtype=torch.float32) if o.seed % 2 else None
-    acc = d.coefficient(*o.rows[:-1], 2 * width)
-    # which half is chosen is decided by rounding where the normalised value is almost 0: make both 0 there
     n = torch.nn.functional.layer_norm(
         x.double(),
         (width,),
@@ -217,21 +234,17 @@ def _select_norm(o: Options) -> tuple[Any, ...]:
         None if bias is None else bias.double(),
         EPS,
     )
-    near = n.abs() < 1e-3
-    return acc.masked_fill(torch.cat((near, near), -1), 0), x, weight, bias, EPS, o.contrast
+    # Which half is chosen is decided by rounding where the normalised value is almost 0: weights of such inputs are 0.
+    near = (n.abs() < 1e-3).flatten(0, -2).any(0)
+    packed = ops.pack_panels(d.normal(_depth(o), width, dtype=o.c_dtype).masked_fill(near, 0))
+    return d.coefficient(*o.rows[:-1], _depth(o)), packed, x, weight, bias, EPS, o.contrast
 
 
-def _select_norm_magnitude(
-    acc: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, contrast: bool
+def _linear_norm_magnitude(
+    c: Tensor, panels: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, contrast: bool
 ) -> tuple[Tensor, ...]:
-    upper, lower = acc.abs().tensor_split(2, -1)
-    c = 2 * torch.maximum(upper, lower) * _norm_factor_magnitude(x, weight)
-    return c, _uncancelled_mass(x, c, contrast)
-
-
-def _sign_select(o: Options) -> tuple[Any, ...]:
-    d = Draw(o)
-    return d.coefficient(*o.rows[:-1], 2 * o.rows[-1]), d.sample(*o.rows)
+    out = _linear_magnitude(c, panels, x) * _norm_factor_magnitude(x, weight)
+    return out, _uncancelled_mass(x, out, contrast)
 
 
 def _scale_by(o: Options) -> tuple[Any, ...]:
@@ -319,8 +332,8 @@ CASES = {
             ),
         ),
         Case("norm_pullback", _norm, lambda c, x, w, eps: (_norm_factor_magnitude(x, w) * c.abs(),)),
-        Case("select_norm_pullback", _select_norm, _select_norm_magnitude),
-        Case("sign_select", _sign_select, lambda acc, x: (torch.zeros(()),)),
+        Case("linear_pullback", _linear, lambda c, panels, x, _: (_linear_magnitude(c, panels, x),)),
+        Case("linear_norm_pullback", _linear_norm, _linear_norm_magnitude),
         Case("scale_by", _scale_by, lambda c, f: (c.abs() * f.abs(),)),
         Case("gate", _scale_by, lambda c, x: (2 * c.abs(),)),
         Case("gelu_factor", _gelu, lambda x, tanh, _: (x.abs(), 2 + 2 * x.abs())),

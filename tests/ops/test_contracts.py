@@ -43,7 +43,7 @@ def test_threads_do_not_matter(name: str, isa: str) -> None:
 def _of_sample(args: tuple[object, ...], name: str, first: int, last: int) -> tuple[object, ...]:
     """The same call with samples [first, last) only."""
     coefficients = {"c", "first", "second", "first_scale", "second_scale", "scale", "acc"}
-    parameters = {"weight", "bias", "gain", "shift"}
+    parameters = {"weight", "bias", "gain", "shift", "panels"}
     schema = getattr(torch.ops.ramp_fast, name).default._schema
     parts: list[object] = []
     for argument, value in zip(schema.arguments, args, strict=True):
@@ -154,10 +154,17 @@ def _attention_of(
         (lambda: ops.junction(torch.zeros(2, 2, 5), torch.zeros(2, 5), torch.zeros(2, 6), False), "do not fit"),
         (lambda: ops.norm_pullback(torch.zeros(2, 2, 5), torch.zeros(2, 5), torch.zeros(4), 1e-6), "must have shape"),
         (
-            lambda: ops.select_norm_pullback(torch.zeros(2, 2, 5), torch.zeros(2, 5), None, None, 1e-6, False),
-            "must end in twice",
+            lambda: ops.linear_norm_pullback(
+                torch.zeros(3, 2, 5), ops.pack_panels(torch.zeros(5, 4)), torch.zeros(2, 4), None, None, 1e-6, True
+            ),
+            "must be even",
         ),
-        (lambda: ops.sign_select(torch.zeros(2, 2, 5), torch.zeros(2, 5)), "must end in twice"),
+        (
+            lambda: ops.linear_pullback(
+                torch.zeros(2, 2, 5), ops.pack_panels(torch.zeros(6, 4)), torch.zeros(2, 4), torch.float32
+            ),
+            r"panels .* must have shape \[1, 5, 32, 1\]",
+        ),
         (lambda: ops.scale_by(torch.zeros(2, 2, 5), torch.zeros(3, 5)), "do not fit"),
         (lambda: ops.softmax_pullback(torch.zeros(2, 5), torch.zeros(2, 2, 6)), "do not fit"),
         (lambda: _attention_of(keys=(1, 2, 5, 5)), r"k .* must have shape \[1, 2, 5, 4\]"),

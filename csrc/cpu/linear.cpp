@@ -1,0 +1,412 @@
+// The pull-back of a linear layer whose input has both signs, for all right-hand sides:
+//   out[r, i] = sum_k c[r, k] max(s W[k, i], 0),  s = sign of the input x[r, i]
+// W+ and W- are never both multiplied: before a vector of weights meets a row, each lane takes the half that
+// the row's input asks for. That is one blend for the products of two right-hand sides, in execution units
+// that the products leave idle, instead of a second product.
+//
+// Weights lie in panels of kLinearColumns columns, [panel, step, column, pack]: a step is one row of W, or
+// where the elements are bfloat16 two rows whose numbers sit side by side. A sum runs over the steps in
+// order, whatever tile it is in.
+#include "cpu/row_statistics.h"
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace rf::RF_ISA {
+namespace {
+
+// Accumulators of two right-hand sides, the halves of the weights, a blend and two broadcasts fill the vector
+// registers; with AVX-512, masks the mask registers.
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kRows = 3, kVectors = 2;
+#elif defined(__AVX__)
+constexpr int kBytes = 32, kRows = 2, kVectors = 2;
+#else
+constexpr int kBytes = 16, kRows = 2, kVectors = 2;
+#endif
+
+// Rows of one task, whole tiles: 3072 coefficients for each and two right-hand sides stay in a 1 MB L2 cache.
+template <class P>
+constexpr int64_t kTaskRows = 44 / static_cast<int64_t>(sizeof(typename P::Coefficient)) * kRows;
+
+// One number per element: float or double.
+template <class F>
+struct Number {
+    using Sum = F;
+    using Element = F;
+    using Coefficient = F;
+    static constexpr int64_t lanes = kBytes / sizeof(F);
+    static constexpr int64_t pack = 1;
+    typedef F Vector __attribute__((vector_size(kBytes), aligned(sizeof(F)), may_alias));
+    using SumVector = Vector;
+    struct Halves {
+        Vector positive, negative;
+    };
+    static RF_INLINE Halves halves(const Element* weights) {
+        const Vector w = *reinterpret_cast<const Vector*>(weights);
+        return {w < 0 ? Vector{} : w, w > 0 ? Vector{} : -w};  // NaN stays
+    }
+    static RF_INLINE Element element(const Coefficient* row, int64_t step) { return row[step]; }
+    static RF_INLINE void multiply_add(SumVector& sum, Vector w, Element c) { sum += w * c; }
+
+    using Mask = decltype(Vector{} > 0);
+    static RF_INLINE Mask mask(const F* gate) { return *reinterpret_cast<const Vector*>(gate) > 0; }
+    static RF_INLINE Vector select(Mask mask, const Halves& w) { return mask ? w.positive : w.negative; }
+};
+
+RF_INLINE std::uint32_t pair(const std::uint16_t* row, int64_t step) {
+    std::uint32_t both;
+    __builtin_memcpy(&both, row + 2 * step, sizeof(both));
+    return both;
+}
+
+// Two bfloat16 per element, widened to float where the processor does not multiply them.
+struct WidenedPair {
+    using Sum = float;
+    using Element = std::uint32_t;
+    using Coefficient = std::uint16_t;
+    static constexpr int64_t lanes = kBytes / 4;
+    static constexpr int64_t pack = 2;
+    typedef float SumVector __attribute__((vector_size(kBytes), aligned(4), may_alias));
+    typedef std::uint32_t Bits __attribute__((vector_size(kBytes), aligned(4), may_alias));
+    struct Vector {
+        SumVector low, high;
+    };
+    struct Halves {
+        Vector positive, negative;
+    };
+    static RF_INLINE SumVector positive(SumVector w) { return w < 0 ? SumVector{} : w; }
+    static RF_INLINE Halves halves(const Element* weights) {
+        const Bits bits = *reinterpret_cast<const Bits*>(weights);
+        const SumVector low = (SumVector)(bits << 16), high = (SumVector)(bits & 0xffff0000u);
+        return {{positive(low), positive(high)}, {positive(-low), positive(-high)}};
+    }
+    static RF_INLINE Element element(const Coefficient* row, int64_t step) { return pair(row, step); }
+    static RF_INLINE void multiply_add(SumVector& sum, const Vector& w, Element c) {
+        sum += w.low * bits_of<float>(c << 16);
+        sum += w.high * bits_of<float>(c & 0xffff0000u);
+    }
+    using Mask = decltype(SumVector{} > 0);
+    static RF_INLINE Mask mask(const float* gate) { return *reinterpret_cast<const SumVector*>(gate) > 0; }
+    static RF_INLINE Vector select(Mask mask, const Halves& w) {
+        return {mask ? w.positive.low : w.negative.low, mask ? w.positive.high : w.negative.high};
+    }
+};
+
+#ifdef __AVX512F__
+// As Number<float>, with masks in mask registers.
+struct Float512 {
+    using Sum = float;
+    using Element = float;
+    using Coefficient = float;
+    static constexpr int64_t lanes = 16;
+    static constexpr int64_t pack = 1;
+    using SumVector = __m512;
+    struct Halves {
+        __m512 positive, negative;
+    };
+    static RF_INLINE Halves halves(const Element* weights) {
+        const __m512 w = _mm512_loadu_ps(weights), zero = _mm512_setzero_ps();
+        return {_mm512_max_ps(zero, w), _mm512_max_ps(zero, _mm512_sub_ps(zero, w))};  // NaN stays
+    }
+    static RF_INLINE Element element(const Coefficient* row, int64_t step) { return row[step]; }
+    static RF_INLINE void multiply_add(SumVector& sum, __m512 w, Element c) {
+        sum = _mm512_fmadd_ps(w, _mm512_set1_ps(c), sum);
+    }
+    using Mask = __mmask16;
+    static RF_INLINE Mask mask(const float* gate) {
+        return _mm512_cmp_ps_mask(_mm512_loadu_ps(gate), _mm512_setzero_ps(), _CMP_GT_OQ);
+    }
+    static RF_INLINE __m512 select(Mask mask, const Halves& w) {
+        return _mm512_mask_blend_ps(mask, w.negative, w.positive);
+    }
+};
+#endif
+
+#ifdef __AVX512BF16__
+struct Pair512 {
+    using Sum = float;
+    using Element = std::uint32_t;
+    using Coefficient = std::uint16_t;
+    static constexpr int64_t lanes = 16;
+    static constexpr int64_t pack = 2;
+    using SumVector = __m512;
+    struct Halves {
+        __m512i positive, negative;
+    };
+    // A negative bfloat16 is a negative 16-bit integer.
+    static RF_INLINE Halves halves(const Element* weights) {
+        const __m512i w = _mm512_loadu_si512(weights), zero = _mm512_setzero_si512();
+        const __m512i flipped = _mm512_xor_si512(w, _mm512_set1_epi32(static_cast<int>(0x80008000u)));
+        return {_mm512_max_epi16(w, zero), _mm512_max_epi16(flipped, zero)};
+    }
+    static RF_INLINE Element element(const Coefficient* row, int64_t step) { return pair(row, step); }
+    static RF_INLINE void multiply_add(SumVector& sum, __m512i w, Element c) {
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(c)), (__m512bh)w);
+    }
+    using Mask = __mmask16;
+    static RF_INLINE Mask mask(const float* gate) { return Float512::mask(gate); }
+    static RF_INLINE __m512i select(Mask mask, const Halves& w) {
+        return _mm512_mask_blend_epi32(mask, w.negative, w.positive);
+    }
+};
+#endif
+
+// Sums of `rows` rows of `sides` right-hand sides over `vectors` vectors of columns of a panel.
+// c points at a row of the first side, gates and sums are [rows, kLinearColumns] per side.
+template <class P, int sides, int rows, int vectors>
+RF_INLINE void tile(const typename P::Coefficient* c, int64_t side, int64_t depth,
+                    const typename P::Element* weights, const typename P::Sum* gates,
+                    typename P::Sum* __restrict sums) {
+    constexpr int64_t sums_side = kRows * kLinearColumns;
+    typename P::SumVector sum[sides][rows][vectors];
+    typename P::Mask mask[rows][vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) {
+            mask[r][v] = P::mask(gates + r * kLinearColumns + v * P::lanes);
+#pragma GCC unroll 8
+            for (int s = 0; s < sides; ++s) sum[s][r][v] = typename P::SumVector{};
+        }
+    }
+    const auto step = [&](int64_t k, auto element_of) __attribute__((always_inline)) {
+        typename P::Halves w[vectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) w[v] = P::halves(weights + k * kLinearColumns + v * P::lanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+            typename P::Element element[sides];
+#pragma GCC unroll 8
+            for (int s = 0; s < sides; ++s) element[s] = element_of(c + s * side + r * depth, k);
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v) {
+                const auto chosen = P::select(mask[r][v], w[v]);
+#pragma GCC unroll 8
+                for (int s = 0; s < sides; ++s) P::multiply_add(sum[s][r][v], chosen, element[s]);
+            }
+        }
+    };
+    const int64_t whole = depth / P::pack;
+    for (int64_t k = 0; k < whole; ++k)
+        step(k,
+             [](const auto* row, int64_t at) __attribute__((always_inline)) { return P::element(row, at); });
+    if (whole * P::pack < depth)  // half a pair is left
+        step(whole, [](const auto* row, int64_t at) __attribute__((always_inline)) {
+            return static_cast<typename P::Element>(row[at * P::pack]);
+        });
+#pragma GCC unroll 8
+    for (int s = 0; s < sides; ++s) {
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v)
+                __builtin_memcpy(sums + s * sums_side + r * kLinearColumns + v * P::lanes, &sum[s][r][v],
+                                 sizeof(sum[s][r][v]));
+        }
+    }
+}
+
+template <class P, int sides, int rows>
+__attribute__((noinline)) void panel(const typename P::Coefficient* c, int64_t side, int64_t depth,
+                                     const typename P::Element* weights, const typename P::Sum* gates,
+                                     typename P::Sum* sums) {
+    constexpr int64_t width = kVectors * P::lanes;
+    static_assert(kLinearColumns % width == 0, "tiles fill a panel");
+    for (int64_t i = 0; i < kLinearColumns; i += width)
+        tile<P, sides, rows, kVectors>(c, side, depth, weights + i, gates + i, sums + i);
+}
+
+// The same for 1 to kRows rows and one or two right-hand sides.
+template <class P, int rows = kRows>
+RF_INLINE void panel_of(int64_t sides, int64_t count, const typename P::Coefficient* c, int64_t side,
+                        int64_t depth, const typename P::Element* weights, const typename P::Sum* gates,
+                        typename P::Sum* sums) {
+    if constexpr (rows > 1) {
+        if (count < rows) return panel_of<P, rows - 1>(sides, count, c, side, depth, weights, gates, sums);
+    }
+    (sides == 2 ? panel<P, 2, rows> : panel<P, 1, rows>)(c, side, depth, weights, gates, sums);
+}
+
+struct Linear {
+    const LinearArgs& args;
+    int64_t panels, chunks;    // chunks: groups of rows of one sample
+    int64_t groups, sides;     // right-hand sides t and t + groups go together
+    const double* statistics;  // [B, rows, 3]: mean, 1 / sigma(x), 1 / sigma(|x|)
+    const double* parameters;  // [2, width]: the LayerNorm's weight and bias
+    double* partials;          // [tasks, T]
+};
+
+template <class F>
+struct Row {
+    F gate[kLinearColumns];
+    F factor[kLinearColumns];
+    F magnitude[kLinearColumns];
+};
+
+// The signs that select, and what the sums are multiplied by.
+template <class F>
+RF_INLINE void prepare_row(const Linear& job, int64_t row, int64_t column, int64_t n, Row<F>& to) {
+    const LinearArgs& args = job.args;
+    F buffer[kLinearColumns];
+    const F* x = load(args.x, row * args.width + column, n, buffer);
+    for (int64_t i = n; i < kLinearColumns; ++i) to.gate[i] = F(0);
+    if (!args.norm) {
+        RF_SIMD
+        for (int64_t i = 0; i < n; ++i) {
+            to.gate[i] = x[i];
+            to.factor[i] = x[i] > 0 || x[i] < 0 ? F(1) : F(0);
+        }
+        return;
+    }
+    const double* s = job.statistics + row * 3;
+    const F mean = static_cast<F>(s[0]), inverse = static_cast<F>(s[1]),
+            inverse_absolute = static_cast<F>(s[2]);
+    F weight[kLinearColumns], bias[kLinearColumns];
+    for (int64_t i = 0; i < n; ++i) {
+        weight[i] = static_cast<F>(job.parameters[column + i]);
+        bias[i] = static_cast<F>(job.parameters[args.width + column + i]);
+    }
+    RF_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        const F gate = (x[i] - mean) * inverse * weight[i] + bias[i];
+        const F signed_part = weight[i] * inverse;
+        const F factor = (x[i] > 0 ? signed_part : F(0)) - (x[i] < 0 ? signed_part : F(0)) +
+                         absolute(weight[i]) * inverse_absolute;
+        to.gate[i] = gate;
+        to.factor[i] = gate > 0 || gate < 0 ? factor : F(0);
+        to.magnitude[i] = absolute(x[i]);
+    }
+}
+
+template <class P>
+void linear_task(int64_t index, const void* context, void*) {
+    using F = typename P::Sum;
+    using Coefficient = typename P::Coefficient;
+    const Linear& job = *static_cast<const Linear*>(context);
+    const LinearArgs& args = job.args;
+    const int64_t panel = index % job.panels, column = panel * kLinearColumns;
+    const int64_t n = min64(kLinearColumns, args.width - column);
+    const int64_t chunk = index / job.panels % job.chunks, b = index / job.panels / job.chunks;
+    const int64_t begin = chunk * kTaskRows<P>, end = min64(begin + kTaskRows<P>, args.rows);
+    const int64_t side_rows = job.groups * args.batch * args.rows;
+    const int64_t steps = ceil_div(args.depth, P::pack);
+    const Coefficient* c = static_cast<const Coefficient*>(args.c.data);
+    const typename P::Element* weights =
+        static_cast<const typename P::Element*>(args.panels.data) + panel * steps * kLinearColumns;
+    double* sums_of_mass = job.partials + index * args.rhs;
+    for (int64_t t = 0; t < args.rhs; ++t) sums_of_mass[t] = 0;
+
+    Row<F> rows[kRows];
+    F gates[kRows * kLinearColumns], sums[2][kRows][kLinearColumns], buffer[kLinearColumns];
+    for (int64_t row = begin; row < end; row += kRows) {
+        const int64_t count = min64(kRows, end - row);
+        for (int64_t r = 0; r < count; ++r) {
+            prepare_row(job, b * args.rows + row + r, column, n, rows[r]);
+            for (int64_t i = 0; i < kLinearColumns; ++i) gates[r * kLinearColumns + i] = rows[r].gate[i];
+        }
+        for (int64_t t = 0; t < job.groups; ++t) {
+            const int64_t first = (t * args.batch + b) * args.rows + row;
+            const Coefficient* from = c + first * args.depth;
+            const int64_t side = side_rows * args.depth;
+            panel_of<P>(job.sides, count, from, side, args.depth, weights, gates, &sums[0][0][0]);
+            F mass_p = 0, mass_n = 0;
+            for (int64_t r = 0; r < count; ++r) {
+                for (int64_t s = 0; s < job.sides; ++s) {
+                    const int64_t offset = (first + s * side_rows + r) * args.width + column;
+                    F* out = target(args.out, offset, buffer);
+                    F* __restrict sum = sums[s][r];
+                    RF_SIMD
+                    for (int64_t i = 0; i < n; ++i) sum[i] *= rows[r].factor[i];
+                    for (int64_t i = 0; i < n; ++i) out[i] = sum[i];
+                    commit(args.out, offset, n, out);
+                }
+                if (args.mass.data == nullptr) continue;
+                const F *p = sums[0][r], *d = sums[1][r], *magnitude = rows[r].magnitude;
+                if (args.contrast) {
+                    RF_SIMD_SUM(mass_p, mass_n)
+                    for (int64_t i = 0; i < n; ++i) {
+                        mass_p += magnitude[i] * absolute(p[i]);
+                        mass_n += magnitude[i] * absolute(p[i] - d[i]);
+                    }
+                } else {
+                    RF_SIMD_SUM(mass_p)
+                    for (int64_t i = 0; i < n; ++i) mass_p += magnitude[i] * absolute(p[i]);
+                    if (job.sides == 2) {
+                        RF_SIMD_SUM(mass_n)
+                        for (int64_t i = 0; i < n; ++i) mass_n += magnitude[i] * absolute(d[i]);
+                    }
+                }
+            }
+            sums_of_mass[t] += static_cast<double>(mass_p);
+            if (job.sides == 2) sums_of_mass[t + job.groups] += static_cast<double>(mass_n);
+        }
+    }
+}
+
+template <class F>
+void statistics_task(int64_t row, const void* context, void* scratch) {
+    const Linear& job = *static_cast<const Linear*>(context);
+    const int64_t width = job.args.width;
+    const F* x = load(job.args.x, row * width, width, static_cast<F*>(scratch));
+    const Statistics<F> s = row_statistics(x, width, job.args.eps);
+    double* to = const_cast<double*>(job.statistics) + row * 3;
+    to[0] = static_cast<double>(s.mean);
+    to[1] = static_cast<double>(s.inverse);
+    to[2] = static_cast<double>(s.inverse_absolute);
+}
+
+template <class P>
+void run(const LinearArgs& args) {
+    using F = typename P::Sum;
+    const int64_t panels = ceil_div(args.width, kLinearColumns), chunks = ceil_div(args.rows, kTaskRows<P>);
+    const int64_t tasks = args.batch * chunks * panels, rows = args.batch * args.rows;
+    const bool pairs = args.rhs % 2 == 0;
+    Partials partials(tasks * args.rhs);
+    Partials statistics(args.norm ? rows * 3 : 0), parameters(args.norm ? 2 * args.width : 0);
+    const Linear job{args,
+                     panels,
+                     chunks,
+                     pairs ? args.rhs / 2 : args.rhs,
+                     pairs ? 2 : 1,
+                     statistics.data(),
+                     parameters.data(),
+                     partials.data()};
+    if (args.norm) {
+        for (int64_t i = 0; i < args.width; ++i) {
+            parameters.data()[i] = args.weight.data ? load_one<double>(args.weight, i) : 1.0;
+            parameters.data()[args.width + i] = args.bias.data ? load_one<double>(args.bias, i) : 0.0;
+        }
+        parallel_for(rows, rows * args.width, args.threads, statistics_task<F>, &job,
+                     static_cast<std::size_t>(args.width) * sizeof(F));
+    }
+    parallel_for(tasks, args.rhs * rows * args.width * args.depth, args.threads, linear_task<P>, &job, 0);
+    if (args.mass.data == nullptr) return;
+    const int64_t of_sample = chunks * panels;
+    for (int64_t t = 0; t < args.rhs; ++t)
+        for (int64_t b = 0; b < args.batch; ++b) {
+            double sum = 0;
+            for (int64_t i = b * of_sample; i < (b + 1) * of_sample; ++i)
+                sum += partials.data()[i * args.rhs + t];
+            store_one(args.mass, t * args.batch + b, sum);
+        }
+}
+
+}  // namespace
+
+void linear_pullback(const LinearArgs& args) {
+    if (args.panels.dtype == DType::f64) return run<Number<double>>(args);
+#ifdef __AVX512BF16__
+    if (args.panels.dtype == DType::bf16) return run<Pair512>(args);
+#else
+    if (args.panels.dtype == DType::bf16) return run<WidenedPair>(args);
+#endif
+#ifdef __AVX512F__
+    run<Float512>(args);
+#else
+    run<Number<float>>(args);
+#endif
+}
+
+}  // namespace rf::RF_ISA
