@@ -218,18 +218,19 @@ class ConvForward:
         self.kernel = f"{'onednn' if self.packed else 'aten'}-{dtype}"
         self.nbytes = weight.numel() * weight.element_size()
         self.weight = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
-        self.reordered: dict[tuple[int, ...], Tensor] = {}
+        self.reordered: tuple[tuple[int, ...], Tensor] | None = None
 
     def _weight_for(self, x: Tensor) -> Tensor:
-        # The packed layout depends on the image size.
+        # The packed layout depends on the image size. Other threads may be here with images of another one.
         key = tuple(x.shape)
-        if key not in self.reordered:
+        cached = self.reordered
+        if cached is None or cached[0] != key:
             g = self.geometry
-            self.reordered.clear()
-            self.reordered[key] = torch.ops.mkldnn._reorder_convolution_weight(
+            weight = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, g.padding, g.stride, g.dilation, g.groups, list(key)
             )
-        return self.reordered[key]
+            cached = self.reordered = (key, weight)
+        return cached[1]
 
     def __call__(self, x: Tensor) -> Tensor:
         g = self.geometry
@@ -263,7 +264,7 @@ class ConvPullback:
         else:
             self.weight = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
             self.packed = _onednn(weight) and weight.dim() == 4 and geometry.groups == 1
-            self.reordered: dict[tuple[int, ...], Tensor] = {}
+            self.reordered: tuple[tuple[int, ...], Tensor] | None = None
             self.kernel = f"{'onednn' if self.packed else 'aten'}-transposed-{dtype}"
             reach = [
                 (o - 1) * s - 2 * p + d * (k - 1) + 1
@@ -287,14 +288,15 @@ class ConvPullback:
         if self.packed and c.numel():
             c = c.contiguous(memory_format=torch.channels_last)
             key = tuple(c.shape)
-            if key not in self.reordered:
-                self.reordered.clear()
-                self.reordered[key] = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+            cached = self.reordered
+            if cached is None or cached[0] != key:
+                weight = torch.ops.mkldnn._reorder_convolution_transpose_weight(
                     self.weight, g.padding, self.output_padding, g.stride, g.dilation, g.groups, list(key)
                 )
+                cached = self.reordered = (key, weight)
             y: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise(
                 c,
-                self.reordered[key],
+                cached[1],
                 None,
                 g.padding,
                 self.output_padding,
