@@ -119,9 +119,9 @@ std::string TensorView::describe() const {
 }
 
 bool TensorView::is_contiguous() const {
+    if (numel() == 0) return true;
     std::int64_t run = 1;
     for (int i = ndim_ - 1; i >= 0; --i) {
-        if (shape_[i] == 0) return true;
         if (shape_[i] != 1 && strides_[i] != run) return false;
         run *= shape_[i];
     }
