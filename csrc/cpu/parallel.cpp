@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
@@ -17,6 +18,8 @@ using GompParallel = void (*)(void (*body)(void*), void* data, unsigned threads,
 
 GompParallel gomp_parallel = nullptr;
 
+std::atomic<bool> poisons_scratch{false};
+
 constexpr std::size_t kAlignment = 64;
 
 // Elements that are worth waking a thread for; PyTorch's own grain.
@@ -31,7 +34,8 @@ struct Loop {
     Task task;
     const void* context;
     char* scratch;
-    std::size_t scratch_stride;
+    std::size_t scratch_bytes, scratch_stride;
+    bool poison;
     std::atomic<std::int64_t> next{0};
     std::atomic<int> threads{0};
 };
@@ -43,6 +47,7 @@ void run(void* data) {
     for (;;) {
         const std::int64_t index = loop.next.fetch_add(1, std::memory_order_relaxed);
         if (index >= loop.count) return;
+        if (loop.poison) std::memset(scratch, 0xff, loop.scratch_bytes);
         loop.task(index, loop.context, scratch);
     }
 }
@@ -67,6 +72,10 @@ std::string bind_openmp(const std::string& libtorch) {
     return "";
 }
 
+void poison_scratch(bool enabled) {
+    poisons_scratch = enabled;
+}
+
 void parallel_for(std::int64_t count, std::int64_t work, int threads, Task task, const void* context,
                   std::size_t scratch_bytes) {
     if (count <= 0) return;
@@ -77,7 +86,7 @@ void parallel_for(std::int64_t count, std::int64_t work, int threads, Task task,
     const std::size_t stride = (scratch_bytes + kAlignment - 1) / kAlignment * kAlignment;
     std::unique_ptr<char, AlignedDelete> scratch(
         static_cast<char*>(::operator new(stride * threads, std::align_val_t(kAlignment))));
-    Loop loop{count, task, context, scratch.get(), stride};
+    Loop loop{count, task, context, scratch.get(), scratch_bytes, stride, poisons_scratch};
     if (threads == 1)
         run(&loop);
     else

@@ -17,6 +17,9 @@ std::string bind_openmp(const std::string& libtorch);
 
 using Task = void (*)(std::int64_t index, const void* context, void* scratch);
 
+// Fills the scratch with NaN before every task, so that what a kernel reads without having written it shows.
+void poison_scratch(bool enabled);
+
 // Calls task(i, context, scratch) once for every i in [0, count), on at most `threads` threads (fewer for
 // little work, which is the number of elements of all tasks), each with `scratch_bytes` of its own,
 // uninitialised and aligned to 64. Throws std::bad_alloc before any call.

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, Options, as_tuple
+from cases import CASES, LARGE, Options, as_tuple
 from torch import Tensor
 
 from ramp_fast import ops
-
-LARGE = Options(rhs=4, batch=5, inner=(9, 4099), rows=(67, 521), seed=1, zeros=True)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
