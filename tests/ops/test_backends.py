@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -188,45 +187,3 @@ def test_views_refuse(x: object, error: type[Exception], problem: str) -> None:
 def test_views_refuse_the_meta_device() -> None:
     with pytest.raises((ValueError, BufferError, RuntimeError)):
         _registry.extension.mass(torch.ones(1, 3, device="meta"), torch.ones(1, 1, 3), torch.empty(1, 1), False, 1)
-
-
-@needs_extension
-def test_kernels_release_the_interpreter_lock() -> None:
-    x, c = torch.randn(8, 1_000_000), torch.randn(2, 8, 1_000_000)
-    torch.set_num_threads(1)
-    ticks = 0
-    done = threading.Event()
-
-    def work() -> None:
-        for _ in range(10):
-            ops.mass(x, c, True)
-        done.set()
-
-    switch = sys.getswitchinterval()
-    sys.setswitchinterval(60)  # this thread only runs while the other one gives the lock up of its own accord
-    try:
-        thread = threading.Thread(target=work)
-        thread.start()
-        while not done.wait(0.0005):
-            ticks += 1
-        thread.join()
-    finally:
-        sys.setswitchinterval(switch)
-    assert ticks > 5
-
-
-@needs_extension
-def test_calls_from_several_threads() -> None:
-    x, c = torch.randn(2, 100_000), torch.randn(2, 2, 100_000)
-    expected = ops.mass(x, c, True)
-    results: list[bool] = []
-
-    def work() -> None:
-        results.extend(torch.equal(ops.mass(x, c, True), expected) for _ in range(20))
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [True] * 80
