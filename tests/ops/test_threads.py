@@ -71,13 +71,14 @@ def test_calls_from_several_threads(name: str) -> None:
             assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
 def test_native_threads() -> None:
-    # as many as torch is told to use; each Python thread has a team of its own, as in torch's own operations
+    # of torch's one pool, as many as torch is told to use; each Python thread has a team of its own, as torch has it
     code = """
 import os, threading, torch
 from concurrent.futures import ThreadPoolExecutor
 from ramp_fast import ops
+from ramp_fast.ops import _registry
 
 def native():
     return len(os.listdir("/proc/self/task"))
@@ -91,10 +92,16 @@ def work(_):
 
 x, c = torch.randn(4, 500_000), torch.randn(2, 4, 500_000)
 before = native()
-for threads in (1, 3):
-    torch.set_num_threads(threads)
-    ops.mass(x, c, True)
-    print(native() - before)
+torch.set_num_threads(1)
+ops.mass(x, c, True)
+print(native() - before)
+torch.set_num_threads(3)
+ops.mass(x, c, True)
+print(native() - before)
+torch.exp(c)
+print(native() - before)
+mapped = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rpartition("/")[2]}
+print(mapped == {_registry.openmp_pool})
 together = threading.Barrier(4)
 with ThreadPoolExecutor(4) as pool:
     print(max(pool.map(work, range(4))) - before - 2 - 4)  # besides the main thread's team and the Python threads
@@ -102,4 +109,4 @@ with ThreadPoolExecutor(4) as pool:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAMP_FAST_")} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=os.path.abspath(os.sep))
-    assert result.stdout.split() == ["0", "2", str(4 * 2)], result.stdout + result.stderr
+    assert result.stdout.split() == ["0", "2", "2", "True", str(4 * 2)], result.stdout + result.stderr
