@@ -22,7 +22,7 @@ void run(py::handle c_, py::handle x_, py::handle weight_, py::handle bias_, dou
         fail("the shapes of " + out.describe() + " and " + c.describe() + " do not fit together");
     if (weight) weight->shaped({x.size(-1)}).contiguous();
     if (bias) bias->shaped({x.size(-1)}).contiguous();
-    if (mass) check_per_sample(*mass, c);
+    if (mass) check_mass(*mass, c);
 
     NormArgs args{};
     args.rhs = c.size(0);

@@ -142,6 +142,10 @@ const TensorView& TensorView::shaped(std::initializer_list<std::int64_t> shape) 
     return *this;
 }
 
+const TensorView& TensorView::same_shape(const TensorView& other) const {
+    return matches(0, other, 0, ndim_ > other.ndim_ ? ndim_ : other.ndim_);
+}
+
 const TensorView& TensorView::matches(int axis, const TensorView& other, int other_axis, int n) const {
     bool equal = axis + n <= ndim_ && other_axis + n <= other.ndim_;
     for (int i = 0; equal && i < n; ++i) equal = shape_[axis + i] == other.shape_[other_axis + i];
@@ -184,8 +188,13 @@ void check_coefficient(const TensorView& c, bool contrast) {
         fail(c.describe() + ": with contrast the first axis holds P and D rows and must be even");
 }
 
-void check_per_sample(const TensorView& mass, const TensorView& c) {
-    mass.shaped({c.size(0), c.size(1)}).contiguous();
+void check_per_sample(const TensorView& scale, const TensorView& c) {
+    scale.shaped({c.size(0), c.size(1)}).contiguous();
+}
+
+void check_mass(const TensorView& mass, const TensorView& c) {
+    check_per_sample(mass, c);
+    if (mass.dtype() == DType::bf16) fail(mass.describe() + " is written as float32 or float64");
 }
 
 }  // namespace rf

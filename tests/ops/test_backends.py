@@ -163,6 +163,17 @@ def test_views_refuse(x: object, error: type[Exception], problem: str) -> None:
 
 
 @needs_extension
+def test_outputs_that_kernels_would_overrun_are_refused() -> None:
+    extension, x, c = _registry.extension, torch.ones(1, 3), torch.ones(1, 1, 3)
+    with pytest.raises(ValueError, match="written as float32 or float64"):
+        extension.mass(x, c, torch.empty(1, 1, dtype=torch.bfloat16), False, 1)
+    with pytest.raises(ValueError, match="do not fit together"):
+        extension.gelu_factor(x, False, torch.empty(1, 3, 0), torch.empty(1, 3), 1)
+    with pytest.raises(ValueError, match="do not fit together"):
+        extension.affine_factor(x, c[0, 0], c[0, 0], False, 0.0, torch.empty(1, 3), torch.empty(1, 3, 0), False, 1)
+
+
+@needs_extension
 def test_views_refuse_the_meta_device() -> None:
     with pytest.raises((ValueError, BufferError, RuntimeError)):
         _registry.extension.mass(torch.ones(1, 3, device="meta"), torch.ones(1, 1, 3), torch.empty(1, 1), False, 1)
