@@ -26,6 +26,15 @@ void poison_scratch(bool enabled);
 void parallel_for(std::int64_t count, std::int64_t work, int threads, Task task, const void* context,
                   std::size_t scratch_bytes);
 
+// Builds with AddressSanitizer leave this much room behind every part of the scratch and report its use;
+// to the sanitizer itself the parts are one allocation.
+#ifdef RF_SANITIZE
+constexpr std::size_t kGuard = 64;
+#else
+constexpr std::size_t kGuard = 0;
+#endif
+void guard(char* begin, char* end);
+
 // Scratch for partial sums, full of NaN: a slot that was never written shows in the result.
 class Partials {
   public:
