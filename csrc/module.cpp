@@ -13,6 +13,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("active_isa", &rf::active_isa, "The instruction set in use.");
     m.def("set_isa", &rf::set_isa, rf::py::arg("name"),
           "Choose the instruction set; ValueError if it cannot run.");
+    m.def("poison_scratch", &rf::poison_scratch, rf::py::arg("enabled"),
+          "Fill the kernels' scratch with NaN before every use (for tests).");
     rf::register_junction(m);
     rf::register_linear(m);
     rf::register_norm(m);

@@ -36,6 +36,7 @@ class TensorView {
     bool is_contiguous() const;
     const TensorView& contiguous() const;
     const TensorView& shaped(std::initializer_list<std::int64_t> shape) const;
+    const TensorView& same_shape(const TensorView& other) const;
     // Checks that axes [axis, axis + n) equal those of `other` from `other_axis` on.
     const TensorView& matches(int axis, const TensorView& other, int other_axis, int n) const;
     // Checks that memory from `axis` on is one dense run in the same element order as `other` from

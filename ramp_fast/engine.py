@@ -14,6 +14,7 @@ from ramp_fast import rules
 from ramp_fast.capture import capture, static_batch
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.gemm import exact_float32, precision_for
+from ramp_fast.graph import Graph
 from ramp_fast.passes import canonicalize
 from ramp_fast.plan import Plan
 from ramp_fast.rules.abslrp import AbsLRP, RelativeStabilizer
@@ -22,6 +23,10 @@ from ramp_fast.runtime import run
 PRECISIONS = ("float64", "float32", "mixed", "fast")
 CONTRASTS = ("others", "none")
 NORMALIZATIONS = ("max", "sum", "none")
+
+# The exporter changes the state of the process and, while it runs, the parameters of a model that engines may share:
+# one capture at a time, and no look at a model meanwhile.
+_CAPTURE = threading.Lock()
 
 # Below this the stabilizer no longer tames the rounding of a reduced-precision forward pass.
 _SMALLEST_FAST_STABILIZER = 0.05
@@ -83,6 +88,14 @@ class Engine:
     >>> a = engine.attribute(images)
     >>> a.maps.shape
     torch.Size([8, 3, 224, 224])
+
+    Notes
+    -----
+    Threads may share an engine, and engines a model: results are those of one thread, to the last bit on CPUs. Models
+    are captured one at a time; do not call a model while it is captured, nor write to its weights during a run (weights
+    may be replaced: a run keeps those it began with). Every thread that attributes has ``torch.get_num_threads()``
+    native threads of its own, as for every PyTorch operation: with W of them, ``torch.set_num_threads(cores // W)``
+    keeps the processor from being oversubscribed.
     """
 
     def __init__(
@@ -104,15 +117,15 @@ class Engine:
         if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1):
             raise ValueError(f"micro_batch must be a positive integer, got {micro_batch!r}")
         self.model, self.precision, self.strict, self.micro_batch = model, precision, bool(strict), micro_batch
-        _check_model(model)
         self._plans: dict[tuple[int, int, int], Plan] = {}
         self._state: dict[str, tuple[Any, ...]] = {}
         self._layout: tuple[Any, ...] = ()
-        self._lock = threading.Lock()
-        self._last: tuple[int, int, int] | None = None
+        self._last: Plan | None = None
         shape = input_shape or _configured_shape(model)
-        if shape is not None:
-            self._plan_for(tuple(shape))  # type: ignore[arg-type]
+        with _CAPTURE:
+            _check_model(model)
+            if shape is not None:
+                self._plan_for(tuple(shape))  # type: ignore[arg-type]
 
     @property
     def plan(self) -> Plan:
@@ -123,9 +136,10 @@ class Engine:
         RuntimeError
             No image shape is known yet.
         """
-        if self._last is None:
+        plan = self._last
+        if plan is None:
             raise RuntimeError("no plan yet: pass input_shape=(C, H, W) to Engine, or attribute images first")
-        return self._plans[self._last]
+        return plan
 
     def attribute(
         self,
@@ -168,7 +182,8 @@ class Engine:
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
         _check_images(images)
-        with self._lock:  # while the model is captured its parameters are the exporter's
+        torch.get_num_threads()  # until torch is asked, oneDNN's loops in a new thread take OpenMP's default number
+        with _CAPTURE:
             _check_model(self.model)
             device = _device(self.model)
             plan = self._plan_for(tuple(images.shape[1:]))  # type: ignore[arg-type]
@@ -211,22 +226,27 @@ class Engine:
         layout, state = _fingerprint(self.model)
         if layout != self._layout:
             self._plans.clear()
+            self._last = None
         plan = self._plans.get(shape)
         if plan is None:
             graph = capture(self.model, shape, strict=self.strict)
             canonicalize(graph, fold_batchnorm=self.rule.fold_batchnorm)
-            plan = Plan(graph, self.rule, precision_for(self.precision, _device(self.model)))
-            plan.prepare()
-            self._plans[shape] = plan
+            plan = self._plans[shape] = self._prepared(graph)
             if state != self._state:
                 self._refresh(except_for=shape)
         elif state != self._state:
             self._refresh()
-        self._layout, self._state, self._last = layout, state, shape
+            plan = self._plans[shape]
+        self._layout, self._state, self._last = layout, state, plan
+        return plan
+
+    def _prepared(self, graph: Graph) -> Plan:
+        plan = Plan(graph, self.rule, precision_for(self.precision, _device(self.model)))
+        plan.prepare()
         return plan
 
     def _refresh(self, except_for: tuple[int, int, int] | None = None) -> None:
-        """The model's weights have changed: pack them again."""
+        """The model's weights have changed: pack them again, into new plans, since threads may be running the old."""
         tensors = _tensors(self.model)
         for shape, plan in self._plans.items():
             if shape == except_for:
@@ -234,7 +254,7 @@ class Engine:
             for node in plan.graph.nodes:
                 if node.kind == g.PARAM and node.params["fqn"] in tensors:
                     node.params["tensor"] = tensors[node.params["fqn"]]
-            plan.prepare()
+            self._plans[shape] = self._prepared(plan.graph)
 
 
 class _Target:

@@ -111,14 +111,18 @@ def _onednn(tensor: Tensor) -> bool:
     )
 
 
-class Map(Protocol):
-    """A linear map with its weights inside."""
+class Packed(Protocol):
+    """Something with weights inside."""
 
     @property
     def kernel(self) -> str: ...
 
     @property
     def nbytes(self) -> int: ...
+
+
+class Map(Packed, Protocol):
+    """A linear map."""
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
@@ -216,7 +220,8 @@ class PatchSelection:
     def __call__(self, c: Tensor, x: Tensor) -> Tensor:
         """``c`` ``[T, B, out, h, w]`` at ``x`` ``[B, in, h*kh, w*kw]``."""
         rows = self.matrix(c.permute(0, 1, 3, 4, 2).contiguous(), _patches(x, self.size), c.dtype)
-        return _unpatch(rows.flatten(0, 1), self.size, x.shape[1]).unflatten(0, c.shape[:2])
+        pulled = _unpatch(rows.flatten(0, 1), self.size, x.shape[1])
+        return pulled.view(*c.shape[:2], *pulled.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -253,18 +258,19 @@ class ConvForward:
         self.kernel = f"{'onednn' if self.packed else 'aten'}-{dtype}"
         self.nbytes = weight.numel() * weight.element_size()
         self.weight = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
-        self.reordered: dict[tuple[int, ...], Tensor] = {}
+        self.reordered: tuple[tuple[int, ...], Tensor] | None = None
 
     def _weight_for(self, x: Tensor) -> Tensor:
-        # The packed layout depends on the image size.
+        # The packed layout depends on the image size. Other threads may be here with images of another one.
         key = tuple(x.shape)
-        if key not in self.reordered:
+        cached = self.reordered
+        if cached is None or cached[0] != key:
             g = self.geometry
-            self.reordered.clear()
-            self.reordered[key] = torch.ops.mkldnn._reorder_convolution_weight(
+            weight = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, g.padding, g.stride, g.dilation, g.groups, list(key)
             )
-        return self.reordered[key]
+            cached = self.reordered = (key, weight)
+        return cached[1]
 
     def __call__(self, x: Tensor) -> Tensor:
         g = self.geometry
@@ -298,7 +304,7 @@ class ConvPullback:
         else:
             self.weight = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
             self.packed = _onednn(weight) and weight.dim() == 4 and geometry.groups == 1
-            self.reordered: dict[tuple[int, ...], Tensor] = {}
+            self.reordered: tuple[tuple[int, ...], Tensor] | None = None
             self.kernel = f"{'onednn' if self.packed else 'aten'}-transposed-{dtype}"
             reach = [
                 (o - 1) * s - 2 * p + d * (k - 1) + 1
@@ -322,14 +328,15 @@ class ConvPullback:
         if self.packed and c.numel():
             c = c.contiguous(memory_format=torch.channels_last)
             key = tuple(c.shape)
-            if key not in self.reordered:
-                self.reordered.clear()
-                self.reordered[key] = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+            cached = self.reordered
+            if cached is None or cached[0] != key:
+                weight = torch.ops.mkldnn._reorder_convolution_transpose_weight(
                     self.weight, g.padding, self.output_padding, g.stride, g.dilation, g.groups, list(key)
                 )
+                cached = self.reordered = (key, weight)
             y: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise(
                 c,
-                self.reordered[key],
+                cached[1],
                 None,
                 g.padding,
                 self.output_padding,

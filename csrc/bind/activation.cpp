@@ -27,8 +27,8 @@ void gelu_factor(py::handle x_, bool tanh_approx, py::handle y_, py::handle fact
     const TensorView x(x_, "x"), y(y_, "y"), factor(factor_, "factor");
     if (x.dtype() == DType::f64) fail("gelu_factor computes in float32: x must be float32 or bfloat16");
     GeluArgs args{};
-    y.matches(0, x, 0, x.ndim());
-    factor.matches(0, x, 0, x.ndim());
+    y.same_shape(x);
+    factor.same_shape(x);
     args.inner = x.numel();
     args.tanh_approx = tanh_approx;
     args.x = x.contiguous().operand();
@@ -48,8 +48,8 @@ void affine_factor(py::handle x_, py::handle gain_, py::handle shift_, bool relu
     if (gain.dtype() != DType::f32 || shift.dtype() != DType::f32) fail("gain and shift must be float32");
     gain.contiguous().shaped({x.size(channels_last ? -1 : 1)});
     shift.contiguous().shaped({gain.size(0)});
-    y.contiguous().matches(0, x.contiguous(), 0, x.ndim());
-    factor.contiguous().matches(0, x, 0, x.ndim());
+    y.contiguous().same_shape(x.contiguous());
+    factor.contiguous().same_shape(x);
     AffineArgs args{};
     args.channels = gain.size(0);
     args.outer = channels_last ? x.product(0, x.ndim() - 1) : x.size(0);

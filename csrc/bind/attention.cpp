@@ -10,9 +10,7 @@ void softmax_pullback(py::handle scores_, py::handle c_, py::handle out_, int th
     if (scores.ndim() < 1 || c.ndim() != scores.ndim() + 1)
         fail("c must have one axis more than the scores: " + scores.describe() + ", " + c.describe());
     scores.matches(0, c, 1, scores.ndim());
-    if (out.ndim() != c.ndim())
-        fail("the shapes of " + out.describe() + " and " + c.describe() + " do not fit");
-    out.matches(0, c, 0, c.ndim());
+    out.same_shape(c);
     SoftmaxArgs args{};
     args.rhs = c.size(0);
     args.rows = scores.product(0, scores.ndim() - 1);
@@ -50,6 +48,7 @@ void attention_pullback(py::handle q_, py::handle k_, py::handle v_, py::handle 
     c_k.shaped({T, B, H, M, D});
     c_v.shaped({T, B, H, M, D});
     masses.shaped({4, T, B}).contiguous();
+    if (masses.dtype() == DType::bf16) fail(masses.describe() + " is written as float32 or float64");
     AttentionArgs args{};
     args.rhs = T;
     args.batch = B;

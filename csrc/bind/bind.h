@@ -28,7 +28,10 @@ inline Operand operand_or_null(const std::optional<TensorView>& view) {
 // Checks c [T, B, ...]; T must be even with contrast.
 void check_coefficient(const TensorView& c, bool contrast);
 
-// Checks a mass or scale [T, B] that belongs to c.
-void check_per_sample(const TensorView& mass, const TensorView& c);
+// Checks a scale [T, B] that belongs to c.
+void check_per_sample(const TensorView& scale, const TensorView& c);
+
+// Checks a mass [T, B] of c, which is written in float32 or float64.
+void check_mass(const TensorView& mass, const TensorView& c);
 
 }  // namespace rf

@@ -27,7 +27,7 @@ void mass(py::handle x_, py::handle c_, py::handle mass_, bool contrast, int thr
     CombineArgs args = prepare(c, contrast, threads);
     c.same_layout(1, x, 0);
     x.same_layout(0, c, 1);
-    check_per_sample(mass, c);
+    check_mass(mass, c);
     args.a = x.operand();
     args.mass_a = mass.operand();
     run(args);
@@ -77,8 +77,8 @@ void split(CombineArgs& args, const TensorView& c, py::handle a_, py::handle b_,
     b.same_layout(0, c, 1);
     c_a.same_layout(1, c, 1).matches(0, c, 0, 1);
     c_b.same_layout(1, c, 1).matches(0, c, 0, 1);
-    check_per_sample(mass_a, c);
-    check_per_sample(mass_b, c);
+    check_mass(mass_a, c);
+    check_mass(mass_b, c);
     args.a = a.operand();
     args.b = b.operand();
     args.c_a = c_a.operand();

@@ -47,7 +47,7 @@ void linear_norm_pullback(py::handle c_, py::handle panels_, py::handle x_, py::
     const TensorView c(c_, "c"), panels(panels_, "panels"), x(x_, "x"), out(out_, "out"), mass(mass_, "mass");
     const auto weight = optional_view(weight_, "weight"), bias = optional_view(bias_, "bias");
     check_coefficient(c, contrast);
-    check_per_sample(mass, c);
+    check_mass(mass, c);
     LinearArgs args = arguments(c, panels, x, out, threads);
     if (weight) weight->shaped({args.width}).contiguous();
     if (bias) bias->shaped({args.width}).contiguous();

@@ -119,9 +119,9 @@ std::string TensorView::describe() const {
 }
 
 bool TensorView::is_contiguous() const {
+    if (numel() == 0) return true;
     std::int64_t run = 1;
     for (int i = ndim_ - 1; i >= 0; --i) {
-        if (shape_[i] == 0) return true;
         if (shape_[i] != 1 && strides_[i] != run) return false;
         run *= shape_[i];
     }
@@ -140,6 +140,10 @@ const TensorView& TensorView::shaped(std::initializer_list<std::int64_t> shape) 
     if (!equal)
         fail(describe() + " must have shape " + shape_text(shape.begin(), static_cast<int>(shape.size())));
     return *this;
+}
+
+const TensorView& TensorView::same_shape(const TensorView& other) const {
+    return matches(0, other, 0, ndim_ > other.ndim_ ? ndim_ : other.ndim_);
 }
 
 const TensorView& TensorView::matches(int axis, const TensorView& other, int other_axis, int n) const {
@@ -184,8 +188,13 @@ void check_coefficient(const TensorView& c, bool contrast) {
         fail(c.describe() + ": with contrast the first axis holds P and D rows and must be even");
 }
 
-void check_per_sample(const TensorView& mass, const TensorView& c) {
-    mass.shaped({c.size(0), c.size(1)}).contiguous();
+void check_per_sample(const TensorView& scale, const TensorView& c) {
+    scale.shaped({c.size(0), c.size(1)}).contiguous();
+}
+
+void check_mass(const TensorView& mass, const TensorView& c) {
+    check_per_sample(mass, c);
+    if (mass.dtype() == DType::bf16) fail(mass.describe() + " is written as float32 or float64");
 }
 
 }  // namespace rf

@@ -224,7 +224,9 @@ struct Scratch {
     template <class T>
     void take(char* base, T*& pointer, int64_t count) {
         pointer = base == nullptr ? nullptr : reinterpret_cast<T*>(base + bytes);
-        bytes += static_cast<std::size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+        const std::size_t end = bytes + static_cast<std::size_t>(count) * sizeof(T);
+        bytes = (end + kGuard + 63) / 64 * 64;
+        if (kGuard > 0 && base != nullptr) guard(base + end, base + bytes);
     }
 };
 

@@ -2,12 +2,16 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
 
 #ifndef _WIN32
 #include <dlfcn.h>
+#endif
+#ifdef RF_SANITIZE
+#include <sanitizer/asan_interface.h>
 #endif
 
 namespace rf {
@@ -16,6 +20,8 @@ namespace {
 using GompParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 GompParallel gomp_parallel = nullptr;
+
+std::atomic<bool> poisons_scratch{false};
 
 constexpr std::size_t kAlignment = 64;
 
@@ -31,7 +37,8 @@ struct Loop {
     Task task;
     const void* context;
     char* scratch;
-    std::size_t scratch_stride;
+    std::size_t scratch_bytes, scratch_stride;
+    bool poison;
     std::atomic<std::int64_t> next{0};
     std::atomic<int> threads{0};
 };
@@ -43,6 +50,10 @@ void run(void* data) {
     for (;;) {
         const std::int64_t index = loop.next.fetch_add(1, std::memory_order_relaxed);
         if (index >= loop.count) return;
+#ifdef RF_SANITIZE
+        __asan_unpoison_memory_region(scratch, loop.scratch_bytes);
+#endif
+        if (loop.poison) std::memset(scratch, 0xff, loop.scratch_bytes);
         loop.task(index, loop.context, scratch);
     }
 }
@@ -67,6 +78,18 @@ std::string bind_openmp(const std::string& libtorch) {
     return "";
 }
 
+void poison_scratch(bool enabled) {
+    poisons_scratch = enabled;
+}
+
+void guard(char* begin, char* end) {
+#ifdef RF_SANITIZE
+    __asan_poison_memory_region(begin, static_cast<std::size_t>(end - begin));
+#else
+    (void)begin, (void)end;
+#endif
+}
+
 void parallel_for(std::int64_t count, std::int64_t work, int threads, Task task, const void* context,
                   std::size_t scratch_bytes) {
     if (count <= 0) return;
@@ -74,10 +97,12 @@ void parallel_for(std::int64_t count, std::int64_t work, int threads, Task task,
     threads = gomp_parallel == nullptr
                   ? 1
                   : static_cast<int>(std::clamp<std::int64_t>(useful, 1, std::max(threads, 1)));
-    const std::size_t stride = (scratch_bytes + kAlignment - 1) / kAlignment * kAlignment;
+    const std::size_t stride = (scratch_bytes + kGuard + kAlignment - 1) / kAlignment * kAlignment;
     std::unique_ptr<char, AlignedDelete> scratch(
         static_cast<char*>(::operator new(stride * threads, std::align_val_t(kAlignment))));
-    Loop loop{count, task, context, scratch.get(), stride};
+    for (int i = 0; i < threads; ++i)
+        guard(scratch.get() + i * stride + scratch_bytes, scratch.get() + (i + 1) * stride);
+    Loop loop{count, task, context, scratch.get(), scratch_bytes, stride, poisons_scratch};
     if (threads == 1)
         run(&loop);
     else

@@ -17,11 +17,23 @@ std::string bind_openmp(const std::string& libtorch);
 
 using Task = void (*)(std::int64_t index, const void* context, void* scratch);
 
+// Fills the scratch with NaN before every task, so that what a kernel reads without having written it shows.
+void poison_scratch(bool enabled);
+
 // Calls task(i, context, scratch) once for every i in [0, count), on at most `threads` threads (fewer for
 // little work, which is the number of elements of all tasks), each with `scratch_bytes` of its own,
 // uninitialised and aligned to 64. Throws std::bad_alloc before any call.
 void parallel_for(std::int64_t count, std::int64_t work, int threads, Task task, const void* context,
                   std::size_t scratch_bytes);
+
+// Builds with AddressSanitizer leave this much room behind every part of the scratch and report its use;
+// to the sanitizer itself the parts are one allocation.
+#ifdef RF_SANITIZE
+constexpr std::size_t kGuard = 64;
+#else
+constexpr std::size_t kGuard = 0;
+#endif
+void guard(char* begin, char* end);
 
 // Scratch for partial sums, full of NaN: a slot that was never written shows in the result.
 class Partials {

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -146,9 +146,12 @@ def _selected(acc_positive: Tensor, acc_negative: Tensor, x: Tensor) -> Tensor:
 # Weighted layers: c_x = 2 W+^T c where x > 0, 2 W-^T c where x < 0
 
 
-class _Weighted(Operation):
+Pullback = TypeVar("Pullback", bound=gemm.Packed)
+
+
+class _Weighted(Operation, Generic[Pullback]):
     forward_map: gemm.Map
-    pullback_map: gemm.Map | gemm.Selection
+    pullback_map: Pullback
 
     def needs(self) -> list[Node]:
         if self.facts.norm is not None:
@@ -186,9 +189,7 @@ class _Weighted(Operation):
         return self.forward_map(values[self.node.operands[0]]), None
 
 
-class Linear(_Weighted):
-    pullback_map: gemm.Matrix | gemm.Selection
-
+class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
     def prepare(self, constants: dict[Node, Any]) -> None:
         weight, bias = self.effective(constants)
         self.forward_map = gemm.Matrix(weight, bias)
@@ -219,9 +220,7 @@ class Linear(_Weighted):
             yield Flow(source, Contribution(pulled, part.target, actual))
 
 
-class Conv(_Weighted):
-    pullback_map: gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection
-
+class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection"]):
     def prepare(self, constants: dict[Node, Any]) -> None:
         weight, bias = self.effective(constants)
         p = self.node.params

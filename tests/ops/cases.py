@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ramp_fast import ops
+from ramp_fast.ops import _registry
 from ramp_fast.ops._common import mass_equation, rescale_equation
 from ramp_fast.ops.linear import unpack_panels
 
@@ -62,6 +63,10 @@ class Options:
         return torch.float64 if torch.float64 in (self.c_dtype, self.x_dtype) else torch.float32
 
 
+# Several chunks, blocks and a tail in each sample, enough work for several threads.
+LARGE = Options(rhs=4, batch=5, inner=(9, 4099), rows=(67, 521), seed=1, zeros=True)
+
+
 @st.composite
 def options(draw: st.DrawFn) -> Options:
     c_dtype, x_dtype = draw(st.sampled_from(DTYPES))
@@ -77,6 +82,17 @@ def options(draw: st.DrawFn) -> Options:
         seed=draw(st.integers(0, 2**31)),
         zeros=draw(st.booleans()),
     )
+
+
+def odd_options() -> list[Options]:
+    """No sample, no right-hand side, and every one of the shapes above, without contrast and with it."""
+    some = [Options(batch=0, inner=(3, 4, 5), seed=1), Options(rhs=0)]
+    for k in range(len(INNER)):
+        for contrast in (False, True):
+            c_dtype, x_dtype = DTYPES[(2 * k + contrast) % len(DTYPES)]
+            shapes = {"inner": INNER[k], "rows": ROWS[k % len(ROWS)], "batch": 1 + k % 3}
+            some.append(Options(1 + contrast, **shapes, c_dtype=c_dtype, x_dtype=x_dtype, contrast=contrast, seed=k))
+    return some
 
 
 class Draw:
@@ -106,6 +122,13 @@ class Draw:
     def scale(self) -> Tensor:
         dtype = torch.float64 if self.o.arithmetic == torch.float64 else torch.float32
         return self.normal(self.o.rhs, self.o.batch, dtype=dtype)
+
+
+def poison_memory(enabled: bool) -> None:
+    """Fill new tensors and the kernels' scratch with NaN, so that what is never written, or read before that, shows."""
+    torch.use_deterministic_algorithms(enabled)
+    if _registry.extension is not None:
+        _registry.extension.poison_scratch(enabled)
 
 
 @dataclass(frozen=True)
@@ -264,6 +287,8 @@ def _affine(o: Options) -> tuple[Any, ...]:
     # outputs within rounding of zero would gate differently in float32
     y = x.double() * gain.double().view(-1, *[1] * (x.ndim - 2)) + shift.double().view(-1, *[1] * (x.ndim - 2))
     x = torch.where(y.abs() < 1e-4, torch.ones_like(x), x)
+    if x.ndim == 4 and o.seed % 2:
+        x = x.contiguous(memory_format=torch.channels_last)
     return x, gain, shift, o.contrast, 1.5, o.c_dtype
 
 

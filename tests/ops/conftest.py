@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import poison_memory
 
 from ramp_fast import ops
 from ramp_fast.ops import _registry
@@ -13,14 +14,11 @@ from ramp_fast.ops import _registry
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
-    """Fill every tensor that torch allocates with NaN, so that an element that is never written shows.
-
-    (The extension's own scratch is always full of NaN.)
-    """
-    torch.use_deterministic_algorithms(True)
+    """Every tensor that torch allocates and the scratch of every kernel are full of NaN."""
+    poison_memory(True)
     assert torch.empty(7).isnan().all()
     yield
-    torch.use_deterministic_algorithms(False)
+    poison_memory(False)
 
 
 @pytest.fixture(autouse=True)

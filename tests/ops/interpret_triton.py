@@ -32,6 +32,8 @@ def main() -> None:
     STORE[torch.bfloat16] = 2.0**-7  # the interpreter truncates to bfloat16; compiled kernels round to nearest
     checked = 0
     for name, shape, (c_dtype, x_dtype), contrast in itertools.product(OPERATORS, SHAPES, DTYPES, [False, True]):
+        if name == "norm_pullback" and contrast:
+            continue  # it takes no notice
         o = Options(rhs=2, c_dtype=c_dtype, x_dtype=x_dtype, contrast=contrast, seed=checked, **shape)
         case = CASES[name]
         args = case.arguments(o)

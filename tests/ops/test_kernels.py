@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Options, as_tuple, in_float64, options
+from cases import CASES, Options, as_tuple, in_float64, odd_options, options, poison_memory
 from hypothesis import HealthCheck, given, settings
 from tolerances import assert_close
 
@@ -31,7 +31,8 @@ def multiplies_bfloat16() -> bool:
     return ops.forced_backend() == "cpu" and _registry.extension.active_isa() == "avx512bf16"
 
 
-def check(name: str, o: Options) -> None:
+def check(name: str, o: Options) -> tuple[torch.Tensor, ...]:
+    """Compare with the float64 reference; returns the outputs."""
     case = CASES[name]
     args = case.arguments(o)
     before = [a.clone() for a in args if isinstance(a, torch.Tensor)]
@@ -46,6 +47,7 @@ def check(name: str, o: Options) -> None:
         arithmetic = torch.bfloat16
     for index, outputs in enumerate(zip(actual, case.expected(args), magnitudes, strict=True)):
         assert_close(name, index, *outputs, arithmetic)
+    return actual
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -55,6 +57,18 @@ def check(name: str, o: Options) -> None:
 def test_against_float64(name: str, variant: str, o: Options) -> None:
     choose(variant)
     check(name, o)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", CASES)
+def test_odd_shapes_in_any_memory(name: str, variant: str) -> None:
+    choose(variant)
+    for o in odd_options():
+        poisoned = check(name, o)
+        poison_memory(False)
+        plain = as_tuple(getattr(ops, name)(*CASES[name].arguments(o)))
+        poison_memory(True)
+        assert all(torch.equal(p, q) for p, q in zip(poisoned, plain, strict=True)), o
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -27,7 +27,7 @@ def run(script: str, *arguments: str, **environment: str) -> str:
 
 
 def test_interpreted() -> None:
-    assert run("interpret_triton.py", TRITON_INTERPRET="1").strip() == "100 cases agree"
+    assert run("interpret_triton.py", TRITON_INTERPRET="1").strip() == "75 cases agree"
 
 
 def test_compiles(tmp_path: Path) -> None:
