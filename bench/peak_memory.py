@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 
 import timm
 import torch
+from torch import Tensor, nn
+
+from ramp_fast import Engine
 
 
 def status(entry: str) -> float:
@@ -35,23 +39,30 @@ def peak() -> float:
     return status("VmHWM")
 
 
+def measure(name: str, batch: int, prepare: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> dict[str, object]:
+    """Memory of the model, of what ``prepare`` makes of it, and of one call of that; the last two above the model."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    images = torch.randn(batch, *model.default_cfg["input_size"])
+    loaded = resident()
+    attribute = prepare(model)
+    built = peak() - loaded
+    assert attribute(images).isfinite().all()
+    return {"model": name, "loaded": loaded, "built": built, "above_model": peak() - loaded}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--precision", default="mixed")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    model = timm.create_model(args.model).eval()
-    images = torch.randn(args.batch, *model.default_cfg["input_size"])
-    from ramp_fast import Engine
 
-    loaded = resident()
-    engine = Engine(model, precision=args.precision)
-    built = peak() - loaded
-    maps = engine.attribute(images).maps
-    assert maps.isfinite().all()
-    print(json.dumps({"model": args.model, "loaded": loaded, "built": built, "above_model": peak() - loaded}))
+    def prepare(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        engine = Engine(model, precision=args.precision)
+        return lambda images: engine.attribute(images).maps
+
+    print(json.dumps(measure(args.model, args.batch, prepare)))
 
 
 if __name__ == "__main__":

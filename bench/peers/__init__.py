@@ -1,0 +1,1 @@
+"""Speed and memory of ramp_fast beside other attribution libraries."""

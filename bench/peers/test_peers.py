@@ -1,0 +1,83 @@
+"""What does a map cost with ramp_fast, and with other libraries? One group per model: time, and peak memory beside it.
+
+    pytest bench/peers -q -s --benchmark-json peers.json
+
+Every method attributes the same batch to the same classes in PyTorch's settings as they are. Rounds alternate with the
+model's own forward pass; ``extra_info`` has the ratio of the medians, seconds and megabytes per image, the latter above
+the loaded model in a process of its own. The methods explain different things: this compares costs, not maps.
+
+``RAMP_FAST_PEERS_BATCH`` sets the number of images (8). ``RAMP_FAST_PUBLISHED`` names a checkout of the published
+package, which takes 9 GB for eight images of ViT-B/16.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from .methods import METHODS, MODELS, captum_lrp
+from .twins import resnet50_twin, vgg16_twin
+
+BATCH = int(os.environ.get("RAMP_FAST_PEERS_BATCH", "8"))
+
+
+def build(name: str, batch: int = BATCH) -> tuple[nn.Module, Tensor]:
+    """A model with random weights, the same ones every time, and images for it."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    return model, torch.randn(batch, *model.default_cfg["input_size"])
+
+
+def peak_memory(model: str, method: str) -> float:
+    """Megabytes above the loaded model."""
+    command = [sys.executable, "-m", "peers.memory", model, method, "--batch", str(BATCH)]
+    bench = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=bench, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)["above_model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, method) for name in MODELS for method in METHODS if name in METHODS[method].models],
+)
+def test_cost(benchmark: Any, against_forward: Any, name: str, method: str) -> None:
+    benchmark.group = f"{name}: one map"
+    row = METHODS[method]
+    if reason := row.missing():
+        pytest.skip(reason)
+    memory = peak_memory(name, method) / BATCH
+    model, images = build(name)
+    attribute = row.prepare(build(name)[0])
+    target = torch.arange(BATCH)
+    result = against_forward(lambda: attribute(images, target), model, images, row.rounds, warmup=row.rounds > 1)
+    assert result.shape == (images.shape if method != "forward" else (BATCH, model.num_classes))
+    assert result.isfinite().all()
+    seconds = benchmark.stats.stats.median / BATCH
+    benchmark.extra_info.update(seconds_per_image=seconds, megabytes_per_image=memory)
+    print(f"{seconds:.3f} s and {memory:.0f} MB an image")
+
+
+def test_captum_lrp_on_vit() -> None:
+    """Why captum's LRP is missing among the methods for a ViT; fails once it should be added."""
+    if reason := METHODS["captum LRP"].missing():
+        pytest.skip(reason)
+    model, images = build(MODELS[0], batch=1)
+    with pytest.raises(TypeError, match="has no rule defined") as refusal:
+        captum_lrp(model)(images, torch.zeros(1, dtype=torch.long))
+    pytest.skip(f"captum's LRP does not run on {MODELS[0]}: {refusal.value}")
+
+
+@pytest.mark.parametrize(("name", "twin"), [("resnet50", resnet50_twin), ("vgg16", vgg16_twin)])
+def test_twin(name: str, twin: Any) -> None:
+    model, images = build(name, batch=1)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(model)(images), model(images))
