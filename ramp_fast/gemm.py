@@ -196,7 +196,7 @@ class Selection:
     def __init__(self, weight: Tensor) -> None:
         self.panels = ops.pack_panels(weight)
         self.nbytes = self.panels.numel() * self.panels.element_size()
-        self.kernel = f"linear_pullback-{str(weight.dtype).removeprefix('torch.')}"
+        self.kernel = f"linear_pullback-{str(weight.dtype).removeprefix('torch.')} W+/W-"
 
     def __call__(self, c: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``c`` ``[T, B, ..., out]`` at the input ``x`` ``[B, ..., in]``."""

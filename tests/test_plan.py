@@ -85,8 +85,8 @@ def test_average_pooling_over_patches_leaves_out_the_class_token_only() -> None:
 def test_non_negative_and_gated_inputs_need_only_the_positive_weights() -> None:
     text = str(Engine(small_vit(), input_shape=(3, 32, 32), precision="float32").plan)
     row = {line.split()[1]: line for line in text.splitlines() if line.startswith("linear")}
-    assert "W+|W-" in row["blocks.0.attn.qkv"]
-    assert "W+|W-" in row["blocks.0.mlp.fc1"]
+    assert "W+/W-" in row["blocks.0.attn.qkv"]
+    assert "W+/W-" in row["blocks.0.mlp.fc1"]
     for gated in ("blocks.0.attn.proj", "blocks.0.mlp.fc2", "head"):
         assert "W+" in row[gated]
         assert "W-" not in row[gated]
@@ -95,7 +95,7 @@ def test_non_negative_and_gated_inputs_need_only_the_positive_weights() -> None:
 def test_equal_shares_do_not_gate_the_head_outputs() -> None:
     text = str(Engine(small_vit(), "abslrp-release", input_shape=(3, 32, 32), precision="float32").plan)
     row = next(line for line in text.splitlines() if "blocks.0.attn.proj" in line)
-    assert "W+|W-" in row
+    assert "W+/W-" in row
 
 
 def test_values_are_dropped_once_nobody_needs_them() -> None:
@@ -115,5 +115,5 @@ def test_the_plan_prints_operations_modules_shapes_kernels_and_bytes() -> None:
 def test_weight_bytes_are_those_of_the_packed_weights() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7)).eval()
     plan = Engine(model, precision="float32", input_shape=(3, 2, 2)).plan
-    # forward, and W+ and W- for the pull-back, of float32
-    assert plan.weight_bytes == 3 * 12 * 7 * 4
+    # float32: forward, and for the pull-back one panel of 32 columns, of which 12 are used
+    assert plan.weight_bytes == 12 * 7 * 4 + 32 * 7 * 4

@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
+from typing import Generic as GenericType
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def _selected(acc_positive: Tensor, acc_negative: Tensor, x: Tensor) -> Tensor:
 Pullback = TypeVar("Pullback", bound=gemm.Packed)
 
 
-class _Weighted(Operation, Generic[Pullback]):
+class _Weighted(Operation, GenericType[Pullback]):
     forward_map: gemm.Map
     pullback_map: Pullback
 

@@ -1,0 +1,159 @@
+"""Where does the time of an attribution go? Every step of the plan, against the floor of its products.
+
+    python bench/breakdown.py vit_base_patch16_224 --plot docs/breakdown.svg
+
+The floor of a step is its multiplications and additions (of weighted layers and attention, from their shapes) over the
+best rate that a large product of the same dtype reaches in the same run. Products that the sign of an input selects
+from count once. What no step accounts for is Python between the steps, the seed and the final bookkeeping.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from ramp_fast import Engine
+from ramp_fast import graph as g
+from ramp_fast.gemm import Matrix
+from ramp_fast.graph import Node
+
+SIDES = 2  # right-hand sides with contrast
+
+
+def rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a large product in the engine's own routine, the best of ten."""
+    rows, depth, width = 1576, 768, 3072
+    matrix, x = Matrix(torch.randn(width, depth).to(dtype)), torch.randn(rows, depth).to(dtype)
+    best = math.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        matrix(x)
+        best = min(best, time.perf_counter() - start)
+    return 2 * rows * depth * width / best
+
+
+def flops(node: Node, backward: bool) -> float:
+    """Multiplications and additions of one image."""
+    if node.kind not in (g.LINEAR, g.CONV, g.ATTENTION):
+        return 0.0
+    out = math.prod(node.example) / node.example[0]
+    if node.kind != g.ATTENTION:
+        weight = node.params["weight"].example
+        depth = weight[1 if not node.params.get("transposed") else 0] * math.prod(weight[2:])
+        return 2 * out * depth * (SIDES if backward else 1)
+    keys = node.operands[1].example[-2]
+    # forward: scores and output; pull-back: scores once, then c_A, c_V, c_Q and c_K of every side
+    return 2 * out * keys * (1 + 4 * SIDES if backward else 2)
+
+
+def measure(
+    model: nn.Module, images: torch.Tensor, precision: str, rounds: int
+) -> tuple[dict[Any, float], float, float]:
+    """Milliseconds an image of every step (median), of the whole, and of the model's own forward pass."""
+    engine = Engine(model, precision=precision)
+    engine.attribute(images)
+    spent: dict[Any, float] = defaultdict(float)
+
+    def timed(key: tuple[Node, bool], function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args)
+            result = list(result) if key[1] else result  # a pull-back yields
+            spent[key] += time.perf_counter() - start
+            return result
+
+        return call
+
+    operations = [(s.node, s.operation) for s in engine.plan.steps if s.operation is not None]
+    for node, operation in operations:
+        operation.forward = timed((node, False), operation.forward)  # type: ignore[method-assign]
+        if hasattr(operation, "pullback"):
+            operation.pullback = timed((node, True), operation.pullback)  # type: ignore[method-assign]
+    steps: dict[Any, list[float]] = defaultdict(list)
+    whole, own = [], []
+    for _ in range(rounds):
+        spent.clear()
+        start = time.perf_counter()
+        engine.attribute(images)
+        whole.append(time.perf_counter() - start)
+        for key, seconds in spent.items():
+            steps[key].append(seconds)
+        with torch.no_grad():
+            start = time.perf_counter()
+            model(images)
+            own.append(time.perf_counter() - start)
+    scale = 1e3 / len(images)
+    medians = {key: scale * statistics.median(v) for key, v in steps.items()}
+    return medians, scale * statistics.median(whole), scale * statistics.median(own)
+
+
+def table(engine_steps: dict[Any, float], whole: float, rates: dict[bool, float]) -> list[tuple[str, float, float]]:
+    """Rows of (what, milliseconds, floor), the slowest first."""
+    rows: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for (node, backward), ms in engine_steps.items():
+        name = f"{node.kind}, {'pull-back' if backward else 'forward'}"
+        rows[name][0] += ms
+        rows[name][1] += 1e3 * flops(node, backward) / rates[backward]
+    listed = sorted(((name, ms, floor) for name, (ms, floor) in rows.items()), key=lambda r: -r[1])
+    shown, small = [r for r in listed if r[1] >= 0.005 * whole], [r for r in listed if r[1] < 0.005 * whole]
+    shown.append(("other steps", sum(r[1] for r in small), sum(r[2] for r in small)))
+    shown.append(("between the steps", whole - sum(r[1] for r in listed), 0.0))
+    return shown
+
+
+def plot(rows: list[tuple[str, float, float]], title: str, path: str) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 0.36 * len(rows) + 1.2))
+    names = [name for name, _, _ in rows]
+    axes.barh(names, [ms for _, ms, _ in rows], color="#9db8d2", label="measured")
+    axes.barh(names, [floor for _, _, floor in rows], height=0.4, color="#1f4e79", label="floor of its products")
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds an image")
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", default="mixed")
+    parser.add_argument("--plot", metavar="FILE")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model = timm.create_model(args.model).eval()
+    images = torch.randn(args.batch, *model.default_cfg["input_size"])
+    pull = torch.bfloat16 if args.precision == "mixed" else torch.float32
+    rates = {False: rate(torch.float32), True: rate(pull)}
+    steps, whole, own = measure(model, images, args.precision, args.rounds)
+    rows = table(steps, whole, rates)
+    title = (
+        f"{args.model}, {args.precision}, batch {args.batch}: {whole:.0f} ms an image, {whole / own:.2f} forward passes"
+    )
+    print(title)
+    print(f"floor at {rates[False] / 1e9:.0f} (forward) and {rates[True] / 1e9:.0f} GFLOP/s (pull-back)\n")
+    print("| step | ms | floor | share |\n|---|---|---|---|")
+    for name, ms, floor in rows:
+        print(f"| {name} | {ms:.1f} | {f'{floor:.1f}' if floor else ''} | {100 * ms / whole:.1f} % |")
+    print(f"| whole | {whole:.1f} | {sum(r[2] for r in rows):.1f} | |")
+    if args.plot:
+        plot(rows, title, args.plot)
+
+
+if __name__ == "__main__":
+    main()
