@@ -69,6 +69,16 @@ def linear_norm_pullback(
     threads: _Threads,
     /,
 ) -> None: ...
+def max_pool_pullback(
+    c: Tensor,
+    x: Tensor,
+    kernel_height: int,
+    kernel_width: int,
+    divided: bool,
+    out: Tensor,
+    threads: _Threads,
+    /,
+) -> None: ...
 def scale_by(c: Tensor, factor: Tensor, out: Tensor, gate: bool, threads: _Threads, /) -> None: ...
 def affine_factor(
     x: Tensor,

@@ -75,6 +75,18 @@ struct ScaleArgs {
     int threads;
 };
 
+// out = c (times the maximum if not `divided`) at the first largest input of its window, else 0; windows of
+// kernel_height x kernel_width lie side by side, channels are innermost.
+struct MaxPoolArgs {
+    std::int64_t rhs, batch, height, width, channels;  // of the input
+    std::int64_t kernel_height, kernel_width;
+    bool divided;
+    Operand c;    // [T, B, height / kernel_height, width / kernel_width, channels]
+    Operand x;    // [B, height, width, channels]
+    Operand out;  // [T, B, height, width, channels]
+    int threads;
+};
+
 // y = gelu(x), factor = 2 [y > 0] gelu'(x); float arithmetic only
 struct GeluArgs {
     std::int64_t inner;
@@ -125,6 +137,7 @@ struct AttentionArgs {
     namespace isa {                                \
     void combine(const CombineArgs&);              \
     void norm_pullback(const NormArgs&);           \
+    void max_pool_pullback(const MaxPoolArgs&);    \
     void linear_pullback(const LinearArgs&);       \
     void scale_by(const ScaleArgs&);               \
     void gelu_factor(const GeluArgs&);             \

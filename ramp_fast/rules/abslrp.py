@@ -857,10 +857,28 @@ class LinearPool(Operation):
 class MaxPool(Operation):
     """``c_x = unpool(c)``, or ``unpool(z c)`` in the undivided form."""
 
+    def __init__(self, node: Node, facts: Facts) -> None:
+        super().__init__(node, facts)
+        p = node.params
+        kernel = _pair(p["kernel_size"])
+        stride = _pair(p["stride"] or kernel)
+        self.window = kernel
+        # Windows that lie side by side find their largest inputs again; others keep where these are.
+        self.tiles = (
+            len(node.example) == 4
+            and stride == kernel
+            and _pair(p["padding"]) == (0, 0)
+            and _pair(p["dilation"]) == (1, 1)
+            and all(n // k == m for n, k, m in zip(node.operands[0].example[2:], kernel, node.example[2:], strict=True))
+        )
+        self.pullback_kernel = "max_pool_pullback" if self.tiles else "aten"
+
     def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        return [(self.node.example, torch.int64)]
+        return [] if self.tiles else [(self.node.example, torch.int64)]
 
     def needs(self) -> list[Node]:
+        if self.tiles:
+            return [self.node.operands[0]]
         return [] if self.facts.extra["divided"] else [self.node]
 
     def _arguments(self) -> tuple[Any, ...]:
@@ -869,14 +887,25 @@ class MaxPool(Operation):
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         x = values[self.node.operands[0]]
+        if self.tiles:
+            return torch.nn.functional.max_pool2d(x, *self._arguments()), None
         y, indices = aten.max_pool2d_with_indices.default(x, *self._arguments())
         return y, (indices, x.shape, x.is_contiguous())
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = self.merged(parts, values, book)
+        pull = self._tiled if self.tiles else self._indexed
+        yield Flow(self.node.operands[0], Contribution(pull(part.c, values, kept), part.target))
+
+    def _tiled(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        x = values[self.node.operands[0]].permute(0, 2, 3, 1)
+        out = ops.max_pool_pullback(c.permute(0, 1, 3, 4, 2), x, *self.window, self.facts.extra["divided"])
+        return out.permute(0, 1, 4, 2, 3)
+
+    def _indexed(self, narrow: Tensor, values: Values, kept: Any) -> Tensor:
         indices, shape, plain = kept
         wide = self.facts.precision.accumulate
-        c = part.c.to(wide)
+        c = narrow.to(wide)
         if not self.facts.extra["divided"]:
             c = c * values[self.node].to(wide)
         layout = torch.contiguous_format if plain else torch.channels_last
@@ -887,7 +916,12 @@ class MaxPool(Operation):
             )
             for side in c
         ]
-        yield Flow(self.node.operands[0], Contribution(torch.stack(sides).to(part.c.dtype), part.target))
+        return torch.stack(sides).to(narrow.dtype)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = [value] * 2 if isinstance(value, int) else list(value) * (2 // len(value))
+    return values[0], values[1]
 
 
 class LinearMap(Operation):

@@ -297,6 +297,18 @@ def _affine_magnitude(x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: f
     return x.abs() * gain.abs().view(shape) + shift.abs().view(shape), 4 * gain.abs().view(shape)
 
 
+def _max_pool(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    # windows of 2 x 3 that leave a line and two columns over; sizes around a block of channels
+    channels = max(1, min(math.prod(o.inner), 600))
+    x = (4 * d.sample(5, 8, channels)).round() / 4  # ties are common
+    return d.coefficient(2, 2, channels), x, 2, 3, o.contrast
+
+
+def _max_pool_magnitude(c: Tensor, x: Tensor, height: int, width: int, divided: bool) -> tuple[Tensor, ...]:
+    return (c.abs().amax() * (1 if divided else x.abs().amax()) if c.numel() else torch.zeros(()),)
+
+
 def _softmax(o: Options) -> tuple[Any, ...]:
     d = Draw(o)
     scores = (8 * d.sample(*o.rows)).clamp(-30, 30)
@@ -363,6 +375,7 @@ CASES = {
         Case("gate", _scale_by, lambda c, x: (2 * c.abs(),)),
         Case("gelu_factor", _gelu, lambda x, tanh, _: (x.abs(), 2 + 2 * x.abs())),
         Case("affine_factor", _affine, _affine_magnitude),
+        Case("max_pool_pullback", _max_pool, _max_pool_magnitude),
         Case("softmax_pullback", _softmax, _softmax_magnitude),
         Case("attention_pullback", _attention, _attention_magnitude),
     ]

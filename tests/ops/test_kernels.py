@@ -103,6 +103,7 @@ def test_output_dtypes(backend: str) -> None:
     assert output_dtypes("linear_norm_pullback", f64, f64) == [f64, f64]
     assert output_dtypes("gelu_factor", bf16, f32) == [f32, bf16]
     assert output_dtypes("affine_factor", bf16, f32) == [f32, bf16]
+    assert output_dtypes("max_pool_pullback", bf16, f32) == [bf16]
     assert output_dtypes("softmax_pullback", bf16, f32) == [bf16]
     assert output_dtypes("attention_pullback", bf16, f32) == [bf16, bf16, bf16, f32]
     assert output_dtypes("attention_pullback", f64, f64) == [f64, f64, f64, f64]

@@ -50,6 +50,9 @@ COMPUTE = {
     # a product and a sum; the factor is two sums
     ("affine_factor", torch.float32): 2e-7,
     ("affine_factor", torch.float64): 4e-16,
+    # a choice and at most one product
+    ("max_pool_pullback", torch.float32): 1e-7,
+    ("max_pool_pullback", torch.float64): 2e-16,
     # exp(s - max) carries the rounding of s - max: 2^-24 times up to 60, twice
     ("softmax_pullback", torch.float32): 8e-6,
     ("softmax_pullback", torch.float64): 2e-14,

@@ -1,0 +1,44 @@
+// Binding: max_pool_pullback.
+#include "bind/bind.h"
+#include "cpu/dispatch.h"
+
+namespace rf {
+namespace {
+
+void max_pool_pullback(py::handle c_, py::handle x_, std::int64_t kernel_height, std::int64_t kernel_width,
+                       bool divided, py::handle out_, int threads) {
+    const TensorView c(c_, "c"), x(x_, "x"), out(out_, "out");
+    check_coefficient(c, false);
+    if (x.ndim() != 4 || c.ndim() != 5)
+        fail("x must be [B, H, W, C] and c [T, B, h, w, C]: " + x.describe() + ", " + c.describe());
+    x.matches(0, c, 1, 1).matches(3, c, 4, 1);
+    if (out.ndim() != 5) fail(out.describe() + " must be [T, B, H, W, C]");
+    out.matches(0, c, 0, 1).matches(1, x, 0, 4);
+    if (kernel_height < 1 || kernel_width < 1 || c.size(2) != x.size(1) / kernel_height ||
+        c.size(3) != x.size(2) / kernel_width)
+        fail("windows of " + std::to_string(kernel_height) + " x " + std::to_string(kernel_width) + " in " +
+             x.describe() + " do not fit " + c.describe());
+    MaxPoolArgs args{};
+    args.rhs = c.size(0);
+    args.batch = c.size(1);
+    args.height = x.size(1);
+    args.width = x.size(2);
+    args.channels = x.size(3);
+    args.kernel_height = kernel_height;
+    args.kernel_width = kernel_width;
+    args.divided = divided;
+    args.c = c.contiguous().operand();
+    args.x = x.contiguous().operand();
+    args.out = out.contiguous().operand();
+    args.threads = threads;
+    py::gil_scoped_release release;
+    RF_CALL(max_pool_pullback, args);
+}
+
+}  // namespace
+
+void register_max_pool(py::module_& m) {
+    m.def("max_pool_pullback", &max_pool_pullback);
+}
+
+}  // namespace rf

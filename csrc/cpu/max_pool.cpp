@@ -1,0 +1,82 @@
+// The pull-back of max-pooling over windows that tile the image, channels innermost: the largest input of a
+// window, the first of equals, gets the window's coefficient (times its value if not `divided`), the others
+// 0.
+#include "cpu/block.h"
+
+namespace rf::RF_ISA {
+namespace {
+
+template <class F>
+void zero(const Operand& out, int64_t offset, int64_t count) {
+    F buffer[kBlock];
+    for (int64_t start = 0; start < count; start += kBlock) {
+        const int64_t n = min64(kBlock, count - start);
+        F* to = target(out, offset + start, buffer);
+        for (int64_t i = 0; i < n; ++i) to[i] = F(0);
+        commit(out, offset + start, n, buffer);
+    }
+}
+
+// One row of windows of one sample, for all right-hand sides.
+template <class F>
+void pool_row(int64_t index, const void* context, void*) {
+    const MaxPoolArgs& args = *static_cast<const MaxPoolArgs*>(context);
+    const int64_t out_height = args.height / args.kernel_height, out_width = args.width / args.kernel_width;
+    const int64_t channels = args.channels, line = args.width * channels, plane = args.height * line;
+    const int64_t b = index / out_height, top = index % out_height;
+    const int64_t first_line = b * plane + top * args.kernel_height * line, side = args.batch * plane;
+    F in[kBlock], best[kBlock], value[kBlock], out_buffer[kBlock];
+    std::int32_t winner[kBlock];
+    for (int64_t left = 0; left < out_width; ++left) {
+        const int64_t corner = first_line + left * args.kernel_width * channels;
+        for (int64_t start = 0; start < channels; start += kBlock) {
+            const int64_t n = min64(kBlock, channels - start);
+            for (int64_t y = 0, tap = 0; y < args.kernel_height; ++y)
+                for (int64_t z = 0; z < args.kernel_width; ++z, ++tap) {
+                    const F* __restrict x = load(args.x, corner + y * line + z * channels + start, n, in);
+                    const std::int32_t number = static_cast<std::int32_t>(tap);
+                    RF_SIMD
+                    for (int64_t i = 0; i < n; ++i) {
+                        const bool larger = tap == 0 || x[i] > best[i] || x[i] != x[i];
+                        best[i] = larger ? x[i] : best[i];
+                        winner[i] = larger ? number : winner[i];
+                    }
+                }
+            for (int64_t t = 0; t < args.rhs; ++t) {
+                const int64_t from =
+                    (((t * args.batch + b) * out_height + top) * out_width + left) * channels;
+                const F* __restrict c = load(args.c, from + start, n, in);
+                RF_SIMD
+                for (int64_t i = 0; i < n; ++i) value[i] = args.divided ? c[i] : c[i] * best[i];
+                for (int64_t y = 0, tap = 0; y < args.kernel_height; ++y)
+                    for (int64_t z = 0; z < args.kernel_width; ++z, ++tap) {
+                        const int64_t at = t * side + corner + y * line + z * channels + start;
+                        const std::int32_t number = static_cast<std::int32_t>(tap);
+                        F* __restrict out = target(args.out, at, out_buffer);
+                        RF_SIMD
+                        for (int64_t i = 0; i < n; ++i) out[i] = winner[i] == number ? value[i] : F(0);
+                        commit(args.out, at, n, out_buffer);
+                    }
+            }
+        }
+    }
+    // What no window covers: the end of these lines, and below the last windows the rest of the image.
+    const int64_t covered = out_width * args.kernel_width * channels;
+    for (int64_t t = 0; t < args.rhs; ++t) {
+        for (int64_t y = 0; y < args.kernel_height; ++y)
+            zero<F>(args.out, t * side + first_line + y * line + covered, line - covered);
+        const int64_t below = (out_height * args.kernel_height) * line;
+        if (top + 1 == out_height) zero<F>(args.out, t * side + b * plane + below, plane - below);
+    }
+}
+
+}  // namespace
+
+void max_pool_pullback(const MaxPoolArgs& args) {
+    const bool wide = args.c.dtype == DType::f64 || args.x.dtype == DType::f64;
+    parallel_for(args.batch * (args.height / args.kernel_height),
+                 args.rhs * args.batch * args.height * args.width * args.channels, args.threads,
+                 wide ? pool_row<double> : pool_row<float>, &args, 0);
+}
+
+}  // namespace rf::RF_ISA

@@ -1,0 +1,66 @@
+"""Max-pooling over windows that tile the image: the largest input of a window gets the window's relevance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, get_num_threads
+
+from ramp_fast.ops._common import C, compute_dtype
+from ramp_fast.ops._registry import register
+
+
+def _max_pool_pullback_reference(c: Tensor, x: Tensor, kernel_height: int, kernel_width: int, divided: bool) -> Tensor:
+    dtype = compute_dtype(c, x)
+    rows, columns = c.shape[2] * kernel_height, c.shape[3] * kernel_width
+    split = (c.shape[2], kernel_height, c.shape[3], kernel_width, x.shape[-1])
+    # [B, h, w, C, window]
+    windows = x[:, :rows, :columns].to(dtype).reshape(x.shape[0], *split).permute(0, 1, 3, 5, 2, 4).flatten(-2)
+    best, winner = windows.max(-1)
+    value = c.to(dtype) if divided else c.to(dtype) * best
+    taps = torch.arange(windows.shape[-1], device=x.device)
+    # the first of equals, which torch.max does not promise
+    first = torch.where((windows == best.unsqueeze(-1)) | windows.isnan(), taps, len(taps)).amin(-1)
+    chosen = taps == torch.where(first < len(taps), first, winner).unsqueeze(-1)
+    spread = torch.where(chosen, value.unsqueeze(-1), torch.zeros((), dtype=dtype, device=x.device))
+    spread = spread.unflatten(-1, (kernel_height, kernel_width)).permute(0, 1, 2, 5, 3, 6, 4)
+    out = torch.zeros((c.shape[0], *x.shape), dtype=c.dtype, device=c.device)
+    out[:, :, :rows, :columns] = spread.reshape(*c.shape[:2], rows, columns, c.shape[-1]).to(c.dtype)
+    return out
+
+
+def _max_pool_pullback_fake(c: Tensor, x: Tensor, kernel_height: int, kernel_width: int, divided: bool) -> Tensor:
+    return c.new_empty((c.shape[0], *x.shape))
+
+
+def _max_pool_pullback_cpu(c: Tensor, x: Tensor, kernel_height: int, kernel_width: int, divided: bool) -> Tensor:
+    out = torch.empty((c.shape[0], *x.shape), dtype=c.dtype)
+    C.max_pool_pullback(c.contiguous(), x.contiguous(), kernel_height, kernel_width, divided, out, get_num_threads())
+    return out
+
+
+_max_pool_pullback = register(
+    "max_pool_pullback(Tensor c, Tensor x, int kernel_height, int kernel_width, bool divided) -> Tensor",
+    reference=_max_pool_pullback_reference,
+    fake=_max_pool_pullback_fake,
+    cpu=_max_pool_pullback_cpu,
+)
+
+
+def max_pool_pullback(c: Tensor, x: Tensor, kernel_height: int, kernel_width: int, divided: bool) -> Tensor:
+    """Pull coefficients through a max-pooling whose stride is its window and that has no padding.
+
+    Parameters
+    ----------
+    c : Tensor [T, B, h, w, C]
+        Channels innermost, as everything here.
+    x : Tensor [B, H, W, C]
+        The pooling's input; ``h = H // kernel_height``, ``w = W // kernel_width``.
+    kernel_height, kernel_width : int
+    divided : bool
+        Send ``c``; otherwise ``c`` times the maximum.
+
+    Returns
+    -------
+    Tensor [T, B, H, W, C] in the dtype of c
+    """
+    return _max_pool_pullback(c, x, kernel_height, kernel_width, divided)  # type: ignore[no-any-return]
