@@ -91,6 +91,49 @@ def run(plan: Plan, images: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
     return plan.rule.finish(book.exact(images, one, source.batch).c, images.to(wide_c.dtype)), wide
 
 
+class Groups:
+    """How many images go through a plan together on a CPU: one, or :data:`GROUP` where that gives the same bits.
+
+    A group reads the weights once and makes fewer calls, but library routines need not treat a row of a larger problem
+    as they treat it alone. So both are run on noise, once, and groups are used only if every bit agrees; what is
+    left of a batch goes one by one. The trial costs as much as ``2 * GROUP`` images: it waits until twice that many
+    have been asked for.
+    """
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._agree: dict[tuple[int, bool], bool] = {}
+
+    def sizes(self, plan: Plan, shape: torch.Size, sides: int, contrast: bool) -> list[int]:
+        """Sizes that add up to the batch of images ``shape``, with ``sides`` right-hand sides."""
+        batch = shape[0]
+        self._asked += batch
+        key = sides, contrast
+        if batch >= GROUP and self._asked >= 4 * GROUP and key not in self._agree:
+            self._agree[key] = _groups_agree(plan, shape, sides, contrast)
+        groups = batch // GROUP if self._agree.get(key, False) else 0
+        return [GROUP] * groups + [1] * (batch - groups * GROUP)
+
+
+GROUP = 4
+
+
+def _groups_agree(plan: Plan, shape: torch.Size, sides: int, contrast: bool) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn((GROUP, *shape[1:]), generator=generator, dtype=plan.precision.forward)
+    classes = plan.graph.output.example[1]
+    c = torch.rand((sides, GROUP, classes), generator=generator, dtype=plan.precision.accumulate)
+    if contrast:
+        c[sides // 2 :] = c[: sides // 2] - c[sides // 2 :]
+    whole = run(plan, images, lambda _: (c, contrast))
+    for i in range(GROUP):
+        one = slice(i, i + 1)
+        alone = run(plan, images[one].clone(), lambda _, one=one: (c[:, one], contrast))  # type: ignore[misc]
+        if not (torch.equal(alone[0], whole[0][:, one]) and torch.equal(alone[1], whole[1][one])):
+            return False
+    return True
+
+
 def _joined(operation: Parts, parts: dict[int, Contribution], kept: Any) -> Flow | None:
     if not parts:
         return None

@@ -187,7 +187,19 @@ class _Weighted(Operation, GenericType[Pullback]):
         return weight, bias
 
     def forward(self, values: Values) -> tuple[Any, Any]:
-        return self.forward_map(values[self.node.operands[0]]), None
+        return self.by_sample(self.forward_map, values[self.node.operands[0]], 0), None
+
+    def by_sample(self, function: Callable[[Tensor], Tensor], x: Tensor, axis: int) -> Tensor:
+        """``function(x)``, a sample at a time where each has so few rows that library products would notice others."""
+        shape = self.node.example
+        rows = math.prod(shape[1:-1] if self.node.kind == g.LINEAR else shape[2:])
+        if rows >= _FEW_ROWS or not self.node.batch.leading or x.shape[axis] == 1:
+            return function(x)
+        return torch.cat([function(part) for part in x.split(1, axis)], axis)
+
+
+# oneDNN multiplies a row by another routine where it is alone; from two rows on results were equal to the last bit.
+_FEW_ROWS = 8
 
 
 class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
@@ -209,7 +221,7 @@ class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
         c = part.c.to(self.facts.precision.pullback).contiguous()
         source, norm = self.node.operands[0], self.facts.norm
         if not isinstance(self.pullback_map, gemm.Selection):
-            yield Flow(source, Contribution(self.pullback_map(c), part.target))
+            yield Flow(source, Contribution(self.by_sample(self.pullback_map, c, 1), part.target))
         elif norm is None:
             yield Flow(source, Contribution(self.pullback_map(c, values[source], c.dtype), part.target))
         else:
@@ -250,7 +262,8 @@ class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelecti
         if isinstance(self.pullback_map, gemm.PatchSelection):
             yield Flow(source, Contribution(self.pullback_map(c, values[source]), part.target))
             return
-        acc = self.pullback_map(c.flatten(0, 1)).unflatten(0, c.shape[:2])
+        pull = self.pullback_map
+        acc = self.by_sample(lambda part: pull(part.flatten(0, 1)).unflatten(0, part.shape[:2]), c, 1)
         if not self.facts.positive_input:
             groups = self.node.params["groups"]
             halves = acc.unflatten(2, (groups, 2, -1))
@@ -712,10 +725,17 @@ class Attention(Operation):
         p = self.node.params
         q, k, v = (values[n] for n in self.node.operands)
         mask = values[p["mask"]] if p["mask"] is not None else None
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, mask, 0.0, p["causal"], scale=p["scale"], enable_gqa=p["grouped"]
-        )
-        return out, None
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, mask, 0.0, p["causal"], scale=p["scale"], enable_gqa=p["grouped"]
+            )
+
+        # As few rows in products: a sample at a time, or others in the batch would show.
+        if mask is None and q.shape[-2] < _FEW_ROWS and q.shape[0] == k.shape[0]:
+            samples = zip(q.split(1), k.split(1), v.split(1), strict=True)
+            return torch.cat([attend(*sample) for sample in samples]), None
+        return attend(q, k, v), None
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = self.merged(parts, values, book)
