@@ -10,7 +10,8 @@ a third faster than the default route; results do not depend on the number of ro
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -351,6 +352,36 @@ class ConvPullback:
         return torch.convolution(
             c, self.weight, None, g.stride, g.padding, g.dilation, True, self.output_padding, g.groups
         )
+
+
+@dataclass
+class Maps:
+    """The packed weights of one layer, and the tensors they were made of."""
+
+    forward: Map
+    pullback: Any
+    sources: tuple[Tensor, ...]
+
+
+_MAPS: weakref.WeakValueDictionary[Any, Maps] = weakref.WeakValueDictionary()
+_MAPS_LOCK = threading.Lock()
+
+
+def shared_maps(kind: tuple[Any, ...], sources: tuple[Tensor, ...], pack: Callable[[], tuple[Map, Any]]) -> Maps:
+    """What ``pack()`` makes of ``sources``, from another engine where one has packed the same weights.
+
+    The same are tensors with the same memory and version. A pack keeps its sources, so that their memory cannot become
+    another tensor's while it lives; it lives as long as an engine uses it. Tensors made under inference mode have no
+    version: their packs are not shared.
+    """
+    if any(t.is_inference() for t in sources):
+        return Maps(*pack(), sources)
+    key = kind, tuple((t.data_ptr(), t._version, t.dtype, tuple(t.shape), t.stride()) for t in sources)
+    with _MAPS_LOCK:
+        maps = _MAPS.get(key)
+        if maps is None:
+            maps = _MAPS[key] = Maps(*pack(), sources)
+    return maps
 
 
 def positive_part(weight: Tensor) -> Tensor:

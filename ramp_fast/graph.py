@@ -115,7 +115,7 @@ class Node:
 
     def references(self) -> Iterator[Node]:
         """Every node this one reads, constants and sizes included (may repeat)."""
-        yield from _nodes_in((self.args, self.kwargs, self.operands, self.params))
+        yield from nodes_in((self.args, self.kwargs, self.operands, self.params))
 
     def replace(self, old: Node, new: Node) -> None:
         """Read ``new`` wherever this node reads ``old``."""
@@ -143,15 +143,15 @@ def map_nodes(function: Callable[[Node], Any], value: Any) -> Any:
     return value
 
 
-def _nodes_in(value: Any) -> Iterator[Node]:
+def nodes_in(value: Any) -> Iterator[Node]:
     if isinstance(value, Node):
         yield value
     elif isinstance(value, (tuple, list)):
         for v in value:
-            yield from _nodes_in(v)
+            yield from nodes_in(v)
     elif isinstance(value, dict):
         for v in value.values():
-            yield from _nodes_in(v)
+            yield from nodes_in(v)
 
 
 @dataclass

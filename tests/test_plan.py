@@ -117,3 +117,22 @@ def test_weight_bytes_are_those_of_the_packed_weights() -> None:
     plan = Engine(model, precision="float32", input_shape=(3, 2, 2)).plan
     # float32: forward, and for the pull-back one panel of 32 columns, of which 12 are used
     assert plan.weight_bytes == 12 * 7 * 4 + 32 * 7 * 4
+
+
+def test_engines_of_one_model_share_their_packed_weights() -> None:
+    def maps(engine: Engine) -> dict[str, object]:
+        return {s.node.module: s.operation.maps for s in engine.plan.steps if s.node.kind == g.LINEAR}
+
+    model = small_vit()
+    first, second = (Engine(model, input_shape=(3, 32, 32)) for _ in range(2))
+    other = Engine(small_vit(), input_shape=(3, 32, 32))
+    wider = Engine(model, input_shape=(3, 32, 32), precision="float64")
+    assert all(maps(first)[name] is pack for name, pack in maps(second).items())
+    assert not set(map(id, maps(first).values())) & set(map(id, (*maps(other).values(), *maps(wider).values())))
+    images = torch.zeros(1, 3, 32, 32)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(2)
+    before = maps(second)
+    first.attribute(images)
+    changed = [name for name, pack in before.items() if maps(first)[name] is not pack]
+    assert changed == ["blocks.0.mlp.fc1"]

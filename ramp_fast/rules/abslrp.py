@@ -151,8 +151,31 @@ Pullback = TypeVar("Pullback", bound=gemm.Packed)
 
 
 class _Weighted(Operation, GenericType[Pullback]):
-    forward_map: gemm.Map
-    pullback_map: Pullback
+    maps: gemm.Maps
+
+    @property
+    def forward_map(self) -> gemm.Map:
+        return self.maps.forward
+
+    @property
+    def pullback_map(self) -> Pullback:
+        pullback: Pullback = self.maps.pullback
+        return pullback
+
+    def pack(self, constants: dict[Node, Any]) -> tuple[gemm.Map, Pullback]:
+        raise NotImplementedError
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        references = list(g.nodes_in(self.node.params))
+        if all(n.kind == g.PARAM for n in references):
+            sources = tuple(n.params["tensor"] for n in references)
+            options = repr(g.map_nodes(lambda n: references.index(n), self.node.params))
+            kind = self.node.kind, options, self.node.operands[0].example[1:], self.facts.positive_input
+            self.maps = gemm.shared_maps((*kind, self.facts.precision), sources, lambda: self.pack(constants))
+        else:  # weights that the model computes
+            self.maps = gemm.Maps(*self.pack(constants), ())
+        self.forward_kernel = self.forward_map.kernel
+        self.pullback_kernel = self.pullback_map.kernel
 
     def needs(self) -> list[Node]:
         if self.facts.norm is not None:
@@ -203,18 +226,20 @@ _FEW_ROWS = 8
 
 
 class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
-    def prepare(self, constants: dict[Node, Any]) -> None:
+    def pack(self, constants: dict[Node, Any]) -> tuple[gemm.Map, gemm.Matrix | gemm.Selection]:
         weight, bias = self.effective(constants)
-        self.forward_map = gemm.Matrix(weight, bias)
         # The factor 2 is exact in every binary format: it goes into the weights.
         doubled = (2 * weight).to(self.facts.precision.pullback)
         if self.facts.positive_input:
-            self.pullback_map = gemm.Matrix(gemm.positive_part(doubled).t())
-            self.pullback_kernel = f"{self.pullback_map.kernel} W+"
-        else:
-            self.pullback_map = gemm.Selection(doubled)
-            self.pullback_kernel = self.pullback_map.kernel + (" > norm" if self.facts.norm is not None else "")
-        self.forward_kernel = self.forward_map.kernel
+            return gemm.Matrix(weight, bias), gemm.Matrix(gemm.positive_part(doubled).t())
+        return gemm.Matrix(weight, bias), gemm.Selection(doubled)
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        super().prepare(constants)
+        if self.facts.positive_input:
+            self.pullback_kernel += " W+"
+        elif self.facts.norm is not None:
+            self.pullback_kernel += " > norm"
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = book.centred(self.merged(parts, values, book), self.node.batch)
@@ -234,26 +259,29 @@ class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
 
 
 class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection"]):
-    def prepare(self, constants: dict[Node, Any]) -> None:
+    def pack(
+        self, constants: dict[Node, Any]
+    ) -> tuple[gemm.Map, gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection]:
         weight, bias = self.effective(constants)
         p = self.node.params
         geometry = gemm.Geometry(p["stride"], p["padding"], p["dilation"], p["groups"])
         size = self.node.operands[0].example[2:]
         tiles = len(size) == 2 and geometry.tiles(weight, *size)
-        self.forward_map = gemm.PatchForward(weight, bias) if tiles else gemm.ConvForward(weight, bias, geometry)
+        forward: gemm.Map = gemm.PatchForward(weight, bias) if tiles else gemm.ConvForward(weight, bias, geometry)
         doubled = (2 * weight).to(self.facts.precision.pullback)
         if tiles and not self.facts.positive_input:
-            self.pullback_map = gemm.PatchSelection(doubled)
-        else:
-            halves = [gemm.positive_part(doubled)]
-            if not self.facts.positive_input:
-                halves.append(gemm.negative_part(doubled))
-            # W+ and W- side by side, as two groups of input channels within every group.
-            stacked = torch.cat(halves, 1)
-            self.pullback_map = gemm.PatchPullback(stacked) if tiles else gemm.ConvPullback(stacked, geometry, size)
-        self.forward_kernel = self.forward_map.kernel
-        sides = "" if tiles and not self.facts.positive_input else " W+" if self.facts.positive_input else " W+|W-"
-        self.pullback_kernel = self.pullback_map.kernel + sides
+            return forward, gemm.PatchSelection(doubled)
+        halves = [gemm.positive_part(doubled)]
+        if not self.facts.positive_input:
+            halves.append(gemm.negative_part(doubled))
+        # W+ and W- side by side, as two groups of input channels within every group.
+        stacked = torch.cat(halves, 1)
+        return forward, gemm.PatchPullback(stacked) if tiles else gemm.ConvPullback(stacked, geometry, size)
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        super().prepare(constants)
+        if not isinstance(self.pullback_map, gemm.PatchSelection):
+            self.pullback_kernel += " W+" if self.facts.positive_input else " W+|W-"
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = book.centred(self.merged(parts, values, book), self.node.batch)
