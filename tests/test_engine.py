@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from small_models import CLASSES, FAMILIES, SIZE, images, resnet, vgg, vit
 from torch import Tensor, nn
 
-from ramp_fast import Engine, InputError, UnsupportedModelError
+from ramp_fast import Engine, InputError, UnsupportedModelError, runtime
+from ramp_fast import engine as engine_module
+from ramp_fast.plan import Plan
 from ramp_fast.rules import AbsLRP, RelativeStabilizer
 
 # Relative to the largest entry of a map. Batching changes the order of sums in matrix products and nothing else.
@@ -240,6 +242,41 @@ def test_micro_batch(name: str, precision: str) -> None:
     assert relative(together.maps, one.maps) < MICRO_BATCH[precision]
     several = engine.attribute(images(4), torch.tensor([[0, 5], [1, 6], [2, 7], [3, 8]]))
     assert relative(several.maps[:, 0], one.maps) < MICRO_BATCH[precision]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_groups_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+
+    def watched(plan: Plan, batch: Tensor, seed: runtime.Seed) -> tuple[Tensor, Tensor]:
+        batches.append(batch.shape[0])
+        return runtime.run(plan, batch, seed)
+
+    monkeypatch.setattr(engine_module, "run", watched)
+    one = Engine(FAMILIES[name](), precision="mixed", micro_batch=1).attribute(images(7), 3)
+    engine = Engine(FAMILIES[name](), precision="mixed")
+    for expected in ([1] * 7, [1] * 7, [4, 1, 1, 1]):
+        batches.clear()
+        again = engine.attribute(images(7), 3)
+        # the trial comes with the third call; a processor whose routines fail it goes on one by one
+        assert batches in (expected, [1] * 7)
+        assert torch.equal(again.maps, one.maps)
+        assert torch.equal(again.logits, one.logits)
+
+
+def test_images_go_one_by_one_where_groups_would_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = runtime.run
+
+    def sensitive(plan: Plan, batch: Tensor, seed: runtime.Seed) -> tuple[Tensor, Tensor]:
+        maps, logits = real(plan, batch, seed)
+        return maps * (1 + 1e-6 * (batch.shape[0] > 1)), logits
+
+    monkeypatch.setattr(runtime, "run", sensitive)
+    monkeypatch.setattr(engine_module, "run", sensitive)
+    engine = Engine(FAMILIES["vit"](), precision="mixed")
+    first = engine.attribute(images(8), 3)
+    for _ in range(3):
+        assert torch.equal(engine.attribute(images(8), 3).maps, first.maps)
 
 
 def test_no_images(family: Engine) -> None:

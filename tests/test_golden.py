@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from export_once import export_once  # noqa: F401  # a fixture
 from torch import Tensor
 
-from ramp_fast import Engine
+from ramp_fast import Engine, ops
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -87,6 +88,22 @@ def test_reduced_precision(case: str, rule: str, precision: str) -> None:
     maps = Engine(model, rule=rule, precision=precision).attribute(images.float(), target).maps
     assert maps.dtype == torch.float32
     check(maps, expected(case)[RULES[rule] + "relevance"], precision, "relevance")
+
+
+@pytest.mark.parametrize("isa", ops.cpu_isas())
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+def test_every_instruction_set(case: str, precision: str, isa: str, best_isa_afterwards: None) -> None:
+    ops.set_cpu_isa(isa)
+    model, images, target = build(case)
+    maps = Engine(model, precision=precision).attribute(images.float(), target).maps
+    check(maps, expected(case)["relevance"], precision, "relevance")
+
+
+@pytest.fixture
+def best_isa_afterwards() -> Iterator[None]:
+    yield
+    if ops.cpu_isas():
+        ops.set_cpu_isa(ops.cpu_isas()[-1])
 
 
 def test_the_rules_differ() -> None:
