@@ -39,6 +39,8 @@ def test_cost_in_forward_passes(benchmark: Any, against_forward: Any, name: str,
     model = timm.create_model(name).eval()
     images = torch.randn(BATCH, *model.default_cfg["input_size"])
     engine = Engine(model, precision=precision)
+    for _ in range(2):  # with the warm-up round: until the trial of groups of images is over
+        engine.attribute(images)
     result = against_forward(lambda: engine.attribute(images), model, images, ROUNDS)
     assert result.maps.shape == images.shape
     assert result.maps.isfinite().all()

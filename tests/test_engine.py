@@ -258,7 +258,7 @@ def test_groups_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for expected in ([1] * 7, [1] * 7, [4, 1, 1, 1]):
         batches.clear()
         again = engine.attribute(images(7), 3)
-        # the trial comes with the third call; a processor whose routines fail it goes on one by one
+        # the trial comes with the third call; where groups are no faster images go on one by one
         assert batches in (expected, [1] * 7)
         assert torch.equal(again.maps, one.maps)
         assert torch.equal(again.logits, one.logits)
