@@ -1,6 +1,8 @@
 """Where does the time of an attribution go? Every step of the plan, against the floor of its products.
 
-    python bench/breakdown.py vit_base_patch16_224 --plot docs/breakdown.svg
+    python bench/breakdown.py vit_base_patch16_224 --plot docs/images/breakdown.svg
+
+(``--plot`` needs matplotlib.)
 
 The floor of a step is its multiplications and additions (of weighted layers and attention, from their shapes) over the
 best rate that a large product of the same dtype reaches in the same run. Products that the sign of an input selects
@@ -125,7 +127,7 @@ def plot(rows: list[tuple[str, float, float]], title: str, path: str) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
 def main() -> None:

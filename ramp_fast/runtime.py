@@ -136,10 +136,8 @@ def _groups_pay(plan: Plan, shape: torch.Size, sides: int, contrast: bool) -> bo
     middle = time.perf_counter()
     alone = [part(i, i + 1) for i in range(GROUP)]
     faster = middle - start < time.perf_counter() - middle
-    same = torch.equal(torch.cat([m for m, _ in alone], 1), maps) and torch.equal(
-        torch.cat([x for _, x in alone]), logits
-    )
-    return same and faster
+    same = torch.equal(torch.cat([m for m, _ in alone], 1), maps)
+    return faster and same and torch.equal(torch.cat([x for _, x in alone]), logits)
 
 
 def _joined(operation: Parts, parts: dict[int, Contribution], kept: Any) -> Flow | None:
