@@ -49,6 +49,7 @@ def merge_junction(
     mass_a: Tensor,
     mass_b: Tensor,
     contrast: bool,
+    relu: bool,
     threads: _Threads,
     /,
 ) -> None: ...

@@ -11,7 +11,7 @@ import torch
 from ramp_fast import graph as g
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Graph, Node
-from ramp_fast.rules.abslrp import AbsLRP
+from ramp_fast.rules.abslrp import AbsLRP, plain_sum
 from ramp_fast.rules.base import Facts, Operation
 
 
@@ -78,14 +78,29 @@ class Plan:
             # The branch is what only this sum reads; the shortcut has other readers as well.
             single = [n for n in node.operands if len(users[n]) == 1]
             facts.extra["branch"] = single[0] if len(single) == 1 else node.operands[1]
+            facts.extra["relu"] = next((u for u in users[node] if self._absorbed(u, users)), None)
         elif node.kind == g.BATCH_NORM:
-            facts.extra["relu"] = next((u for u in users[node] if _absorbed(u, users)), None)
+            facts.extra["relu"] = next((u for u in users[node] if self._absorbed(u, users)), None)
         elif node.kind == g.ACTIVATION:
-            facts.extra["absorbed"] = _absorbed(node, users)
+            facts.extra["absorbed"] = self._absorbed(node, users)
         elif node.kind in (g.MAX_POOL, g.EXTREME):
             form = self.rule.maxpool
             facts.extra["divided"] = residual if form == "auto" else form == "divided"
         return facts
+
+    def _absorbed(self, node: Node, users: dict[Node, list[Node]]) -> bool:
+        """Whether ``node`` is a ReLU that the step below computes in its own pass: a BatchNorm, or a residual sum.
+
+        With equal shares a ReLU sets masses, which a sum cannot do for every reader of the ReLU.
+        """
+        if node.kind != g.ACTIVATION or node.params["how"] != "relu":
+            return False
+        source = node.operands[0]
+        if users[source] != [node]:
+            return False
+        return source.kind == g.BATCH_NORM or (
+            source.kind == g.ADD and plain_sum(source) and self.rule.shares == "kept"
+        )
 
     def _positive(self, node: Node, users: dict[Node, list[Node]]) -> bool:
         """Whether relevance reaches only positive entries of ``node``: by value, or by a gate right below."""
@@ -217,14 +232,6 @@ def _fuses_norm(linear: Node, users: dict[Node, list[Node]]) -> bool:
         and norm.batch.leading
         and norm.batch.inner == 1
     )
-
-
-def _absorbed(node: Node, users: dict[Node, list[Node]]) -> bool:
-    """Whether ``node`` is a ReLU that the BatchNorm below it computes in its own pass."""
-    if node.kind != g.ACTIVATION or node.params["how"] != "relu":
-        return False
-    source = node.operands[0]
-    return source.kind == g.BATCH_NORM and users[source] == [node]
 
 
 _NEVER_NEGATIVE = frozenset({"relu", "sigmoid", "hardsigmoid", "abs", "square", "exp", "softplus", "sqrt", "rsqrt"})

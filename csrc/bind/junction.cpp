@@ -97,10 +97,11 @@ void junction(py::handle c_, py::handle a, py::handle b, py::handle c_a, py::han
 
 void merge_junction(py::handle first_, py::handle first_scale_, py::handle second_, py::handle second_scale_,
                     py::handle a, py::handle b, py::handle c_a, py::handle c_b, py::handle mass_a,
-                    py::handle mass_b, bool contrast, int threads) {
+                    py::handle mass_b, bool contrast, bool relu, int threads) {
     const TensorView first(first_, "first"), first_scale(first_scale_, "first_scale");
     const TensorView second(second_, "second"), second_scale(second_scale_, "second_scale");
     CombineArgs args = prepare_merge(first, first_scale, second, second_scale, contrast, threads);
+    args.relu = relu;
     split(args, first, a, b, c_a, c_b, mass_a, mass_b);
 }
 

@@ -132,6 +132,18 @@ void combine_chunk(int64_t index, const void* context, void*) {
                 if (contrast) commit(args.out, row_d, n, scaled_d);
                 continue;
             }
+            if (args.relu) {
+                const F* __restrict left = a;
+                const F* __restrict right = other;
+                const auto gate = [&](const F* in, F* out) {
+                    RF_SIMD
+                    for (int64_t i = 0; i < n; ++i) out[i] = left[i] + right[i] > 0 ? in[i] + in[i] : F(0);
+                };
+                gate(p, scaled_p);
+                if (contrast) gate(d, scaled_d);
+                p = scaled_p;
+                d = scaled_d;
+            }
             split<F, contrast>(args, a, p, d, args.c_a, row, row_d, n, t, sums_a);
             if (other) split<F, contrast>(args, other, p, d, args.c_b, row, row_d, n, t, sums_b);
         }

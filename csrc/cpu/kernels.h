@@ -28,6 +28,7 @@ struct CombineArgs {
     std::int64_t rhs, batch, inner;  // T, B, the rest
     bool contrast;
     bool gate;                          // false: mass_a is that of c itself
+    bool relu;                          // c <- 2 [a + b > 0] c before it is split
     Operand first, second;              // [T, B, inner]
     Operand first_scale, second_scale;  // [T, B]
     Operand out;                        // [T, B, inner]

@@ -98,6 +98,7 @@ def _merge_junction_reference(
     b: Tensor,
     contrast: bool,
     b_dtype: torch.dtype | None = None,
+    relu: bool = False,
 ) -> Parts:
     dtype = compute_dtype(first, first_scale, second, second_scale, a, b)
     out_dtype = torch.promote_types(first.dtype, second.dtype)
@@ -105,6 +106,8 @@ def _merge_junction_reference(
     c = rescale_equation(first.to(dtype), first_scale.to(dtype), contrast)
     c = c + rescale_equation(second.to(dtype), second_scale.to(dtype), contrast)
     c = torch.empty_like(first, dtype=dtype).copy_(c)  # in the layout of its operands
+    if relu:
+        c = torch.where(a.to(dtype) + b.to(dtype) > 0, 2 * c, torch.zeros((), dtype=dtype, device=c.device))
     return _split_equation(c, a, b, contrast, out_dtype, b_dtype or out_dtype)
 
 
@@ -117,6 +120,7 @@ def _merge_junction_fake(
     b: Tensor,
     contrast: bool,
     b_dtype: torch.dtype | None = None,
+    relu: bool = False,
 ) -> Parts:
     out_dtype = torch.promote_types(first.dtype, second.dtype)
     mass_dtype = compute_dtype(first, first_scale, second, second_scale, a, b)
@@ -133,19 +137,20 @@ def _merge_junction_cpu(
     b: Tensor,
     contrast: bool,
     b_dtype: torch.dtype | None = None,
+    relu: bool = False,
 ) -> Parts:
     out_dtype = torch.promote_types(first.dtype, second.dtype)
     mass_dtype = compute_dtype(first, first_scale, second, second_scale, a, b)
     first, second, a, b = same_layout((first, second), (a, b))
     parts = _parts(first, out_dtype, b_dtype or out_dtype, mass_dtype)
     scales = first_scale.contiguous(), second_scale.contiguous()
-    C.merge_junction(first, scales[0], second, scales[1], a, b, *parts, contrast, get_num_threads())
+    C.merge_junction(first, scales[0], second, scales[1], a, b, *parts, contrast, relu, get_num_threads())
     return parts
 
 
 _merge_junction = register(
     "merge_junction(Tensor first, Tensor first_scale, Tensor second, Tensor second_scale, Tensor a, Tensor b,"
-    " bool contrast, ScalarType? b_dtype=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool contrast, ScalarType? b_dtype=None, bool relu=False) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_merge_junction_reference,
     fake=_merge_junction_fake,
     cpu=_merge_junction_cpu,
@@ -161,6 +166,7 @@ def merge_junction(
     b: Tensor,
     contrast: bool,
     b_dtype: torch.dtype | None = None,
+    relu: bool = False,
 ) -> Parts:
     """Merge two branches and split at the next junction: ``junction(merge(...), a, b)`` in one pass over memory.
 
@@ -172,6 +178,8 @@ def merge_junction(
     contrast : bool
     b_dtype : torch.dtype, optional
         What c_b is stored in; the promoted dtype of first and second by default, which is that of c_a.
+    relu : bool
+        The sum goes through a ReLU first: ``2 [a + b > 0] c`` is what is split.
 
     Returns
     -------
@@ -179,5 +187,5 @@ def merge_junction(
     mass_a, mass_b : Tensor [T, B]
     """
     return _merge_junction(  # type: ignore[no-any-return]
-        first, first_scale, second, second_scale, a, b, contrast, b_dtype
+        first, first_scale, second, second_scale, a, b, contrast, b_dtype, relu
     )

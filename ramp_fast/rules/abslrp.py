@@ -339,7 +339,11 @@ class Absorbed(Operation):
         return values[self.node.operands[0]], None
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        yield Flow(self.node.operands[0], self.merged(parts, values, book))
+        source = self.node.operands[0]
+        if source.kind == g.ADD:  # which merges its readers' relevance while it splits it
+            yield from (Flow(source, part) for part in parts)
+        else:
+            yield Flow(source, self.merged(parts, values, book))
 
 
 class Activation(_Diagonal):
@@ -544,15 +548,26 @@ class Div(Operation):
 # Junctions
 
 
+def plain_sum(node: Node) -> bool:
+    """Whether ``node`` adds two tensors of the same shape."""
+    a, *rest = node.operands
+    same = len(rest) == 1 and a.example == rest[0].example and a.batch == rest[0].batch
+    return same and not a.constant and not rest[0].constant and bool(node.params["signs"] == (1, 1))
+
+
 class Add(Operation):
     """``c_a = 2 [a > 0] c``, ``c_b = 2 [b > 0] c``, each with its share; constants take theirs away."""
 
     pullback_kernel = "junction"
 
     def needs(self) -> list[Node]:
-        return [n for n in self.node.operands if not n.constant]
+        own = [self.node] if self.facts.extra.get("relu") is not None else []
+        return [n for n in self.node.operands if not n.constant] + own
 
     def forward(self, values: Values) -> tuple[Any, Any]:
+        relu = self.facts.extra.get("relu")
+        if relu is not None:
+            return values.call(self.node).clamp_(0, relu.params["cap"]), None
         constant = self._added_to_scores(values)
         if constant is None:
             return super().forward(values)
@@ -568,16 +583,10 @@ class Add(Operation):
         constant = next((values[n] for n in self.node.operands if n.constant), None)
         return constant if isinstance(constant, Tensor) and constant.is_floating_point() else None
 
-    @property
-    def _plain(self) -> bool:
-        """Two tensors of the same shape, added."""
-        a, *rest = self.node.operands
-        same = len(rest) == 1 and a.example == rest[0].example and a.batch == rest[0].batch
-        return same and not a.constant and not rest[0].constant and self.node.params["signs"] == (1, 1)
-
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         shares = self.facts.extra["shares"]
-        if not self._plain:
+        relu = self.facts.extra.get("relu") is not None
+        if not plain_sum(self.node):
             yield from self._general(self.merged(parts, values, book), values, book, shares)
             return
         first, second = self.node.operands
@@ -597,11 +606,13 @@ class Add(Operation):
                 flat_b,
                 book.contrast,
                 self.facts.precision.pullback if self.facts.extra.get("branch") is second else None,
+                relu,
             )
         else:
             part = self.merged(parts, values, book)
             target = part.target
-            c_a, c_b, m_a, m_b = ops.junction(rows.of(part.c, 1), flat_a, flat_b, book.contrast)
+            c = book.gate(part.c, values[self.node], self.node.batch) if relu else part.c
+            c_a, c_b, m_a, m_b = ops.junction(rows.of(c, 1), flat_a, flat_b, book.contrast)
         like = parts[0].c
         t_a, t_b = _share(target, [m_a, m_b], shares)
         yield Flow(first, Contribution(rows.back(c_a, like), t_a, m_a))

@@ -212,7 +212,9 @@ def _junction(o: Options) -> tuple[Any, ...]:
 def _merge_junction(o: Options) -> tuple[Any, ...]:
     d = Draw(o)
     b_dtype = o.x_dtype if o.seed % 2 else None
-    return *_merge(o)[:4], d.sample(*o.inner), d.sample(*o.inner), o.contrast, b_dtype
+    a, b = d.sample(*o.inner), d.sample(*o.inner)
+    # whether their sum is positive must not hang on its rounding
+    return *_merge(o)[:4], a, torch.where((a + b).abs() < 1e-2, a, b), o.contrast, b_dtype, bool(o.seed % 4 > 1)
 
 
 def _norm(o: Options) -> tuple[Any, ...]:
@@ -364,8 +366,8 @@ CASES = {
         Case(
             "merge_junction",
             _merge_junction,
-            lambda f, s, g, t, a, b, contrast, _: _split_magnitude(
-                _merge_magnitude(f, s, g, t, contrast), a, b, contrast
+            lambda f, s, g, t, a, b, contrast, _, relu: _split_magnitude(
+                _merge_magnitude(f, s, g, t, contrast) * (1 + relu), a, b, contrast
             ),
         ),
         Case("norm_pullback", _norm, lambda c, x, w, eps: (_norm_factor_magnitude(x, w) * c.abs(),)),

@@ -133,7 +133,7 @@ def test_rounding_to_bfloat16_is_to_nearest_even(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_merge_junction_is_junction_of_merge(variant: str) -> None:
     choose(variant)
-    first, s, second, t, a, b, contrast, _ = CASES["merge_junction"].arguments(Options(rhs=4, batch=3, inner=(700,)))
+    first, s, second, t, a, b, contrast, *_ = CASES["merge_junction"].arguments(Options(rhs=4, batch=3, inner=(700,)))
     fused = ops.merge_junction(first, s, second, t, a, b, contrast)
     separate = ops.junction(ops.merge(first, s, second, t, contrast), a, b, contrast)
     for x, y in zip(fused, separate, strict=True):
