@@ -31,6 +31,7 @@ def junction_kernel(
     inner,
     RHS: tl.constexpr,  # T
     CONTRAST: tl.constexpr,
+    RELU: tl.constexpr,  # c <- 2 [a + b > 0] c first
     COMPUTE: tl.constexpr,  # float32 or float64
     BLOCK: tl.constexpr,
 ):
@@ -47,6 +48,8 @@ def junction_kernel(
         row = t * batch.to(tl.int64) + sample
         offset = row * inner + elements
         twice = 2 * tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+        if RELU:
+            twice = tl.where(a + b > 0, 2 * twice, 0.0)
         tl.store(c_a_ptr + offset, tl.where(a > 0, twice, 0.0).to(c_a_ptr.dtype.element_ty), mask=inside)
         tl.store(c_b_ptr + offset, tl.where(b > 0, twice, 0.0).to(c_b_ptr.dtype.element_ty), mask=inside)
         mass_row = row * blocks + block
@@ -58,6 +61,8 @@ def junction_kernel(
             skip = MAPS * batch.to(tl.int64)  # from the row of P to that of D
             offset += skip * inner
             twice_d = 2 * tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+            if RELU:
+                twice_d = tl.where(a + b > 0, 2 * twice_d, 0.0)
             tl.store(c_a_ptr + offset, tl.where(a > 0, twice_d, 0.0).to(c_a_ptr.dtype.element_ty), mask=inside)
             tl.store(c_b_ptr + offset, tl.where(b > 0, twice_d, 0.0).to(c_b_ptr.dtype.element_ty), mask=inside)
             magnitude = tl.abs(twice - twice_d)
@@ -68,7 +73,7 @@ def junction_kernel(
 
 
 def junction(
-    c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None
+    c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None, relu: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``ramp_fast::junction`` for c [T, B, ...], a and b [B, ...]."""
     if c.ndim < 2 or c.shape[1:] != a.shape or a.shape != b.shape:
@@ -96,6 +101,7 @@ def junction(
                 inner,
                 RHS=rhs,
                 CONTRAST=contrast,
+                RELU=relu,
                 COMPUTE=compute,
                 BLOCK=BLOCK,
                 num_warps=WARPS,

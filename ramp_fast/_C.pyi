@@ -34,6 +34,7 @@ def junction(
     mass_a: Tensor,
     mass_b: Tensor,
     contrast: bool,
+    relu: bool,
     threads: _Threads,
     /,
 ) -> None: ...

@@ -89,9 +89,10 @@ void split(CombineArgs& args, const TensorView& c, py::handle a_, py::handle b_,
 }
 
 void junction(py::handle c_, py::handle a, py::handle b, py::handle c_a, py::handle c_b, py::handle mass_a,
-              py::handle mass_b, bool contrast, int threads) {
+              py::handle mass_b, bool contrast, bool relu, int threads) {
     const TensorView c(c_, "c");
     CombineArgs args = prepare(c, contrast, threads);
+    args.relu = relu;
     split(args, c, a, b, c_a, c_b, mass_a, mass_b);
 }
 

@@ -4,7 +4,7 @@
 // Products run on register tiles of kRows x kVectors vectors. An operand element is one number, or where the
 // processor multiplies bfloat16 and the coefficients are bfloat16, a pair of them along the summed axis.
 // Scores and softmax are always float (double).
-#include "cpu/block.h"
+#include "cpu/mass.h"
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -15,11 +15,11 @@ namespace {
 
 // Accumulators, one row of the right operand and a broadcast fill the vector registers.
 #if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 6, kVectors = 4;
+constexpr int kRows = 6, kVectors = 4;
 #elif defined(__AVX__)
-constexpr int kBytes = 32, kRows = 6, kVectors = 2;
+constexpr int kRows = 6, kVectors = 2;
 #else
-constexpr int kBytes = 16, kRows = 4, kVectors = 2;
+constexpr int kRows = 4, kVectors = 2;
 #endif
 
 // Scores of one block of query rows, about: the block's operands stay in a 1 MB L2 cache.
@@ -34,9 +34,9 @@ template <class F>
 struct Single {
     using Sum = F;
     using Element = F;
-    typedef F SumVector __attribute__((vector_size(kBytes), may_alias));
+    typedef F SumVector __attribute__((vector_size(kVectorBytes), may_alias));
     using ElementVector = SumVector;
-    static constexpr int64_t lanes = kBytes / sizeof(F);
+    static constexpr int64_t lanes = kVectorBytes / sizeof(F);
     static constexpr int64_t pack = 1;
 
     static RF_INLINE void multiply_add(SumVector& sum, Element a, ElementVector b) { sum += b * a; }
@@ -55,16 +55,16 @@ struct Single {
 struct Pair {
     using Sum = float;
     using Element = std::uint32_t;
-    typedef float SumVector __attribute__((vector_size(kBytes), may_alias));
-    typedef std::uint32_t ElementVector __attribute__((vector_size(kBytes), may_alias));
-    static constexpr int64_t lanes = kBytes / 4;
+    typedef float SumVector __attribute__((vector_size(kVectorBytes), may_alias));
+    typedef std::uint32_t ElementVector __attribute__((vector_size(kVectorBytes), may_alias));
+    static constexpr int64_t lanes = kVectorBytes / 4;
     static constexpr int64_t pack = 2;
 
     static RF_INLINE void multiply_add(SumVector& sum, Element a, ElementVector b) {
         sum = (SumVector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
                                           (__m512bh)b);
     }
-    typedef std::uint16_t HalfVector __attribute__((vector_size(kBytes / 2), may_alias));
+    typedef std::uint16_t HalfVector __attribute__((vector_size(kVectorBytes / 2), may_alias));
     static RF_INLINE HalfVector rounded(const float* row) {
         return (HalfVector)_mm512_cvtneps_pbh(_mm512_load_ps(row));
     }
@@ -381,20 +381,6 @@ RF_INLINE void select_row(const F* __restrict x, const F* __restrict sums, const
     }
 }
 
-template <class F, bool contrast>
-RF_INLINE void mass_row(const F* __restrict x, const F* __restrict p, const F* __restrict d, int64_t n,
-                        double* mass_p, double* mass_n) {
-    F sum_p = 0, sum_n = 0;
-    RF_SIMD_SUM(sum_p, sum_n)
-    for (int64_t i = 0; i < n; ++i) {
-        const F magnitude = absolute(x[i]);
-        sum_p += magnitude * absolute(p[i]);
-        if (contrast) sum_n += magnitude * absolute(p[i] - d[i]);
-    }
-    *mass_p += static_cast<double>(sum_p);
-    if (contrast) *mass_n += static_cast<double>(sum_n);
-}
-
 // Selects, stores and weighs one row of a result; sums of D are `sides` after those of P.
 template <class F, bool contrast>
 RF_INLINE void finish_row(const Job& job, const StridedOperand& out, const F* x, F sign, F factor,
@@ -415,7 +401,7 @@ RF_INLINE void finish_row(const Job& job, const StridedOperand& out, const F* x,
         commit(out.operand, to, args.width, result);
         results[side] = result;
     }
-    mass_row<F, contrast>(x, results[0], results[1], args.width, masses + t, masses + t + args.rhs / 2);
+    add_mass<F, contrast>(x, results[0], results[1], args.width, masses + t, masses + t + args.rhs / 2);
 }
 
 // kRows rows of queries from `first` on: scores, their coefficients, c_Q, and the operands that c_K and c_V
@@ -561,13 +547,8 @@ void run(const AttentionArgs& args) {
     parallel_for(heads, heads * args.rhs * (args.queries + args.width) * args.keys, args.threads,
                  args.contrast ? head<P, true> : head<P, false>, &job, Scratch<P>(nullptr, job).bytes);
     for (int64_t which = 0; which < kMasses; ++which)
-        for (int64_t t = 0; t < args.rhs; ++t)
-            for (int64_t b = 0; b < args.batch; ++b) {
-                double sum = 0;
-                for (int64_t h = 0; h < args.heads; ++h)
-                    sum += partials.data()[((b * args.heads + h) * kMasses + which) * args.rhs + t];
-                store_one(args.masses, (which * args.rhs + t) * args.batch + b, sum);
-            }
+        store_masses(args.masses, which * args.rhs * args.batch, args.rhs, args.batch,
+                     partials.data() + which * args.rhs, args.heads, kMasses * args.rhs);
 }
 
 }  // namespace

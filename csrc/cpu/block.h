@@ -22,6 +22,14 @@ using std::int64_t;
 
 // Elements handled at a time: a dozen float buffers of this size stay in a 32 KB or 48 KB L1 cache.
 constexpr int64_t kBlock = 512;
+// Of a vector register.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
 // Elements of one parallel task, and of one partial sum.
 constexpr int64_t kChunk = 8192;
 

@@ -1,15 +1,8 @@
 // The elementwise passes between layers: rescale, merge, split at a junction, and the masses.
-#include "cpu/block.h"
+#include "cpu/mass.h"
 
 namespace rf::RF_ISA {
 namespace {
-
-// Per-block sums: of the positive (or only) row and, with contrast, of the negative one.
-template <class F>
-struct Sums {
-    F positive = 0;
-    F negative = 0;
-};
 
 // d <- s_N d + (s_P - s_N) p, p <- s_P p; without contrast p <- s_P p.
 template <class F, bool contrast, bool add>
@@ -27,22 +20,10 @@ RF_INLINE void scale_into(const F* __restrict p, const F* __restrict d, F scale_
     }
 }
 
+// out = 2 [x > 0] c, and its masses
 template <class F, bool contrast>
-RF_INLINE Sums<F> mass_of(const F* __restrict x, const F* __restrict p, const F* __restrict d, int64_t n) {
-    F sum_p = 0, sum_n = 0;
-    RF_SIMD_SUM(sum_p, sum_n)
-    for (int64_t i = 0; i < n; ++i) {
-        const F magnitude = absolute(x[i]);
-        sum_p += magnitude * absolute(p[i]);
-        if (contrast) sum_n += magnitude * absolute(p[i] - d[i]);
-    }
-    return {sum_p, sum_n};
-}
-
-// out = 2 [x > 0] c, and its mass
-template <class F, bool contrast>
-RF_INLINE Sums<F> gate_into(const F* __restrict x, const F* __restrict p, const F* __restrict d, int64_t n,
-                            F* __restrict out_p, F* __restrict out_d) {
+RF_INLINE void gate_into(const F* __restrict x, const F* __restrict p, const F* __restrict d, int64_t n,
+                         F* __restrict out_p, F* __restrict out_d, double* mass_p, double* mass_n) {
     F sum_p = 0, sum_n = 0;
     RF_SIMD_SUM(sum_p, sum_n)
     for (int64_t i = 0; i < n; ++i) {
@@ -56,7 +37,8 @@ RF_INLINE Sums<F> gate_into(const F* __restrict x, const F* __restrict p, const 
             sum_n += kept * absolute(twice_p - twice_d);
         }
     }
-    return {sum_p, sum_n};
+    *mass_p += static_cast<double>(sum_p);
+    if (contrast) *mass_n += static_cast<double>(sum_n);
 }
 
 struct Combine {
@@ -71,18 +53,13 @@ template <class F, bool contrast>
 RF_INLINE void split(const CombineArgs& args, const F* x, const F* p, const F* d, const Operand& out,
                      int64_t row, int64_t row_d, int64_t n, int64_t t, double* sums) {
     F buffer_p[kBlock], buffer_d[kBlock];
-    Sums<F> sum;
-    if (out.data == nullptr) {
-        sum = mass_of<F, contrast>(x, p, d, n);
-    } else {
-        F* out_p = target(out, row, buffer_p);
-        F* out_d = contrast ? target(out, row_d, buffer_d) : nullptr;
-        sum = gate_into<F, contrast>(x, p, d, n, out_p, out_d);
-        commit(out, row, n, buffer_p);
-        if (contrast) commit(out, row_d, n, buffer_d);
-    }
-    sums[t] += static_cast<double>(sum.positive);
-    if (contrast) sums[t + args.rhs / 2] += static_cast<double>(sum.negative);
+    double *mass_p = sums + t, *mass_n = contrast ? sums + t + args.rhs / 2 : nullptr;
+    if (out.data == nullptr) return add_mass<F, contrast>(x, p, d, n, mass_p, mass_n);
+    F* out_p = target(out, row, buffer_p);
+    F* out_d = contrast ? target(out, row_d, buffer_d) : nullptr;
+    gate_into<F, contrast>(x, p, d, n, out_p, out_d, mass_p, mass_n);
+    commit(out, row, n, buffer_p);
+    if (contrast) commit(out, row_d, n, buffer_d);
 }
 
 template <class F, bool contrast>
@@ -150,16 +127,6 @@ void combine_chunk(int64_t index, const void* context, void*) {
     }
 }
 
-void store_masses(const CombineArgs& args, const Combine& job, const Operand& mass, const double* partials) {
-    for (int64_t t = 0; t < args.rhs; ++t)
-        for (int64_t b = 0; b < args.batch; ++b) {
-            double sum = 0;
-            for (int64_t chunk = 0; chunk < job.chunks; ++chunk)
-                sum += partials[(b * job.chunks + chunk) * 2 * args.rhs + t];
-            store_one(mass, t * args.batch + b, sum);
-        }
-}
-
 }  // namespace
 
 void combine(const CombineArgs& args) {
@@ -174,8 +141,10 @@ void combine(const CombineArgs& args) {
     const Task task = wide ? (args.contrast ? combine_chunk<double, true> : combine_chunk<double, false>)
                            : (args.contrast ? combine_chunk<float, true> : combine_chunk<float, false>);
     parallel_for(tasks, args.rhs * args.batch * args.inner, args.threads, task, &job, 0);
-    if (args.mass_a.data) store_masses(args, job, args.mass_a, job.partials);
-    if (args.mass_b.data) store_masses(args, job, args.mass_b, job.partials + args.rhs);
+    const double* of_b = job.partials + args.rhs;
+    if (args.mass_a.data)
+        store_masses(args.mass_a, 0, args.rhs, args.batch, job.partials, chunks, 2 * args.rhs);
+    if (args.mass_b.data) store_masses(args.mass_b, 0, args.rhs, args.batch, of_b, chunks, 2 * args.rhs);
 }
 
 }  // namespace rf::RF_ISA

@@ -7,6 +7,7 @@
 // Weights lie in panels of kLinearColumns columns, [panel, step, column, pack]: a step is one row of W, or
 // where the elements are bfloat16 two rows whose numbers sit side by side. A sum runs over the steps in
 // order, whatever tile it is in.
+#include "cpu/mass.h"
 #include "cpu/row_statistics.h"
 
 #ifdef __AVX512F__
@@ -19,11 +20,9 @@ namespace {
 // Accumulators of two right-hand sides, the halves of the weights, a blend and two broadcasts fill the vector
 // registers; with AVX-512, masks the mask registers.
 #if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 3, kVectors = 2;
-#elif defined(__AVX__)
-constexpr int kBytes = 32, kRows = 2, kVectors = 2;
+constexpr int kRows = 3, kVectors = 2;
 #else
-constexpr int kBytes = 16, kRows = 2, kVectors = 2;
+constexpr int kRows = 2, kVectors = 2;
 #endif
 
 // Rows of one task, whole tiles: 3072 coefficients for each and two right-hand sides stay in a 1 MB L2 cache.
@@ -36,9 +35,9 @@ struct Number {
     using Sum = F;
     using Element = F;
     using Coefficient = F;
-    static constexpr int64_t lanes = kBytes / sizeof(F);
+    static constexpr int64_t lanes = kVectorBytes / sizeof(F);
     static constexpr int64_t pack = 1;
-    typedef F Vector __attribute__((vector_size(kBytes), aligned(sizeof(F)), may_alias));
+    typedef F Vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(F)), may_alias));
     using SumVector = Vector;
     struct Halves {
         Vector positive, negative;
@@ -66,10 +65,10 @@ struct WidenedPair {
     using Sum = float;
     using Element = std::uint32_t;
     using Coefficient = std::uint16_t;
-    static constexpr int64_t lanes = kBytes / 4;
+    static constexpr int64_t lanes = kVectorBytes / 4;
     static constexpr int64_t pack = 2;
-    typedef float SumVector __attribute__((vector_size(kBytes), aligned(4), may_alias));
-    typedef std::uint32_t Bits __attribute__((vector_size(kBytes), aligned(4), may_alias));
+    typedef float SumVector __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+    typedef std::uint32_t Bits __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
     struct Vector {
         SumVector low, high;
     };
@@ -153,35 +152,35 @@ struct Pair512 {
 };
 #endif
 
-// Sums of `rows` rows of `sides` right-hand sides over `vectors` vectors of columns of a panel.
-// c points at a row of the first side, gates and sums are [rows, kLinearColumns] per side.
-template <class P, int sides, int rows, int vectors>
+// Sums of `rows` rows of `sides` right-hand sides over kVectors vectors of columns of a panel.
+// c points at a row of the first side, gates are [rows, kLinearColumns], sums [sides, kRows, kLinearColumns].
+template <class P, int sides, int rows>
 RF_INLINE void tile(const typename P::Coefficient* c, int64_t side, int64_t depth,
                     const typename P::Element* weights, const typename P::Sum* gates,
                     typename P::Sum* __restrict sums) {
     constexpr int64_t sums_side = kRows * kLinearColumns;
-    typename P::SumVector sum[sides][rows][vectors];
-    typename P::Mask mask[rows][vectors];
+    typename P::SumVector sum[sides][rows][kVectors];
+    typename P::Mask mask[rows][kVectors];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) {
+        for (int v = 0; v < kVectors; ++v) {
             mask[r][v] = P::mask(gates + r * kLinearColumns + v * P::lanes);
 #pragma GCC unroll 8
             for (int s = 0; s < sides; ++s) sum[s][r][v] = typename P::SumVector{};
         }
     }
     const auto step = [&](int64_t k, auto element_of) __attribute__((always_inline)) {
-        typename P::Halves w[vectors];
+        typename P::Halves w[kVectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) w[v] = P::halves(weights + k * kLinearColumns + v * P::lanes);
+        for (int v = 0; v < kVectors; ++v) w[v] = P::halves(weights + k * kLinearColumns + v * P::lanes);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
             typename P::Element element[sides];
 #pragma GCC unroll 8
             for (int s = 0; s < sides; ++s) element[s] = element_of(c + s * side + r * depth, k);
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) {
+            for (int v = 0; v < kVectors; ++v) {
                 const auto chosen = P::select(mask[r][v], w[v]);
 #pragma GCC unroll 8
                 for (int s = 0; s < sides; ++s) P::multiply_add(sum[s][r][v], chosen, element[s]);
@@ -201,7 +200,7 @@ RF_INLINE void tile(const typename P::Coefficient* c, int64_t side, int64_t dept
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v)
+            for (int v = 0; v < kVectors; ++v)
                 __builtin_memcpy(sums + s * sums_side + r * kLinearColumns + v * P::lanes, &sum[s][r][v],
                                  sizeof(sum[s][r][v]));
         }
@@ -215,7 +214,7 @@ __attribute__((noinline)) void panel(const typename P::Coefficient* c, int64_t s
     constexpr int64_t width = kVectors * P::lanes;
     static_assert(kLinearColumns % width == 0, "tiles fill a panel");
     for (int64_t i = 0; i < kLinearColumns; i += width)
-        tile<P, sides, rows, kVectors>(c, side, depth, weights + i, gates + i, sums + i);
+        tile<P, sides, rows>(c, side, depth, weights + i, gates + i, sums + i);
 }
 
 // The same for 1 to kRows rows and one or two right-hand sides.
@@ -229,62 +228,43 @@ RF_INLINE void panel_of(int64_t sides, int64_t count, const typename P::Coeffici
     (sides == 2 ? panel<P, 2, rows> : panel<P, 1, rows>)(c, side, depth, weights, gates, sums);
 }
 
+template <class F>
 struct Linear {
     const LinearArgs& args;
-    int64_t panels, chunks;    // chunks: groups of rows of one sample
-    int64_t groups, sides;     // right-hand sides t and t + groups go together
-    const double* statistics;  // [B, rows, 3]: mean, 1 / sigma(x), 1 / sigma(|x|)
-    const double* parameters;  // [2, width]: the LayerNorm's weight and bias
-    double* partials;          // [tasks, T]
+    int64_t panels, chunks;     // chunks: groups of rows of one sample
+    int64_t groups, sides;      // right-hand sides t and t + groups go together
+    Statistics<F>* statistics;  // [B, rows], of the LayerNorm's input
+    F *weight, *bias;           // [width], of the LayerNorm
+    double* partials;           // [tasks, T]
 };
 
+// The signs that select, and what the sums are multiplied by, for `n` columns of a row of x.
 template <class F>
-struct Row {
-    F gate[kLinearColumns];
-    F factor[kLinearColumns];
-    F magnitude[kLinearColumns];
-};
-
-// The signs that select, and what the sums are multiplied by.
-template <class F>
-RF_INLINE void prepare_row(const Linear& job, int64_t row, int64_t column, int64_t n, Row<F>& to) {
-    const LinearArgs& args = job.args;
-    F buffer[kLinearColumns];
-    const F* x = load(args.x, row * args.width + column, n, buffer);
-    for (int64_t i = n; i < kLinearColumns; ++i) to.gate[i] = F(0);
-    if (!args.norm) {
+RF_INLINE void prepare_row(const Linear<F>& job, const F* __restrict x, int64_t row, int64_t column,
+                           int64_t n, F* __restrict gate, F* __restrict factor) {
+    for (int64_t i = n; i < kLinearColumns; ++i) gate[i] = F(0);
+    if (job.args.norm) {
+        const F* __restrict weight = job.weight + column, * __restrict bias = job.bias + column;
+        const Statistics<F> s = job.statistics[row];
+        row_factor(x, weight, s, n, factor);
+        RF_SIMD
+        for (int64_t i = 0; i < n; ++i) gate[i] = (x[i] - s.mean) * s.inverse * weight[i] + bias[i];
+    } else {
         RF_SIMD
         for (int64_t i = 0; i < n; ++i) {
-            to.gate[i] = x[i];
-            to.factor[i] = x[i] > 0 || x[i] < 0 ? F(1) : F(0);
+            gate[i] = x[i];
+            factor[i] = F(1);
         }
-        return;
-    }
-    const double* s = job.statistics + row * 3;
-    const F mean = static_cast<F>(s[0]), inverse = static_cast<F>(s[1]),
-            inverse_absolute = static_cast<F>(s[2]);
-    F weight[kLinearColumns], bias[kLinearColumns];
-    for (int64_t i = 0; i < n; ++i) {
-        weight[i] = static_cast<F>(job.parameters[column + i]);
-        bias[i] = static_cast<F>(job.parameters[args.width + column + i]);
     }
     RF_SIMD
-    for (int64_t i = 0; i < n; ++i) {
-        const F gate = (x[i] - mean) * inverse * weight[i] + bias[i];
-        const F signed_part = weight[i] * inverse;
-        const F factor = (x[i] > 0 ? signed_part : F(0)) - (x[i] < 0 ? signed_part : F(0)) +
-                         absolute(weight[i]) * inverse_absolute;
-        to.gate[i] = gate;
-        to.factor[i] = gate > 0 || gate < 0 ? factor : F(0);
-        to.magnitude[i] = absolute(x[i]);
-    }
+    for (int64_t i = 0; i < n; ++i) factor[i] = gate[i] > 0 || gate[i] < 0 ? factor[i] : F(0);
 }
 
 template <class P>
 void linear_task(int64_t index, const void* context, void*) {
     using F = typename P::Sum;
     using Coefficient = typename P::Coefficient;
-    const Linear& job = *static_cast<const Linear*>(context);
+    const Linear<F>& job = *static_cast<const Linear<F>*>(context);
     const LinearArgs& args = job.args;
     const int64_t panel = index % job.panels, column = panel * kLinearColumns;
     const int64_t n = min64(kLinearColumns, args.width - column);
@@ -295,66 +275,51 @@ void linear_task(int64_t index, const void* context, void*) {
     const Coefficient* c = static_cast<const Coefficient*>(args.c.data);
     const typename P::Element* weights =
         static_cast<const typename P::Element*>(args.panels.data) + panel * steps * kLinearColumns;
-    double* sums_of_mass = job.partials + index * args.rhs;
-    for (int64_t t = 0; t < args.rhs; ++t) sums_of_mass[t] = 0;
+    double* masses = job.partials + index * args.rhs;
+    for (int64_t t = 0; t < args.rhs; ++t) masses[t] = 0;
 
-    Row<F> rows[kRows];
-    F gates[kRows * kLinearColumns], sums[2][kRows][kLinearColumns], buffer[kLinearColumns];
+    F x_buffer[kRows][kLinearColumns], factor[kRows][kLinearColumns], gate[kRows][kLinearColumns];
+    F sums[2][kRows][kLinearColumns], buffer[kLinearColumns];
     for (int64_t row = begin; row < end; row += kRows) {
         const int64_t count = min64(kRows, end - row);
+        const F* x[kRows];
         for (int64_t r = 0; r < count; ++r) {
-            prepare_row(job, b * args.rows + row + r, column, n, rows[r]);
-            for (int64_t i = 0; i < kLinearColumns; ++i) gates[r * kLinearColumns + i] = rows[r].gate[i];
+            const int64_t x_row = b * args.rows + row + r;
+            x[r] = load(args.x, x_row * args.width + column, n, x_buffer[r]);
+            prepare_row(job, x[r], x_row, column, n, gate[r], factor[r]);
         }
         for (int64_t t = 0; t < job.groups; ++t) {
             const int64_t first = (t * args.batch + b) * args.rows + row;
-            const Coefficient* from = c + first * args.depth;
-            const int64_t side = side_rows * args.depth;
-            panel_of<P>(job.sides, count, from, side, args.depth, weights, gates, &sums[0][0][0]);
-            F mass_p = 0, mass_n = 0;
+            panel_of<P>(job.sides, count, c + first * args.depth, side_rows * args.depth, args.depth, weights,
+                        gate[0], sums[0][0]);
             for (int64_t r = 0; r < count; ++r) {
                 for (int64_t s = 0; s < job.sides; ++s) {
                     const int64_t offset = (first + s * side_rows + r) * args.width + column;
-                    F* out = target(args.out, offset, buffer);
                     F* __restrict sum = sums[s][r];
+                    F* __restrict out = target(args.out, offset, buffer);
                     RF_SIMD
-                    for (int64_t i = 0; i < n; ++i) sum[i] *= rows[r].factor[i];
-                    for (int64_t i = 0; i < n; ++i) out[i] = sum[i];
+                    for (int64_t i = 0; i < n; ++i) out[i] = sum[i] *= factor[r][i];
                     commit(args.out, offset, n, out);
                 }
                 if (args.mass.data == nullptr) continue;
-                const F *p = sums[0][r], *d = sums[1][r], *magnitude = rows[r].magnitude;
+                double *mass_p = masses + t, *mass_d = mass_p + job.groups;
                 if (args.contrast) {
-                    RF_SIMD_SUM(mass_p, mass_n)
-                    for (int64_t i = 0; i < n; ++i) {
-                        mass_p += magnitude[i] * absolute(p[i]);
-                        mass_n += magnitude[i] * absolute(p[i] - d[i]);
-                    }
+                    add_mass<F, true>(x[r], sums[0][r], sums[1][r], n, mass_p, mass_d);
                 } else {
-                    RF_SIMD_SUM(mass_p)
-                    for (int64_t i = 0; i < n; ++i) mass_p += magnitude[i] * absolute(p[i]);
-                    if (job.sides == 2) {
-                        RF_SIMD_SUM(mass_n)
-                        for (int64_t i = 0; i < n; ++i) mass_n += magnitude[i] * absolute(d[i]);
-                    }
+                    add_mass<F, false>(x[r], sums[0][r], nullptr, n, mass_p, nullptr);
+                    if (job.sides == 2) add_mass<F, false>(x[r], sums[1][r], nullptr, n, mass_d, nullptr);
                 }
             }
-            sums_of_mass[t] += static_cast<double>(mass_p);
-            if (job.sides == 2) sums_of_mass[t + job.groups] += static_cast<double>(mass_n);
         }
     }
 }
 
 template <class F>
 void statistics_task(int64_t row, const void* context, void* scratch) {
-    const Linear& job = *static_cast<const Linear*>(context);
+    const Linear<F>& job = *static_cast<const Linear<F>*>(context);
     const int64_t width = job.args.width;
     const F* x = load(job.args.x, row * width, width, static_cast<F*>(scratch));
-    const Statistics<F> s = row_statistics(x, width, job.args.eps);
-    double* to = const_cast<double*>(job.statistics) + row * 3;
-    to[0] = static_cast<double>(s.mean);
-    to[1] = static_cast<double>(s.inverse);
-    to[2] = static_cast<double>(s.inverse_absolute);
+    job.statistics[row] = row_statistics(x, width, job.args.eps);
 }
 
 template <class P>
@@ -363,34 +328,26 @@ void run(const LinearArgs& args) {
     const int64_t panels = ceil_div(args.width, kLinearColumns), chunks = ceil_div(args.rows, kTaskRows<P>);
     const int64_t tasks = args.batch * chunks * panels, rows = args.batch * args.rows;
     const bool pairs = args.rhs % 2 == 0;
-    Partials partials(tasks * args.rhs);
-    Partials statistics(args.norm ? rows * 3 : 0), parameters(args.norm ? 2 * args.width : 0);
-    const Linear job{args,
-                     panels,
-                     chunks,
-                     pairs ? args.rhs / 2 : args.rhs,
-                     pairs ? 2 : 1,
-                     statistics.data(),
-                     parameters.data(),
-                     partials.data()};
+    static_assert(sizeof(Statistics<F>) <= 3 * sizeof(double), "Partials holds them");
+    Partials partials(tasks * args.rhs), statistics(args.norm ? 3 * rows : 0);
+    Partials parameters(args.norm ? 2 * args.width : 0);
+    F* weight = reinterpret_cast<F*>(parameters.data());
+    const Linear<F> job{args,           panels,
+                        chunks,         pairs ? args.rhs / 2 : args.rhs,
+                        pairs ? 2 : 1,  reinterpret_cast<Statistics<F>*>(statistics.data()),
+                        weight,         weight + args.width,
+                        partials.data()};
     if (args.norm) {
         for (int64_t i = 0; i < args.width; ++i) {
-            parameters.data()[i] = args.weight.data ? load_one<double>(args.weight, i) : 1.0;
-            parameters.data()[args.width + i] = args.bias.data ? load_one<double>(args.bias, i) : 0.0;
+            job.weight[i] = args.weight.data ? load_one<F>(args.weight, i) : F(1);
+            job.bias[i] = args.bias.data ? load_one<F>(args.bias, i) : F(0);
         }
         parallel_for(rows, rows * args.width, args.threads, statistics_task<F>, &job,
                      static_cast<std::size_t>(args.width) * sizeof(F));
     }
     parallel_for(tasks, args.rhs * rows * args.width * args.depth, args.threads, linear_task<P>, &job, 0);
-    if (args.mass.data == nullptr) return;
-    const int64_t of_sample = chunks * panels;
-    for (int64_t t = 0; t < args.rhs; ++t)
-        for (int64_t b = 0; b < args.batch; ++b) {
-            double sum = 0;
-            for (int64_t i = b * of_sample; i < (b + 1) * of_sample; ++i)
-                sum += partials.data()[i * args.rhs + t];
-            store_one(args.mass, t * args.batch + b, sum);
-        }
+    if (args.mass.data)
+        store_masses(args.mass, 0, args.rhs, args.batch, job.partials, chunks * panels, args.rhs);
 }
 
 }  // namespace

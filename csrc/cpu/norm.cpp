@@ -4,20 +4,6 @@
 namespace rf::RF_ISA {
 namespace {
 
-// factor = sign(x) w / sigma(x) + |w| / sigma(|x|)
-template <class F>
-RF_INLINE void row_factor(const F* __restrict x, const F* __restrict weight, const Statistics<F>& s,
-                          int64_t width, F* __restrict factor) {
-    RF_SIMD
-    for (int64_t i = 0; i < width; ++i) {
-        const F w = weight[i];
-        const F signed_part = w * s.inverse;
-        const F upper = x[i] > 0 ? signed_part : F(0);
-        const F lower = x[i] < 0 ? signed_part : F(0);
-        factor[i] = upper - lower + absolute(w) * s.inverse_absolute;
-    }
-}
-
 struct Norm {
     const NormArgs& args;
     int64_t rows_per_chunk;

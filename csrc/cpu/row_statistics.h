@@ -1,4 +1,4 @@
-// Mean and deviations of one row of a LayerNorm's input.
+// One row of a LayerNorm's input: its statistics, and the factor of the pull-back.
 #pragma once
 
 #include "cpu/block.h"
@@ -51,6 +51,20 @@ RF_INLINE Statistics<F> row_statistics(const F* __restrict x, int64_t width, dou
         squares_absolute += static_cast<double>(sa);
     }
     return {mean, inverse_sigma<F>(squares, width, eps), inverse_sigma<F>(squares_absolute, width, eps)};
+}
+
+// factor = sign(x) w / sigma(x) + |w| / sigma(|x|)
+template <class F>
+RF_INLINE void row_factor(const F* __restrict x, const F* __restrict weight, const Statistics<F>& s,
+                          int64_t width, F* __restrict factor) {
+    RF_SIMD
+    for (int64_t i = 0; i < width; ++i) {
+        const F w = weight[i];
+        const F signed_part = w * s.inverse;
+        const F upper = x[i] > 0 ? signed_part : F(0);
+        const F lower = x[i] < 0 ? signed_part : F(0);
+        factor[i] = upper - lower + absolute(w) * s.inverse_absolute;
+    }
 }
 
 }  // namespace

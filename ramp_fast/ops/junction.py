@@ -21,9 +21,11 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # c_a, c_b, mass_a, mass_b
 
 
 def _split_equation(
-    c: Tensor, a: Tensor, b: Tensor, contrast: bool, a_dtype: torch.dtype, b_dtype: torch.dtype
+    c: Tensor, a: Tensor, b: Tensor, contrast: bool, a_dtype: torch.dtype, b_dtype: torch.dtype, relu: bool
 ) -> Parts:
     dtype = c.dtype
+    if relu:
+        c = torch.where(a.to(dtype) + b.to(dtype) > 0, 2 * c, torch.zeros((), dtype=dtype, device=c.device))
     c_a = torch.where(a > 0, 2 * c, torch.zeros((), dtype=dtype, device=c.device))
     c_b = torch.where(b > 0, 2 * c, torch.zeros((), dtype=dtype, device=c.device))
     mass_a = mass_equation(a.to(dtype), c_a, contrast)
@@ -41,25 +43,31 @@ def _parts(c: Tensor, a_dtype: torch.dtype, b_dtype: torch.dtype, mass_dtype: to
     )
 
 
-def _junction_reference(c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None) -> Parts:
+def _junction_reference(
+    c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None, relu: bool = False
+) -> Parts:
     c, a, b = same_layout((c,), (a, b))
-    return _split_equation(c.to(compute_dtype(c, a, b)), a, b, contrast, c.dtype, b_dtype or c.dtype)
+    return _split_equation(c.to(compute_dtype(c, a, b)), a, b, contrast, c.dtype, b_dtype or c.dtype, relu)
 
 
-def _junction_fake(c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None) -> Parts:
+def _junction_fake(
+    c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None, relu: bool = False
+) -> Parts:
     c, a, b = same_layout((c,), (a, b))
     return _parts(c, c.dtype, b_dtype or c.dtype, compute_dtype(c, a, b))
 
 
-def _junction_cpu(c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None) -> Parts:
+def _junction_cpu(
+    c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None, relu: bool = False
+) -> Parts:
     c, a, b = same_layout((c,), (a, b))
     parts = _parts(c, c.dtype, b_dtype or c.dtype, compute_dtype(c, a, b))
-    C.junction(c, a, b, *parts, contrast, get_num_threads())
+    C.junction(c, a, b, *parts, contrast, relu, get_num_threads())
     return parts
 
 
 _junction = register(
-    "junction(Tensor c, Tensor a, Tensor b, bool contrast, ScalarType? b_dtype=None)"
+    "junction(Tensor c, Tensor a, Tensor b, bool contrast, ScalarType? b_dtype=None, bool relu=False)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_junction_reference,
     fake=_junction_fake,
@@ -68,7 +76,9 @@ _junction = register(
 )
 
 
-def junction(c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None) -> Parts:
+def junction(
+    c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None, relu: bool = False
+) -> Parts:
     """Split coefficients at ``z = a + b``.
 
     Parameters
@@ -78,6 +88,8 @@ def junction(c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dty
     contrast : bool
     b_dtype : torch.dtype, optional
         What c_b is stored in; that of c by default.
+    relu : bool
+        The sum goes through a ReLU first: ``2 [a + b > 0] c`` is what is split.
 
     Returns
     -------
@@ -86,7 +98,7 @@ def junction(c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dty
     mass_a, mass_b : Tensor [T, B]
         As :func:`ramp_fast.ops.mass` of (a, c_a) and (b, c_b).
     """
-    return _junction(c, a, b, contrast, b_dtype)  # type: ignore[no-any-return]
+    return _junction(c, a, b, contrast, b_dtype, relu)  # type: ignore[no-any-return]
 
 
 def _merge_junction_reference(
@@ -106,9 +118,7 @@ def _merge_junction_reference(
     c = rescale_equation(first.to(dtype), first_scale.to(dtype), contrast)
     c = c + rescale_equation(second.to(dtype), second_scale.to(dtype), contrast)
     c = torch.empty_like(first, dtype=dtype).copy_(c)  # in the layout of its operands
-    if relu:
-        c = torch.where(a.to(dtype) + b.to(dtype) > 0, 2 * c, torch.zeros((), dtype=dtype, device=c.device))
-    return _split_equation(c, a, b, contrast, out_dtype, b_dtype or out_dtype)
+    return _split_equation(c, a, b, contrast, out_dtype, b_dtype or out_dtype, relu)
 
 
 def _merge_junction_fake(
@@ -179,7 +189,7 @@ def merge_junction(
     b_dtype : torch.dtype, optional
         What c_b is stored in; the promoted dtype of first and second by default, which is that of c_a.
     relu : bool
-        The sum goes through a ReLU first: ``2 [a + b > 0] c`` is what is split.
+        As for :func:`junction`.
 
     Returns
     -------

@@ -203,18 +203,19 @@ def _merge(o: Options) -> tuple[Any, ...]:
     return d.coefficient(*o.inner), d.scale(), second, d.scale(), o.contrast
 
 
+def _operands(d: Draw) -> tuple[Any, ...]:
+    a, b = d.sample(*d.o.inner), d.sample(*d.o.inner)
+    b = torch.where((a + b).abs() < 1e-2, a, b)  # whether their sum is positive must not hang on its rounding
+    return a, b, d.o.contrast, d.o.x_dtype if d.o.seed % 2 else None, d.o.seed % 4 > 1
+
+
 def _junction(o: Options) -> tuple[Any, ...]:
     d = Draw(o)
-    b_dtype = o.x_dtype if o.seed % 2 else None
-    return d.coefficient(*o.inner), d.sample(*o.inner), d.sample(*o.inner), o.contrast, b_dtype
+    return d.coefficient(*o.inner), *_operands(d)
 
 
 def _merge_junction(o: Options) -> tuple[Any, ...]:
-    d = Draw(o)
-    b_dtype = o.x_dtype if o.seed % 2 else None
-    a, b = d.sample(*o.inner), d.sample(*o.inner)
-    # whether their sum is positive must not hang on its rounding
-    return *_merge(o)[:4], a, torch.where((a + b).abs() < 1e-2, a, b), o.contrast, b_dtype, bool(o.seed % 4 > 1)
+    return *_merge(o)[:4], *_operands(Draw(o))
 
 
 def _norm(o: Options) -> tuple[Any, ...]:
@@ -362,7 +363,11 @@ CASES = {
         Case("mass", _mass, lambda x, c, contrast: (_uncancelled_mass(x, c, contrast),)),
         Case("rescale", _rescale, lambda *a: (_rescale_magnitude(*a),)),
         Case("merge", _merge, lambda *a: (_merge_magnitude(*a),)),
-        Case("junction", _junction, lambda c, a, b, contrast, _: _split_magnitude(c.abs(), a, b, contrast)),
+        Case(
+            "junction",
+            _junction,
+            lambda c, a, b, contrast, _, relu: _split_magnitude(c.abs() * (1 + relu), a, b, contrast),
+        ),
         Case(
             "merge_junction",
             _merge_junction,

@@ -21,7 +21,7 @@ from ramp_fast.kernels.norm import norm_pullback_kernel
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 NORM = {"RHS": 2, "WIDTH": 768, "EPS": 1e-6, "HAS_WEIGHT": True, "COMPUTE": tl.float32, "BLOCK": 1024}
-JUNCTION = {"RHS": 2, "CONTRAST": True, "COMPUTE": tl.float32, "BLOCK": junction.BLOCK}
+JUNCTION = {"RHS": 2, "CONTRAST": True, "RELU": True, "COMPUTE": tl.float32, "BLOCK": junction.BLOCK}
 SOURCES = {
     "norm_pullback": (
         norm_pullback_kernel,
