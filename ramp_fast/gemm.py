@@ -112,6 +112,22 @@ def _onednn(tensor: Tensor) -> bool:
     )
 
 
+# oneDNN multiplies a row by another routine where it is alone; from two rows on results were equal to the last bit.
+_FEW_ROWS = 8
+
+
+def by_sample(function: Callable[..., Tensor], rows: int, operands: tuple[Tensor, ...], axis: int) -> Tensor:
+    """``function(*operands)``, where samples along ``axis`` do not show in each other's results.
+
+    On CPUs a sample at a time where each has so few rows that library products would notice the others.
+    """
+    x = operands[0]
+    if x.device.type != "cpu" or rows >= _FEW_ROWS or x.shape[axis] == 1:
+        return function(*operands)
+    samples = zip(*(t.split(1, axis) for t in operands), strict=True)
+    return torch.cat([function(*sample) for sample in samples], axis)
+
+
 class Packed(Protocol):
     """Something with weights inside."""
 

@@ -67,26 +67,35 @@ class Plan:
         facts = Facts(self.precision)
         if node.kind in g.WEIGHTED:
             facts.positive_input = self._positive(node.operands[0], users)
-            if not facts.positive_input and _fuses_norm(node, users):
-                facts.norm = node.operands[0]
+            facts.norm = self._norm_below(node, users)
         elif node.kind == g.LAYER_NORM:
-            facts.above = any(
-                reader in carries and _fuses_norm(reader, users) and not self._positive(node, users)
-                for reader in users[node]
-            )
-        elif node.kind == g.ADD and len(node.sources) == 2:
-            # The branch is what only this sum reads; the shortcut has other readers as well.
-            single = [n for n in node.operands if len(users[n]) == 1]
-            facts.extra["branch"] = single[0] if len(single) == 1 else node.operands[1]
-            facts.extra["relu"] = next((u for u in users[node] if self._absorbed(u, users)), None)
-        elif node.kind == g.BATCH_NORM:
-            facts.extra["relu"] = next((u for u in users[node] if self._absorbed(u, users)), None)
+            facts.above = any(u in carries and self._norm_below(u, users) is node for u in users[node])
+        elif node.kind in (g.ADD, g.BATCH_NORM):
+            facts.relu = next((u for u in users[node] if self._absorbed(u, users)), None)
+            if len(node.sources) == 2:
+                # The branch is what only this sum reads; the shortcut has other readers as well.
+                single = [n for n in node.operands if len(users[n]) == 1]
+                facts.branch = single[0] if len(single) == 1 else node.operands[1]
         elif node.kind == g.ACTIVATION:
-            facts.extra["absorbed"] = self._absorbed(node, users)
+            facts.absorbed = self._absorbed(node, users)
         elif node.kind in (g.MAX_POOL, g.EXTREME):
             form = self.rule.maxpool
-            facts.extra["divided"] = residual if form == "auto" else form == "divided"
+            facts.divided = residual if form == "auto" else form == "divided"
         return facts
+
+    def _norm_below(self, linear: Node, users: dict[Node, list[Node]]) -> Node | None:
+        """The LayerNorm whose pull-back the step of ``linear`` does as well."""
+        norm = linear.operands[0] if linear.kind == g.LINEAR else None
+        fuses = (
+            norm is not None
+            and norm.kind == g.LAYER_NORM
+            and norm.params["dims"] == 1
+            and len(users[norm]) == 1
+            and norm.batch.leading
+            and norm.batch.inner == 1
+            and not self._positive(norm, users)
+        )
+        return norm if fuses else None
 
     def _absorbed(self, node: Node, users: dict[Node, list[Node]]) -> bool:
         """Whether ``node`` is a ReLU that the step below computes in its own pass: a BatchNorm, or a residual sum.
@@ -169,7 +178,8 @@ class Plan:
         if step.operation is None:
             return 0
         size = self.precision.forward.itemsize
-        total = _count(step.node.example) * size if step.node in self.needed and _owns_memory(step.node) else 0
+        stored = step.node in self.needed and _owns_memory(step.node) and not step.operation.facts.absorbed
+        total = _count(step.node.example) * size if stored else 0
         if step.carries:
             total += sum(_count(shape) * dtype.itemsize for shape, dtype in step.operation.keeps())
         return total // max(_batch(self.graph), 1)
@@ -220,18 +230,6 @@ def _static_constants(graph: Graph) -> set[Node]:
         if node.kind == g.CONST and all(r.kind == g.PARAM or r in static for r in node.references()):
             static.add(node)
     return static
-
-
-def _fuses_norm(linear: Node, users: dict[Node, list[Node]]) -> bool:
-    norm = linear.operands[0]
-    return (
-        linear.kind == g.LINEAR
-        and norm.kind == g.LAYER_NORM
-        and norm.params["dims"] == 1
-        and len(users[norm]) == 1
-        and norm.batch.leading
-        and norm.batch.inner == 1
-    )
 
 
 _NEVER_NEGATIVE = frozenset({"relu", "sigmoid", "hardsigmoid", "abs", "square", "exp", "softplus", "sqrt", "rsqrt"})

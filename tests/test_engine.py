@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import types
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -244,39 +246,61 @@ def test_micro_batch(name: str, precision: str) -> None:
     assert relative(several.maps[:, 0], one.maps) < MICRO_BATCH[precision]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_groups_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches: list[int] = []
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of what goes through the engine's plans; every trial of groups finds them faster."""
+    sizes: list[int] = []
 
     def watched(plan: Plan, batch: Tensor, seed: runtime.Seed) -> tuple[Tensor, Tensor]:
-        batches.append(batch.shape[0])
+        sizes.append(batch.shape[0])
         return runtime.run(plan, batch, seed)
 
+    readings = itertools.cycle([0.0, 1.0, 3.0])  # before the group, after it, after the images alone
+    monkeypatch.setattr(runtime, "time", types.SimpleNamespace(perf_counter=lambda: next(readings)))
     monkeypatch.setattr(engine_module, "run", watched)
+    return sizes
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_groups_change_no_bit(name: str, batches: list[int]) -> None:
     one = Engine(FAMILIES[name](), precision="mixed", micro_batch=1).attribute(images(7), 3)
+    four = Engine(FAMILIES[name](), precision="mixed", micro_batch=4).attribute(images(7), 3)
+    same = torch.equal(four.maps, one.maps) and torch.equal(four.logits, one.logits)  # up to the processor's library
     engine = Engine(FAMILIES[name](), precision="mixed")
-    for expected in ([1] * 7, [1] * 7, [4, 1, 1, 1]):
+    for grouped in (False, False, same):  # the trial comes with the third call
+        expected = [4, 1, 1, 1] if grouped else [1] * 7
         batches.clear()
         again = engine.attribute(images(7), 3)
-        # the trial comes with the third call; where groups are no faster images go on one by one
-        assert batches in (expected, [1] * 7)
+        assert batches == expected
         assert torch.equal(again.maps, one.maps)
         assert torch.equal(again.logits, one.logits)
 
 
-def test_images_go_one_by_one_where_groups_would_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["maps", "logits"])
+def test_images_go_one_by_one_where_groups_would_change_a_bit(
+    where: str, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = runtime.run
 
     def sensitive(plan: Plan, batch: Tensor, seed: runtime.Seed) -> tuple[Tensor, Tensor]:
         maps, logits = real(plan, batch, seed)
-        return maps * (1 + 1e-6 * (batch.shape[0] > 1)), logits
+        grown = 1 + 1e-6 * (batch.shape[0] > 1)
+        return (maps * grown, logits) if where == "maps" else (maps, logits * grown)
 
     monkeypatch.setattr(runtime, "run", sensitive)
-    monkeypatch.setattr(engine_module, "run", sensitive)
     engine = Engine(FAMILIES["vit"](), precision="mixed")
-    first = engine.attribute(images(8), 3)
     for _ in range(3):
-        assert torch.equal(engine.attribute(images(8), 3).maps, first.maps)
+        engine.attribute(images(8), 3)
+    assert batches == [1] * 24
+
+
+def test_images_go_one_by_one_where_groups_are_slower(batches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = itertools.cycle([0.0, 2.0, 3.0])
+    monkeypatch.setattr(runtime, "time", types.SimpleNamespace(perf_counter=lambda: next(readings)))
+    engine = Engine(FAMILIES["vit"](), precision="mixed")
+    for _ in range(3):
+        engine.attribute(images(8), 3)
+    assert batches == [1] * 24
 
 
 def test_no_images(family: Engine) -> None:

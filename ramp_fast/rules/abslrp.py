@@ -108,9 +108,9 @@ class AbsLRP:
         """The operation of ``node`` under this rule."""
         if node.kind == g.MOVE:
             return (Join if node.params["how"] in ("cat", "stack") else Move)(node, facts)
-        facts.extra.update(gated=self.gates_attention, shares=self.shares)
+        facts.gated, facts.shares = self.gates_attention, self.shares
         if node.kind == g.ACTIVATION and node.params["how"] == "relu":
-            return (Absorbed if facts.extra.get("absorbed") else Relu)(node, facts)
+            return (Absorbed if facts.absorbed else Relu)(node, facts)
         return TABLE[node.kind](node, facts)
 
     def leave(self, node: Node, contribution: Contribution) -> Contribution:
@@ -213,16 +213,10 @@ class _Weighted(Operation, GenericType[Pullback]):
         return self.by_sample(self.forward_map, values[self.node.operands[0]], 0), None
 
     def by_sample(self, function: Callable[[Tensor], Tensor], x: Tensor, axis: int) -> Tensor:
-        """``function(x)``, a sample at a time where each has so few rows that library products would notice others."""
+        """``function(x)`` with samples along ``axis``, which do not show in each other's results."""
         shape = self.node.example
         rows = math.prod(shape[1:-1] if self.node.kind == g.LINEAR else shape[2:])
-        if rows >= _FEW_ROWS or not self.node.batch.leading or x.shape[axis] == 1:
-            return function(x)
-        return torch.cat([function(part) for part in x.split(1, axis)], axis)
-
-
-# oneDNN multiplies a row by another routine where it is alone; from two rows on results were equal to the last bit.
-_FEW_ROWS = 8
+        return gemm.by_sample(function, rows, (x,), axis) if self.node.batch.leading else function(x)
 
 
 class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
@@ -404,7 +398,7 @@ class BatchNorm(_Diagonal):
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         x = values[self.node.operands[0]]
-        relu = self.facts.extra.get("relu")
+        relu = self.facts.relu
         cap = relu.params["cap"] if relu is not None else math.inf
         return ops.affine_factor(x, self.gain, self.shift, relu is not None, cap, self.facts.precision.pullback)
 
@@ -561,11 +555,11 @@ class Add(Operation):
     pullback_kernel = "junction"
 
     def needs(self) -> list[Node]:
-        own = [self.node] if self.facts.extra.get("relu") is not None else []
+        own = [self.node] if self.facts.relu is not None else []
         return [n for n in self.node.operands if not n.constant] + own
 
     def forward(self, values: Values) -> tuple[Any, Any]:
-        relu = self.facts.extra.get("relu")
+        relu = self.facts.relu
         if relu is not None:
             return values.call(self.node).clamp_(0, relu.params["cap"]), None
         constant = self._added_to_scores(values)
@@ -584,8 +578,8 @@ class Add(Operation):
         return constant if isinstance(constant, Tensor) and constant.is_floating_point() else None
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        shares = self.facts.extra["shares"]
-        relu = self.facts.extra.get("relu") is not None
+        shares = self.facts.shares
+        relu = self.facts.relu is not None
         if not plain_sum(self.node):
             yield from self._general(self.merged(parts, values, book), values, book, shares)
             return
@@ -593,26 +587,19 @@ class Add(Operation):
         a, b = values[first], values[second]
         rows = book.rows(parts[0].c, self.node.batch)
         flat_a, flat_b = rows.of(a, 0), rows.of(b, 0)
+        # What goes into the branch's products is stored as they read it.
+        narrow = self.facts.precision.pullback if self.facts.branch is second else None
         if len(parts) == 2:
             x = values[self.node]
             scales = [book.scale(x, p, self.node.batch) for p in parts]
             target = scales[0][1] + scales[1][1]
-            c_a, c_b, m_a, m_b = ops.merge_junction(
-                rows.of(parts[0].c, 1),
-                scales[0][0],
-                rows.of(parts[1].c, 1),
-                scales[1][0],
-                flat_a,
-                flat_b,
-                book.contrast,
-                self.facts.precision.pullback if self.facts.extra.get("branch") is second else None,
-                relu,
-            )
+            c, d = (rows.of(p.c, 1) for p in parts)
+            split = ops.merge_junction(c, scales[0][0], d, scales[1][0], flat_a, flat_b, book.contrast, narrow, relu)
         else:
             part = self.merged(parts, values, book)
             target = part.target
-            c = book.gate(part.c, values[self.node], self.node.batch) if relu else part.c
-            c_a, c_b, m_a, m_b = ops.junction(rows.of(c, 1), flat_a, flat_b, book.contrast)
+            split = ops.junction(rows.of(part.c, 1), flat_a, flat_b, book.contrast, narrow, relu)
+        c_a, c_b, m_a, m_b = split
         like = parts[0].c
         t_a, t_b = _share(target, [m_a, m_b], shares)
         yield Flow(first, Contribution(rows.back(c_a, like), t_a, m_a))
@@ -660,7 +647,7 @@ class Mul(Operation):
         for operand, x, other in ((first, a, b), (second, b, a)):
             own = reduce_to(c * other.abs().to(c.dtype), x.shape)
             flows.append((operand, own, book.mass(x, own, operand.batch)))
-        targets = _share(part.target, [m for _, _, m in flows], self.facts.extra["shares"])
+        targets = _share(part.target, [m for _, _, m in flows], self.facts.shares)
         for (node, own, actual), target in zip(flows, targets, strict=True):
             yield Flow(node, Contribution(own, target, actual))
 
@@ -677,7 +664,7 @@ class Matmul(Operation):
 
     @property
     def _gates_output(self) -> bool:
-        return bool(self.facts.extra["gated"]) and self.node.params["role"] == "attend"
+        return self.facts.gated and self.node.params["role"] == "attend"
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = self.merged(parts, values, book)
@@ -687,7 +674,7 @@ class Matmul(Operation):
             c = _gate(c, values[self.node])
         first, second = self.node.operands
         a, b = values[first], values[second]
-        only_positive = self.facts.extra["gated"] and self.node.params["role"] == "scores"
+        only_positive = self.facts.gated and self.node.params["role"] == "scores"
         c_a = pull_product(c, b.mT, a, dtype, only_positive, lambda u, v: u @ v)
         c_b = pull_product(c, a.mT, b, dtype, only_positive, lambda u, v: v @ u)
         flows = [
@@ -695,7 +682,7 @@ class Matmul(Operation):
             (second, reduce_to(c_b, b.shape)),
         ]
         masses = [book.mass(values[n], own, n.batch) for n, own in flows]
-        targets = _share(part.target, masses, self.facts.extra["shares"])
+        targets = _share(part.target, masses, self.facts.shares)
         for (node, own), target, actual in zip(flows, targets, masses, strict=True):
             yield Flow(node, Contribution(own, target, actual))
 
@@ -757,7 +744,7 @@ class Attention(Operation):
         self.pullback_kernel = "attention_pullback" if self._fused else "products"
 
     def needs(self) -> list[Node]:
-        own = [self.node] if self.facts.extra["gated"] else []
+        own = [self.node] if self.facts.gated else []
         return list(self.node.operands) + own
 
     def forward(self, values: Values) -> tuple[Any, Any]:
@@ -770,15 +757,13 @@ class Attention(Operation):
                 q, k, v, mask, 0.0, p["causal"], scale=p["scale"], enable_gqa=p["grouped"]
             )
 
-        # As few rows in products: a sample at a time, or others in the batch would show.
-        if mask is None and q.shape[-2] < _FEW_ROWS and q.shape[0] == k.shape[0]:
-            samples = zip(q.split(1), k.split(1), v.split(1), strict=True)
-            return torch.cat([attend(*sample) for sample in samples]), None
+        if mask is None and q.shape[0] == k.shape[0]:
+            return gemm.by_sample(attend, q.shape[-2], (q, k, v), 0), None
         return attend(q, k, v), None
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = self.merged(parts, values, book)
-        shares = self.facts.extra["shares"]
+        shares = self.facts.shares
         pulled = (self._in_one_step if self._fused else self._by_products)(part.c, values, book)
         t_a, t_v = _share(part.target, [pulled.m_a, pulled.m_v], shares)
         if pulled.m_bias is not None:
@@ -801,7 +786,7 @@ class Attention(Operation):
 
     def _in_one_step(self, c: Tensor, values: Values, book: Bookkeeping) -> _Pulled:
         q, k, v = (values[n] for n in self.node.operands)
-        gated = self.facts.extra["gated"]
+        gated = self.facts.gated
         out = values[self.node] if gated else q  # only read where gated
         c = c.to(self.facts.precision.pullback)
         # Heads are all axes between the first and the last two: none, one, or heads and windows.
@@ -815,7 +800,7 @@ class Attention(Operation):
         return _Pulled(c_q, c_k, c_v, *masses.unflatten(-1, (book.batch, -1)).sum(-1))
 
     def _by_products(self, c: Tensor, values: Values, book: Bookkeeping) -> _Pulled:
-        p, gated = self.node.params, self.facts.extra["gated"]
+        p, gated = self.node.params, self.facts.gated
         dtype = self.facts.precision.pullback
         nodes, axis = self.node.operands, self.node.batch
         q, k, v = (values[n] for n in nodes)
@@ -938,7 +923,7 @@ class MaxPool(Operation):
     def needs(self) -> list[Node]:
         if self.tiles:
             return [self.node.operands[0]]
-        return [] if self.facts.extra["divided"] else [self.node]
+        return [] if self.facts.divided else [self.node]
 
     def _arguments(self) -> tuple[Any, ...]:
         p = self.node.params
@@ -958,14 +943,14 @@ class MaxPool(Operation):
 
     def _tiled(self, c: Tensor, values: Values, kept: Any) -> Tensor:
         x = values[self.node.operands[0]].permute(0, 2, 3, 1)
-        out = ops.max_pool_pullback(c.permute(0, 1, 3, 4, 2), x, *self.window, self.facts.extra["divided"])
+        out = ops.max_pool_pullback(c.permute(0, 1, 3, 4, 2), x, *self.window, self.facts.divided)
         return out.permute(0, 1, 4, 2, 3)
 
     def _indexed(self, narrow: Tensor, values: Values, kept: Any) -> Tensor:
         indices, shape, plain = kept
         wide = self.facts.precision.accumulate
         c = narrow.to(wide)
-        if not self.facts.extra["divided"]:
+        if not self.facts.divided:
             c = c * values[self.node].to(wide)
         layout = torch.contiguous_format if plain else torch.channels_last
         like = torch.empty(shape, dtype=wide, device=c.device).contiguous(memory_format=layout)
@@ -1010,12 +995,12 @@ class Bilinear(Operation):
     pullback_kernel = "autograd"
 
     def needs(self) -> list[Node]:
-        gated = self.facts.extra["gated"] and self.node.params["role"] == "attend"
+        gated = self.facts.gated and self.node.params["role"] == "attend"
         return [*self.node.operands, *([self.node] if gated else [])]
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = self.merged(parts, values, book)
-        gated, role = self.facts.extra["gated"], self.node.params["role"]
+        gated, role = self.facts.gated, self.node.params["role"]
         c = part.c.to(self.facts.precision.accumulate)
         if gated and role == "attend":
             c = _gate(c, values[self.node])
@@ -1034,7 +1019,7 @@ class Bilinear(Operation):
             pull(b, a, lambda u, v: torch.einsum(equation, v, u)),
         ]
         masses = [book.mass(x, o, n.batch) for x, o, n in zip((a, b), own, self.node.operands, strict=True)]
-        targets = _share(part.target, masses, self.facts.extra["shares"])
+        targets = _share(part.target, masses, self.facts.shares)
         for node, o, target, actual in zip(self.node.operands, own, targets, masses, strict=True):
             yield Flow(node, Contribution(o.to(part.c.dtype), target, actual))
 
@@ -1065,13 +1050,13 @@ class Extreme(_AtPoint):
     """The largest (or smallest) of several entries, as max-pooling: ``c`` (or ``z c``) goes to the chosen one."""
 
     def needs(self) -> list[Node]:
-        return super().needs() + ([] if self.facts.extra["divided"] else [self.node])
+        return super().needs() + ([] if self.facts.divided else [self.node])
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = self.merged(parts, values, book)
         source = self.node.operands[0]
         c = part.c.to(self.facts.precision.accumulate)
-        if not self.facts.extra["divided"]:
+        if not self.facts.divided:
             c = c * values[self.node].to(c.dtype)
         yield Flow(source, Contribution(self.pull(values[source], c, values).to(part.c.dtype), part.target))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -36,15 +36,30 @@ class Facts:
         The LayerNorm whose output a linear layer alone reads: the layer's step pulls back through both.
     above : bool
         Of that LayerNorm: the step above does its pull-back.
-    extra : dict
-        What only one kind of operation needs to know.
+    relu : Node or None
+        Of a sum or a BatchNorm: the ReLU that is computed with it.
+    absorbed : bool
+        Of that ReLU.
+    branch : Node or None
+        Of a residual sum: the operand that is not the shortcut.
+    divided : bool
+        Of pools that take a largest entry: ``c`` goes to it, not ``z c``.
+    gated : bool
+        Only positive head outputs, queries and keys carry relevance (rule).
+    shares : {"kept", "equal"}
+        How relevance is shared at junctions (rule).
     """
 
     precision: Precision
     positive_input: bool = False
     norm: Node | None = None
     above: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
+    relu: Node | None = None
+    absorbed: bool = False
+    branch: Node | None = None
+    divided: bool = True
+    gated: bool = True
+    shares: str = "kept"
 
 
 class Values:
