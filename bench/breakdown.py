@@ -16,7 +16,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import timm
@@ -27,6 +27,7 @@ from ramp_fast import Engine
 from ramp_fast import graph as g
 from ramp_fast.gemm import Matrix
 from ramp_fast.graph import Node
+from ramp_fast.rules.moves import Parts
 
 SIDES = 2  # right-hand sides with contrast
 
@@ -70,7 +71,8 @@ def measure(
         def call(*args: Any) -> Any:
             start = time.perf_counter()
             result = function(*args)
-            result = list(result) if key[1] else result  # a pull-back yields
+            if isinstance(result, Iterator):
+                result = list(result)  # a pull-back yields
             spent[key] += time.perf_counter() - start
             return result
 
@@ -79,8 +81,9 @@ def measure(
     operations = [(s.node, s.operation) for s in engine.plan.steps if s.operation is not None]
     for node, operation in operations:
         operation.forward = timed((node, False), operation.forward)  # type: ignore[method-assign]
-        if hasattr(operation, "pullback"):
-            operation.pullback = timed((node, True), operation.pullback)  # type: ignore[method-assign]
+        operation.pullback = timed((node, True), operation.pullback)  # type: ignore[method-assign]
+        if isinstance(operation, Parts):
+            operation.join = timed((node, True), operation.join)  # type: ignore[method-assign]
     steps: dict[Any, list[float]] = defaultdict(list)
     whole, own = [], []
     for _ in range(rounds):
@@ -99,10 +102,10 @@ def measure(
     return medians, scale * statistics.median(whole), scale * statistics.median(own)
 
 
-def table(engine_steps: dict[Any, float], whole: float, rates: dict[bool, float]) -> list[tuple[str, float, float]]:
+def table(steps: dict[Any, float], whole: float, rates: dict[bool, float]) -> list[tuple[str, float, float]]:
     """Rows of (what, milliseconds, floor), the slowest first."""
     rows: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for (node, backward), ms in engine_steps.items():
+    for (node, backward), ms in steps.items():
         name = f"{node.kind}, {'pull-back' if backward else 'forward'}"
         rows[name][0] += ms
         rows[name][1] += 1e3 * flops(node, backward) / rates[backward]
