@@ -1,4 +1,4 @@
-// Bindings: mass, rescale, merge, junction, merge_junction.
+// Bindings: mass, rescale, rescale_parts, merge, junction, merge_junction.
 #include "bind/bind.h"
 #include "cpu/dispatch.h"
 
@@ -11,6 +11,8 @@ CombineArgs prepare(const TensorView& first, bool contrast, int threads) {
     args.rhs = first.size(0);
     args.batch = first.size(1);
     args.inner = first.product(2, first.ndim());
+    args.parts = 1;
+    args.part_width = args.inner;
     args.contrast = contrast;
     args.first = first.operand();
     args.threads = threads;
@@ -39,6 +41,20 @@ void rescale(py::handle c_, py::handle scale_, py::handle out_, bool contrast, i
     c.same_layout(1, out, 1);
     out.same_layout(1, c, 1).matches(0, c, 0, 1);
     check_per_sample(scale, c);
+    args.first_scale = scale.operand();
+    args.out = out.operand();
+    run(args);
+}
+
+void rescale_parts(py::handle c_, py::handle scale_, py::handle out_, bool contrast, int threads) {
+    const TensorView c(c_, "c"), scale(scale_, "scale"), out(out_, "out");
+    CombineArgs args = prepare(c, contrast, threads);
+    if (c.ndim() != 5) fail(c.describe() + " must be [T, B, rows, parts, width]");
+    c.contiguous();
+    out.matches(0, c, 0, 5).contiguous();
+    scale.shaped({c.size(0), c.size(1), c.size(3)}).contiguous();
+    args.parts = c.size(3);
+    args.part_width = c.size(4);
     args.first_scale = scale.operand();
     args.out = out.operand();
     run(args);
@@ -111,6 +127,7 @@ void merge_junction(py::handle first_, py::handle first_scale_, py::handle secon
 void register_junction(py::module_& m) {
     m.def("mass", &mass);
     m.def("rescale", &rescale);
+    m.def("rescale_parts", &rescale_parts);
     m.def("merge", &merge);
     m.def("junction", &junction);
     m.def("merge_junction", &merge_junction);

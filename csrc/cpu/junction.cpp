@@ -74,8 +74,10 @@ void combine_chunk(int64_t index, const void* context, void*) {
     for (int64_t t = 0; t < 2 * args.rhs; ++t) sums_a[t] = 0;
 
     F buffer_a[kBlock], buffer_b[kBlock], in_p[kBlock], in_d[kBlock], scaled_p[kBlock], scaled_d[kBlock];
-    for (int64_t start = begin; start < end; start += kBlock) {
-        const int64_t n = min64(kBlock, end - start);
+    int64_t n;
+    for (int64_t start = begin; start < end; start += n) {
+        n = min64(min64(kBlock, end - start), args.part_width - start % args.part_width);
+        const int64_t part = start / args.part_width % args.parts;
         const F* a = args.a.data ? load(args.a, b * args.inner + start, n, buffer_a) : nullptr;
         const F* other = args.b.data ? load(args.b, b * args.inner + start, n, buffer_b) : nullptr;
         for (int64_t t = 0; t < job.groups; ++t) {
@@ -91,8 +93,8 @@ void combine_chunk(int64_t index, const void* context, void*) {
             const F* p = load(args.first, row, n, in_p);
             const F* d = contrast ? load(args.first, row_d, n, in_d) : nullptr;
             if (args.first_scale.data) {
-                const F scale_p = load_one<F>(args.first_scale, cell);
-                const F scale_n = contrast ? load_one<F>(args.first_scale, cell_d) : F(0);
+                const F scale_p = load_one<F>(args.first_scale, cell * args.parts + part);
+                const F scale_n = contrast ? load_one<F>(args.first_scale, cell_d * args.parts + part) : F(0);
                 scale_into<F, contrast, false>(p, d, scale_p, scale_n, n, to_p, to_d);
                 p = to_p;
                 d = to_d;

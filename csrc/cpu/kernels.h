@@ -30,7 +30,8 @@ struct CombineArgs {
     bool gate;                          // false: mass_a is that of c itself
     bool relu;                          // c <- 2 [a + b > 0] c before it is split
     Operand first, second;              // [T, B, inner]
-    Operand first_scale, second_scale;  // [T, B]
+    Operand first_scale, second_scale;  // [T, B]; with parts first_scale is [T, B, parts]
+    std::int64_t parts, part_width;     // c is [T, B, ..., parts, part_width]
     Operand out;                        // [T, B, inner]
     Operand a, b;                       // [B, inner]
     Operand c_a, c_b;                   // [T, B, inner]

@@ -19,7 +19,7 @@ from ramp_fast.ops.junction import junction, merge_junction
 from ramp_fast.ops.linear import linear_norm_pullback, linear_pullback, pack_panels
 from ramp_fast.ops.max_pool import max_pool_pullback
 from ramp_fast.ops.norm import norm_pullback
-from ramp_fast.ops.scaling import gate, mass, merge, rescale, scale_by
+from ramp_fast.ops.scaling import gate, mass, merge, rescale, rescale_parts, scale_by
 
 __all__ = [
     "BACKENDS",
@@ -39,6 +39,7 @@ __all__ = [
     "norm_pullback",
     "pack_panels",
     "rescale",
+    "rescale_parts",
     "scale_by",
     "set_backend",
     "set_cpu_isa",

@@ -1,4 +1,4 @@
-"""Masses and scalings of coefficients: ``mass``, ``rescale``, ``merge``, ``scale_by``, ``gate``.
+"""Masses and scalings of coefficients: ``mass``, ``rescale``, ``rescale_parts``, ``merge``, ``scale_by``, ``gate``.
 
 With ``contrast`` the leading axis of a coefficient holds T/2 rows P (positive) and then T/2 rows D = P - N, and
 that of masses and scales the values of P and then of N.
@@ -100,6 +100,48 @@ def rescale(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
     Tensor [T, B, ...] in the dtype of c
     """
     return _rescale(c, scale, contrast)  # type: ignore[no-any-return]
+
+
+def _rescale_parts_reference(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
+    dtype = compute_dtype(c, scale)
+    # with parts in the place of samples
+    by_part = c.movedim(3, 2).flatten(1, 2).to(dtype)
+    scaled = rescale_equation(by_part, scale.flatten(1).to(dtype), contrast).to(c.dtype)
+    return torch.unflatten(scaled, 1, (c.shape[1], c.shape[3])).movedim(2, 3).contiguous()
+
+
+def _rescale_parts_fake(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
+    return torch.empty_like(c, memory_format=torch.contiguous_format)
+
+
+def _rescale_parts_cpu(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
+    out = _rescale_parts_fake(c, scale, contrast)
+    C.rescale_parts(c.contiguous(), scale.contiguous(), out, contrast, get_num_threads())
+    return out
+
+
+_rescale_parts = register(
+    "rescale_parts(Tensor c, Tensor scale, bool contrast) -> Tensor",
+    reference=_rescale_parts_reference,
+    fake=_rescale_parts_fake,
+    cpu=_rescale_parts_cpu,
+)
+
+
+def rescale_parts(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
+    """:func:`rescale` for parts that lie side by side, each with its own scale.
+
+    Parameters
+    ----------
+    c : Tensor [T, B, rows, parts, width]
+    scale : Tensor [T, B, parts]
+    contrast : bool
+
+    Returns
+    -------
+    Tensor [T, B, rows, parts, width] in the dtype of c
+    """
+    return _rescale_parts(c, scale, contrast)  # type: ignore[no-any-return]
 
 
 def _merge_reference(

@@ -24,7 +24,7 @@ from ramp_fast import gemm, ops
 from ramp_fast import graph as g
 from ramp_fast.graph import Node
 from ramp_fast.relevance import Bookkeeping, Contribution, divide, total
-from ramp_fast.rules.base import Facts, Flow, Operation, Values, reduce_to, vjp
+from ramp_fast.rules.base import Facts, Flow, Operation, Values, reduce_to, stacked_view, vjp
 from ramp_fast.rules.moves import Join, Move, Part, Parts
 
 aten = torch.ops.aten
@@ -769,10 +769,26 @@ class Attention(Operation):
         if pulled.m_bias is not None:
             t_a = _share(t_a, pulled.m_bias, shares)[0]
         t_q, t_k = _share(t_a, [pulled.m_q, pulled.m_k], shares)
-        flows = ((pulled.c_q, t_q, pulled.m_q), (pulled.c_k, t_k, pulled.m_k), (pulled.c_v, t_v, pulled.m_v))
-        for node, (c, target, actual) in zip(self.node.operands, flows, strict=True):
+        targets, actual = [t_q, t_k, t_v], [pulled.m_q, pulled.m_k, pulled.m_v]
+        flows = self._scaled([pulled.c_q, pulled.c_k, pulled.c_v], targets, actual, book)
+        for node, contribution in zip(self.node.operands, flows, strict=True):
             if not node.constant:
-                yield Flow(node, Contribution(c, target, actual))
+                yield Flow(node, contribution)
+
+    def _scaled(
+        self, own: list[Tensor], targets: list[Tensor], masses: list[Tensor], book: Bookkeeping
+    ) -> list[Contribution]:
+        """Contributions of Q, K and V; scaled in one pass where they lie in one buffer, as a qkv layer's outputs do."""
+        whole = None
+        if self._fused and self.facts.shares == "kept":
+            whole = stacked_view([c.movedim(-3, -2) for c in own], own[0].dim() - 2)  # [T, B, ..., N, 3, H, D]
+        if whole is None or not whole.is_contiguous():
+            return [Contribution(*each) for each in zip(own, targets, masses, strict=True)]
+        alive = [target * (mass > 0) for target, mass in zip(targets, masses, strict=True)]
+        scale = torch.stack([divide(target, mass) for target, mass in zip(targets, masses, strict=True)], -1)
+        flat = whole.flatten(-2).view(whole.shape[0], book.batch, -1, 3, whole.shape[-2] * whole.shape[-1])
+        parts = ops.rescale_parts(flat, scale, book.contrast).view(whole.shape).unbind(-3)
+        return [Contribution(c.movedim(-2, -3), mass, mass) for c, mass in zip(parts, alive, strict=True)]
 
     @property
     def _fused(self) -> bool:

@@ -156,3 +156,24 @@ def reduce_to(c: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
         c = c.sum(tuple(range(1, 1 + lead)))
     axes = tuple(i + 1 for i, s in enumerate(shape) if s == 1 and c.shape[i + 1] != 1)
     return c.sum(axes, keepdim=True) if axes else c
+
+
+def stacked_view(pieces: list[Tensor], dim: int) -> Tensor | None:
+    """``torch.stack(pieces, dim)`` without a copy: None unless they lie at equal distances in one buffer."""
+    first = pieces[0]
+    step = pieces[1].storage_offset() - first.storage_offset() if len(pieces) > 1 else 0
+    for i, piece in enumerate(pieces):
+        if (
+            piece.dtype != first.dtype
+            or piece.shape != first.shape
+            or piece.stride() != first.stride()
+            or piece.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or piece.storage_offset() != first.storage_offset() + i * step
+        ):
+            return None
+    if step <= 0:
+        return None
+    shape, stride = list(first.shape), list(first.stride())
+    shape.insert(dim, len(pieces))
+    stride.insert(dim, int(step))
+    return first.as_strided(shape, stride)

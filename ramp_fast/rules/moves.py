@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ramp_fast.graph import Node
 from ramp_fast.relevance import Bookkeeping, Contribution
-from ramp_fast.rules.base import Flow, Operation, Values, reduce_to, vjp
+from ramp_fast.rules.base import Flow, Operation, Values, reduce_to, stacked_view, vjp
 
 _Inverse = Callable[[Tensor, Node, torch.Size], Tensor]
 
@@ -134,16 +134,18 @@ class Parts(Operation):
 
     def join(self, pieces: dict[int, Tensor], kept: Any) -> Tensor:
         shape, shapes = kept
+        dim = self.node.params["dim"] + 1
+        unbound = self.node.params["how"] == "unbind"
+        if unbound and len(pieces) == shape[dim - 1]:
+            beside = stacked_view([pieces[i] for i in range(len(pieces))], dim)
+            if beside is not None:
+                return beside
         first = next(iter(pieces.values()))
         dtype = first.dtype
         for piece in pieces.values():
             dtype = torch.promote_types(dtype, piece.dtype)
         whole = first.new_empty(first.shape[0], *shape, dtype=dtype)
-        dim = self.node.params["dim"] + 1
-        if self.node.params["how"] == "unbind":
-            places = whole.unbind(dim)
-        else:
-            places = whole.split([s[dim - 1] for s in shapes], dim)
+        places = whole.unbind(dim) if unbound else whole.split([s[dim - 1] for s in shapes], dim)
         for i, place in enumerate(places):
             if i in pieces:
                 place.copy_(pieces[i])

@@ -119,9 +119,9 @@ class Draw:
             c[:, -1] = 0
         return c
 
-    def scale(self) -> Tensor:
+    def scale(self, *shape: int) -> Tensor:
         dtype = torch.float64 if self.o.arithmetic == torch.float64 else torch.float32
-        return self.normal(self.o.rhs, self.o.batch, dtype=dtype)
+        return self.normal(self.o.rhs, self.o.batch, *shape, dtype=dtype)
 
 
 def poison_memory(enabled: bool) -> None:
@@ -195,6 +195,18 @@ def _mass(o: Options) -> tuple[Any, ...]:
 def _rescale(o: Options) -> tuple[Any, ...]:
     d = Draw(o)
     return d.coefficient(*o.inner), d.scale(), o.contrast
+
+
+def _rescale_parts(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    *rows, width = o.rows
+    parts = 1 + o.seed % 3
+    return d.coefficient(math.prod(rows), parts, width), d.scale(parts), o.contrast
+
+
+def _parts_magnitude(c: Tensor, scale: Tensor, contrast: bool) -> tuple[Tensor, ...]:
+    parts = [_rescale_magnitude(c[..., i, :], scale[..., i], contrast) for i in range(c.shape[3])]
+    return (torch.stack(parts, 3),)
 
 
 def _merge(o: Options) -> tuple[Any, ...]:
@@ -362,6 +374,7 @@ CASES = {
     for case in [
         Case("mass", _mass, lambda x, c, contrast: (_uncancelled_mass(x, c, contrast),)),
         Case("rescale", _rescale, lambda *a: (_rescale_magnitude(*a),)),
+        Case("rescale_parts", _rescale_parts, _parts_magnitude),
         Case("merge", _merge, lambda *a: (_merge_magnitude(*a),)),
         Case(
             "junction",

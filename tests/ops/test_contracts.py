@@ -152,6 +152,8 @@ def _attention_of(
         (lambda: ops.mass(torch.zeros(2, 4), torch.zeros(2, 2, 5), False), "do not fit"),
         (lambda: ops.mass(torch.zeros(5), torch.zeros(5), False), r"must be \[T, B"),
         (lambda: ops.rescale(torch.zeros(2, 2, 5), torch.zeros(2, 3), False), "must have shape"),
+        (lambda: ops.rescale_parts(torch.zeros(2, 2, 5), torch.zeros(2, 2, 5), False), r"must be \[T, B, rows, parts"),
+        (lambda: ops.rescale_parts(torch.zeros(2, 2, 4, 3, 5), torch.zeros(2, 2, 5), False), "must have shape"),
         (lambda: ops.junction(torch.zeros(2, 2, 5), torch.zeros(2, 5), torch.zeros(2, 6), False), "do not fit"),
         (lambda: ops.norm_pullback(torch.zeros(2, 2, 5), torch.zeros(2, 5), torch.zeros(4), 1e-6), "must have shape"),
         (

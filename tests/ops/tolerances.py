@@ -20,6 +20,8 @@ COMPUTE = {
     # two products and two sums
     ("rescale", torch.float32): 4e-7,
     ("rescale", torch.float64): 1e-15,
+    ("rescale_parts", torch.float32): 4e-7,
+    ("rescale_parts", torch.float64): 1e-15,
     # twice that and a sum
     ("merge", torch.float32): 6e-7,
     ("merge", torch.float64): 2e-15,
