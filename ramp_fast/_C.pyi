@@ -82,7 +82,9 @@ def max_pool_pullback(
     threads: _Threads,
     /,
 ) -> None: ...
-def scale_by(c: Tensor, factor: Tensor, out: Tensor, gate: bool, threads: _Threads, /) -> None: ...
+def scale_by(
+    c: Tensor, factor: Tensor, n_scale: Tensor | None, out: Tensor, gate: bool, threads: _Threads, /
+) -> None: ...
 def affine_factor(
     x: Tensor,
     gain: Tensor,

@@ -31,11 +31,14 @@ class Contribution:
         The mass this relevance stands for, ``[T, B]`` (of P and N with contrast).
     actual : Tensor or None
         The mass of ``c`` as it is, where it is known already.
+    centred : bool
+        Whether the last step has centred it (:meth:`Bookkeeping.centred`).
     """
 
     c: Tensor
     target: Tensor
     actual: Tensor | None = None
+    centred: bool = False
 
 
 class Rows:
@@ -103,15 +106,19 @@ class Bookkeeping:
         rows = self.rows(c, axis)
         return rows.back(ops.rescale(rows.of(c, 1), scale, self.contrast), c)
 
-    def diagonal(self, c: Tensor, factor: Tensor, axis: BatchAxis) -> Tensor:
-        """``factor * c`` for a factor of the activation's shape, in the memory order of ``c``."""
-        rows = self.rows(c, axis)
-        return rows.back(ops.scale_by(rows.of(c, 1), rows.of(factor, 0)), c)
+    def diagonal(self, part: Contribution, factor: Tensor, axis: BatchAxis) -> Contribution:
+        """``factor * c`` for a factor of the activation's shape, centred, in the memory order of ``c``."""
+        rows = self.rows(part.c, axis)
+        c, flat = rows.of(part.c, 1), rows.of(factor, 0)
+        scaled = ops.scale_by(c, flat, self._centring(c, flat))
+        return Contribution(rows.back(scaled, part.c), part.target, centred=True)
 
-    def gate(self, c: Tensor, x: Tensor, axis: BatchAxis) -> Tensor:
-        """``2 [x > 0] c``, in the memory order of ``c``."""
-        rows = self.rows(c, axis)
-        return rows.back(ops.gate(rows.of(c, 1), rows.of(x, 0)), c)
+    def gate(self, part: Contribution, x: Tensor, axis: BatchAxis) -> Contribution:
+        """``2 [x > 0] c``, centred, in the memory order of ``c``."""
+        rows = self.rows(part.c, axis)
+        c, flat = rows.of(part.c, 1), rows.of(x, 0)
+        gated = ops.gate(c, flat, self._centring(c, flat, gate=True))
+        return Contribution(rows.back(gated, part.c), part.target, centred=True)
 
     def merge(self, x: Tensor, parts: list[Contribution], axis: BatchAxis) -> Contribution:
         """Relevance from several readers adds; each part has its target mass first."""
@@ -146,16 +153,30 @@ class Bookkeeping:
         reduced-precision products only for it to cancel later. Any positive scale of N is allowed there; a
         sample of the coefficients is enough to choose one.
         """
-        if not self.contrast or part.actual is not None or part.c.numel() == 0:
+        if part.centred or part.actual is not None:
             return part
         rows = self.rows(part.c, axis)
         flat = rows.of(part.c, 1)
-        stride = max(1, flat.shape[-1] // _CENTRE_SAMPLE)
-        p, d = flat[..., ::stride].to(part.target.dtype).chunk(2)
-        alpha = p.abs().sum(-1) / (p - d).abs().sum(-1)
-        alpha.masked_fill_(~((alpha > 0) & (alpha < torch.inf)), 1.0)  # one of the two is zero here
-        scale = torch.cat([torch.ones_like(alpha), alpha])
-        return Contribution(rows.back(ops.rescale(flat, scale, True), part.c), part.target)
+        scale = self._centring(flat)
+        if scale is None:
+            return part
+        both = torch.cat([torch.ones_like(scale), scale])
+        return Contribution(rows.back(ops.rescale(flat, both, True), part.c), part.target, centred=True)
+
+    def _centring(self, c: Tensor, factor: Tensor | None = None, gate: bool = False) -> Tensor | None:
+        """What N of ``factor * c`` (``[factor > 0] c``) has to be multiplied by, ``[T / 2, B]``; rows as of `Rows`."""
+        if not self.contrast or c.numel() == 0:
+            return None
+        stride = max(1, c.shape[-1] // _CENTRE_SAMPLE)
+        wide = torch.promote_types(c.dtype, torch.float32)
+        p, d = c[..., ::stride].to(wide).chunk(2)
+        of_p, of_n = p.abs(), (p - d).abs()
+        if factor is not None:
+            sample = factor[..., ::stride]
+            weight = (sample > 0 if gate else sample.abs()).to(wide)
+            of_p, of_n = of_p * weight, of_n * weight
+        alpha = of_p.sum(-1) / of_n.sum(-1)
+        return alpha.masked_fill_(~((alpha > 0) & (alpha < torch.inf)), 1.0)  # one of the two is zero here
 
 
 # Coefficients that `Bookkeeping.centred` looks at, about, per right-hand side and sample.

@@ -5,15 +5,20 @@
 namespace rf {
 namespace {
 
-void scale_by(py::handle c_, py::handle factor_, py::handle out_, bool gate, int threads) {
+void scale_by(py::handle c_, py::handle factor_, py::handle n_scale_, py::handle out_, bool gate,
+              int threads) {
     const TensorView c(c_, "c"), factor(factor_, "factor"), out(out_, "out");
-    if (c.ndim() < 2) fail(c.describe() + " must be [T, B, ...]");
+    const auto n_scale = optional_view(n_scale_, "n_scale");
+    check_coefficient(c, n_scale.has_value());
+    if (n_scale) n_scale->shaped({c.size(0) / 2, c.size(1)}).contiguous();
     c.same_layout(1, factor, 0);
     factor.same_layout(0, c, 1);
     out.same_layout(1, c, 1).matches(0, c, 0, 1);
     ScaleArgs args{};
     args.rhs = c.size(0);
-    args.inner = factor.numel();
+    args.batch = c.size(1);
+    args.inner = c.product(2, c.ndim());
+    args.n_scale = operand_or_null(n_scale);
     args.gate = gate;
     args.c = c.operand();
     args.factor = factor.operand();

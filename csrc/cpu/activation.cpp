@@ -9,26 +9,44 @@ struct Chunked {
     int64_t size;  // elements or rows of one task
 };
 
+// n elements of a row of c times the factor, from `offset` of the output on.
+template <class F>
+RF_INLINE void scale_row(const ScaleArgs& args, const F* __restrict c, const F* __restrict factor,
+                         int64_t offset, int64_t n) {
+    F buffer[kBlock];
+    F* __restrict out = target(args.out, offset, buffer);
+    if (args.gate) {
+        RF_SIMD
+        for (int64_t i = 0; i < n; ++i) out[i] = factor[i] > F(0) ? F(2) * c[i] : F(0);
+    } else {
+        RF_SIMD
+        for (int64_t i = 0; i < n; ++i) out[i] = c[i] * factor[i];
+    }
+    commit(args.out, offset, n, out);
+}
+
 template <class F>
 void scale_chunk(int64_t index, const void* context, void*) {
     const ScaleArgs& args = *static_cast<const ScaleArgs*>(context);
-    const int64_t end = min64((index + 1) * kChunk, args.inner);
-    F factor_buffer[kBlock], in[kBlock], out_buffer[kBlock];
-    for (int64_t start = index * kChunk; start < end; start += kBlock) {
-        const int64_t n = min64(kBlock, end - start);
-        const F* __restrict factor = load(args.factor, start, n, factor_buffer);
-        for (int64_t t = 0; t < args.rhs; ++t) {
-            const int64_t offset = t * args.inner + start;
-            const F* __restrict c = load(args.c, offset, n, in);
-            F* __restrict out = target(args.out, offset, out_buffer);
-            if (args.gate) {
-                RF_SIMD
-                for (int64_t i = 0; i < n; ++i) out[i] = factor[i] > F(0) ? F(2) * c[i] : F(0);
-            } else {
-                RF_SIMD
-                for (int64_t i = 0; i < n; ++i) out[i] = c[i] * factor[i];
-            }
-            commit(args.out, offset, n, out_buffer);
+    const int64_t side = args.batch * args.inner, end = min64((index + 1) * kChunk, side);
+    const bool pairs = args.n_scale.data != nullptr;
+    const int64_t groups = pairs ? args.rhs / 2 : args.rhs;
+    F factor_buffer[kBlock], in_p[kBlock], in_d[kBlock], scaled[kBlock];
+    int64_t n;
+    for (int64_t start = index * kChunk; start < end; start += n) {
+        n = min64(kBlock, end - start);
+        if (pairs) n = min64(n, args.inner - start % args.inner);  // of one sample
+        const F* factor = load(args.factor, start, n, factor_buffer);
+        for (int64_t t = 0; t < groups; ++t) {
+            const int64_t row = t * side + start, row_d = row + groups * side;
+            const F* __restrict p = load(args.c, row, n, in_p);
+            scale_row(args, p, factor, row, n);
+            if (!pairs) continue;
+            const F* __restrict d = load(args.c, row_d, n, in_d);
+            const F scale = load_one<F>(args.n_scale, t * args.batch + start / args.inner);
+            RF_SIMD
+            for (int64_t i = 0; i < n; ++i) scaled[i] = scale * d[i] + (F(1) - scale) * p[i];
+            scale_row<F>(args, scaled, factor, row_d, n);
         }
     }
 }
@@ -175,8 +193,10 @@ void affine_factor(const AffineArgs& args) {
 }
 
 void scale_by(const ScaleArgs& args) {
-    const bool wide = args.c.dtype == DType::f64 || args.factor.dtype == DType::f64;
-    parallel_for(ceil_div(args.inner, kChunk), args.rhs * args.inner, args.threads,
+    const int64_t side = args.batch * args.inner;
+    const bool wide = args.c.dtype == DType::f64 || args.factor.dtype == DType::f64 ||
+                      (args.n_scale.data != nullptr && args.n_scale.dtype == DType::f64);
+    parallel_for(ceil_div(side, kChunk), args.rhs * side, args.threads,
                  wide ? scale_chunk<double> : scale_chunk<float>, &args, 0);
 }
 

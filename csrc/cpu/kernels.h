@@ -70,10 +70,12 @@ struct LinearArgs {
 };
 
 // out = c * factor; with `gate` 2 c where factor > 0, else 0
+// With n_scale the rows are pairs (P, D = P - N), and N is multiplied by it as well.
 struct ScaleArgs {
-    std::int64_t rhs, inner;  // inner includes the batch
-    bool gate;
-    Operand c, factor, out;  // [T, inner], [inner], [T, inner]
+    std::int64_t rhs, batch, inner;  // T, B, the rest
+    bool gate;                       // 2 [factor > 0] is the factor
+    Operand c, factor, out;          // [T, B, inner], [B, inner], [T, B, inner]
+    Operand n_scale;                 // [T / 2, B] or absent
     int threads;
 };
 

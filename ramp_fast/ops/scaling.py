@@ -191,77 +191,93 @@ def merge(first: Tensor, first_scale: Tensor, second: Tensor, second_scale: Tens
     return _merge(first, first_scale, second, second_scale, contrast)  # type: ignore[no-any-return]
 
 
-def _scale_by_reference(c: Tensor, factor: Tensor) -> Tensor:
-    dtype = compute_dtype(c, factor)
+def _with_n_scaled(c: Tensor, n_scale: Tensor | None) -> Tensor:
+    """N times ``n_scale`` on the pair (P, D), P as it is."""
+    if n_scale is None:
+        return c
+    return rescale_equation(c, torch.cat((torch.ones_like(n_scale), n_scale)).to(c.dtype), True)
+
+
+def _scale_by_reference(c: Tensor, factor: Tensor, n_scale: Tensor | None = None) -> Tensor:
+    dtype = compute_dtype(c, factor, n_scale)
     c, factor = same_layout((c,), (factor,))
-    return (c.to(dtype) * factor.to(dtype)).to(c.dtype)
+    out = _with_n_scaled(c.to(dtype), n_scale) * factor.to(dtype)
+    return torch.empty_like(c).copy_(out)
 
 
-def _scale_by_fake(c: Tensor, factor: Tensor) -> Tensor:
+def _scale_by_fake(c: Tensor, factor: Tensor, n_scale: Tensor | None = None) -> Tensor:
     c, factor = same_layout((c,), (factor,))
     return torch.empty_like(c)
 
 
-def _scale_by_cpu(c: Tensor, factor: Tensor) -> Tensor:
+def _diagonal_cpu(c: Tensor, factor: Tensor, n_scale: Tensor | None, gate: bool) -> Tensor:
     c, factor = same_layout((c,), (factor,))
     out = torch.empty_like(c)
-    C.scale_by(c, factor, out, False, get_num_threads())
+    n_scale = None if n_scale is None else n_scale.contiguous()
+    C.scale_by(c, factor, n_scale, out, gate, get_num_threads())
     return out
 
 
+def _scale_by_cpu(c: Tensor, factor: Tensor, n_scale: Tensor | None = None) -> Tensor:
+    return _diagonal_cpu(c, factor, n_scale, False)
+
+
 _scale_by = register(
-    "scale_by(Tensor c, Tensor factor) -> Tensor",
+    "scale_by(Tensor c, Tensor factor, Tensor? n_scale=None) -> Tensor",
     reference=_scale_by_reference,
     fake=_scale_by_fake,
     cpu=_scale_by_cpu,
 )
 
 
-def scale_by(c: Tensor, factor: Tensor) -> Tensor:
+def scale_by(c: Tensor, factor: Tensor, n_scale: Tensor | None = None) -> Tensor:
     """Pull coefficients through a diagonal operation: ``c * factor``.
 
     Parameters
     ----------
     c : Tensor [T, B, ...]
     factor : Tensor [B, ...]
+    n_scale : Tensor [T / 2, B], optional
+        With contrast: N is multiplied by it in the same pass, ``D' = factor (n_scale D + (1 - n_scale) P)``.
 
     Returns
     -------
     Tensor [T, B, ...] in the dtype of c
     """
-    return _scale_by(c, factor)  # type: ignore[no-any-return]
+    return _scale_by(c, factor, n_scale)  # type: ignore[no-any-return]
 
 
-def _gate_reference(c: Tensor, x: Tensor) -> Tensor:
+def _gate_reference(c: Tensor, x: Tensor, n_scale: Tensor | None = None) -> Tensor:
+    dtype = compute_dtype(c, x, n_scale)
     c, x = same_layout((c,), (x,))
-    return torch.where(x > 0, 2 * c, torch.zeros((), dtype=c.dtype, device=c.device))
+    kept = torch.where(x > 0, 2 * _with_n_scaled(c.to(dtype), n_scale), torch.zeros((), dtype=dtype, device=c.device))
+    return torch.empty_like(c).copy_(kept)
 
 
-def _gate_cpu(c: Tensor, x: Tensor) -> Tensor:
-    c, x = same_layout((c,), (x,))
-    out = torch.empty_like(c)
-    C.scale_by(c, x, out, True, get_num_threads())
-    return out
+def _gate_cpu(c: Tensor, x: Tensor, n_scale: Tensor | None = None) -> Tensor:
+    return _diagonal_cpu(c, x, n_scale, True)
 
 
 _gate = register(
-    "gate(Tensor c, Tensor x) -> Tensor",
+    "gate(Tensor c, Tensor x, Tensor? n_scale=None) -> Tensor",
     reference=_gate_reference,
     fake=_scale_by_fake,
     cpu=_gate_cpu,
 )
 
 
-def gate(c: Tensor, x: Tensor) -> Tensor:
+def gate(c: Tensor, x: Tensor, n_scale: Tensor | None = None) -> Tensor:
     """Pull coefficients through a gate (ReLU, a linear layer of weight one): ``2 [x > 0] c``.
 
     Parameters
     ----------
     c : Tensor [T, B, ...]
     x : Tensor [B, ...]
+    n_scale : Tensor [T / 2, B], optional
+        As for :func:`scale_by`.
 
     Returns
     -------
     Tensor [T, B, ...] in the dtype of c
     """
-    return _gate(c, x)  # type: ignore[no-any-return]
+    return _gate(c, x, n_scale)  # type: ignore[no-any-return]

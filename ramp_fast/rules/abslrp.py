@@ -307,7 +307,7 @@ class _Diagonal(Operation):
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = self.merged(parts, values, book)
-        yield Flow(self.node.operands[0], Contribution(book.diagonal(part.c, kept, self.node.batch), part.target))
+        yield Flow(self.node.operands[0], book.diagonal(part, kept, self.node.batch))
 
 
 class Relu(Operation):
@@ -320,8 +320,7 @@ class Relu(Operation):
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = self.merged(parts, values, book)
-        c = book.gate(part.c, values[self.node], self.node.batch)
-        yield Flow(self.node.operands[0], Contribution(c, part.target))
+        yield Flow(self.node.operands[0], book.gate(part, values[self.node], self.node.batch))
 
 
 class Absorbed(Operation):
@@ -447,8 +446,7 @@ class Gate(Operation):
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = self.merged(parts, values, book)
-        c = book.gate(part.c, values[self.node], self.node.batch)
-        yield Flow(self.node.operands[0], Contribution(c, part.target))
+        yield Flow(self.node.operands[0], book.gate(part, values[self.node], self.node.batch))
 
 
 class LayerNorm(Operation):
@@ -910,8 +908,7 @@ class LinearPool(Operation):
                 for d in p["dims"]:
                     count *= x.shape[d]
                 c = c / count
-        c = book.gate(c.expand(c.shape[0], *x.shape), x, source.batch)
-        yield Flow(source, Contribution(c, part.target))
+        yield Flow(source, book.gate(Contribution(c.expand(c.shape[0], *x.shape), part.target), x, source.batch))
 
 
 class MaxPool(Operation):

@@ -287,7 +287,14 @@ def _linear_norm_magnitude(
 
 def _scale_by(o: Options) -> tuple[Any, ...]:
     d = Draw(o)
-    return d.coefficient(*o.inner), d.sample(*o.inner)
+    n_scale = d.scale()[: o.rhs // 2] if o.contrast and o.seed % 2 else None
+    return d.coefficient(*o.inner), d.sample(*o.inner), n_scale
+
+
+def _n_scaled_magnitude(c: Tensor, n_scale: Tensor | None) -> Tensor:
+    if n_scale is None:
+        return c.abs()
+    return _rescale_magnitude(c, torch.cat((torch.ones_like(n_scale), n_scale)), True)
 
 
 def _gelu(o: Options) -> tuple[Any, ...]:
@@ -391,8 +398,8 @@ CASES = {
         Case("norm_pullback", _norm, lambda c, x, w, eps: (_norm_factor_magnitude(x, w) * c.abs(),)),
         Case("linear_pullback", _linear, lambda c, panels, x, _: (_linear_magnitude(c, panels, x),)),
         Case("linear_norm_pullback", _linear_norm, _linear_norm_magnitude),
-        Case("scale_by", _scale_by, lambda c, f: (c.abs() * f.abs(),)),
-        Case("gate", _scale_by, lambda c, x: (2 * c.abs(),)),
+        Case("scale_by", _scale_by, lambda c, f, n: (_n_scaled_magnitude(c, n) * f.abs(),)),
+        Case("gate", _scale_by, lambda c, x, n: (2 * _n_scaled_magnitude(c, n),)),
         Case("gelu_factor", _gelu, lambda x, tanh, _: (x.abs(), 2 + 2 * x.abs())),
         Case("affine_factor", _affine, _affine_magnitude),
         Case("max_pool_pullback", _max_pool, _max_pool_magnitude),

@@ -43,7 +43,7 @@ def test_threads_do_not_matter(name: str, isa: str) -> None:
 
 def _of_sample(args: tuple[object, ...], name: str, first: int, last: int) -> tuple[object, ...]:
     """The same call with samples [first, last) only."""
-    coefficients = {"c", "first", "second", "first_scale", "second_scale", "scale", "acc"}
+    coefficients = {"c", "first", "second", "first_scale", "second_scale", "scale", "n_scale"}
     parameters = {"weight", "bias", "gain", "shift", "panels"}
     schema = getattr(torch.ops.ramp_fast, name).default._schema
     parts: list[object] = []
@@ -169,6 +169,8 @@ def _attention_of(
             r"panels .* must have shape \[1, 5, 32, 1\]",
         ),
         (lambda: ops.scale_by(torch.zeros(2, 2, 5), torch.zeros(3, 5)), "do not fit"),
+        (lambda: ops.scale_by(torch.zeros(2, 2, 5), torch.zeros(2, 5), torch.zeros(2, 2)), "must have shape"),
+        (lambda: ops.gate(torch.zeros(3, 2, 5), torch.zeros(2, 5), torch.zeros(1, 2)), "must be even"),
         (lambda: ops.softmax_pullback(torch.zeros(2, 5), torch.zeros(2, 2, 6)), "do not fit"),
         (lambda: _attention_of(keys=(1, 2, 5, 5)), r"k .* must have shape \[1, 2, 5, 4\]"),
         (lambda: _attention_of(coefficients=(2, 1, 2, 4, 4)), r"c .* must have shape \[2, 1, 2, 3, 4\]"),

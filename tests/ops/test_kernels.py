@@ -109,6 +109,17 @@ def test_output_dtypes(backend: str) -> None:
     assert output_dtypes("attention_pullback", f64, f64) == [f64, f64, f64, f64]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_diagonals_round_once(backend: str, dtype: torch.dtype) -> None:
+    if ops.unavailable(backend):
+        pytest.skip(ops.unavailable(backend))
+    ops.set_backend(backend)
+    c, x = torch.randn(2, 3, 1000, dtype=dtype), torch.randn(3, 1000, dtype=dtype)
+    assert torch.equal(ops.scale_by(c, x), c * x)
+    assert torch.equal(ops.gate(c, x), torch.where(x > 0, 2 * c, 0.0))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_all_bfloat16_values_round_trip(variant: str) -> None:
     # scale_by 1 loads, multiplies and stores: every bfloat16 must survive, NaN and infinities included
