@@ -150,6 +150,7 @@ class Engine:
         normalize: str = "max",
         *,
         batch_size: int | None = None,
+        check: bool | None = None,
     ) -> Attribution:
         """Relevance maps of ``images``.
 
@@ -167,6 +168,10 @@ class Engine:
             then the map is the difference of two maps of mass 1 (with contrast), or a map of mass 1.
         batch_size : int, optional
             Work on this many images at a time. Results do not depend on it.
+        check : bool, optional
+            Whether to look at values before anything is computed: images and seeds must be finite, classes exist. By
+            default those on the CPU are looked at and those on a GPU are not, because that would wait for the device;
+            an image that is not finite, or whose class does not exist, has a map of NaN then.
 
         Returns
         -------
@@ -182,14 +187,14 @@ class Engine:
         _one_of("normalize", normalize, NORMALIZATIONS)
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
-        _check_images(images)
+        _check_images(images, check)
         torch.get_num_threads()  # until torch is asked, oneDNN's loops in a new thread take OpenMP's default number
         with _CAPTURE:
             _check_model(self.model)
             device = _device(self.model)
             plan = self._plan_for(tuple(images.shape[1:]))  # type: ignore[arg-type]
         classes = int(plan.graph.output.example[1])
-        wanted = _Target(target, images.shape[0], classes, contrast)
+        wanted = _Target(target, images.shape[0], classes, contrast, check)
         kind = plan.precision.output
         shape = (images.shape[0], wanted.count, *images.shape[1:])
         maps = torch.empty(shape, dtype=kind, device=images.device)
@@ -213,7 +218,12 @@ class Engine:
 
                 relevance, out = run(plan, batch, seed)
                 result = relevance[wanted.count :] if wanted.contrast else relevance
-                maps[here] = _normalized(result, normalize).transpose(0, 1).to(maps)
+                result = _normalized(result, normalize).transpose(0, 1)
+                if not _looks_at(images, check):
+                    result = _without(result, ~batch.flatten(1).isfinite().all(1))
+                if wanted.unchecked is not None:
+                    result = _without(result, wanted.unchecked[here].to(result.device))
+                maps[here] = result.to(maps)
                 logits[here] = out.to(logits)
                 chosen[here] = classes_here[0].to(chosen)
         if not wanted.several:
@@ -274,10 +284,16 @@ class Engine:
 
 
 class _Target:
-    """The classes or the seed that was asked for, checked."""
+    """The classes or the seed that was asked for, checked.
 
-    def __init__(self, target: int | Tensor | None, batch: int, classes: int, contrast: str) -> None:
-        self.classes, self.contrast = classes, contrast == "others"
+    Where values are not to be looked at, ``unchecked`` ``[B, K]`` says on their device which are wrong.
+    """
+
+    def __init__(
+        self, target: int | Tensor | None, batch: int, classes: int, contrast: str, check: bool | None = None
+    ) -> None:
+        self.classes, self.contrast, self.check = classes, contrast == "others", check
+        self.unchecked: Tensor | None = None
         self.given: Tensor | None = None
         self.ids: Tensor | None = None
         self.several = False
@@ -297,7 +313,9 @@ class _Target:
                 raise InputError(f"a seed must be [{batch}, {self.classes}] (batch, classes), got {list(target.shape)}")
             if self.contrast:
                 raise InputError('a seed is used as given: pass contrast="none"')
-            if not bool(target.isfinite().all()):
+            if not _looks_at(target, self.check):
+                self.unchecked = ~target.isfinite().all(1, keepdim=True)
+            elif not bool(target.isfinite().all()):
                 raise InputError("the seed has values that are not finite")
             self.given = target
             return
@@ -305,12 +323,15 @@ class _Target:
             raise InputError(f"target must be integers (classes) or floating point (a seed), got {target.dtype}")
         if target.dim() not in (1, 2) or target.shape[0] != batch or (target.dim() == 2 and target.shape[1] == 0):
             raise InputError(f"target must be [{batch}] or [{batch}, K], got {list(target.shape)}")
-        if target.numel() and (int(target.min()) < 0 or int(target.max()) >= self.classes):
+        looks = _looks_at(target, self.check)
+        if looks and target.numel() and (int(target.min()) < 0 or int(target.max()) >= self.classes):
             raise InputError(
                 f"target must be between 0 and {self.classes - 1}, got {int(target.min())} to {int(target.max())}"
             )
         self.several = target.dim() == 2
         self.ids = target.long().reshape(batch, target.shape[1] if self.several else 1)
+        if not looks:
+            self.unchecked = (self.ids < 0) | (self.ids >= self.classes)
 
     def seed(self, logits: Tensor, here: slice, rule: AbsLRP) -> tuple[Tensor, Tensor]:
         """Classes ``[b, K]`` and coefficients ``[T, b, classes]`` for the images ``here``."""
@@ -319,12 +340,21 @@ class _Target:
             return logits.argmax(-1, keepdim=True), rule.start(seed.unsqueeze(0), logits)
         ids = logits.argmax(-1, keepdim=True) if self.ids is None else self.ids[here].to(logits.device)
         positive = torch.zeros(ids.shape[1], *logits.shape, dtype=logits.dtype, device=logits.device)
-        positive.scatter_(2, ids.t().unsqueeze(-1), 1.0)
+        positive.scatter_(2, ids.t().unsqueeze(-1).clamp(0, self.classes - 1), 1.0)  # unchecked ones may be outside
         p = rule.start(positive, logits)
         if not self.contrast:
             return ids, p
         n = rule.start((1 - positive) / (self.classes - 1), logits)
         return ids, torch.cat([p, p - n])
+
+
+def _looks_at(values: Tensor, check: bool | None) -> bool:
+    return values.device.type == "cpu" if check is None else check
+
+
+def _without(maps: Tensor, wrong: Tensor) -> Tensor:
+    """``maps`` ``[B, K, C, H, W]``, NaN where ``wrong`` (``[B]`` or ``[B, K]``)."""
+    return maps.masked_fill(wrong.view(*wrong.shape, *[1] * (maps.dim() - wrong.dim())), float("nan"))
 
 
 def _normalized(maps: Tensor, how: str) -> Tensor:
@@ -351,14 +381,14 @@ def _require_stabilizer(rule: AbsLRP) -> None:
         )
 
 
-def _check_images(images: Any) -> None:
+def _check_images(images: Any, check: bool | None) -> None:
     if not isinstance(images, Tensor):
         raise InputError(f"images must be a torch.Tensor, got {type(images).__name__}")
     if images.dim() != 4:
         raise InputError(f"images must be [B, C, H, W], got shape {list(images.shape)}")
     if not images.is_floating_point():
         raise InputError(f"images must be floating point and preprocessed as the model wants them, got {images.dtype}")
-    if not bool(images.isfinite().all()):
+    if _looks_at(images, check) and not bool(images.isfinite().all()):
         raise InputError("images have values that are not finite")
 
 

@@ -303,6 +303,25 @@ def test_images_go_one_by_one_where_groups_are_slower(batches: list[int], monkey
     assert batches == [1] * 24
 
 
+def test_values_that_nobody_looked_at_give_nan(family: Engine) -> None:
+    batch = images(3)
+    right = family.attribute(batch, torch.tensor([[1, 2], [3, 4], [5, 6]]))
+    assert right.maps.isfinite().all()
+    wrong = batch.clone()
+    wrong[1, 2, 3, 4] = float("inf")
+    target = torch.tensor([[1, 2], [3, 4], [5, CLASSES]])
+    maps = family.attribute(wrong, target, check=False).maps
+    assert torch.equal(maps[0], right.maps[0])
+    assert torch.equal(maps[2, 0], right.maps[2, 0])
+    assert maps[1].isnan().all()
+    assert maps[2, 1].isnan().all()
+    seed = torch.ones(3, CLASSES)
+    seed[2, 1] = float("nan")
+    maps = family.attribute(batch, seed, "none", check=False).maps
+    assert maps[:2].isfinite().all()
+    assert maps[2].isnan().all()
+
+
 def test_no_images(family: Engine) -> None:
     for target, shape in ((None, (0, 3, SIZE, SIZE)), (torch.empty(0, 4).long(), (0, 4, 3, SIZE, SIZE))):
         a = family.attribute(images()[:0], target)

@@ -568,7 +568,12 @@ class Add(Operation):
         hidden = hidden & ~hidden.all(-1, keepdim=True)
         return values[self.node.sources[0]] + constant.masked_fill(hidden, float("-inf")), None
 
-    def _added_to_scores(self, values: Values) -> Tensor | None:
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        known = all(n in constants for n in self.node.operands if n.constant)
+        constant = self._added_to_scores(constants) if known else None
+        self.only_masks = None if constant is None else only_masks(constant)
+
+    def _added_to_scores(self, values: Values | dict[Node, Any]) -> Tensor | None:
         """The constant, a bias or a mask, where this sum goes into a softmax."""
         if not self.node.params.get("scores"):
             return None
@@ -606,7 +611,7 @@ class Add(Operation):
     def _general(self, part: Contribution, values: Values, book: Bookkeeping, shares: str) -> Iterator[Flow]:
         p = self.node.params
         constant = self._added_to_scores(values)
-        if constant is not None and not constant.masked_fill(constant < MASK_BELOW, 0.0).any():
+        if constant is not None and (only_masks(constant) if self.only_masks is None else self.only_masks):
             # A mask adds nothing to what it leaves: no junction.
             yield Flow(self.node.sources[0], Contribution(part.c, part.target))
             return
@@ -628,6 +633,11 @@ class Add(Operation):
         for (node, c, actual), target in zip(flows, targets, strict=True):
             if node is not None:
                 yield Flow(node, Contribution(c, target, actual))
+
+
+def only_masks(constant: Tensor) -> bool:
+    """Whether what is added to scores is zero wherever it masks nothing. On a GPU this waits for the device."""
+    return not bool(constant.masked_fill(constant < MASK_BELOW, 0.0).any())
 
 
 class Mul(Operation):
@@ -740,6 +750,10 @@ class Attention(Operation):
     def __init__(self, node: Node, facts: Facts) -> None:
         super().__init__(node, facts)
         self.pullback_kernel = "attention_pullback" if self._fused else "products"
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        mask = constants.get(self.node.params["mask"])
+        self.only_masks = None if mask is None or mask.dtype == torch.bool else only_masks(mask)
 
     def needs(self) -> list[Node]:
         own = [self.node] if self.facts.gated else []
@@ -861,9 +875,11 @@ class Attention(Operation):
         if mask.dtype == torch.bool:
             return scores.masked_fill(~mask, float("-inf")), None
         hidden = mask < MASK_BELOW
-        bias = mask.masked_fill(hidden, 0.0).to(wide)
-        # A mask adds nothing to what it leaves: no junction.
-        return scores.masked_fill(hidden, float("-inf")), bias if bool(bias.any()) else None
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if only_masks(mask) if self.only_masks is None else self.only_masks:
+            # A mask adds nothing to what it leaves: no junction.
+            return scores, None
+        return scores, mask.masked_fill(hidden, 0.0).to(wide)
 
     @staticmethod
     def _take_bias(

@@ -167,7 +167,8 @@ def stacked_view(pieces: list[Tensor], dim: int) -> Tensor | None:
             piece.dtype != first.dtype
             or piece.shape != first.shape
             or piece.stride() != first.stride()
-            or piece.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or piece.untyped_storage()._cdata
+            != first.untyped_storage()._cdata  # the same one; fake tensors have no address
             or piece.storage_offset() != first.storage_offset() + i * step
         ):
             return None
