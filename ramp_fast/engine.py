@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from ramp_fast.gemm import exact_float32, precision_for
 from ramp_fast.graph import Graph
 from ramp_fast.passes import canonicalize
 from ramp_fast.plan import Plan
+from ramp_fast.replay import Recordings, on, records
 from ramp_fast.rules.abslrp import AbsLRP, RelativeStabilizer
 from ramp_fast.runtime import GROUP, Groups, run
 
@@ -73,6 +75,9 @@ class Engine:
     micro_batch : int, optional
         Images that go through the model together. By default the whole batch on GPUs; on CPUs one, and after some
         images four, if a trial shows that this is faster and changes no bit of any result.
+    cuda_graphs : bool
+        On GPUs: record what is run for a batch shape when it comes a second time, and replay that from then on.
+        Recordings keep their activations allocated, those of the last four batch shapes.
 
     Raises
     ------
@@ -107,6 +112,7 @@ class Engine:
         *,
         input_shape: tuple[int, int, int] | None = None,
         micro_batch: int | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -118,7 +124,9 @@ class Engine:
             raise ValueError(f"micro_batch must be a positive integer, got {micro_batch!r}")
         self.model, self.precision, self.strict, self.micro_batch = model, precision, bool(strict), micro_batch
         self._plans: dict[tuple[int, int, int], Plan] = {}
+        self.cuda_graphs = bool(cuda_graphs)
         self._groups: dict[tuple[int, ...], Groups] = {}
+        self._recordings: weakref.WeakKeyDictionary[Plan, Recordings] = weakref.WeakKeyDictionary()
         self._state: dict[str, tuple[Any, ...]] = {}
         self._layout: tuple[Any, ...] = ()
         self._last: Plan | None = None
@@ -200,35 +208,45 @@ class Engine:
         maps = torch.empty(shape, dtype=kind, device=images.device)
         logits = torch.empty(images.shape[0], classes, dtype=kind, device=images.device)
         chosen = torch.empty(images.shape[0], wanted.count, dtype=torch.long, device=images.device)
-        with torch.no_grad(), exact_float32(device), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), on(device), exact_float32(device), torch.autocast(device.type, enabled=False):
             start = 0
             for size in self._sizes(plan, images.shape, wanted, batch_size, device):
                 here = slice(start, start + size)
                 start += size
                 # Contiguous: kernels are chosen by strides too, and results must not depend on the caller's.
                 batch = images[here].detach().to(device, plan.precision.forward).contiguous()
-                classes_here: list[Tensor] = []
-
-                def seed(
-                    values: Tensor, here: slice = here, classes_here: list[Tensor] = classes_here
-                ) -> tuple[Tensor, bool]:
-                    ids, c = wanted.seed(values, here, self.rule)
-                    classes_here.append(ids)
-                    return c, wanted.contrast
-
-                relevance, out = run(plan, batch, seed)
-                result = relevance[wanted.count :] if wanted.contrast else relevance
-                result = _normalized(result, normalize).transpose(0, 1)
+                given = wanted.operands(here, device)
+                result, out, ids = self._run(plan, (batch, *given), wanted, normalize)
                 if not _looks_at(images, check):
                     result = _without(result, ~batch.flatten(1).isfinite().all(1))
                 if wanted.unchecked is not None:
                     result = _without(result, wanted.unchecked[here].to(result.device))
                 maps[here] = result.to(maps)
                 logits[here] = out.to(logits)
-                chosen[here] = classes_here[0].to(chosen)
+                chosen[here] = ids.to(chosen)
         if not wanted.several:
             maps, chosen = maps.squeeze(1), chosen.squeeze(1)
         return Attribution(maps, chosen if wanted.given is None else wanted.given, logits)
+
+    def _run(self, plan: Plan, operands: tuple[Tensor, ...], wanted: _Target, normalize: str) -> tuple[Tensor, ...]:
+        """Maps ``[B, K, C, H, W]``, logits and classes of what goes through the model together."""
+
+        def function(batch: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+            chosen: list[Tensor] = []
+
+            def seed(logits: Tensor) -> tuple[Tensor, bool]:
+                ids, c = wanted.seed(logits, given[0] if given else None, self.rule)
+                chosen.append(ids)
+                return c, wanted.contrast
+
+            relevance, logits = run(plan, batch, seed)
+            maps = relevance[wanted.count :] if wanted.contrast else relevance
+            return _normalized(maps, normalize).transpose(0, 1), logits, chosen[0]
+
+        if not (self.cuda_graphs and records(operands[0])):
+            return function(*operands)
+        recordings = self._recordings.setdefault(plan, Recordings())
+        return recordings.call((wanted.given is None, wanted.contrast, normalize), function, operands)
 
     def _sizes(
         self, plan: Plan, shape: torch.Size, wanted: _Target, batch_size: int | None, device: torch.device
@@ -333,12 +351,16 @@ class _Target:
         if not looks:
             self.unchecked = (self.ids < 0) | (self.ids >= self.classes)
 
-    def seed(self, logits: Tensor, here: slice, rule: AbsLRP) -> tuple[Tensor, Tensor]:
-        """Classes ``[b, K]`` and coefficients ``[T, b, classes]`` for the images ``here``."""
-        if self.given is not None:
-            seed = self.given[here].to(logits)
-            return logits.argmax(-1, keepdim=True), rule.start(seed.unsqueeze(0), logits)
-        ids = logits.argmax(-1, keepdim=True) if self.ids is None else self.ids[here].to(logits.device)
+    def operands(self, here: slice, device: torch.device) -> tuple[Tensor, ...]:
+        """What was given for the images ``here``: seed, classes, or nothing."""
+        given = self.ids if self.given is None else self.given
+        return () if given is None else (given[here].to(device),)
+
+    def seed(self, logits: Tensor, given: Tensor | None, rule: AbsLRP) -> tuple[Tensor, Tensor]:
+        """Classes ``[b, K]`` and coefficients ``[T, b, classes]`` from what was given."""
+        if given is not None and given.is_floating_point():
+            return logits.argmax(-1, keepdim=True), rule.start(given.to(logits).unsqueeze(0), logits)
+        ids = logits.argmax(-1, keepdim=True) if given is None else given
         positive = torch.zeros(ids.shape[1], *logits.shape, dtype=logits.dtype, device=logits.device)
         positive.scatter_(2, ids.t().unsqueeze(-1).clamp(0, self.classes - 1), 1.0)  # unchecked ones may be outside
         p = rule.start(positive, logits)

@@ -51,7 +51,7 @@ def test_a_run_never_waits_for_the_device(
         target = _Target(None, 4, CLASSES, contrast)
 
         def seed(logits: Tensor) -> tuple[Tensor, bool]:
-            return target.seed(logits, slice(0, 4), rule)[1], target.contrast
+            return target.seed(logits, None, rule)[1], target.contrast
 
         maps, logits = run(plan, images, seed)
     assert maps.device == logits.device == CUDA
@@ -75,7 +75,7 @@ def test_masks_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a run looks at a value")
 
     def seed(logits: Tensor) -> tuple[Tensor, bool]:
-        return target.seed(logits, slice(0, 2), engine.rule)[1], True
+        return target.seed(logits, None, engine.rule)[1], True
 
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "__bool__", silent)

@@ -619,7 +619,7 @@ class Add(Operation):
         for operand, sign in zip((p["first"], p["second"]), p["signs"], strict=True):
             x = values[operand]
             if not isinstance(x, Tensor):
-                x = torch.tensor(float(x), dtype=part.c.dtype, device=part.c.device)
+                x = part.c.new_full((), float(x))  # without a copy from the host
             elif constant is not None:
                 x = x.masked_fill(x < MASK_BELOW if x is constant else x.isinf(), 0.0)
             full = x.expand(part.c.shape[1:])
