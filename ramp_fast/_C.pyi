@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from torch import Tensor
@@ -78,6 +79,19 @@ def max_pool_pullback(
     kernel_width: int,
     divided: bool,
     out: Tensor,
+    threads: _Threads,
+    /,
+) -> None: ...
+def mask_steps(scores: Tensor, ks: Sequence[int], descending: bool, out: Tensor, threads: _Threads, /) -> None: ...
+def masked_copies(
+    images: Tensor,
+    steps: Tensor,
+    baseline: Tensor,
+    first: int,
+    last: int,
+    reveal: bool,
+    out: Tensor,
+    channels_last: bool,
     threads: _Threads,
     /,
 ) -> None: ...
