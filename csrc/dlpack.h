@@ -6,6 +6,7 @@
 namespace rf::dlpack {
 
 constexpr std::int32_t kCPU = 1;
+constexpr std::uint8_t kInt = 0;
 constexpr std::uint8_t kFloat = 2;
 constexpr std::uint8_t kBfloat = 4;
 

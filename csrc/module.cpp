@@ -17,6 +17,7 @@ PYBIND11_MODULE(_C, m) {
           "Fill the kernels' scratch with NaN before every use (for tests).");
     rf::register_junction(m);
     rf::register_linear(m);
+    rf::register_masking(m);
     rf::register_max_pool(m);
     rf::register_norm(m);
     rf::register_activation(m);

@@ -17,11 +17,13 @@ namespace py = pybind11;
 
 constexpr int kMaxDims = 8;
 
-// A CPU tensor of a supported floating dtype. Borrows: valid while the Python object is alive and unchanged,
-// which the arguments of a bound function are.
+enum class Elements { floating, int32 };
+
+// A CPU tensor of a supported floating dtype, or of int32 where that is asked for. Borrows: valid while the
+// Python object is alive and unchanged, which the arguments of a bound function are.
 class TensorView {
   public:
-    TensorView(py::handle object, const char* name);
+    TensorView(py::handle object, const char* name, Elements elements = Elements::floating);
 
     const char* name() const { return name_; }
     int ndim() const { return ndim_; }
@@ -47,7 +49,7 @@ class TensorView {
     std::string describe() const;
 
   private:
-    void adopt(const dlpack::Tensor& tensor);
+    void adopt(const dlpack::Tensor& tensor, Elements elements);
 
     const char* name_;
     void* data_ = nullptr;

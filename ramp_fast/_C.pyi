@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from torch import Tensor
@@ -84,6 +85,19 @@ def max_pool_pullback(
 ) -> None: ...
 def scale_by(
     c: Tensor, factor: Tensor, n_scale: Tensor | None, out: Tensor, gate: bool, threads: _Threads, /
+) -> None: ...
+def mask_steps(scores: Tensor, ks: Sequence[int], descending: bool, out: Tensor, threads: _Threads, /) -> None: ...
+def masked_copies(
+    images: Tensor,
+    steps: Tensor,
+    baseline: Tensor,
+    first: int,
+    last: int,
+    reveal: bool,
+    out: Tensor,
+    channels_last: bool,
+    threads: _Threads,
+    /,
 ) -> None: ...
 def affine_factor(
     x: Tensor,

@@ -13,6 +13,7 @@ void register_activation(py::module_& m);
 void register_attention(py::module_& m);
 void register_junction(py::module_& m);
 void register_linear(py::module_& m);
+void register_masking(py::module_& m);
 void register_max_pool(py::module_& m);
 void register_norm(py::module_& m);
 

@@ -59,11 +59,11 @@ void fail(const std::string& message) {
     throw std::invalid_argument(message);
 }
 
-TensorView::TensorView(py::handle object, const char* name) : name_(name) {
+TensorView::TensorView(py::handle object, const char* name, Elements elements) : name_(name) {
     if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
         dlpack::Tensor tensor;
         if (api->borrow(object.ptr(), &tensor) != 0) throw py::error_already_set();
-        adopt(tensor);
+        adopt(tensor, elements);
         return;
     }
     if (!py::hasattr(object, "__dlpack__"))
@@ -75,14 +75,14 @@ TensorView::TensorView(py::handle object, const char* name) : name_(name) {
         Consumed<dlpack::ManagedTensorVersioned> consumed(capsule, "dltensor_versioned",
                                                           "used_dltensor_versioned");
         if (consumed.managed->version.major != 1) fail(std::string(name) + ": unknown DLPack version");
-        adopt(consumed.managed->tensor);
+        adopt(consumed.managed->tensor, elements);
     } else {
         Consumed<dlpack::ManagedTensor> consumed(capsule, "dltensor", "used_dltensor");
-        adopt(consumed.managed->tensor);
+        adopt(consumed.managed->tensor, elements);
     }
 }
 
-void TensorView::adopt(const dlpack::Tensor& tensor) {
+void TensorView::adopt(const dlpack::Tensor& tensor, Elements elements) {
     if (tensor.device.type != dlpack::kCPU) fail(std::string(name_) + " must be on the CPU");
     if (tensor.ndim > kMaxDims)
         fail(std::string(name_) + " has " + std::to_string(tensor.ndim) + " axes; at most " +
@@ -90,6 +90,10 @@ void TensorView::adopt(const dlpack::Tensor& tensor) {
     const dlpack::DataType dtype = tensor.dtype;
     if (dtype.lanes != 1)
         fail(std::string(name_) + " has a vector dtype");
+    else if (elements == Elements::int32 && (dtype.code != dlpack::kInt || dtype.bits != 32))
+        fail(std::string(name_) + " must be int32");
+    else if (elements == Elements::int32)
+        dtype_ = DType::i32;
     else if (dtype.code == dlpack::kFloat && dtype.bits == 32)
         dtype_ = DType::f32;
     else if (dtype.code == dlpack::kFloat && dtype.bits == 64)

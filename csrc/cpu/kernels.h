@@ -10,7 +10,7 @@
 
 namespace rf {
 
-enum class DType : std::uint8_t { f32, f64, bf16 };
+enum class DType : std::uint8_t { f32, f64, bf16, i32 };  // i32: counts and numbers of steps
 
 struct Operand {
     void* data = nullptr;  // null: absent
@@ -18,7 +18,7 @@ struct Operand {
 };
 
 constexpr std::int64_t item_size(DType dtype) {
-    return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+    return dtype == DType::f64 ? 8 : dtype == DType::bf16 ? 2 : 4;
 }
 
 // The pass behind mass, rescale, merge, junction and merge_junction.
@@ -91,6 +91,32 @@ struct MaxPoolArgs {
     int threads;
 };
 
+// out[i] = the first step s with ks[s] > rank of scores[i] among its image's, `steps` if there is none; ranks
+// are those of ordered.h.
+struct MaskStepsArgs {
+    std::int64_t batch, count, steps;
+    bool descending;
+    const std::int64_t* ks;  // [steps], ascending
+    Operand scores;          // [B, count]
+    Operand out;             // [B, count], int32
+    int threads;
+};
+
+// out[s - first] = a where masked[i] <= s, else b, for steps s in [first, last); a is the baseline and b the
+// image, or with `reveal` the other way round. Element (c, p) of an image is c pixels + p, or with
+// channels_last p channels + c.
+struct MaskedCopiesArgs {
+    std::int64_t batch, channels, pixels, first, last;
+    bool shared;           // one step for all channels of a pixel
+    bool shared_baseline;  // one baseline for all images
+    bool channels_last, reveal;
+    Operand images;    // [B, channels, pixels]
+    Operand masked;    // [B, channels or 1, pixels], int32
+    Operand baseline;  // [B or 1, channels, pixels]
+    Operand out;       // [last - first, B, channels, pixels]
+    int threads;
+};
+
 // y = gelu(x), factor = 2 [y > 0] gelu'(x); float arithmetic only
 struct GeluArgs {
     std::int64_t inner;
@@ -142,6 +168,8 @@ struct AttentionArgs {
     void combine(const CombineArgs&);              \
     void norm_pullback(const NormArgs&);           \
     void max_pool_pullback(const MaxPoolArgs&);    \
+    void mask_steps(const MaskStepsArgs&);         \
+    void masked_copies(const MaskedCopiesArgs&);   \
     void linear_pullback(const LinearArgs&);       \
     void scale_by(const ScaleArgs&);               \
     void gelu_factor(const GeluArgs&);             \

@@ -28,7 +28,7 @@ Implementation = Callable[..., Any]
 extension: ModuleType | None
 extension, extension_reason, openmp_pool = _native.load()
 
-KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
+KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.int32})  # int32 counts steps
 
 _library = torch.library.Library("ramp_fast", "DEF")
 _operators: dict[str, Operator] = {}

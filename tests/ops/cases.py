@@ -154,9 +154,13 @@ def as_tuple(result: Any) -> tuple[Tensor, ...]:
 
 
 def in_float64(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        a.double() if isinstance(a, Tensor) else torch.float64 if isinstance(a, torch.dtype) else a for a in args
-    )
+    return tuple(_in_float64(a) for a in args)
+
+
+def _in_float64(a: Any) -> Any:
+    if isinstance(a, Tensor):
+        return a.double() if a.is_floating_point() else a
+    return torch.float64 if isinstance(a, torch.dtype) else a
 
 
 def _rescale_magnitude(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
@@ -331,6 +335,34 @@ def _max_pool_magnitude(c: Tensor, x: Tensor, height: int, width: int, divided: 
     return (c.abs().amax() * (1 if divided else x.abs().amax()) if c.numel() else torch.zeros(()),)
 
 
+def _mask_steps(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    count = math.prod(o.inner)
+    scores = d.sample(count)
+    if o.seed % 3 == 0:
+        scores = (2 * scores).round() / 2  # ties everywhere, zeros of both signs
+    ks = torch.randint(0, count + 1, ((0, 1, 3, 40)[o.seed % 4],), generator=d.generator)
+    return scores, [*sorted(ks.tolist()), count, count] if o.seed % 5 else sorted([0, *ks.tolist()]), o.contrast
+
+
+def _masked_copies(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    channels, height, width = {0: (1, 1, 1), 1: (1, 1, *o.inner), 2: (*o.inner, 1)}.get(len(o.inner), o.inner)
+    images = d.sample(channels, height, width)
+    baseline = d.sample(channels, height, width) if o.seed % 2 else d.normal(1, *images.shape[1:], dtype=o.x_dtype)
+    first, count = o.seed % 3, o.seed % 5
+    shape = (o.batch, 1 if o.seed % 4 > 1 else channels, height, width)
+    steps = torch.randint(0, first + count + 2, shape, generator=d.generator, dtype=torch.int32)
+    if o.seed % 7 > 3:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images, steps, baseline, first, first + count, o.contrast
+
+
+def _exact(*args: Any) -> tuple[Tensor, ...]:
+    """Nothing is computed with, and nothing rounded."""
+    return (torch.zeros(()),)
+
+
 def _softmax(o: Options) -> tuple[Any, ...]:
     d = Draw(o)
     scores = (8 * d.sample(*o.rows)).clamp(-30, 30)
@@ -403,6 +435,8 @@ CASES = {
         Case("gelu_factor", _gelu, lambda x, tanh, _: (x.abs(), 2 + 2 * x.abs())),
         Case("affine_factor", _affine, _affine_magnitude),
         Case("max_pool_pullback", _max_pool, _max_pool_magnitude),
+        Case("mask_steps", _mask_steps, _exact),
+        Case("masked_copies", _masked_copies, _exact),
         Case("softmax_pullback", _softmax, _softmax_magnitude),
         Case("attention_pullback", _attention, _attention_magnitude),
     ]

@@ -65,7 +65,7 @@ def test_the_rest_of_the_batch_does_not_matter(name: str, isa: str) -> None:
     ops.set_cpu_isa(isa)
     args = CASES[name].arguments(LARGE)
     whole = as_tuple(getattr(ops, name)(*args))
-    batch_axes = [0 if name in ("gelu_factor", "affine_factor") else 1] * len(whole)
+    batch_axes = [0 if name in ("gelu_factor", "affine_factor", "mask_steps") else 1] * len(whole)
     if name == "attention_pullback":
         batch_axes[-1] = 2  # masses are [4, T, B]
     for first, last in [(0, 1), (2, 3), (1, 4)]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # What storing a result in its dtype costs: half a unit in the last place.
-STORE = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+STORE = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.int32: 0.0}
 
 # What computing it costs, by operator and dtype of arithmetic, each with its reason.
 COMPUTE = {
@@ -54,6 +54,11 @@ COMPUTE = {
     # a choice and at most one product
     ("max_pool_pullback", torch.float32): 1e-7,
     ("max_pool_pullback", torch.float64): 2e-16,
+    # an order, and values that are moved: exact
+    ("mask_steps", torch.float32): 0.0,
+    ("mask_steps", torch.float64): 0.0,
+    ("masked_copies", torch.float32): 0.0,
+    ("masked_copies", torch.float64): 0.0,
     # exp(s - max) carries the rounding of s - max: 2^-24 times up to 60, twice
     ("softmax_pullback", torch.float32): 8e-6,
     ("softmax_pullback", torch.float64): 2e-14,

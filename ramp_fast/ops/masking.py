@@ -1,0 +1,234 @@
+"""Masking for perturbation metrics: at which step an entry is masked, and the masked copies of images.
+
+Step s masks the ``ks[s]`` entries of an image that come first: those with the largest scores (MoRF) or the smallest
+(LeRF). A score per scalar, per pixel or per segment: steps of segments or pixels are expanded by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, get_num_threads
+
+from ramp_fast.errors import InputError
+from ramp_fast.ops._common import C
+from ramp_fast.ops._registry import register
+
+_INT32_MAX = 2**31 - 1
+
+
+def _check_steps(scores: Tensor, ks: Sequence[int]) -> None:
+    if scores.ndim != 2 or not scores.is_floating_point():
+        raise InputError(f"scores must be [B, N], floating point; got {list(scores.shape)}, {scores.dtype}")
+    count = scores.shape[1]
+    if count > _INT32_MAX or len(ks) > _INT32_MAX:
+        raise InputError(f"{count} entries and {len(ks)} steps: at most {_INT32_MAX} are supported (indices are int32)")
+    for smaller, larger in pairwise((0, *ks, count)):
+        if larger < smaller:
+            raise InputError(f"ks must ascend from 0 to {count}, the entries of an image; {larger} follows {smaller}")
+
+
+def _mask_steps_reference(scores: Tensor, ks: Sequence[int], descending: bool) -> Tensor:
+    _check_steps(scores, ks)
+    # negated, and not sorted in descending order, so that NaN comes last either way
+    order = (-scores if descending else scores).sort(dim=1, stable=True).indices
+    ranks = torch.arange(scores.shape[1], device=scores.device)
+    by_rank = torch.searchsorted(torch.tensor(ks, dtype=torch.int64, device=scores.device), ranks, right=True)
+    steps = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
+    return steps.scatter_(1, order, by_rank.to(torch.int32).expand_as(order))
+
+
+def _mask_steps_fake(scores: Tensor, ks: Sequence[int], descending: bool) -> Tensor:
+    _check_steps(scores, ks)
+    return torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
+
+
+def _mask_steps_cpu(scores: Tensor, ks: Sequence[int], descending: bool) -> Tensor:
+    steps = _mask_steps_fake(scores, ks, descending)
+    C.mask_steps(scores.contiguous(), ks, descending, steps, get_num_threads())
+    return steps
+
+
+_mask_steps = register(
+    "mask_steps(Tensor scores, int[] ks, bool descending) -> Tensor",
+    reference=_mask_steps_reference,
+    fake=_mask_steps_fake,
+    cpu=_mask_steps_cpu,
+)
+
+
+def mask_steps(scores: Tensor, ks: Sequence[int], descending: bool) -> Tensor:
+    """At which step each entry is masked, when step s masks the first ``ks[s]`` entries of every image.
+
+    Parameters
+    ----------
+    scores : Tensor [B, N]
+        Floating point. Of equal scores (``-0.0`` equals ``0.0``) the one with the lower index comes first, so that
+        exactly ``ks[s]`` entries are masked and every backend masks the same ones. NaN comes after everything else,
+        whatever the order.
+    ks : sequence of int [S]
+        Ascending, from 0 to N.
+    descending : bool
+        Largest scores first (MoRF); otherwise smallest first (LeRF).
+
+    Returns
+    -------
+    Tensor [B, N], int32
+        The first step that masks the entry; S where none does.
+
+    Raises
+    ------
+    InputError
+        Scores are not ``[B, N]`` floating point, or ks are not ascending numbers of entries.
+    """
+    return _mask_steps(scores, ks, descending)  # type: ignore[no-any-return]
+
+
+def _check_copies(images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int) -> None:
+    if images.ndim != 4 or not images.is_floating_point():
+        raise InputError(f"images must be [B, C, H, W], floating point; got {list(images.shape)}, {images.dtype}")
+    batch, channels, height, width = images.shape
+    if steps.dtype != torch.int32 or steps.shape not in (images.shape, (batch, 1, height, width)):
+        raise InputError(
+            f"steps must be int32 [{batch}, {channels} or 1, {height}, {width}] for images {list(images.shape)}; "
+            f"got {list(steps.shape)}, {steps.dtype}"
+        )
+    if baseline.dtype != images.dtype or baseline.shape not in (images.shape, (1, channels, height, width)):
+        raise InputError(
+            f"baseline must be {images.dtype} [{batch} or 1, {channels}, {height}, {width}] as the images are; "
+            f"got {list(baseline.shape)}, {baseline.dtype}"
+        )
+    if not images.device == steps.device == baseline.device:
+        raise InputError(
+            f"images, steps and baseline must be on one device; got {images.device}, {steps.device}, {baseline.device}"
+        )
+    if not 0 <= first <= last <= _INT32_MAX:
+        raise InputError(f"steps from {first} to {last}: need 0 <= first <= last")
+
+
+def _check_room(out: Tensor, images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int) -> None:
+    _check_copies(images, steps, baseline, first, last)
+    shape = (last - first, *images.shape)
+    if out.shape != shape or out.dtype != images.dtype or out.device != images.device:
+        raise InputError(
+            f"out must be {list(shape)}, {images.dtype}, on {images.device} as the images are; "
+            f"got {list(out.shape)}, {out.dtype}, {out.device}"
+        )
+    if not _flat(out, _channels_last(images)).is_contiguous():
+        raise InputError(
+            f"out has strides {list(out.stride())}: copies lie one after another, each in the memory layout of the "
+            f"images, which have strides {list(images.stride())}"
+        )
+
+
+def _channels_last(images: Tensor) -> bool:
+    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+
+
+def _copies(images: Tensor, count: int) -> Tensor:
+    """Room for copies [count, B, C, H, W] in the layout of the images."""
+    batch, channels, height, width = images.shape
+    if _channels_last(images):
+        return images.new_empty((count, batch, height, width, channels)).permute(0, 1, 4, 2, 3)
+    return images.new_empty((count, *images.shape))
+
+
+def _flat(tensor: Tensor, channels_last: bool) -> Tensor:
+    """[..., C, H, W] in the order of memory: [..., H, W, C] with channels_last."""
+    return tensor.movedim(-3, -1) if channels_last else tensor
+
+
+def _into_reference(
+    out: Tensor, images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int, reveal: bool
+) -> None:
+    _check_room(out, images, steps, baseline, first, last)
+    masked, kept = (images, baseline) if reveal else (baseline, images)
+    for step, copy in enumerate(out, first):
+        copy.copy_(torch.where(steps <= step, masked, kept))
+
+
+def _into_fake(
+    out: Tensor, images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int, reveal: bool
+) -> None:
+    _check_room(out, images, steps, baseline, first, last)
+
+
+def _into_cpu(
+    out: Tensor, images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int, reveal: bool
+) -> None:
+    _check_room(out, images, steps, baseline, first, last)
+    inner = _channels_last(images)
+    x, y, z = (_flat(tensor, inner).contiguous() for tensor in (images, steps, baseline))
+    C.masked_copies(x, y, z, first, last, reveal, _flat(out, inner), inner, get_num_threads())
+
+
+def _allocating(into: Callable[..., None]) -> Callable[..., Tensor]:
+    def call(images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int, reveal: bool) -> Tensor:
+        _check_copies(images, steps, baseline, first, last)
+        out = _copies(images, last - first)
+        into(out, images, steps, baseline, first, last, reveal)
+        return out
+
+    return call
+
+
+_masked_copies = register(
+    "masked_copies(Tensor images, Tensor steps, Tensor baseline, int first, int last, bool reveal) -> Tensor",
+    reference=_allocating(_into_reference),
+    fake=_allocating(_into_fake),
+    cpu=_allocating(_into_cpu),
+)
+_masked_copies_into = register(
+    "masked_copies_into(Tensor(a!) out, Tensor images, Tensor steps, Tensor baseline, int first, int last, bool reveal)"
+    " -> ()",
+    reference=_into_reference,
+    fake=_into_fake,
+    cpu=_into_cpu,
+)
+
+
+def masked_copies(
+    images: Tensor,
+    steps: Tensor,
+    baseline: Tensor,
+    first: int,
+    last: int,
+    reveal: bool = False,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Copies of images as masked by steps ``[first, last)``, all from one read of the images.
+
+    Parameters
+    ----------
+    images : Tensor [B, C, H, W]
+    steps : Tensor [B, C, H, W] or [B, 1, H, W], int32
+        When each scalar, or all channels of a pixel, are masked: :func:`mask_steps`.
+    baseline : Tensor [B, C, H, W] or [1, C, H, W]
+        What takes the place of masked entries, in the dtype of the images.
+    first, last : int
+        The range of steps: as many as fit into memory and make a batch for the model.
+    reveal : bool
+        Insertion: the baseline, with the entries of the image revealed step by step.
+    out : Tensor [last - first, B, C, H, W], optional
+        Where to write, laid out as the result is. On CPUs new memory takes several times as long as writing to it: give
+        one range after another the same, and take few images with many steps rather than many with few, so that it
+        stays in the cache.
+
+    Returns
+    -------
+    Tensor [last - first, B, C, H, W]
+        In the images' dtype and memory layout (channels-last stays so). ``flatten(0, 1)`` is a batch, and its outputs
+        are rows of the curves [S, B] of all images.
+
+    Raises
+    ------
+    InputError
+        Shapes, dtypes, layouts or devices do not fit together, or the range is none.
+    """
+    if out is None:
+        return _masked_copies(images, steps, baseline, first, last, reveal)  # type: ignore[no-any-return]
+    _masked_copies_into(out, images, steps, baseline, first, last, reveal)
+    return out
