@@ -58,11 +58,11 @@ def fill(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def build(case: str) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """The network in float64 and eval mode, images ``[3, 3, H, W]`` and target classes ``[3]``."""
+def build(case: str, batch: int = BATCH, seed: int = 0) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """The network in float64 and eval mode, images ``[batch, 3, H, W]`` and target classes ``[batch]``."""
     make, size = CASES[case]
-    model = fill(make().double().eval())
-    stream = np.random.RandomState(1000)
-    images = torch.from_numpy(stream.standard_normal((BATCH, 3, size, size)))
+    model = fill(make().double().eval(), seed)
+    stream = np.random.RandomState(1000 + seed)
+    images = torch.from_numpy(stream.standard_normal((batch, 3, size, size)))
     classes = int(model.num_classes)  # type: ignore[arg-type]
-    return model, images, torch.from_numpy(stream.randint(0, classes, size=BATCH))
+    return model, images, torch.from_numpy(stream.randint(0, classes, size=batch))
