@@ -1,10 +1,11 @@
-// The extension module ramp_fast._C: CPU kernels on DLPack views, free of libtorch.
+// The extension module ramp_fast._C: CPU kernels on DLPack views and CUDA kernels on addresses, free of
+// libtorch.
 #include "bind/bind.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "CPU kernels of ramp_fast.";
+    m.doc() = "CPU and CUDA kernels of ramp_fast.";
     m.attr("__version__") = RF_VERSION;
     m.def("bind_openmp", &rf::bind_openmp, rf::py::arg("libtorch"),
           "Use the OpenMP pool of the loaded libtorch_cpu at this path; returns the library that provides "
@@ -22,4 +23,10 @@ PYBIND11_MODULE(_C, m) {
     rf::register_norm(m);
     rf::register_activation(m);
     rf::register_attention(m);
+#ifdef RF_HAVE_CUDA
+    m.attr("has_cuda") = true;
+    rf::register_cuda(m);
+#else
+    m.attr("has_cuda") = false;
+#endif
 }

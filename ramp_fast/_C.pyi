@@ -4,6 +4,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 __version__: str
+has_cuda: bool
 
 _Threads: TypeAlias = int
 
@@ -127,5 +128,40 @@ def attention_pullback(
     c_v: Tensor,
     masses: Tensor,
     threads: _Threads,
+    /,
+) -> None: ...
+
+# Where has_cuda: kernels on addresses of contiguous memory, started on a stream and not waited for. RuntimeError if
+# CUDA refuses.
+def cuda_problem(device: int) -> str: ...
+def cuda_mask_steps(
+    scores: int,
+    item_size: int,
+    batch: int,
+    count: int,
+    ks: Sequence[int],
+    descending: bool,
+    out: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_masked_copies(
+    images: int,
+    steps: int,
+    baseline: int,
+    item_size: int,
+    batch: int,
+    channels: int,
+    pixels: int,
+    first: int,
+    last: int,
+    shared: bool,
+    shared_baseline: bool,
+    channels_last: bool,
+    reveal: bool,
+    out: int,
+    device: int,
+    stream: int,
     /,
 ) -> None: ...

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,36 +18,10 @@ from ramp_fast import Engine, ops
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 
-import recipe  # noqa: E402  # a script beside the files that it explains, not a package
-
-RULES = {"abslrp": "", "abslrp-release": "release_"}
-
-# Norm of the difference over the norm of what is expected, largest of the batch.
-TOLERANCE = {
-    # stored in float32 (half a unit in the last place: 3e-8), and the stabilizer of 1e-9, absent from the files
-    ("float64", "map"): 1e-6,
-    # the difference of two nearly equal maps: ten times that
-    ("float64", "relevance"): 1e-5,
-    # 24-bit rounding through six blocks, magnified by the smallest logit of the uniform seed (about 0.01)
-    ("float32", "relevance"): 1e-2,
-    # 8-bit rounding (4e-3) of coefficients in every product, averaged over their many terms
-    ("mixed", "relevance"): 3e-2,
-    ("float64", "logits"): 1e-6,
-}
-
+import recipe  # noqa: E402  # scripts beside the files that they explain, not a package
+from agreement import RULES, TOLERANCE, error, expected  # noqa: E402
 
 build = lru_cache(maxsize=1)(recipe.build)
-
-
-@cache
-def expected(case: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / f"abslrp_{case}.npz", allow_pickle=False) as file:
-        return {name: torch.from_numpy(file[name]).double() for name in file.files}
-
-
-def error(actual: Tensor, reference: Tensor) -> float:
-    difference = (actual.double() - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
-    return float(difference.max())
 
 
 def check(actual: Tensor, reference: Tensor, precision: str, what: str) -> None:

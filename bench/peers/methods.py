@@ -152,7 +152,7 @@ def published_abslrp(model: nn.Module) -> Attribute:
         VGG: rules.VGGAbsLRPRule,
     }
     kinds[type(model)]().apply(model)
-    method = AbsLRPRelevancyMethod(model, "cpu")
+    method = AbsLRPRelevancyMethod(model, next(model.parameters()).device)
     return lambda images, target: method.relevancy(images.clone(), target)
 
 

@@ -1,14 +1,16 @@
 """Registration of ``ramp_fast::*`` operators and the choice of their backend.
 
-Every operator has a schema, a fake and a reference, and may have a CPU kernel (csrc) and a Triton kernel
-(kernels). They are registered with ``torch.library.Library.impl``, whose call costs a few microseconds.
+Every operator has a schema, a fake and a reference, and may have a CPU kernel and a CUDA kernel (csrc) and a Triton
+kernel (kernels). They are registered with ``torch.library.Library.impl``, whose call costs a few microseconds.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -21,6 +23,8 @@ from ramp_fast.errors import BackendError
 
 BACKEND_VARIABLE = "RAMP_FAST_BACKEND"
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+# What runs where no backend is forced: the first that an operator has a kernel for, otherwise the reference.
+_DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _DEVICE_KEYS = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
 
 Implementation = Callable[..., Any]
@@ -41,9 +45,18 @@ def _missing(backend: str) -> str:
         return f"the C++ extension is missing: {extension_reason}"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (it exists for Linux on x86_64 and aarch64)"
-    if backend == "cuda":
-        return "no CUDA C++ kernels are built in this version"
+    if backend == "cuda" and (extension is None or not extension.has_cuda):
+        return extension_reason or "the extension was built without CUDA kernels (RAMP_FAST_CUDA=on needs nvcc)"
     return ""
+
+
+@functools.cache
+def _cuda_problem(device: int) -> str:
+    """Why the CUDA C++ kernels cannot run on a device, whose CUDA context exists; empty if they can."""
+    problem = str(extension.cuda_problem(device)) if extension is not None else extension_reason
+    if problem:
+        warnings.warn(f"ramp_fast's CUDA kernels cannot run on cuda:{device}: {problem}", RuntimeWarning, stacklevel=2)
+    return problem
 
 
 def unavailable(backend: str) -> str:
@@ -53,6 +66,11 @@ def unavailable(backend: str) -> str:
     reason = _missing(backend)
     if not reason and backend == "triton" and not torch.cuda.is_available() and not _triton_interprets():
         reason = "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
+    if not reason and backend == "cuda":
+        if not torch.cuda.is_available():
+            reason = "torch sees no CUDA device"
+        else:
+            reason = _cuda_problem(torch.cuda.current_device())
     return reason
 
 
@@ -95,24 +113,31 @@ class Operator:
         self.chosen = {device: self._choose(device) for device in _DEVICE_KEYS}
 
     def _choose(self, device: str) -> Implementation:
-        backend = _forced or {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
-        if backend == "reference":
-            return self.reference
-        runs_on_device = (backend == "cpu") == (device == "cpu") or (backend == "triton" and _triton_interprets())
-        if not runs_on_device:
-            return self._refusal(f"does not run on {device} tensors")
-        kernel = self._kernels.get(backend)
         if _forced is None:
-            return self.reference if kernel is None or _missing(backend) else self._with_fallback(kernel)
+            for backend in _DEFAULTS.get(device, ()):
+                kernel = self._kernels.get(backend)
+                if kernel is not None and not _missing(backend):
+                    return self._with_fallback(kernel, backend)
+            return self.reference
+        if _forced == "reference":
+            return self.reference
+        runs_on_device = (_forced == "cpu") == (device == "cpu") or (_forced == "triton" and _triton_interprets())
+        if not runs_on_device or (_forced == "cuda" and device != "cuda"):
+            return self._refusal(f"does not run on {device} tensors")
+        kernel = self._kernels.get(_forced)
         return self._refusal("has no kernel for it") if kernel is None else self._without_fallback(kernel)
 
-    def _with_fallback(self, kernel: Implementation) -> Implementation:
+    def _with_fallback(self, kernel: Implementation, backend: str) -> Implementation:
         reference = self.reference
 
         def call(*args: Any) -> Any:
             return kernel(*args) if _takes(args) else reference(*args)
 
-        return call
+        def call_cuda(*args: Any) -> Any:
+            device = next(arg.device.index for arg in args if isinstance(arg, Tensor))
+            return kernel(*args) if _takes(args) and not _cuda_problem(device) else reference(*args)
+
+        return call_cuda if backend == "cuda" else call
 
     def _without_fallback(self, kernel: Implementation) -> Implementation:
         def call(*args: Any) -> Any:
@@ -146,6 +171,7 @@ def register(
     fake: Implementation,
     cpu: Implementation | None = None,
     triton: str | None = None,
+    cuda: Implementation | None = None,
 ) -> Any:
     """Define ``ramp_fast::<schema>`` and return the callable operator.
 
@@ -159,6 +185,8 @@ def register(
         Runs the kernel of the C++ extension.
     triton : str, optional
         ``"module:function"`` below ``ramp_fast.kernels``, imported at the first call.
+    cuda : callable, optional
+        Runs the CUDA kernel of the C++ extension.
     """
     name = schema.partition("(")[0]
     kernels: dict[str, Implementation] = {}
@@ -166,6 +194,8 @@ def register(
         kernels["cpu"] = cpu
     if triton is not None:
         kernels["triton"] = _lazily(triton)
+    if cuda is not None:
+        kernels["cuda"] = cuda
     operator = _operators[name] = Operator(name, reference, kernels)
 
     _library.define(schema)

@@ -19,6 +19,11 @@ from ramp_fast.ops._registry import register
 _INT32_MAX = 2**31 - 1
 
 
+def _current_stream(tensor: Tensor) -> tuple[int, int]:
+    """The device of a CUDA tensor, which need not be the current one, and its stream."""
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+
+
 def _check_steps(scores: Tensor, ks: Sequence[int]) -> None:
     if scores.ndim != 2 or not scores.is_floating_point():
         raise InputError(f"scores must be [B, N], floating point; got {list(scores.shape)}, {scores.dtype}")
@@ -51,11 +56,23 @@ def _mask_steps_cpu(scores: Tensor, ks: Sequence[int], descending: bool) -> Tens
     return steps
 
 
+def _mask_steps_cuda(scores: Tensor, ks: Sequence[int], descending: bool) -> Tensor:
+    steps = _mask_steps_fake(scores, ks, descending)
+    scores = scores.contiguous()
+    batch, count = scores.shape
+    device, stream = _current_stream(scores)
+    C.cuda_mask_steps(
+        scores.data_ptr(), scores.element_size(), batch, count, ks, descending, steps.data_ptr(), device, stream
+    )
+    return steps
+
+
 _mask_steps = register(
     "mask_steps(Tensor scores, int[] ks, bool descending) -> Tensor",
     reference=_mask_steps_reference,
     fake=_mask_steps_fake,
     cpu=_mask_steps_cpu,
+    cuda=_mask_steps_cuda,
 )
 
 
@@ -164,6 +181,32 @@ def _into_cpu(
     C.masked_copies(x, y, z, first, last, reveal, _flat(out, inner), inner, get_num_threads())
 
 
+def _into_cuda(
+    out: Tensor, images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int, reveal: bool
+) -> None:
+    _check_room(out, images, steps, baseline, first, last)
+    inner = _channels_last(images)
+    x, y, z = (_flat(tensor, inner).contiguous() for tensor in (images, steps, baseline))
+    batch, channels, height, width = images.shape
+    C.cuda_masked_copies(
+        x.data_ptr(),
+        y.data_ptr(),
+        z.data_ptr(),
+        images.element_size(),
+        batch,
+        channels,
+        height * width,
+        first,
+        last,
+        steps.shape[1] == 1,
+        baseline.shape[0] == 1,
+        inner,
+        reveal,
+        out.data_ptr(),
+        *_current_stream(images),
+    )
+
+
 def _allocating(into: Callable[..., None]) -> Callable[..., Tensor]:
     def call(images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int, reveal: bool) -> Tensor:
         _check_copies(images, steps, baseline, first, last)
@@ -179,6 +222,7 @@ _masked_copies = register(
     reference=_allocating(_into_reference),
     fake=_allocating(_into_fake),
     cpu=_allocating(_into_cpu),
+    cuda=_allocating(_into_cuda),
 )
 _masked_copies_into = register(
     "masked_copies_into(Tensor(a!) out, Tensor images, Tensor steps, Tensor baseline, int first, int last, bool reveal)"
@@ -186,6 +230,7 @@ _masked_copies_into = register(
     reference=_into_reference,
     fake=_into_fake,
     cpu=_into_cpu,
+    cuda=_into_cuda,
 )
 
 

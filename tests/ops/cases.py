@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from ramp_fast import ops
@@ -65,23 +64,6 @@ class Options:
 
 # Several chunks, blocks and a tail in each sample, enough work for several threads.
 LARGE = Options(rhs=4, batch=5, inner=(9, 4099), rows=(67, 521), seed=1, zeros=True)
-
-
-@st.composite
-def options(draw: st.DrawFn) -> Options:
-    c_dtype, x_dtype = draw(st.sampled_from(DTYPES))
-    contrast = draw(st.booleans())
-    return Options(
-        rhs=draw(st.sampled_from([2, 4] if contrast else [1, 2, 3])),
-        batch=draw(st.integers(0, 3)),
-        inner=draw(st.sampled_from(INNER)),
-        rows=draw(st.sampled_from(ROWS)),
-        c_dtype=c_dtype,
-        x_dtype=x_dtype,
-        contrast=contrast,
-        seed=draw(st.integers(0, 2**31)),
-        zeros=draw(st.booleans()),
-    )
 
 
 def odd_options() -> list[Options]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -132,6 +133,46 @@ def test_a_forced_cpu_backend_refuses_other_devices() -> None:
     ops.set_backend("cpu")
     with pytest.raises(BackendError, match="does not run on cuda tensors"):
         _registry._operators["mass"].chosen["cuda"]()
+
+
+def test_kernels_of_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    # CUDA C++ before Triton, and the reference where the driver is too old; forced, none stands in for another
+    def operator(*backends: str) -> _registry.Operator:
+        return _registry.Operator("some", lambda x: "reference", {b: lambda x, b=b: b for b in backends})
+
+    x, problems = torch.ones(1), [""]
+    monkeypatch.setattr(_registry, "_missing", lambda backend: "")
+    monkeypatch.setattr(_registry, "_cuda_problem", lambda device: problems[0])
+    assert operator("cpu", "triton", "cuda").chosen["cuda"](x) == "cuda"
+    assert operator("cpu", "triton").chosen["cuda"](x) == "triton"
+    assert operator("cpu").chosen["cuda"](x) == "reference"
+    assert operator("cuda").chosen["xpu"](x) == "reference"
+    assert operator("cuda").chosen["cuda"](x.half()) == "reference"
+    problems[0] = "its driver is too old"
+    assert operator("cuda", "triton").chosen["cuda"](x) == "reference"
+    monkeypatch.setattr(_registry, "_missing", lambda backend: "was not built")
+    assert operator("cuda").chosen["cuda"](x) == "reference"
+    monkeypatch.setattr(_registry, "_forced", "cuda")
+    assert operator("cuda", "triton").chosen["cuda"](x) == "cuda"
+    for device, backends, problem in [
+        ("cuda", ("triton",), "has no kernel for it"),
+        ("xpu", ("cuda",), "does not run on xpu"),
+        ("cpu", ("cuda", "cpu"), "does not run on cpu"),
+    ]:
+        with pytest.raises(BackendError, match=problem):
+            operator(*backends).chosen[device](x)
+
+
+def test_cuda_kernels_that_cannot_run_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = types.SimpleNamespace(cuda_problem=lambda device: f"no kernel image for device {device}")
+    monkeypatch.setattr(_registry, "extension", extension)
+    _registry._cuda_problem.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"cannot run on cuda:1: no kernel image for device 1") as caught:
+            assert _registry._cuda_problem(1) == _registry._cuda_problem(1) == "no kernel image for device 1"
+        assert len(caught) == 1
+    finally:
+        _registry._cuda_problem.cache_clear()
 
 
 @needs_extension

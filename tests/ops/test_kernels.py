@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Options, as_tuple, in_float64, odd_options, options, poison_memory
+from cases import CASES, Options, as_tuple, in_float64, odd_options, poison_memory
 from hypothesis import HealthCheck, given, settings
+from strategies import options
 from tolerances import assert_close
 
 from ramp_fast import ops

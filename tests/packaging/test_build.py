@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,12 +17,16 @@ pytest.importorskip("scikit_build_core", reason="the build backend is part of th
 ROOT = Path(__file__).parents[2]
 
 
-def build_without_compiler(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def build(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RAMP_FAST_", "CMAKE_", "SKBUILD_"))}
-    env |= {"CC": str(out / "no-cc"), "CXX": str(out / "no-c++")} | environment
+    env |= environment
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-v"]
     command += [f"--config-settings=build-dir={out / 'build'}", "--wheel-dir", str(out), str(ROOT)]
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+
+
+def build_without_compiler(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return build(out, CC=str(out / "no-cc"), CXX=str(out / "no-c++"), **environment)
 
 
 def test_without_a_compiler_the_wheel_is_pure_python(tmp_path: Path) -> None:
@@ -38,6 +43,21 @@ def test_without_a_compiler_the_wheel_is_pure_python(tmp_path: Path) -> None:
 def test_a_required_extension_fails_the_build(tmp_path: Path) -> None:
     result = build_without_compiler(tmp_path, RAMP_FAST_REQUIRE_EXTENSION="1")
     assert result.returncode != 0
+    assert not list(tmp_path.glob("*.whl"))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="configures the extension")
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [("on", "RAMP_FAST_CUDA is on and no nvcc was found"), ("yes please", "supported: auto, on, off")],
+)
+def test_required_cuda_kernels_fail_the_build(tmp_path: Path, value: str, problem: str) -> None:
+    compilers = {"CC": "cc", "CXX": "c++", "CUDACXX": str(tmp_path / "no-nvcc")}
+    result = build(
+        tmp_path, RAMP_FAST_CUDA=value, RAMP_FAST_REQUIRE_EXTENSION="1" if value != "on" else "", **compilers
+    )
+    assert result.returncode != 0
+    assert problem in " ".join((result.stdout + result.stderr).split())
     assert not list(tmp_path.glob("*.whl"))
 
 

@@ -1,0 +1,197 @@
+"""Everything a GPU can say about this package, in one command and a few minutes, without a network.
+
+    python bench/gpu/run.py --minutes 8
+
+Builds the package if it is not installed with its extension, then, most important first and each part skipped once
+the time is up: the machine's limits (a copy, a product in bfloat16), every operator with a Triton or CUDA kernel
+against the float64 reference, the golden maps, attributions of four networks against their forward pass and against
+other packages, and the operators' times against the limits. Prints a table and writes a JSON file into ``--out``.
+
+``--device cpu --quick`` runs the same on tiny networks in a few seconds, to test this script. ``RAMP_FAST_PUBLISHED``
+names a checkout of the published package, which is timed as well then.
+
+This process never touches the device. Parts run one after another in ``worker.py``, which is started again where a
+kernel has broken its CUDA context, and killed where one does not end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+WORKER = HERE / "worker.py"
+
+HANGS = 150.0  # seconds after which a part is taken for hanging
+STARTING = 180.0  # the same while the worker imports and loads kernels
+
+
+def build(build_folder: Path, rebuild: bool) -> tuple[dict[str, str], str]:
+    """Environment variables that make ``import ramp_fast`` find a package with its extension, and how it came about."""
+    check = "import torch, ramp_fast.kernels, ramp_fast._C as c; print(c.__file__)"
+    elsewhere = tempfile.gettempdir()  # not in the checkout, whose folder would hide an installed package
+    if not rebuild:
+        found = subprocess.run(
+            [sys.executable, "-c", check], capture_output=True, text=True, cwd=elsewhere, check=False
+        )
+        if found.returncode == 0:
+            return {}, f"installed: {found.stdout.strip()}"
+    shutil.rmtree(build_folder, ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
+    command += ["--target", str(build_folder), str(ROOT)]
+    environment = os.environ | {"RAMP_FAST_REQUIRE_EXTENSION": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    variables = {"PYTHONPATH": os.pathsep.join(filter(None, [str(build_folder), os.environ.get("PYTHONPATH")]))}
+    if done.returncode == 0:
+        return variables, f"built into {build_folder}"
+    # Triton's kernels need no compiler: run what there is, and say so.
+    for source, target in (("ramp_fast", "ramp_fast"), ("kernels", "ramp_fast/kernels")):
+        shutil.copytree(ROOT / source, build_folder / target, dirs_exist_ok=True)
+    return variables, "WITHOUT the extension: " + (done.stdout + done.stderr)[-2000:]
+
+
+def commit() -> str:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + (
+            " and changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Parts:
+    """Runs the parts in workers and keeps what they report, in memory and in the file."""
+
+    def __init__(self, file: Path, record: dict[str, Any], options: list[str], environment: dict[str, str]) -> None:
+        self.file, self.record, self.options, self.environment = file, record, options, environment
+        self.parts: dict[str, dict[str, Any]] = {}
+
+    def write(self) -> None:
+        self.record["parts"] = list(self.parts.values())
+        self.record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S")
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.record, indent=1))
+        partial.replace(self.file)
+
+    def run(self, deadline: float) -> None:
+        """All parts in the worker's order; those that broke or hung a worker are not tried again."""
+        while time.time() < deadline:
+            done = sorted(self.parts)
+            finished = self._worker(deadline)
+            self._broken("the worker ended while this part ran: its CUDA context or its process is broken")
+            if finished or sorted(self.parts) == done:  # nothing is left, or nothing was even begun
+                return
+        self._broken("out of time")
+
+    def _broken(self, why: str) -> None:
+        for part in self.parts.values():
+            if part["status"] == "running":
+                part.update(status="failed", error=why + "\n" + part.pop("output", ""))
+        self.write()
+
+    def _worker(self, deadline: float) -> bool:
+        """One worker until it ends, hangs or the time is up; whether it got to the end of its list."""
+        with tempfile.TemporaryDirectory() as folder:
+            results, output = Path(folder) / "results.jsonl", Path(folder) / "output"
+            results.touch()
+            command = [
+                sys.executable,
+                str(WORKER),
+                *self.options,
+                "--deadline",
+                str(deadline),
+                "--results",
+                str(results),
+            ]
+            command += ["--without", ",".join(self.parts)]
+            with output.open("w") as sink:
+                process = subprocess.Popen(
+                    command, stdout=sink, stderr=subprocess.STDOUT, env=os.environ | self.environment, cwd=folder
+                )
+            seen, last, patience = 0, time.time(), STARTING
+            while True:
+                ended = process.poll() is not None
+                lines = results.read_text().splitlines()
+                for line in lines[seen:]:
+                    part = json.loads(line)
+                    self.parts[part["name"]] = part
+                    last, patience = time.time(), HANGS
+                if len(lines) > seen:
+                    seen = len(lines)
+                    self.write()
+                if ended:
+                    break
+                if time.time() - last > patience or time.time() > deadline + HANGS / 4:
+                    process.kill()
+                    process.wait()
+                    break
+                time.sleep(0.1)
+            if process.returncode != 0:
+                tail = output.read_text(errors="replace")[-3000:]
+                if not any(part["status"] == "running" for part in self.parts.values()):
+                    self.record.setdefault("broken", []).append(tail)
+                for part in self.parts.values():
+                    if part["status"] == "running":
+                        part["output"] = tail
+            return process.returncode == 0
+
+
+def table(parts: list[dict[str, Any]]) -> str:
+    """A line for everything that was found."""
+    lines = []
+    for part in parts:
+        result = part.get("result", {})
+        if part["status"] != "ok":
+            lines.append(f"{part['name']:44} {part['status'].upper()}: {part.get('error', '').strip()[-160:]}")
+        for row in result.get("rows", []):
+            cells = [
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            ]
+            lines.append(f"{part['name']:44} {'  '.join(cells)}")
+        if part["status"] == "ok" and "rows" not in result:
+            lines.append(f"{part['name']:44} {json.dumps(result)[:160]}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8, help="time for everything but the build (8)")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny networks and operands, to test this script")
+    parser.add_argument("--only", default="", metavar="PREFIXES", help="parts whose names begin so, comma-separated")
+    parser.add_argument("--rebuild", action="store_true", help="build the extension even if one is installed")
+    args = parser.parse_args()
+
+    environment, built = build(ROOT / "build" / "gpu-run", args.rebuild)
+    args.out.mkdir(parents=True, exist_ok=True)
+    started = time.strftime("%Y-%m-%dT%H:%M:%S")
+    file = args.out.resolve() / f"{args.device.replace(':', '')}-{started.replace(':', '')}-{os.getpid()}.json"
+    record = {"format": 1, "started": started, "commit": commit(), "build": built, "arguments": sys.argv[1:]}
+    options = ["--device", args.device, "--only", args.only, *(["--quick"] if args.quick else [])]
+    parts = Parts(file, record, options, environment)
+    parts.write()
+    parts.run(time.time() + 60 * args.minutes)
+    parts.write()
+    print(table(record["parts"]))  # type: ignore[arg-type]
+    for output in record.get("broken", []):
+        print(f"a worker ended outside of any part:\n{output}")
+    print(f"written to {file}")
+    return 0 if parts.parts and all(p["status"] in ("ok", "skipped") for p in parts.parts.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
