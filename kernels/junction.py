@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ramp_fast.kernels.common import compute_dtype
+from ramp_fast.kernels.common import compute_dtype, sum_partials
 
 BLOCK = 2048
 WARPS = 8  # with 4 the kernel takes 181 registers and the loads of few blocks are in flight
@@ -106,5 +106,5 @@ def junction(
                 BLOCK=BLOCK,
                 num_warps=WARPS,
             )
-    mass_a, mass_b = masses.sum(-1, dtype=torch.float64).to(dtype).unbind(0)
+    mass_a, mass_b = sum_partials(masses).unbind(0)
     return c_a, c_b, mass_a.clone(), mass_b.clone()

@@ -21,6 +21,7 @@ from ramp_fast.errors import BackendError
 
 BACKEND_VARIABLE = "RAMP_FAST_BACKEND"
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+_DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
 _DEVICE_KEYS = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
 
 Implementation = Callable[..., Any]
@@ -76,6 +77,14 @@ def set_backend(backend: str | None) -> None:
         operator.resolve()
 
 
+def backend_for(device: str) -> str:
+    """The backend of operators that have a kernel for it, for tensors on this type of device."""
+    if _forced is not None:
+        return _forced
+    backend = _DEFAULTS.get(device, "reference")
+    return "reference" if _missing(backend) else backend
+
+
 def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -95,7 +104,7 @@ class Operator:
         self.chosen = {device: self._choose(device) for device in _DEVICE_KEYS}
 
     def _choose(self, device: str) -> Implementation:
-        backend = _forced or {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
+        backend = backend_for(device)
         if backend == "reference":
             return self.reference
         runs_on_device = (backend == "cpu") == (device == "cpu") or (backend == "triton" and _triton_interprets())
@@ -103,7 +112,7 @@ class Operator:
             return self._refusal(f"does not run on {device} tensors")
         kernel = self._kernels.get(backend)
         if _forced is None:
-            return self.reference if kernel is None or _missing(backend) else self._with_fallback(kernel)
+            return self.reference if kernel is None else self._with_fallback(kernel)
         return self._refusal("has no kernel for it") if kernel is None else self._without_fallback(kernel)
 
     def _with_fallback(self, kernel: Implementation) -> Implementation:
