@@ -12,7 +12,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ramp_fast.kernels import common, junction, linear
+from ramp_fast.kernels import attention, common, junction, linear
 from ramp_fast.kernels.norm import norm_pullback_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -37,8 +37,12 @@ class Source:
     kernel: Any
     types: dict[str, str]  # of pointers and numbers
     constants: dict[str, Any]
-    configs: tuple[triton.Config, ...]
+    configs: Callable[[int], tuple[triton.Config, ...]]  # for a compute capability
     products: bool = False  # on tensor cores
+
+
+def one_config(warps: int) -> Callable[[int], tuple[triton.Config, ...]]:
+    return lambda capability: (triton.Config({}, num_warps=warps),)
 
 
 def _sources() -> Iterator[Source]:
@@ -47,14 +51,23 @@ def _sources() -> Iterator[Source]:
         common.sum_kernel,
         {"partials_ptr": "*fp32", "out_ptr": "*fp32"},
         {"COUNT": 197 * 12, "BLOCK": common.SUM_BLOCK},
-        (triton.Config({}, num_warps=4),),
+        one_config(4),
+    )
+    yield Source(
+        "prepare attention",
+        attention.prepare_kernel,
+        {"x_ptr": "*fp32", "gate_ptr": "*fp32", "whole_ptr": "*bf16", "halves_ptr": "*bf16"}
+        | dict.fromkeys(("x_t", "x_b", "x_h", "x_n", "gate_b", "gate_h", "gate_n", "batch", "rhs"), "i32"),
+        {"HEADS": 12, "COUNT": 197, "WIDTH": 64, "GATE": True, "WHOLE": 3, "HALVES": 3, "BOTH": True}
+        | {"BLOCK_D": 64, "BLOCK": 64, "BLOCKS": 4},
+        one_config(8),
     )
     yield Source(
         "norm_pullback",
         norm_pullback_kernel,
         {"c_ptr": "*bf16", "x_ptr": "*fp32", "weight_ptr": "*fp32", "out_ptr": "*bf16", "rows": "i32"},
         {"RHS": 2, "WIDTH": 768, "EPS": 1e-6, "HAS_WEIGHT": True, "COMPUTE": tl.float32, "BLOCK": 1024},
-        (triton.Config({}, num_warps=4),),
+        one_config(4),
     )
     yield Source(
         "junction",
@@ -62,14 +75,14 @@ def _sources() -> Iterator[Source]:
         {"c_ptr": "*fp32", "a_ptr": "*fp32", "b_ptr": "*fp32", "c_a_ptr": "*fp32", "c_b_ptr": "*bf16"}
         | {"masses_ptr": "*fp32", "batch": "i32", "inner": "i32"},
         {"RHS": 2, "CONTRAST": True, "RELU": True, "COMPUTE": tl.float32, "BLOCK": junction.BLOCK},
-        (triton.Config({}, num_warps=junction.WARPS),),
+        one_config(junction.WARPS),
     )
     yield Source(
         "row_statistics",
         linear.statistics_kernel,
         {"x_ptr": "*fp32", "statistics_ptr": "*fp32"},
         {"WIDTH": 768, "EPS": 1e-6, "BLOCK": 1024},
-        (triton.Config({}, num_warps=4),),
+        one_config(4),
     )
     for dtype, norm in itertools.product((torch.bfloat16, torch.float32), (True, False)):
         element = POINTERS[dtype]
@@ -82,9 +95,36 @@ def _sources() -> Iterator[Source]:
             | {"rows": "i32"},
             {"MAPS": 1 if norm else 2, "SIDES": 2 if norm else 1, "DEPTH": 3072, "WIDTH": 768, "NORM": norm}
             | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "PRECISION": linear.PRECISION[dtype]},
-            linear.CONFIGS[dtype],
+            lambda capability, dtype=dtype: linear.CONFIGS[dtype],
             products=True,
         )
+
+    for dtype, width, gated in itertools.product((torch.bfloat16, torch.float32), (64, 128), (True, False)):
+        yield from _attention(dtype, width, gated)
+
+
+def _attention(dtype: torch.dtype, width: int, gated: bool) -> Iterator[Source]:
+    """197 tokens and 12 heads, float32 q, k and v, coefficients of ``dtype``."""
+    name = f"{NAMES[dtype]}, {width} columns{', gated' * gated}"
+    parts = 1 if dtype == torch.bfloat16 else 3
+    constants = {"RHS": 2, "HEADS": 12, "QUERIES": 197, "KEYS": 197, "WIDTH": width, "QUERY_ROWS": 256}
+    constants |= {"KEY_ROWS": 256, "GATED": gated, "CONTRAST": attention.paired(width, parts), "SCORE_PARTS": 3}
+    constants |= {"PARTS": parts, "BLOCK_D": attention.padded(width)}
+
+    def config(capability: int) -> tuple[triton.Config, ...]:
+        tile = attention.tiles(capability, width, parts)
+        return (triton.Config({"OWN": tile.own, "OTHER": tile.other}, tile.warps, tile.stages),)
+
+    for kernel in (attention.queries_kernel, attention.keys_kernel):
+        types = {n: "i32" for n in kernel.arg_names if n not in (*constants, "OWN", "OTHER")} | {"scale": "fp32"}
+        types |= {n: "*bf16" for n in types if n.endswith("_ptr")}
+        wide = {"x_ptr", "k_raw_ptr", "v_raw_ptr", "statistics_ptr", "masses_ptr"} & types.keys()
+        outputs = {"out_ptr", "c_k_ptr", "c_v_ptr"} & types.keys()
+        types |= dict.fromkeys(wide, "*fp32") | dict.fromkeys(outputs, POINTERS[dtype])
+        by = "queries" if kernel is attention.queries_kernel else "keys"
+        # Tiles of less than 64 rows, all that fits there, are not for wgmma.
+        products = parts == 1 or width <= 64
+        yield Source(f"attention by {by}, {name}", kernel, types, constants, config, products)
 
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -120,8 +160,9 @@ def compile_kernel(source: Source, config: triton.Config, capability: int) -> Re
     constants = source.constants | config.kwargs
     types = source.types | dict.fromkeys(constants, "constexpr")
     names = source.kernel.arg_names
-    # What a launch finds out about its arguments: tensors begin at multiples of 16 bytes.
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
+    # What a launch finds out about its arguments: tensors begin at multiples of 16 bytes, strides (x_t) are such.
+    aligned = [n for n, t in types.items() if t.startswith("*") or (t == "i32" and n[-2:-1] == "_")]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     compiled = triton.compile(
         ASTSource(fn=source.kernel, signature=types, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", capability, 32),
@@ -157,12 +198,12 @@ def _table(reports: list[Report]) -> Iterator[str]:
     capabilities = sorted({r.capability for r in reports})
     yield "| kernel | tile, warps, stages | " + " | ".join(f"sm_{c}" for c in capabilities) + " |"
     yield "|---" * (2 + len(capabilities)) + "|"
-    rows: dict[tuple[str, str], list[str]] = {}
+    rows: dict[tuple[str, str], dict[int, str]] = {}
     for r in reports:
         cell = f"{r.registers}, {r.shared / 1024:.0f} KB, {r.occupancy():.0%}"
-        rows.setdefault((r.kernel, r.config), []).append(cell)
+        rows.setdefault((r.kernel, r.config), {})[r.capability] = cell
     for (kernel, config), cells in rows.items():
-        yield f"| {kernel} | {config} | " + " | ".join(cells) + " |"
+        yield f"| {kernel} | {config} | " + " | ".join(cells.get(c, "") for c in capabilities) + " |"
 
 
 def main() -> None:
@@ -173,12 +214,16 @@ def main() -> None:
     parser.add_argument("capabilities", type=int, nargs="+")
     options = parser.parse_args()
     reports = []
+    every = options.all or options.table
     for source in SOURCES:
-        configs = source.configs if options.all or options.table else source.configs[:1]
-        for config, capability in itertools.product(configs, options.capabilities):
-            reports.append(compile_kernel(source, config, capability))
-            if not options.table:
-                print(json.dumps(vars(reports[-1])), flush=True)
+        if not every and source.name.startswith("attention") and not source.name.endswith("bf16, 64 columns, gated"):
+            continue
+        for capability in options.capabilities:
+            configs = source.configs(capability)
+            for config in configs if every else configs[:1]:
+                reports.append(compile_kernel(source, config, capability))
+                if not options.table:
+                    print(json.dumps(vars(reports[-1])), flush=True)
     if options.table:
         print("\n".join(_table(reports)))
 

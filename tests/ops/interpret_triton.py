@@ -13,10 +13,11 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
 sys.path.insert(0, str(Path(__file__).parent))
 
+import cases as cases_of_all
 import pytest
 import torch
 from cases import CASES, DTYPES, Options, as_tuple, batch_axes, in_float64, of_sample
-from tolerances import STORE, assert_close
+from tolerances import COMPUTE, STORE, assert_close
 
 from ramp_fast import ops
 
@@ -36,11 +37,24 @@ LINEAR = [
     {"batch": 2, "rows": (3, 33), "zeros": True},
     {"batch": 3, "rows": (11, 131)},
 ]
+# Heads, queries, keys, head size: tiles are 16 rows of queries or keys by 32 of the other, columns 16, 32, 64 ...
+cases_of_all.ATTENTION[:] = [
+    (1, 1, 1, 1),
+    (1, 7, 5, 24),
+    (1, 33, 17, 16),
+    (1, 18, 35, 40),
+    (1, 0, 5, 4),
+    (1, 5, 0, 4),
+    (1, 5, 5, 0),
+    (2, 13, 13, 3),
+    (1, 3, 4, 130),
+]
 SHAPES: dict[str, list[dict[str, Any]]] = {
     "junction": ELEMENTWISE,
     "norm_pullback": ELEMENTWISE,
     "linear_pullback": LINEAR,
     "linear_norm_pullback": LINEAR,
+    "attention_pullback": [{"batch": 1, "zeros": True}, {"batch": 2}],
 }
 WITHOUT_CONTRAST = {"norm_pullback", "linear_pullback"}
 
@@ -61,9 +75,12 @@ def check(name: str, o: Options) -> None:
     actual = as_tuple(getattr(ops, name)(*args))
     for kept, a in zip(before, (a for a in args if isinstance(a, torch.Tensor)), strict=True):
         assert torch.equal(kept, a), "an argument was written to"
+    arithmetic = o.arithmetic
+    if name == "attention_pullback" and o.c_dtype == torch.bfloat16 and arithmetic != torch.float64:
+        arithmetic = torch.bfloat16
     magnitudes = as_tuple(case.magnitude(*in_float64(args)))
     for index, outputs in enumerate(zip(actual, case.expected(args), magnitudes, strict=True)):
-        assert_close(name, index, *outputs, o.arithmetic)
+        assert_close(name, index, *outputs, arithmetic)
 
 
 def check_batch(name: str, shape: dict[str, Any]) -> None:
@@ -87,9 +104,33 @@ def check_refusals() -> None:
         ("must have the same dtype", lambda: ops.linear_pullback(c.bfloat16(), panels, x, c.dtype)),
         ("must be even", lambda: ops.linear_norm_pullback(c[:1], _zeros(5, 4), x, None, None, 0.0, True)),
         ("weight [3] must", lambda: ops.linear_norm_pullback(c, _zeros(5, 4), x, c[0, 0, :3], None, 0.0, True)),
+        ("k [1, 2, 5, 5] must have shape [1, 2, 5, 4]", lambda: _attention_of(keys=(1, 2, 5, 5))),
+        ("c [2, 1, 2, 4, 4] must have", lambda: _attention_of(coefficients=(2, 1, 2, 4, 4))),
+        ("must be even", lambda: _attention_of(coefficients=(3, 1, 2, 3, 4))),
+        ("must not be negative", lambda: _attention_of(scale=-1.0)),
     ]:
         with pytest.raises(ValueError, match=re.escape(problem)):
             call()
+
+
+def check_extreme_scores() -> None:
+    """All scores equal, or all weight on one key; rows beyond the last one hold infinities and must not leak."""
+    generator = torch.Generator().manual_seed(0)
+    for factor, dtype in ((0.0, torch.float32), (1e4, torch.bfloat16)):
+        q, k = (torch.randn(1, 1, n, 8, generator=generator) - 3 for n in (5, 9))  # scores far above and below 0
+        c = torch.randn(2, 1, 1, 5, 8, generator=generator).to(dtype)
+        for sign in (1, -1):
+            for part in ops.attention_pullback(q, sign * k, k.abs(), q, c, factor, False, True):
+                assert part.isfinite().all()
+        for part in ops.attention_pullback(q, k, k, q, torch.zeros_like(c), 1.0, True, True):
+            assert torch.equal(part, torch.zeros_like(part))
+
+
+def _attention_of(
+    keys: tuple[int, ...] = (1, 2, 5, 4), coefficients: tuple[int, ...] = (2, 1, 2, 3, 4), scale: float = 1.0
+) -> tuple[torch.Tensor, ...]:
+    q, k, c = torch.zeros(1, 2, 3, 4), torch.zeros(keys), torch.zeros(coefficients)
+    return ops.attention_pullback(q, k, k, q, c, scale, True, True)
 
 
 def _zeros(depth: int, width: int) -> torch.Tensor:
@@ -99,13 +140,16 @@ def _zeros(depth: int, width: int) -> torch.Tensor:
 def main() -> None:
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     ops.set_backend("triton")
-    STORE[torch.bfloat16] = 2.0**-7  # the interpreter truncates to bfloat16; compiled kernels round to nearest
+    # The interpreter truncates to bfloat16; compiled kernels round to nearest.
+    STORE[torch.bfloat16] *= 2
+    COMPUTE["attention_pullback", torch.bfloat16] *= 2
     checked = 0
     for name, options in cases():
         check(name, options)
         checked += 1
     for name, shapes in SHAPES.items():
         check_batch(name, shapes[-1])
+    check_extreme_scores()
     check_refusals()
     print(f"{checked} cases agree")
 
