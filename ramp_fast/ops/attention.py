@@ -12,7 +12,7 @@ from ramp_fast.ops._common import C, compute_dtype, mass_equation
 from ramp_fast.ops._registry import register
 
 
-def softmax_pullback_equation(scores: Tensor, c: Tensor) -> Tensor:
+def _softmax_pullback_reference(scores: Tensor, c: Tensor) -> Tensor:
     dtype = compute_dtype(scores, c)
     s = scores.to(dtype)
     masked = s == -torch.inf
@@ -34,9 +34,10 @@ def _softmax_pullback_cpu(scores: Tensor, c: Tensor) -> Tensor:
 
 _softmax_pullback = register(
     "softmax_pullback(Tensor scores, Tensor c) -> Tensor",
-    reference=softmax_pullback_equation,
+    reference=_softmax_pullback_reference,
     fake=_softmax_pullback_fake,
     cpu=_softmax_pullback_cpu,
+    triton="softmax:softmax_pullback",
 )
 
 

@@ -40,6 +40,7 @@ _mass = register(
     reference=_mass_reference,
     fake=_mass_fake,
     cpu=_mass_cpu,
+    triton="scaling:mass",
 )
 
 
@@ -83,6 +84,7 @@ _rescale = register(
     reference=_rescale_reference,
     fake=_rescale_fake,
     cpu=_rescale_cpu,
+    triton="scaling:rescale",
 )
 
 
@@ -130,6 +132,7 @@ _merge = register(
     reference=_merge_reference,
     fake=_merge_fake,
     cpu=_merge_cpu,
+    triton="scaling:merge",
 )
 
 
@@ -172,6 +175,7 @@ _scale_by = register(
     reference=_scale_by_reference,
     fake=_scale_by_fake,
     cpu=_scale_by_cpu,
+    triton="scaling:scale_by",
 )
 
 
@@ -207,6 +211,7 @@ _gate = register(
     reference=_gate_reference,
     fake=_scale_by_fake,
     cpu=_gate_cpu,
+    triton="scaling:gate",
 )
 
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ramp_fast.kernels import attention, common, junction, linear
+from ramp_fast.kernels import activation, attention, common, junction, linear, scaling, softmax
 from ramp_fast.kernels.norm import norm_pullback_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -69,13 +69,59 @@ def _sources() -> Iterator[Source]:
         {"RHS": 2, "WIDTH": 768, "EPS": 1e-6, "HAS_WEIGHT": True, "COMPUTE": tl.float32, "BLOCK": 1024},
         one_config(4),
     )
+    for merge in (False, True):
+        yield Source(
+            "merge_junction" if merge else "junction",
+            junction.junction_kernel,
+            dict.fromkeys(("c_ptr", "c_scale_ptr", "second_ptr", "second_scale_ptr", "a_ptr", "b_ptr"), "*fp32")
+            | {"c_a_ptr": "*fp32", "c_b_ptr": "*bf16", "masses_ptr": "*fp32", "batch": "i32", "inner": "i32"},
+            SIDES | {"MERGE": merge, "RELU": True, "BLOCK": junction.BLOCK},
+            one_config(junction.WARPS),
+        )
     yield Source(
-        "junction",
-        junction.junction_kernel,
-        {"c_ptr": "*fp32", "a_ptr": "*fp32", "b_ptr": "*fp32", "c_a_ptr": "*fp32", "c_b_ptr": "*bf16"}
-        | {"masses_ptr": "*fp32", "batch": "i32", "inner": "i32"},
-        {"RHS": 2, "CONTRAST": True, "RELU": True, "COMPUTE": tl.float32, "BLOCK": junction.BLOCK},
-        one_config(junction.WARPS),
+        "merge",
+        scaling.merge_kernel,
+        dict.fromkeys(("first_ptr", "first_scale_ptr", "second_ptr", "second_scale_ptr", "out_ptr"), "*fp32")
+        | {"batch": "i32", "inner": "i32"},
+        SIDES | {"SECOND": True, "BLOCK": scaling.BLOCK},
+        one_config(scaling.WARPS),
+    )
+    yield Source(
+        "mass",
+        scaling.mass_kernel,
+        {"x_ptr": "*fp32", "c_ptr": "*bf16", "masses_ptr": "*fp32", "batch": "i32", "inner": "i32"},
+        SIDES | {"BLOCK": scaling.BLOCK},
+        one_config(scaling.WARPS),
+    )
+    yield Source(
+        "scale_by",
+        scaling.scale_by_kernel,
+        {"c_ptr": "*bf16", "x_ptr": "*bf16", "out_ptr": "*bf16", "elements": "i32"},
+        {"RHS": 2, "GATE": False, "COMPUTE": tl.float32, "BLOCK": scaling.BLOCK},
+        one_config(scaling.WARPS),
+    )
+    for tanh in (False, True):
+        yield Source(
+            f"gelu_factor{', tanh' * tanh}",
+            activation.gelu_factor_kernel,
+            {"x_ptr": "*fp32", "y_ptr": "*fp32", "factor_ptr": "*bf16", "elements": "i32"},
+            {"TANH": tanh, "BLOCK": activation.BLOCK},
+            one_config(activation.WARPS),
+        )
+    yield Source(
+        "affine_factor",
+        activation.affine_factor_kernel,
+        {"x_ptr": "*fp32", "gain_ptr": "*fp32", "shift_ptr": "*fp32", "y_ptr": "*fp32", "factor_ptr": "*bf16"}
+        | {"elements": "i32", "cap": "fp32"},
+        {"CHANNELS": 256, "INNER": 56 * 56, "RELU": True, "BLOCK": activation.BLOCK},
+        one_config(activation.WARPS),
+    )
+    yield Source(
+        "softmax_pullback",
+        softmax.softmax_pullback_kernel,
+        {"scores_ptr": "*fp32", "c_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32"},
+        {"RHS": 2, "WIDTH": 197, "COMPUTE": tl.float32, "BLOCK": 256},
+        one_config(4),
     )
     yield Source(
         "row_statistics",
@@ -101,6 +147,9 @@ def _sources() -> Iterator[Source]:
 
     for dtype, width, gated in itertools.product((torch.bfloat16, torch.float32), (64, 128), (True, False)):
         yield from _attention(dtype, width, gated)
+
+
+SIDES = {"RHS": 2, "CONTRAST": True, "COMPUTE": tl.float32}
 
 
 def _attention(dtype: torch.dtype, width: int, gated: bool) -> Iterator[Source]:

@@ -50,13 +50,22 @@ cases_of_all.ATTENTION[:] = [
     (1, 3, 4, 130),
 ]
 SHAPES: dict[str, list[dict[str, Any]]] = {
+    "mass": ELEMENTWISE,
+    "rescale": ELEMENTWISE,
+    "merge": ELEMENTWISE,
     "junction": ELEMENTWISE,
+    "merge_junction": ELEMENTWISE,
+    "scale_by": ELEMENTWISE,
+    "gate": ELEMENTWISE,
+    "gelu_factor": ELEMENTWISE,
+    "affine_factor": [*ELEMENTWISE[1:4], {"batch": 2, "inner": (3, 4, 5)}, {"batch": 3, "inner": (17, 31, 3)}],
+    "softmax_pullback": ELEMENTWISE,
     "norm_pullback": ELEMENTWISE,
     "linear_pullback": LINEAR,
     "linear_norm_pullback": LINEAR,
     "attention_pullback": [{"batch": 1, "zeros": True}, {"batch": 2}],
 }
-WITHOUT_CONTRAST = {"norm_pullback", "linear_pullback"}
+WITHOUT_CONTRAST = {"norm_pullback", "linear_pullback", "scale_by", "gate", "softmax_pullback"}
 
 
 def cases() -> Iterator[tuple[str, Options]]:
@@ -76,6 +85,8 @@ def check(name: str, o: Options) -> None:
     for kept, a in zip(before, (a for a in args if isinstance(a, torch.Tensor)), strict=True):
         assert torch.equal(kept, a), "an argument was written to"
     arithmetic = o.arithmetic
+    if name in ("gelu_factor", "affine_factor"):  # their c_dtype is storage only
+        arithmetic = torch.float64 if o.x_dtype == torch.float64 else torch.float32
     if name == "attention_pullback" and o.c_dtype == torch.bfloat16 and arithmetic != torch.float64:
         arithmetic = torch.bfloat16
     magnitudes = as_tuple(case.magnitude(*in_float64(args)))
@@ -107,10 +118,29 @@ def check_refusals() -> None:
         ("k [1, 2, 5, 5] must have shape [1, 2, 5, 4]", lambda: _attention_of(keys=(1, 2, 5, 5))),
         ("c [2, 1, 2, 4, 4] must have", lambda: _attention_of(coefficients=(2, 1, 2, 4, 4))),
         ("must be even", lambda: _attention_of(coefficients=(3, 1, 2, 3, 4))),
+        ("must be even", lambda: ops.mass(c[0], c[:1], True)),
+        ("must have shape [2, 2]", lambda: ops.rescale(c, c[:, :1, 0], False)),
+        ("must have the same shape", lambda: ops.merge(c, c[..., 0], c[..., :3], c[..., 0], False)),
+        ("do not fit together", lambda: ops.softmax_pullback(x, c)),
+        ("gain [3] and shift [C]", lambda: ops.affine_factor(x, c[0, 0, :3], x[0], False, 0.0, x.dtype)),
         ("must not be negative", lambda: _attention_of(scale=-1.0)),
     ]:
         with pytest.raises(ValueError, match=re.escape(problem)):
             call()
+
+
+def check_channels_last() -> None:
+    """The memory order of maps is kept, and results are the same."""
+    for name in ("mass", "rescale", "merge", "junction", "merge_junction", "scale_by", "gate"):
+        args = CASES[name].arguments(Options(inner=(6, 5, 7)))
+        expected = as_tuple(getattr(ops, name)(*args))
+        moved = [
+            a.movedim(-3, -1).contiguous().movedim(-1, -3) if isinstance(a, torch.Tensor) and a.ndim > 3 else a
+            for a in args
+        ]
+        for e, a in zip(expected, as_tuple(getattr(ops, name)(*moved)), strict=True):
+            torch.testing.assert_close(a, e)
+            assert a.ndim < 4 or a.movedim(-3, -1).is_contiguous()
 
 
 def check_extreme_scores() -> None:
@@ -149,6 +179,7 @@ def main() -> None:
         checked += 1
     for name, shapes in SHAPES.items():
         check_batch(name, shapes[-1])
+    check_channels_last()
     check_extreme_scores()
     check_refusals()
     print(f"{checked} cases agree")

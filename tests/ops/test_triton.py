@@ -44,13 +44,22 @@ def compiled(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 def test_interpreted() -> None:
-    assert run("interpret_triton.py", TRITON_INTERPRET="1").strip() == "170 cases agree"
+    assert run("interpret_triton.py", TRITON_INTERPRET="1").strip() == "545 cases agree"
 
 
 def test_compiles(tmp_path: Path) -> None:
     reports = compiled(tmp_path)
     kernels = {report["kernel"] for report in reports}
-    names = {"sum_partials", "norm_pullback", "junction", "row_statistics", "prepare attention"}
+    names = {
+        "sum_partials",
+        "norm_pullback",
+        "junction",
+        "merge_junction",
+        "row_statistics",
+        "prepare attention",
+        "mass",
+    }
+    names |= {"merge", "scale_by", "gelu_factor", "gelu_factor, tanh", "affine_factor", "softmax_pullback"}
     names |= {f"attention by {by}, bf16, 64 columns, gated" for by in ("queries", "keys")}
     names |= {f"{n}, {dtype}" for n in ("linear_pullback", "linear_norm_pullback") for dtype in ("bf16", "float32")}
     assert kernels == names

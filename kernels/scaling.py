@@ -1,0 +1,241 @@
+"""Masses and scalings of coefficients, one pass over memory each.
+
+    mass:   sum |x| |P|, sum |x| |P - D|                  rescale:  P <- s_P P, D <- s_N D + (s_P - s_N) P
+    merge:  rescale(first) + rescale(second)              scale_by: c * factor,  gate: 2 [x > 0] c
+
+With contrast rows [0, T/2) of c are P and rows [T/2, T) are D = P - N. One program per sample and block of elements,
+which sees every right-hand side.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ramp_fast.kernels.common import compute_dtype, sum_partials
+from ramp_fast.ops._common import same_layout
+
+BLOCK = 2048
+WARPS = 8
+
+
+@triton.jit
+def rescaled_sides(
+    c_ptr,  # [T, B, inner]
+    scale_ptr,  # [T, B]
+    row,  # of P in [T, B]
+    row_d,
+    offset,  # of its elements in [T, B, inner]
+    offset_d,
+    inside,
+    CONTRAST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """P and D after scaling, or the one side there is, twice."""
+    p = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+    scale_p = tl.load(scale_ptr + row).to(COMPUTE)
+    if CONTRAST:
+        d = tl.load(c_ptr + offset_d, mask=inside, other=0.0).to(COMPUTE)
+        scale_n = tl.load(scale_ptr + row_d).to(COMPUTE)
+        return scale_p * p, scale_n * d + (scale_p - scale_n) * p
+    else:
+        scaled = scale_p * p
+        return scaled, scaled
+
+
+@triton.jit
+def merge_kernel(
+    first_ptr,  # [T, B, inner]
+    first_scale_ptr,  # [T, B]
+    second_ptr,  # as first; these two are not read unless SECOND
+    second_scale_ptr,
+    out_ptr,  # [T, B, inner]
+    batch,  # B
+    inner,
+    RHS: tl.constexpr,  # T
+    CONTRAST: tl.constexpr,
+    SECOND: tl.constexpr,
+    COMPUTE: tl.constexpr,  # float32 or float64
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(inner, BLOCK)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    elements = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = elements < inner
+    MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
+    for t in range(MAPS):
+        row = t * batch.to(tl.int64) + sample
+        row_d = row + MAPS * batch.to(tl.int64)
+        offset = row * inner + elements
+        offset_d = row_d * inner + elements
+        p, d = rescaled_sides(first_ptr, first_scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE)
+        if SECOND:
+            more, more_d = rescaled_sides(
+                second_ptr, second_scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE
+            )
+            p += more
+            d += more_d
+        tl.store(out_ptr + offset, p.to(out_ptr.dtype.element_ty), mask=inside)
+        if CONTRAST:
+            tl.store(out_ptr + offset_d, d.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def mass_kernel(
+    x_ptr,  # [B, inner]
+    c_ptr,  # [T, B, inner]
+    masses_ptr,  # [T, B, blocks]
+    batch,
+    inner,
+    RHS: tl.constexpr,
+    CONTRAST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(inner, BLOCK)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = elements < inner
+    x = tl.abs(tl.load(x_ptr + sample * inner + elements, mask=inside, other=0.0).to(COMPUTE))
+    MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
+    for t in range(MAPS):
+        row = t * batch.to(tl.int64) + sample
+        p = tl.load(c_ptr + row * inner + elements, mask=inside, other=0.0).to(COMPUTE)
+        tl.store(masses_ptr + row * blocks + block, tl.sum(x * tl.abs(p), 0))
+        if CONTRAST:
+            row += MAPS * batch.to(tl.int64)
+            d = tl.load(c_ptr + row * inner + elements, mask=inside, other=0.0).to(COMPUTE)
+            tl.store(masses_ptr + row * blocks + block, tl.sum(x * tl.abs(p - d), 0))
+
+
+@triton.jit
+def scale_by_kernel(
+    c_ptr,  # [T, B, inner]
+    x_ptr,  # [B, inner]
+    out_ptr,  # [T, B, inner]
+    elements,  # B * inner
+    RHS: tl.constexpr,
+    GATE: tl.constexpr,  # 2 [x > 0] c instead of x c
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < elements
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(COMPUTE)
+    for t in range(RHS):
+        offset = t * elements.to(tl.int64) + place
+        c = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+        if GATE:
+            out = tl.where(x > 0, 2 * c, 0.0)
+        else:
+            out = c * x
+        tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def check_sides(c: Tensor, samples: tuple[Tensor, ...], scales: tuple[Tensor, ...], contrast: bool) -> None:
+    """Shapes of coefficients [T, B, ...], of samples [B, ...] and of scales [T, B]."""
+    if c.ndim < 2:
+        raise ValueError(f"c must be [T, B, ...], not {list(c.shape)}")
+    for x in samples:
+        if x.shape != c.shape[1:]:
+            raise ValueError(f"c {list(c.shape)} and x {list(x.shape)} do not fit together: x must be [B, ...]")
+    for scale in scales:
+        if scale.shape != c.shape[:2]:
+            raise ValueError(f"scale {list(scale.shape)} must have shape {list(c.shape[:2])}")
+    if contrast and c.shape[0] % 2:
+        raise ValueError(f"c {list(c.shape)}: with contrast the first axis holds P and D rows and must be even")
+
+
+def inner_size(c: Tensor) -> int:
+    """Elements of one sample."""
+    return c[0, 0].numel() if c.shape[0] and c.shape[1] else 0
+
+
+def mass(x: Tensor, c: Tensor, contrast: bool) -> Tensor:
+    """``ramp_fast::mass`` for x [B, ...] and c [T, B, ...]."""
+    check_sides(c, (x,), (), contrast)
+    c, x = same_layout((c,), (x,))
+    dtype, compute = compute_dtype(x, c)
+    rhs, batch = c.shape[:2]
+    blocks = triton.cdiv(inner_size(c), BLOCK)
+    masses = torch.empty((rhs, batch, blocks), dtype=dtype, device=c.device)
+    if masses.numel():
+        with torch.cuda.device_of(c):
+            mass_kernel[(batch * blocks,)](
+                *(x, c, masses, batch, inner_size(c)),
+                RHS=rhs,
+                CONTRAST=contrast,
+                COMPUTE=compute,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+    return sum_partials(masses)
+
+
+def _merge(first: Tensor, first_scale: Tensor, second: Tensor | None, scale: Tensor | None, contrast: bool) -> Tensor:
+    out_dtype = first.dtype if second is None else torch.promote_types(first.dtype, second.dtype)
+    out = torch.empty_like(first, dtype=out_dtype)
+    if out.numel():
+        with torch.cuda.device_of(first):
+            merge_kernel[(first.shape[1] * triton.cdiv(inner_size(first), BLOCK),)](
+                first,
+                first_scale.contiguous(),
+                first if second is None else second,
+                first_scale if scale is None else scale.contiguous(),
+                out,
+                first.shape[1],
+                inner_size(first),
+                RHS=first.shape[0],
+                CONTRAST=contrast,
+                SECOND=second is not None,
+                COMPUTE=compute_dtype(first, first_scale, second, scale)[1],
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+    return out
+
+
+def rescale(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
+    """``ramp_fast::rescale`` for c [T, B, ...] and scale [T, B]."""
+    check_sides(c, (), (scale,), contrast)
+    (c,) = same_layout((c,), ())
+    return _merge(c, scale, None, None, contrast)
+
+
+def merge(first: Tensor, first_scale: Tensor, second: Tensor, second_scale: Tensor, contrast: bool) -> Tensor:
+    """``ramp_fast::merge`` for first and second [T, B, ...] and their scales [T, B]."""
+    if first.shape != second.shape:
+        raise ValueError(f"first {list(first.shape)} and second {list(second.shape)} must have the same shape")
+    check_sides(first, (), (first_scale, second_scale), contrast)
+    first, second = same_layout((first, second), ())
+    return _merge(first, first_scale, second, second_scale, contrast)
+
+
+def _scale_by(c: Tensor, x: Tensor, gate: bool) -> Tensor:
+    check_sides(c, (x,), (), False)
+    c, x = same_layout((c,), (x,))
+    out = torch.empty_like(c)
+    if out.numel():
+        with torch.cuda.device_of(c):
+            scale_by_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+                *(c, x, out, x.numel()),
+                RHS=c.shape[0],
+                GATE=gate,
+                COMPUTE=compute_dtype(c, x)[1],
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+    return out
+
+
+def scale_by(c: Tensor, factor: Tensor) -> Tensor:
+    """``ramp_fast::scale_by`` for c [T, B, ...] and factor [B, ...]."""
+    return _scale_by(c, factor, False)
+
+
+def gate(c: Tensor, x: Tensor) -> Tensor:
+    """``ramp_fast::gate`` for c [T, B, ...] and x [B, ...]."""
+    return _scale_by(c, x, True)
