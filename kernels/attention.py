@@ -57,7 +57,7 @@ def tiles(capability: int, width: int, parts: int) -> Tiles:
             return Tiles(32, 32, 4, 2)
         return Tiles(16, 16, 4, 2) if wide and parts == 3 else Tiles(16, 32, 4, 2) if wide else Tiles(32, 16, 4, 2)
     if not paired(width, parts):
-        return Tiles(64, 16, 8, 2)
+        return Tiles(64, 16 if capability < 100 or parts == 3 else 32, 8, 2)
     return Tiles(64, 32, 8 if capability < 100 else 4, 2)
 
 
@@ -187,11 +187,6 @@ def _selected(sums, x, GATED: tl.constexpr):
 
 
 @triton.jit
-def _mass(x, c):
-    return tl.sum(tl.sum(tl.abs(x) * tl.abs(c), 1), 0)
-
-
-@triton.jit
 def queries_kernel(
     q_ptr,  # [SCORE_PARTS, B, H, rows, BLOCK_D]; prepared, like the next four
     k_ptr,  # [SCORE_PARTS, B, H, rows of keys, BLOCK_D]
@@ -306,18 +301,18 @@ def queries_kernel(
     out = sample.to(tl.int64) * out_b + head.to(tl.int64) * out_h + t.to(tl.int64) * out_t
     out = out_ptr + out + row[:, None] * out_n + column[None, :]
     side = samples * slots  # from the masses of one right-hand side to those of the next
-    mass_a = masses_ptr + t * side + sample.to(tl.int64) * slots + head * BLOCKS + block
+    mass_a = masses_ptr + t * side + sample.to(tl.int64) * slots + head * QUERY_ROWS + row
     mass_q = mass_a + 2 * RHS * side
     c_q = 2 * scale * _selected(sums, x, GATED)
     tl.store(out, c_q.to(out_ptr.dtype.element_ty), mask=stored)
-    tl.store(mass_a, tl.sum(mass, 0))
-    tl.store(mass_q, _mass(x, c_q))
+    tl.store(mass_a, mass)
+    tl.store(mass_q, tl.sum(tl.abs(x * c_q), 1))
     if CONTRAST:
         c_q_d = 2 * scale * _selected(sums_d, x, GATED)
         to_d = out + MAPS * out_t.to(tl.int64)
         tl.store(to_d, c_q_d.to(out_ptr.dtype.element_ty), mask=stored)
-        tl.store(mass_a + MAPS * side, tl.sum(mass_n, 0))
-        tl.store(mass_q + MAPS * side, _mass(x, c_q - c_q_d))
+        tl.store(mass_a + MAPS * side, mass_n)
+        tl.store(mass_q + MAPS * side, tl.sum(tl.abs(x * (c_q - c_q_d)), 1))
 
 
 @triton.jit
@@ -414,26 +409,26 @@ def keys_kernel(
     out = out + row[:, None] * out_n + column[None, :]
     to_d = out + MAPS * out_t.to(tl.int64)
     side = samples * slots
-    mass_v = masses_ptr + (RHS + t) * side + sample.to(tl.int64) * slots + head * BLOCKS + block
+    mass_v = masses_ptr + (RHS + t) * side + sample.to(tl.int64) * slots + head * KEY_ROWS + row
     mass_k = mass_v + 2 * RHS * side
     x = v_raw_ptr + sample.to(tl.int64) * v_b + head.to(tl.int64) * v_h + row[:, None] * v_n + column[None, :]
     x = tl.load(x, mask=stored, other=0.0).to(tl.float32)
     c_v = tl.where(x > 0, 2 * sums_v, 0.0)
     tl.store(c_v_ptr + out, c_v.to(c_v_ptr.dtype.element_ty), mask=stored)
-    tl.store(mass_v, _mass(x, c_v))
+    tl.store(mass_v, tl.sum(tl.abs(x * c_v), 1))
     if CONTRAST:
         c_v_d = tl.where(x > 0, 2 * sums_v_d, 0.0)
         tl.store(c_v_ptr + to_d, c_v_d.to(c_v_ptr.dtype.element_ty), mask=stored)
-        tl.store(mass_v + MAPS * side, _mass(x, c_v - c_v_d))
+        tl.store(mass_v + MAPS * side, tl.sum(tl.abs(x * (c_v - c_v_d)), 1))
     x = k_raw_ptr + sample.to(tl.int64) * k_b + head.to(tl.int64) * k_h + row[:, None] * k_n + column[None, :]
     x = tl.load(x, mask=stored, other=0.0).to(tl.float32)
     c_k = 2 * scale * _selected(sums_k, x, GATED)
     tl.store(c_k_ptr + out, c_k.to(c_k_ptr.dtype.element_ty), mask=stored)
-    tl.store(mass_k, _mass(x, c_k))
+    tl.store(mass_k, tl.sum(tl.abs(x * c_k), 1))
     if CONTRAST:
         c_k_d = 2 * scale * _selected(sums_k_d, x, GATED)
         tl.store(c_k_ptr + to_d, c_k_d.to(c_k_ptr.dtype.element_ty), mask=stored)
-        tl.store(mass_k + MAPS * side, _mass(x, c_k - c_k_d))
+        tl.store(mass_k + MAPS * side, tl.sum(tl.abs(x * (c_k - c_k_d)), 1))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, contrast: bool) -> None:
@@ -498,9 +493,9 @@ def _pullback(
     g, _ = _prepared(c, block, parts, 0, False, o if gated else None)
     rows, key_rows = q_whole.shape[-2], k_whole.shape[-2]
     blocks = rows // tile.own, key_rows // tile.own
-    # Both kernels fill all slots if they have as many blocks.
-    new = torch.empty if blocks[0] == blocks[1] else torch.zeros
-    masses = new((4, rhs, batch, heads * max(blocks)), dtype=torch.float32, device=c.device)
+    # Every row has a slot; both kernels fill all slots if they have as many rows.
+    new = torch.empty if rows == key_rows else torch.zeros
+    masses = new((4, rhs, batch, heads * max(rows, key_rows)), dtype=torch.float32, device=c.device)
     statistics = torch.empty((4, batch, heads, rows), dtype=torch.float32, device=c.device)
     options = {
         "RHS": rhs,

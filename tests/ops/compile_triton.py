@@ -1,7 +1,7 @@
 """Compile every Triton kernel ahead of time, without a GPU.
 
 ``compile_triton.py 80 90`` compiles one configuration per kernel for these compute capabilities and prints a JSON
-object for each; with ``--all`` every configuration; with ``--table`` a table for bench/NOTES.md instead.
+object for each, or with ``--table`` a table for bench/NOTES.md instead; with ``--all`` every configuration.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Source:
     constants: dict[str, Any]
     configs: Callable[[int], tuple[triton.Config, ...]]  # for a compute capability
     products: bool = False  # on tensor cores
+    wgmma: bool = False  # by the instruction of sm_90 for tiles of 64 rows and more
 
 
 def one_config(warps: int) -> Callable[[int], tuple[triton.Config, ...]]:
@@ -143,6 +144,7 @@ def _sources() -> Iterator[Source]:
             | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "PRECISION": linear.PRECISION[dtype]},
             lambda capability, dtype=dtype: linear.CONFIGS[dtype],
             products=True,
+            wgmma=True,
         )
 
     for dtype, width, gated in itertools.product((torch.bfloat16, torch.float32), (64, 128), (True, False)):
@@ -171,9 +173,9 @@ def _attention(dtype: torch.dtype, width: int, gated: bool) -> Iterator[Source]:
         outputs = {"out_ptr", "c_k_ptr", "c_v_ptr"} & types.keys()
         types |= dict.fromkeys(wide, "*fp32") | dict.fromkeys(outputs, POINTERS[dtype])
         by = "queries" if kernel is attention.queries_kernel else "keys"
-        # Tiles of less than 64 rows, all that fits there, are not for wgmma.
-        products = parts == 1 or width <= 64
-        yield Source(f"attention by {by}, {name}", kernel, types, constants, config, products)
+        # Tiles of less than 64 rows, all that fits for the last of these, are not for wgmma.
+        wgmma = parts == 1 or width <= 64
+        yield Source(f"attention by {by}, {name}", kernel, types, constants, config, True, wgmma)
 
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -191,6 +193,7 @@ class Report:
     target: bool  # compiled for this capability
     products: bool
     wgmma: bool
+    wgmma_wanted: bool
     warps: int
     registers: int  # of a thread
     stack: int  # bytes of a thread, where registers spill
@@ -226,6 +229,7 @@ def compile_kernel(source: Source, config: triton.Config, capability: int) -> Re
         f".target sm_{capability}" in compiled.asm["ptx"],
         source.products,
         "wgmma" in compiled.asm["ptx"],
+        source.wgmma and capability == 90,
         config.num_warps,
         resources["REG"],
         resources["STACK"],
@@ -259,17 +263,20 @@ def main() -> None:
     """See above."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every configuration, not one per kernel")
-    parser.add_argument("--table", action="store_true", help="a table of all: registers, shared memory, occupancy")
+    parser.add_argument("--table", action="store_true", help="a table: registers, shared memory, occupancy")
     parser.add_argument("capabilities", type=int, nargs="+")
     options = parser.parse_args()
     reports = []
-    every = options.all or options.table
     for source in SOURCES:
-        if not every and source.name.startswith("attention") and not source.name.endswith("bf16, 64 columns, gated"):
+        if (
+            not options.all
+            and source.name.startswith("attention")
+            and not source.name.endswith("bf16, 64 columns, gated")
+        ):
             continue
         for capability in options.capabilities:
             configs = source.configs(capability)
-            for config in configs if every else configs[:1]:
+            for config in configs if options.all else configs[:1]:
                 reports.append(compile_kernel(source, config, capability))
                 if not options.table:
                     print(json.dumps(vars(reports[-1])), flush=True)
