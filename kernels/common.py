@@ -2,12 +2,72 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from typing import Any
+
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
+
+# Kernels run on the CPU, one program after the other; read when they are decorated.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def compute_dtype(*tensors: Tensor | None) -> tuple[torch.dtype, tl.dtype]:
     """The dtype of arithmetic and masses, for torch and for Triton."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return (torch.float64, tl.float64) if wide else (torch.float32, tl.float32)
+
+
+@functools.cache
+def tuned(kernel: Any, configs: tuple[triton.Config, ...], key: tuple[str, ...], device: str) -> Any:
+    """``kernel`` with the fastest of ``configs`` for each value of the arguments named by ``key``.
+
+    Tried at the first call on a ``device`` (its name) and kept on disk by Triton. The number of rows must not be part
+    of the key: an image's result would depend on its batch.
+    """
+    return triton.autotune(configs=list(configs), key=list(key), cache_results=True)(kernel)
+
+
+WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, sums, PRECISION: tl.constexpr):
+    """``a b + sums`` in float32."""
+    if WIDEN:  # the interpreter would multiply the bits of bfloat16 numbers as integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+SUM_BLOCK = 16 if INTERPRETED else 1024  # several steps on the small shapes of tests
+
+
+@triton.jit
+def sum_kernel(
+    partials_ptr,  # [sums, COUNT]
+    out_ptr,  # [sums]
+    COUNT: tl.constexpr,  # a constant of the model (and an int for Triton 3.6's interpreter)
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, COUNT, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        total += tl.load(partials_ptr + row * COUNT + place, mask=place < COUNT, other=0.0).to(tl.float64)
+    tl.store(out_ptr + row, tl.sum(total, 0).to(out_ptr.dtype.element_ty))
+
+
+def sum_partials(partials: Tensor) -> Tensor:
+    """Sums over the last axis in double, in an order that depends on nothing but its length.
+
+    ``torch.sum`` on a GPU divides the work by the number of sums as well, that is by the batch.
+    """
+    out = torch.empty(partials.shape[:-1], dtype=partials.dtype, device=partials.device)
+    if out.numel():
+        with torch.cuda.device_of(partials):
+            sum_kernel[(out.numel(),)](partials, out, COUNT=partials.shape[-1], BLOCK=SUM_BLOCK, num_warps=4)
+    return out

@@ -4,6 +4,7 @@
 
 With contrast rows [0, T/2) of c are P and rows [T/2, T) are D = P - N; the masses are those of P and of N. One
 program per sample and block of elements: a and b are read once, and every block's masses are summed in a fixed order.
+c may be the sum of two scaled coefficients, merged on the way (``merge_junction``).
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ramp_fast.kernels.common import compute_dtype
+from ramp_fast.kernels.common import compute_dtype, sum_partials
+from ramp_fast.kernels.scaling import check_sides, inner_size, rescaled_sides
+from ramp_fast.ops._common import same_layout
 
-BLOCK = 2048
-WARPS = 8  # with 4 the kernel takes 181 registers and the loads of few blocks are in flight
+BLOCK = 1024
+WARPS = 8  # 16 bytes of each operand a thread; with twice that the kernel takes 150 registers
 
 
 @triton.jit
 def junction_kernel(
     c_ptr,  # [T, B, inner]
+    c_scale_ptr,  # [T, B]; this and the next two are not read unless MERGE: c is the sum of two, scaled
+    second_ptr,  # [T, B, inner]
+    second_scale_ptr,  # [T, B]
     a_ptr,  # [B, inner]
     b_ptr,  # [B, inner]
     c_a_ptr,  # [T, B, inner]
@@ -31,13 +37,14 @@ def junction_kernel(
     inner,
     RHS: tl.constexpr,  # T
     CONTRAST: tl.constexpr,
+    MERGE: tl.constexpr,
     RELU: tl.constexpr,  # c <- 2 [a + b > 0] c first
     COMPUTE: tl.constexpr,  # float32 or float64
     BLOCK: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    sample = tl.program_id(1).to(tl.int64)
-    blocks = tl.num_programs(0)
+    blocks = tl.cdiv(inner, BLOCK)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
     elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = elements < inner
     a = tl.load(a_ptr + sample * inner + elements, mask=inside, other=0.0).to(COMPUTE)
@@ -46,65 +53,98 @@ def junction_kernel(
     MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
     for t in range(MAPS):
         row = t * batch.to(tl.int64) + sample
+        row_d = row + MAPS * batch.to(tl.int64)
         offset = row * inner + elements
-        twice = 2 * tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+        offset_d = row_d * inner + elements
+        if MERGE:
+            p, d = rescaled_sides(c_ptr, c_scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE)
+            more, more_d = rescaled_sides(
+                second_ptr, second_scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE
+            )
+            p += more
+            d += more_d
+        else:
+            p = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+            d = p
+            if CONTRAST:
+                d = tl.load(c_ptr + offset_d, mask=inside, other=0.0).to(COMPUTE)
+        p = 2 * p
         if RELU:
-            twice = tl.where(a + b > 0, 2 * twice, 0.0)
-        tl.store(c_a_ptr + offset, tl.where(a > 0, twice, 0.0).to(c_a_ptr.dtype.element_ty), mask=inside)
-        tl.store(c_b_ptr + offset, tl.where(b > 0, twice, 0.0).to(c_b_ptr.dtype.element_ty), mask=inside)
+            p = tl.where(a + b > 0, 2 * p, 0.0)
         mass_row = row * blocks + block
         mass_b_row = (RHS * batch.to(tl.int64) + row) * blocks + block
-        magnitude = tl.abs(twice)
-        tl.store(masses_ptr + mass_row, tl.sum(tl.where(a > 0, a * magnitude, 0.0), 0))
-        tl.store(masses_ptr + mass_b_row, tl.sum(tl.where(b > 0, b * magnitude, 0.0), 0))
+        tl.store(c_a_ptr + offset, tl.where(a > 0, p, 0.0).to(c_a_ptr.dtype.element_ty), mask=inside)
+        tl.store(c_b_ptr + offset, tl.where(b > 0, p, 0.0).to(c_b_ptr.dtype.element_ty), mask=inside)
+        tl.store(masses_ptr + mass_row, tl.sum(tl.where(a > 0, a * tl.abs(p), 0.0), 0))
+        tl.store(masses_ptr + mass_b_row, tl.sum(tl.where(b > 0, b * tl.abs(p), 0.0), 0))
         if CONTRAST:
-            skip = MAPS * batch.to(tl.int64)  # from the row of P to that of D
-            offset += skip * inner
-            twice_d = 2 * tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+            d = 2 * d
             if RELU:
-                twice_d = tl.where(a + b > 0, 2 * twice_d, 0.0)
-            tl.store(c_a_ptr + offset, tl.where(a > 0, twice_d, 0.0).to(c_a_ptr.dtype.element_ty), mask=inside)
-            tl.store(c_b_ptr + offset, tl.where(b > 0, twice_d, 0.0).to(c_b_ptr.dtype.element_ty), mask=inside)
-            magnitude = tl.abs(twice - twice_d)
-            mass_row += skip * blocks
-            mass_b_row += skip * blocks
-            tl.store(masses_ptr + mass_row, tl.sum(tl.where(a > 0, a * magnitude, 0.0), 0))
-            tl.store(masses_ptr + mass_b_row, tl.sum(tl.where(b > 0, b * magnitude, 0.0), 0))
+                d = tl.where(a + b > 0, 2 * d, 0.0)
+            mass_row += MAPS * batch.to(tl.int64) * blocks
+            mass_b_row += MAPS * batch.to(tl.int64) * blocks
+            n = tl.abs(p - d)
+            tl.store(c_a_ptr + offset_d, tl.where(a > 0, d, 0.0).to(c_a_ptr.dtype.element_ty), mask=inside)
+            tl.store(c_b_ptr + offset_d, tl.where(b > 0, d, 0.0).to(c_b_ptr.dtype.element_ty), mask=inside)
+            tl.store(masses_ptr + mass_row, tl.sum(tl.where(a > 0, a * n, 0.0), 0))
+            tl.store(masses_ptr + mass_b_row, tl.sum(tl.where(b > 0, b * n, 0.0), 0))
+
+
+def _split(
+    parts: tuple[Tensor, ...], dtypes: tuple[torch.dtype, torch.dtype], contrast: bool, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch for parts (c, a, b) or (first, its scale, second, its scale, a, b), in one memory layout."""
+    c, a, b = parts[0], *parts[-2:]
+    merge = len(parts) == 6
+    c_a, c_b = (torch.empty_like(c, dtype=dtype) for dtype in dtypes)
+    dtype, compute = compute_dtype(*parts)
+    rhs, batch = c.shape[:2]
+    inner = inner_size(c)
+    blocks = triton.cdiv(inner, BLOCK)
+    masses = torch.empty((2, rhs, batch, blocks), dtype=dtype, device=c.device)
+    if masses.numel():
+        with torch.cuda.device_of(c):
+            junction_kernel[(blocks * batch,)](
+                c,
+                *(parts[1:4] if merge else (c, c, c)),
+                *(a, b, c_a, c_b, masses, batch, inner),
+                RHS=rhs,
+                CONTRAST=contrast,
+                MERGE=merge,
+                RELU=relu,
+                COMPUTE=compute,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+    mass_a, mass_b = sum_partials(masses).unbind(0)
+    return c_a, c_b, mass_a.clone(), mass_b.clone()
 
 
 def junction(
     c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None, relu: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``ramp_fast::junction`` for c [T, B, ...], a and b [B, ...]."""
-    if c.ndim < 2 or c.shape[1:] != a.shape or a.shape != b.shape:
-        raise ValueError(f"c {list(c.shape)} must be [T, *a.shape] with a {list(a.shape)} and b {list(b.shape)}")
-    if contrast and c.shape[0] % 2:
-        raise ValueError(f"c {list(c.shape)}: with contrast the first axis holds P and D rows and must be even")
-    c, a, b = c.contiguous(), a.contiguous(), b.contiguous()
-    c_a = torch.empty_like(c)
-    c_b = torch.empty_like(c, dtype=b_dtype or c.dtype)
-    dtype, compute = compute_dtype(c, a, b)
-    rhs, batch = c.shape[:2]
-    inner = c[0, 0].numel() if rhs and batch else 0
-    blocks = triton.cdiv(inner, BLOCK)
-    masses = torch.empty((2, rhs, batch, blocks), dtype=dtype, device=c.device)
-    if masses.numel():
-        with torch.cuda.device_of(c):
-            junction_kernel[(blocks, batch)](
-                c,
-                a,
-                b,
-                c_a,
-                c_b,
-                masses,
-                batch,
-                inner,
-                RHS=rhs,
-                CONTRAST=contrast,
-                RELU=relu,
-                COMPUTE=compute,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
-            )
-    mass_a, mass_b = masses.sum(-1, dtype=torch.float64).to(dtype).unbind(0)
-    return c_a, c_b, mass_a.clone(), mass_b.clone()
+    check_sides(c, (a, b), (), contrast)
+    c, a, b = same_layout((c,), (a, b))
+    return _split((c, a, b), (c.dtype, b_dtype or c.dtype), contrast, relu)
+
+
+def merge_junction(
+    first: Tensor,
+    first_scale: Tensor,
+    second: Tensor,
+    second_scale: Tensor,
+    a: Tensor,
+    b: Tensor,
+    contrast: bool,
+    b_dtype: torch.dtype | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``ramp_fast::merge_junction`` for first and second [T, B, ...], scales [T, B], a and b [B, ...]."""
+    if first.shape != second.shape:
+        raise ValueError(f"first {list(first.shape)} and second {list(second.shape)} must have the same shape")
+    check_sides(first, (a, b), (first_scale, second_scale), contrast)
+    out_dtype = torch.promote_types(first.dtype, second.dtype)
+    first, second, a, b = same_layout((first, second), (a, b))
+    parts = first, first_scale.contiguous(), second, second_scale.contiguous(), a, b
+    return _split(parts, (out_dtype, b_dtype or out_dtype), contrast, relu)

@@ -24,23 +24,9 @@ def _inverse(variance, eps):
 
 
 @triton.jit
-def norm_pullback_kernel(
-    c_ptr,  # [T, rows, width]
-    x_ptr,  # [rows, width]
-    weight_ptr,  # [width]; not read unless HAS_WEIGHT
-    out_ptr,  # [T, rows, width]
-    rows,
-    RHS: tl.constexpr,  # T; like WIDTH a constant of the model (and an int for Triton 3.6's interpreter)
-    WIDTH: tl.constexpr,
-    EPS: tl.constexpr,  # a constant, so that float64 does not get a float32 epsilon
-    HAS_WEIGHT: tl.constexpr,
-    COMPUTE: tl.constexpr,  # float32 or float64
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
+def row_statistics(x_row, WIDTH: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean, 1 / sigma(x) and 1 / sigma(|x|) of one row, in two passes."""
     columns = tl.arange(0, BLOCK)
-    x_row = x_ptr + row * WIDTH
-
     total = tl.zeros([BLOCK], COMPUTE)
     total_absolute = tl.zeros([BLOCK], COMPUTE)
     for start in range(0, WIDTH, BLOCK):
@@ -62,7 +48,28 @@ def norm_pullback_kernel(
         squares_absolute += centred_absolute * centred_absolute
     inverse = _inverse(tl.sum(squares, 0) / WIDTH, EPS)
     inverse_absolute = _inverse(tl.sum(squares_absolute, 0) / WIDTH, EPS)
+    return mean, inverse, inverse_absolute
 
+
+@triton.jit
+def norm_pullback_kernel(
+    c_ptr,  # [T, rows, width]
+    x_ptr,  # [rows, width]
+    weight_ptr,  # [width]; not read unless HAS_WEIGHT
+    out_ptr,  # [T, rows, width]
+    rows,
+    RHS: tl.constexpr,  # T; like WIDTH a constant of the model (and an int for Triton 3.6's interpreter)
+    WIDTH: tl.constexpr,
+    EPS: tl.constexpr,  # a constant, so that float64 does not get a float32 epsilon
+    HAS_WEIGHT: tl.constexpr,
+    COMPUTE: tl.constexpr,  # float32 or float64
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    x_row = x_ptr + row * WIDTH
+
+    _, inverse, inverse_absolute = row_statistics(x_row, WIDTH, EPS, COMPUTE, BLOCK)
     for start in range(0, WIDTH, BLOCK):
         inside = start + columns < WIDTH
         x = tl.load(x_row + start + columns, mask=inside, other=0.0).to(COMPUTE)
@@ -78,6 +85,12 @@ def norm_pullback_kernel(
             tl.store(out_ptr + offset, (factor * c).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def block_and_warps(width: int) -> tuple[int, int]:
+    """Columns of a row in one step, and warps."""
+    block = min(triton.next_power_of_2(width), MAX_BLOCK)
+    return block, 4 if block <= 1024 else 8
+
+
 def norm_pullback(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``ramp_fast::norm_pullback`` for c [T, B, ..., K], x [B, ..., K], weight [K]."""
     if x.ndim < 1 or c.shape[1:] != x.shape or (weight is not None and weight.shape != x.shape[-1:]):
@@ -89,7 +102,7 @@ def norm_pullback(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Te
         return out
     width = x.shape[-1]
     rows = x.numel() // width
-    block = min(triton.next_power_of_2(width), MAX_BLOCK)
+    block, warps = block_and_warps(width)
     with torch.cuda.device_of(c):
         norm_pullback_kernel[(rows,)](
             c,
@@ -103,6 +116,6 @@ def norm_pullback(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Te
             HAS_WEIGHT=weight is not None,
             COMPUTE=compute_dtype(c, x)[1],
             BLOCK=block,
-            num_warps=4 if block <= 1024 else 8,
+            num_warps=warps,
         )
     return out

@@ -94,6 +94,13 @@ def set_backend(backend: str | None) -> None:
         operator.resolve()
 
 
+def backends_for(device: str) -> tuple[str, ...]:
+    """The backends whose kernels run on tensors of this type of device, the preferred one first."""
+    if _forced is not None:
+        return (_forced,)
+    return tuple(backend for backend in _DEFAULTS.get(device, ()) if not _missing(backend))
+
+
 def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -114,9 +121,9 @@ class Operator:
 
     def _choose(self, device: str) -> Implementation:
         if _forced is None:
-            for backend in _DEFAULTS.get(device, ()):
+            for backend in backends_for(device):
                 kernel = self._kernels.get(backend)
-                if kernel is not None and not _missing(backend):
+                if kernel is not None:
                     return self._with_fallback(kernel, backend)
             return self.reference
         if _forced == "reference":

@@ -11,7 +11,7 @@ from ramp_fast.ops._common import C, compute_dtype
 from ramp_fast.ops._registry import register
 
 
-def _gelu_factor_reference(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def gelu_factor_equation(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     u = x.to(compute_dtype(x)).contiguous()
     if tanh_approx:
         inner = math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)
@@ -37,7 +37,7 @@ def _gelu_factor_fake(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple
 
 def _gelu_factor_cpu(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:  # the kernel's polynomials are float32: the equation is the kernel
-        return _gelu_factor_reference(x, tanh_approx, dtype)
+        return gelu_factor_equation(x, tanh_approx, dtype)
     y, factor = _gelu_outputs(x, dtype)
     C.gelu_factor(x.contiguous(), tanh_approx, y, factor, get_num_threads())
     return y, factor
@@ -45,9 +45,10 @@ def _gelu_factor_cpu(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[
 
 _gelu_factor = register(
     "gelu_factor(Tensor x, bool tanh_approx, ScalarType dtype) -> (Tensor, Tensor)",
-    reference=_gelu_factor_reference,
+    reference=gelu_factor_equation,
     fake=_gelu_factor_fake,
     cpu=_gelu_factor_cpu,
+    triton="activation:gelu_factor",
 )
 
 
@@ -72,7 +73,7 @@ def gelu_factor(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tenso
     return _gelu_factor(x, tanh_approx, dtype)  # type: ignore[no-any-return]
 
 
-def _affine_factor_reference(
+def affine_factor_equation(
     x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     wide = compute_dtype(x, gain, shift)
@@ -96,7 +97,7 @@ def _affine_factor_cpu(
     x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64 or gain.dtype == torch.float64:  # float32 kernel: the equation serves
-        return _affine_factor_reference(x, gain, shift, relu, cap, dtype)
+        return affine_factor_equation(x, gain, shift, relu, cap, dtype)
     last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     if not last:
         x = x.contiguous()
@@ -109,9 +110,10 @@ def _affine_factor_cpu(
 
 _affine_factor = register(
     "affine_factor(Tensor x, Tensor gain, Tensor shift, bool relu, float cap, ScalarType dtype) -> (Tensor, Tensor)",
-    reference=_affine_factor_reference,
+    reference=affine_factor_equation,
     fake=_affine_factor_fake,
     cpu=_affine_factor_cpu,
+    triton="activation:affine_factor",
 )
 
 

@@ -37,6 +37,7 @@ _softmax_pullback = register(
     reference=_softmax_pullback_reference,
     fake=_softmax_pullback_fake,
     cpu=_softmax_pullback_cpu,
+    triton="softmax:softmax_pullback",
 )
 
 
@@ -57,13 +58,13 @@ def softmax_pullback(scores: Tensor, c: Tensor) -> Tensor:
     return _softmax_pullback(scores, c)  # type: ignore[no-any-return]
 
 
-def _packed(q: Tensor, k: Tensor, c: Tensor) -> Tensor:
+def packed_output(q: Tensor, k: Tensor, c: Tensor) -> Tensor:
     """One buffer for c_q, c_k and c_v: outputs of an operator must not be views of one another."""
     batch, heads, queries, width = q.shape
     return c.new_empty(c.shape[0], batch, (queries + 2 * k.shape[2]) * heads * width)
 
 
-def _views(packed: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def output_views(packed: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """c_q, c_k and c_v in the order of a qkv layer's outputs: [T, B, N, 3, H, D], or c_q apart if N is not M."""
     _, heads, queries, width = q.shape
     keys = k.shape[2]
@@ -81,11 +82,11 @@ def _views(packed: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor
     return c_q, c_k, c_v
 
 
-def _attention_pullback_reference(
+def attention_pullback_equation(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
 ) -> tuple[Tensor, Tensor]:
-    packed = _packed(q, k, c)
-    outputs = _views(packed, q, k)
+    packed = packed_output(q, k, c)
+    outputs = output_views(packed, q, k)
     dtype = compute_dtype(q, k, v, o, c)
     q, k, v, o, c = (x.to(dtype) for x in (q, k, v, o, c))
     zero = torch.zeros((), dtype=dtype, device=c.device)
@@ -115,7 +116,7 @@ def _attention_pullback_reference(
 def _attention_pullback_fake(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
 ) -> tuple[Tensor, Tensor]:
-    return _packed(q, k, c), c.new_empty((4, *c.shape[:2]), dtype=compute_dtype(q, k, v, o, c))
+    return packed_output(q, k, c), c.new_empty((4, *c.shape[:2]), dtype=compute_dtype(q, k, v, o, c))
 
 
 def _attention_pullback_cpu(
@@ -123,7 +124,7 @@ def _attention_pullback_cpu(
 ) -> tuple[Tensor, Tensor]:
     packed, masses = _attention_pullback_fake(q, k, v, o, c, scale, gated, contrast)
     q, k, v, o, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, o, c))
-    outputs = _views(packed, q, k)
+    outputs = output_views(packed, q, k)
     C.attention_pullback(q, k, v, o, c, scale, gated, contrast, *outputs, masses, get_num_threads())
     return packed, masses
 
@@ -131,9 +132,10 @@ def _attention_pullback_cpu(
 _attention_pullback = register(
     "attention_pullback(Tensor q, Tensor k, Tensor v, Tensor o, Tensor c, float scale, bool gated, bool contrast)"
     " -> (Tensor, Tensor)",
-    reference=_attention_pullback_reference,
+    reference=attention_pullback_equation,
     fake=_attention_pullback_fake,
     cpu=_attention_pullback_cpu,
+    triton="attention:attention_pullback",
 )
 
 
@@ -177,4 +179,4 @@ def attention_pullback(
     and the processor multiplies bfloat16 (the instruction set "avx512bf16").
     """
     packed, masses = _attention_pullback(q, k, v, o, c, scale, gated, contrast)
-    return *_views(packed, q, k), masses
+    return *output_views(packed, q, k), masses

@@ -164,6 +164,7 @@ _merge_junction = register(
     reference=_merge_junction_reference,
     fake=_merge_junction_fake,
     cpu=_merge_junction_cpu,
+    triton="junction:merge_junction",
 )
 
 

@@ -1,7 +1,8 @@
 """Linear layers whose input has both signs: ``c_x = W+^T c`` where x > 0, ``W-^T c`` where x < 0.
 
-Weights come as panels (:func:`pack_panels`), which hold W once, with its signs: the kernel multiplies by the half that
-the sign of each input asks for and never by the other.
+Weights come as panels (:func:`pack_panels`) in the layout of the backend that is to run. The CPU kernel's hold W once,
+with its signs: it multiplies by the half that the sign of each input asks for and never by the other. The Triton
+kernel's hold both halves, which tensor cores can only choose from afterwards.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, get_num_threads
 
 from ramp_fast.ops._common import C, mass_equation
-from ramp_fast.ops._registry import register
+from ramp_fast.ops._registry import backends_for, register
 from ramp_fast.ops.norm import inverse_sigma, norm_factor
 
 # Columns of one panel (kLinearColumns in csrc/cpu/kernels.h).
@@ -19,7 +20,7 @@ COLUMNS = 32
 
 
 def pack_panels(weight: Tensor) -> Tensor:
-    """Weights ``[K, I]`` (outputs, inputs) in the layout of the kernels, padded with zeros.
+    """Weights ``[K, I]`` (outputs, inputs) in the layout of the backend that runs on their device.
 
     Parameters
     ----------
@@ -28,9 +29,12 @@ def pack_panels(weight: Tensor) -> Tensor:
 
     Returns
     -------
-    Tensor [ceil(I / 32), ceil(K / pack), 32, pack]
-        ``pack`` rows side by side: 2 for bfloat16, else 1.
+    Tensor [ceil(I / 32), ceil(K / pack), 32, pack], or [I, 2, K]
+        Panels padded with zeros, ``pack`` rows side by side: 2 for bfloat16, else 1. For the Triton kernel (not
+        float64, which has none) W+ and W-.
     """
+    if "triton" in backends_for(weight.device.type) and weight.dtype != torch.float64:
+        return torch.stack((weight.clamp_min(0), weight.neg().clamp_min(0))).permute(2, 0, 1).contiguous()
     pack = 2 if weight.dtype == torch.bfloat16 else 1
     depth, width = weight.shape
     padded = F.pad(weight, (0, -width % COLUMNS, 0, -depth % pack))
@@ -39,7 +43,9 @@ def pack_panels(weight: Tensor) -> Tensor:
 
 
 def unpack_panels(panels: Tensor, depth: int, width: int) -> Tensor:
-    """The weights ``[K, I]`` in ``panels``."""
+    """The weights ``[K, I]`` in ``panels`` of either layout."""
+    if panels.ndim == 3:
+        return (panels[:, 0] - panels[:, 1]).t()[:depth, :width]
     count, steps, columns, pack = panels.shape
     return panels.permute(1, 3, 0, 2).reshape(steps * pack, count * columns)[:depth, :width]
 
@@ -53,7 +59,7 @@ def _selected(c: Tensor, panels: Tensor, gate: Tensor) -> Tensor:
     return torch.where(gate > 0, upper, torch.where(gate < 0, lower, torch.zeros((), dtype=dtype, device=c.device)))
 
 
-def _linear_pullback_reference(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def linear_pullback_equation(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return _selected(c, panels, x).to(dtype).contiguous()
 
 
@@ -69,9 +75,10 @@ def _linear_pullback_cpu(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtyp
 
 _linear_pullback = register(
     "linear_pullback(Tensor c, Tensor panels, Tensor x, ScalarType dtype) -> Tensor",
-    reference=_linear_pullback_reference,
+    reference=linear_pullback_equation,
     fake=_linear_pullback_fake,
     cpu=_linear_pullback_cpu,
+    triton="linear:linear_pullback",
 )
 
 
@@ -98,7 +105,7 @@ def linear_pullback(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) ->
     return _linear_pullback(c, panels, x, dtype)  # type: ignore[no-any-return]
 
 
-def _linear_norm_pullback_reference(
+def linear_norm_pullback_equation(
     c: Tensor, panels: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, contrast: bool
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if panels.dtype == torch.float64 else torch.float32
@@ -138,9 +145,10 @@ def _linear_norm_pullback_cpu(
 _linear_norm_pullback = register(
     "linear_norm_pullback(Tensor c, Tensor panels, Tensor x, Tensor? weight, Tensor? bias, float eps, bool contrast)"
     " -> (Tensor, Tensor)",
-    reference=_linear_norm_pullback_reference,
+    reference=linear_norm_pullback_equation,
     fake=_linear_norm_pullback_fake,
     cpu=_linear_norm_pullback_cpu,
+    triton="linear:linear_norm_pullback",
 )
 
 

@@ -40,6 +40,7 @@ _mass = register(
     reference=_mass_reference,
     fake=_mass_fake,
     cpu=_mass_cpu,
+    triton="scaling:mass",
 )
 
 
@@ -83,6 +84,7 @@ _rescale = register(
     reference=_rescale_reference,
     fake=_rescale_fake,
     cpu=_rescale_cpu,
+    triton="scaling:rescale",
 )
 
 
@@ -125,6 +127,7 @@ _rescale_parts = register(
     reference=_rescale_parts_reference,
     fake=_rescale_parts_fake,
     cpu=_rescale_parts_cpu,
+    triton="scaling:rescale_parts",
 )
 
 
@@ -172,6 +175,7 @@ _merge = register(
     reference=_merge_reference,
     fake=_merge_fake,
     cpu=_merge_cpu,
+    triton="scaling:merge",
 )
 
 
@@ -227,6 +231,7 @@ _scale_by = register(
     reference=_scale_by_reference,
     fake=_scale_by_fake,
     cpu=_scale_by_cpu,
+    triton="scaling:scale_by",
 )
 
 
@@ -263,6 +268,7 @@ _gate = register(
     reference=_gate_reference,
     fake=_scale_by_fake,
     cpu=_gate_cpu,
+    triton="scaling:gate",
 )
 
 

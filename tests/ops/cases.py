@@ -145,6 +145,31 @@ def _in_float64(a: Any) -> Any:
     return torch.float64 if isinstance(a, torch.dtype) else a
 
 
+def of_sample(args: tuple[Any, ...], name: str, first: int, last: int) -> tuple[Any, ...]:
+    """The same call with samples [first, last) only."""
+    coefficients = {"c", "first", "second", "first_scale", "second_scale", "scale", "n_scale"}
+    parameters = {"weight", "bias", "gain", "shift", "panels"}
+    schema = getattr(torch.ops.ramp_fast, name).default._schema
+    parts: list[Any] = []
+    for argument, value in zip(schema.arguments, args, strict=True):
+        if not isinstance(value, Tensor) or argument.name in parameters:
+            parts.append(value)
+        else:
+            # at another address modulo the vector size than in the batch
+            part = value[:, first:last] if argument.name in coefficients else value[first:last]
+            shifted = torch.empty(part.numel() + 3, dtype=part.dtype)[3:].view(part.shape)
+            parts.append(shifted.copy_(part))
+    return tuple(parts)
+
+
+def batch_axes(name: str, outputs: int) -> list[int]:
+    """The axis of samples of each output."""
+    axes = [0 if name in ("gelu_factor", "affine_factor", "mask_steps") else 1] * outputs
+    if name == "attention_pullback":
+        axes[-1] = 2  # masses are [4, T, B]
+    return axes
+
+
 def _rescale_magnitude(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
     # with all signs such that nothing cancels: s_P - s_N becomes |s_P| + |s_N|
     if not contrast:

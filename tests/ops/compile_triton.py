@@ -1,60 +1,255 @@
-"""Run by test_triton.py: compile every Triton kernel ahead of time, without a GPU."""
+"""Compile every Triton kernel ahead of time, without a GPU.
+
+``compile_triton.py 80 90`` compiles one configuration per kernel for these compute capabilities and prints a JSON
+object for each, or with ``--table`` a table for bench/NOTES.md instead; with ``--all`` every configuration.
+"""
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import re
 import subprocess
-import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ramp_fast.kernels import junction
-from ramp_fast.kernels.junction import junction_kernel
+from ramp_fast.kernels import activation, attention, common, junction, linear, scaling, softmax
 from ramp_fast.kernels.norm import norm_pullback_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-NORM = {"RHS": 2, "WIDTH": 768, "EPS": 1e-6, "HAS_WEIGHT": True, "COMPUTE": tl.float32, "BLOCK": 1024}
-JUNCTION = {"RHS": 2, "CONTRAST": True, "RELU": True, "COMPUTE": tl.float32, "BLOCK": junction.BLOCK}
-SOURCES = {
-    "norm_pullback": (
+
+@dataclass(frozen=True)
+class Source:
+    """A kernel as ViT-B/16 with contrast launches it."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]  # of pointers and numbers
+    constants: dict[str, Any]
+    configs: Callable[[int], tuple[triton.Config, ...]]  # for a compute capability
+    products: bool = False  # on tensor cores
+    wgmma: bool = False  # by the instruction of sm_90 for tiles of 64 rows and more
+
+
+def one_config(warps: int) -> Callable[[int], tuple[triton.Config, ...]]:
+    return lambda capability: (triton.Config({}, num_warps=warps),)
+
+
+def _sources() -> Iterator[Source]:
+    yield Source(
+        "sum_partials",
+        common.sum_kernel,
+        {"partials_ptr": "*fp32", "out_ptr": "*fp32"},
+        {"COUNT": 197 * 12, "BLOCK": common.SUM_BLOCK},
+        one_config(4),
+    )
+    yield Source(
+        "prepare attention",
+        attention.prepare_kernel,
+        {"x_ptr": "*fp32", "gate_ptr": "*fp32", "whole_ptr": "*bf16", "halves_ptr": "*bf16"}
+        | dict.fromkeys(("x_t", "x_b", "x_h", "x_n", "gate_b", "gate_h", "gate_n", "batch", "rhs"), "i32"),
+        {"HEADS": 12, "COUNT": 197, "WIDTH": 64, "GATE": True, "WHOLE": 3, "HALVES": 3, "BOTH": True}
+        | {"BLOCK_D": 64, "BLOCK": 64, "BLOCKS": 4},
+        one_config(8),
+    )
+    yield Source(
+        "norm_pullback",
         norm_pullback_kernel,
-        {"c_ptr": "*bf16", "x_ptr": "*fp32", "weight_ptr": "*fp32", "out_ptr": "*bf16"} | {"rows": "i32"},
-        NORM,
-        4,  # warps
-    ),
-    "junction": (
-        junction_kernel,
-        {"c_ptr": "*fp32", "a_ptr": "*fp32", "b_ptr": "*fp32", "c_a_ptr": "*fp32", "c_b_ptr": "*bf16"}
-        | {"masses_ptr": "*fp32", "batch": "i32", "inner": "i32"},
-        JUNCTION,
-        junction.WARPS,
-    ),
-}
+        {"c_ptr": "*bf16", "x_ptr": "*fp32", "weight_ptr": "*fp32", "out_ptr": "*bf16", "rows": "i32"},
+        {"RHS": 2, "WIDTH": 768, "EPS": 1e-6, "HAS_WEIGHT": True, "COMPUTE": tl.float32, "BLOCK": 1024},
+        one_config(4),
+    )
+    for merge in (False, True):
+        yield Source(
+            "merge_junction" if merge else "junction",
+            junction.junction_kernel,
+            dict.fromkeys(("c_ptr", "c_scale_ptr", "second_ptr", "second_scale_ptr", "a_ptr", "b_ptr"), "*fp32")
+            | {"c_a_ptr": "*fp32", "c_b_ptr": "*bf16", "masses_ptr": "*fp32", "batch": "i32", "inner": "i32"},
+            SIDES | {"MERGE": merge, "RELU": True, "BLOCK": junction.BLOCK},
+            one_config(junction.WARPS),
+        )
+    yield Source(
+        "merge",
+        scaling.merge_kernel,
+        dict.fromkeys(("first_ptr", "first_scale_ptr", "second_ptr", "second_scale_ptr", "out_ptr"), "*fp32")
+        | {"batch": "i32", "inner": "i32"},
+        SIDES | {"SECOND": True, "BLOCK": scaling.BLOCK},
+        one_config(scaling.WARPS),
+    )
+    yield Source(
+        "mass",
+        scaling.mass_kernel,
+        {"x_ptr": "*fp32", "c_ptr": "*bf16", "masses_ptr": "*fp32", "batch": "i32", "inner": "i32"},
+        SIDES | {"BLOCK": scaling.BLOCK},
+        one_config(scaling.WARPS),
+    )
+    yield Source(
+        "scale_by",
+        scaling.scale_by_kernel,
+        {
+            "c_ptr": "*bf16",
+            "x_ptr": "*bf16",
+            "n_scale_ptr": "*fp32",
+            "out_ptr": "*bf16",
+            "batch": "i32",
+            "inner": "i32",
+        },
+        {"RHS": 2, "GATE": False, "N_SCALED": True, "COMPUTE": tl.float32, "BLOCK": scaling.BLOCK},
+        one_config(scaling.WARPS),
+    )
+    yield Source(
+        "rescale_parts",
+        scaling.rescale_parts_kernel,
+        {"c_ptr": "*bf16", "scale_ptr": "*fp32", "out_ptr": "*bf16"}
+        | dict.fromkeys(("batch", "inner", "parts", "width"), "i32"),
+        SIDES | {"BLOCK": scaling.BLOCK},
+        one_config(scaling.WARPS),
+    )
+    for tanh in (False, True):
+        yield Source(
+            f"gelu_factor{', tanh' * tanh}",
+            activation.gelu_factor_kernel,
+            {"x_ptr": "*fp32", "y_ptr": "*fp32", "factor_ptr": "*bf16", "elements": "i32"},
+            {"TANH": tanh, "BLOCK": activation.BLOCK},
+            one_config(activation.WARPS),
+        )
+    yield Source(
+        "affine_factor",
+        activation.affine_factor_kernel,
+        {"x_ptr": "*fp32", "gain_ptr": "*fp32", "shift_ptr": "*fp32", "y_ptr": "*fp32", "factor_ptr": "*bf16"}
+        | {"elements": "i32", "cap": "fp32"},
+        {"CHANNELS": 256, "INNER": 56 * 56, "RELU": True, "BLOCK": activation.BLOCK},
+        one_config(activation.WARPS),
+    )
+    yield Source(
+        "softmax_pullback",
+        softmax.softmax_pullback_kernel,
+        {"scores_ptr": "*fp32", "c_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32"},
+        {"RHS": 2, "WIDTH": 197, "COMPUTE": tl.float32, "BLOCK": 256},
+        one_config(4),
+    )
+    yield Source(
+        "row_statistics",
+        linear.statistics_kernel,
+        {"x_ptr": "*fp32", "statistics_ptr": "*fp32"},
+        {"WIDTH": 768, "EPS": 1e-6, "BLOCK": 1024},
+        one_config(4),
+    )
+    for dtype, norm in itertools.product((torch.bfloat16, torch.float32), (True, False)):
+        element = POINTERS[dtype]
+        optional = dict.fromkeys(("statistics_ptr", "weight_ptr", "bias_ptr", "masses_ptr"), "*fp32")
+        yield Source(
+            f"linear_{'norm_' * norm}pullback, {NAMES[dtype]}",
+            linear.linear_pullback_kernel,
+            {"c_ptr": element, "halves_ptr": element, "x_ptr": "*fp32", "out_ptr": "*fp32" if norm else element}
+            | optional
+            | {"rows": "i32"},
+            {"MAPS": 1 if norm else 2, "SIDES": 2 if norm else 1, "DEPTH": 3072, "WIDTH": 768, "NORM": norm}
+            | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "PRECISION": linear.PRECISION[dtype]},
+            lambda capability, dtype=dtype: linear.CONFIGS[dtype],
+            products=True,
+            wgmma=True,
+        )
+
+    for dtype, width, gated in itertools.product((torch.bfloat16, torch.float32), (64, 128), (True, False)):
+        yield from _attention(dtype, width, gated)
 
 
-def main() -> None:
-    """Print one JSON object per kernel and compute capability named on the command line."""
-    for capability in map(int, sys.argv[1:]):
-        for name, (kernel, signature, constants, warps) in SOURCES.items():
-            types = signature | dict.fromkeys(constants, "constexpr")
-            source = ASTSource(fn=kernel, signature=types, constexprs=dict(constants))
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-            report = {
-                "kernel": name,
-                "capability": capability,
-                "target": f".target sm_{capability}" in compiled.asm["ptx"],
-                "cubin": len(compiled.asm["cubin"]),
-                "shared": compiled.metadata.shared,
-                "resources": _resources(compiled.asm["cubin"]),
-            }
-            print(json.dumps(report))
+SIDES = {"RHS": 2, "CONTRAST": True, "COMPUTE": tl.float32}
+
+
+def _attention(dtype: torch.dtype, width: int, gated: bool) -> Iterator[Source]:
+    """197 tokens and 12 heads, float32 q, k and v, coefficients of ``dtype``."""
+    name = f"{NAMES[dtype]}, {width} columns{', gated' * gated}"
+    parts = 1 if dtype == torch.bfloat16 else 3
+    constants = {"RHS": 2, "HEADS": 12, "QUERIES": 197, "KEYS": 197, "WIDTH": width, "QUERY_ROWS": 256}
+    constants |= {"KEY_ROWS": 256, "GATED": gated, "CONTRAST": attention.paired(width, parts), "SCORE_PARTS": 3}
+    constants |= {"PARTS": parts, "BLOCK_D": attention.padded(width)}
+
+    def config(capability: int) -> tuple[triton.Config, ...]:
+        tile = attention.tiles(capability, width, parts)
+        return (triton.Config({"OWN": tile.own, "OTHER": tile.other}, tile.warps, tile.stages),)
+
+    for kernel in (attention.queries_kernel, attention.keys_kernel):
+        types = {n: "i32" for n in kernel.arg_names if n not in (*constants, "OWN", "OTHER")} | {"scale": "fp32"}
+        types |= {n: "*bf16" for n in types if n.endswith("_ptr")}
+        wide = {"x_ptr", "k_raw_ptr", "v_raw_ptr", "statistics_ptr", "masses_ptr"} & types.keys()
+        outputs = {"out_ptr", "c_k_ptr", "c_v_ptr"} & types.keys()
+        types |= dict.fromkeys(wide, "*fp32") | dict.fromkeys(outputs, POINTERS[dtype])
+        by = "queries" if kernel is attention.queries_kernel else "keys"
+        # Tiles of less than 64 rows, all that fits for the last of these, are not for wgmma.
+        wgmma = parts == 1 or width <= 64
+        yield Source(f"attention by {by}, {name}", kernel, types, constants, config, True, wgmma)
+
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+NAMES = {torch.bfloat16: "bf16", torch.float32: "float32"}
+SOURCES = list(_sources())
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel takes."""
+
+    kernel: str
+    config: str
+    capability: int
+    target: bool  # compiled for this capability
+    products: bool
+    wgmma: bool
+    wgmma_wanted: bool
+    warps: int
+    registers: int  # of a thread
+    stack: int  # bytes of a thread, where registers spill
+    shared: int  # bytes
+
+    def occupancy(self) -> float:
+        """Resident warps over those an SM can hold (64 in all three), as far as the kernel's resources decide."""
+        per_sm = {80: 164, 90: 228, 100: 228}[self.capability] * 1024
+        by_registers = 65536 // (-(-self.registers // 8) * 8 * 32 * self.warps)
+        by_shared = per_sm // (self.shared + 1024)  # one KB of each block is the system's
+        return min(by_registers, by_shared, 32, 64 // self.warps) * self.warps / 64
+
+
+def compile_kernel(source: Source, config: triton.Config, capability: int) -> Report:
+    """Compile for one capability."""
+    constants = source.constants | config.kwargs
+    types = source.types | dict.fromkeys(constants, "constexpr")
+    names = source.kernel.arg_names
+    # What a launch finds out about its arguments: tensors begin at multiples of 16 bytes, strides (x_t) are such.
+    aligned = [n for n, t in types.items() if t.startswith("*") or (t == "i32" and n[-2:-1] == "_")]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    compiled = triton.compile(
+        ASTSource(fn=source.kernel, signature=types, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+    resources = _resources(compiled.asm["cubin"])
+    sizes = ["x".join(str(config.kwargs[k]) for k in config.kwargs)] if config.kwargs else []
+    return Report(
+        source.name,
+        ", ".join([*sizes, f"{config.num_warps} warps", *([f"{config.num_stages} stages"] if sizes else [])]),
+        capability,
+        f".target sm_{capability}" in compiled.asm["ptx"],
+        source.products,
+        "wgmma" in compiled.asm["ptx"],
+        source.wgmma and capability == 90,
+        config.num_warps,
+        resources["REG"],
+        resources["STACK"],
+        compiled.metadata.shared,
+    )
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -65,6 +260,43 @@ def _resources(cubin: bytes) -> dict[str, int]:
         command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", text)}
+
+
+def _table(reports: list[Report]) -> Iterator[str]:
+    capabilities = sorted({r.capability for r in reports})
+    yield "| kernel | tile, warps, stages | " + " | ".join(f"sm_{c}" for c in capabilities) + " |"
+    yield "|---" * (2 + len(capabilities)) + "|"
+    rows: dict[tuple[str, str], dict[int, str]] = {}
+    for r in reports:
+        cell = f"{r.registers}, {r.shared / 1024:.0f} KB, {r.occupancy():.0%}"
+        rows.setdefault((r.kernel, r.config), {})[r.capability] = cell
+    for (kernel, config), cells in rows.items():
+        yield f"| {kernel} | {config} | " + " | ".join(cells.get(c, "") for c in capabilities) + " |"
+
+
+def main() -> None:
+    """See above."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every configuration, not one per kernel")
+    parser.add_argument("--table", action="store_true", help="a table: registers, shared memory, occupancy")
+    parser.add_argument("capabilities", type=int, nargs="+")
+    options = parser.parse_args()
+    reports = []
+    for source in SOURCES:
+        if (
+            not options.all
+            and source.name.startswith("attention")
+            and not source.name.endswith("bf16, 64 columns, gated")
+        ):
+            continue
+        for capability in options.capabilities:
+            configs = source.configs(capability)
+            for config in configs if options.all else configs[:1]:
+                reports.append(compile_kernel(source, config, capability))
+                if not options.table:
+                    print(json.dumps(vars(reports[-1])), flush=True)
+    if options.table:
+        print("\n".join(_table(reports)))
 
 
 if __name__ == "__main__":

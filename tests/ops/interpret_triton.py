@@ -4,44 +4,187 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
 sys.path.insert(0, str(Path(__file__).parent))
 
+import cases as cases_of_all
+import pytest
 import torch
-from cases import CASES, DTYPES, Options, as_tuple, in_float64
-from tolerances import STORE, assert_close
+from cases import CASES, DTYPES, Options, as_tuple, batch_axes, in_float64, of_sample
+from tolerances import COMPUTE, STORE, assert_close
 
 from ramp_fast import ops
 
-OPERATORS = ["junction", "norm_pullback"]
-SHAPES = [
+# Around the block sizes that kernels have here; seeds choose depths and optional arguments.
+ELEMENTWISE = [
     {"batch": 0},
     {"batch": 1, "inner": (1,), "rows": (1, 1)},
     {"batch": 2, "inner": (0,), "rows": (0, 4)},
     {"batch": 2, "inner": (5, 7), "rows": (3, 33), "zeros": True},
     {"batch": 3, "inner": (2051,), "rows": (2, 4099)},
 ]
+# Tiles are 32 rows (16 of each side with contrast) and 128 columns, steps 16 deep.
+LINEAR = [
+    {"batch": 0},
+    {"batch": 2, "rows": (0, 4)},
+    {"batch": 1, "rows": (1,)},
+    {"batch": 2, "rows": (3, 33), "zeros": True},
+    {"batch": 3, "rows": (11, 131)},
+]
+# Heads, queries, keys, head size: tiles are 16 rows of queries or keys by 32 of the other, columns 16, 32, 64 ...
+cases_of_all.ATTENTION[:] = [
+    (1, 1, 1, 1),
+    (1, 7, 5, 24),
+    (1, 33, 17, 16),
+    (1, 18, 35, 40),
+    (1, 0, 5, 4),
+    (1, 5, 0, 4),
+    (1, 5, 5, 0),
+    (2, 13, 13, 3),
+    (1, 3, 4, 130),
+]
+SHAPES: dict[str, list[dict[str, Any]]] = {
+    "mass": ELEMENTWISE,
+    "rescale": ELEMENTWISE,
+    "rescale_parts": ELEMENTWISE,
+    "merge": ELEMENTWISE,
+    "junction": ELEMENTWISE,
+    "merge_junction": ELEMENTWISE,
+    "scale_by": ELEMENTWISE,
+    "gate": ELEMENTWISE,
+    "gelu_factor": ELEMENTWISE,
+    "affine_factor": [*ELEMENTWISE[1:4], {"batch": 2, "inner": (3, 4, 5)}, {"batch": 3, "inner": (17, 31, 3)}],
+    "softmax_pullback": ELEMENTWISE,
+    "norm_pullback": ELEMENTWISE,
+    "linear_pullback": LINEAR,
+    "linear_norm_pullback": LINEAR,
+    "attention_pullback": [{"batch": 1, "zeros": True}, {"batch": 2}],
+}
+WITHOUT_CONTRAST = {"norm_pullback", "linear_pullback", "softmax_pullback"}
+
+
+def cases() -> Iterator[tuple[str, Options]]:
+    for name, shapes in SHAPES.items():
+        for seed, (shape, (c_dtype, x_dtype), contrast) in enumerate(itertools.product(shapes, DTYPES, [False, True])):
+            if contrast and name in WITHOUT_CONTRAST:
+                continue
+            rhs = (2, 4)[seed % 3 == 0] if contrast else (1, 3)[seed % 3 == 0]
+            yield name, Options(rhs, c_dtype=c_dtype, x_dtype=x_dtype, contrast=contrast, seed=seed, **shape)
+
+
+def check(name: str, o: Options) -> None:
+    case = CASES[name]
+    args = case.arguments(o)
+    before = [a.clone() for a in args if isinstance(a, torch.Tensor)]
+    actual = as_tuple(getattr(ops, name)(*args))
+    for kept, a in zip(before, (a for a in args if isinstance(a, torch.Tensor)), strict=True):
+        assert torch.equal(kept, a), "an argument was written to"
+    arithmetic = o.arithmetic
+    if name in ("gelu_factor", "affine_factor"):  # their c_dtype is storage only
+        arithmetic = torch.float64 if o.x_dtype == torch.float64 else torch.float32
+    if name == "attention_pullback" and o.c_dtype == torch.bfloat16 and arithmetic != torch.float64:
+        arithmetic = torch.bfloat16
+    magnitudes = as_tuple(case.magnitude(*in_float64(args)))
+    for index, outputs in enumerate(zip(actual, case.expected(args), magnitudes, strict=True)):
+        assert_close(name, index, *outputs, arithmetic)
+
+
+def check_batch(name: str, shape: dict[str, Any]) -> None:
+    """A sample's result has the same bits without its neighbours, in which it lies elsewhere in the tiles."""
+    for dtype in (torch.float32, torch.bfloat16):
+        o = Options(2, **shape, c_dtype=dtype, seed=2)
+        args = CASES[name].arguments(o)
+        whole = as_tuple(getattr(ops, name)(*args))
+        part = as_tuple(getattr(ops, name)(*of_sample(args, name, 1, 2)))
+        for expected, own, axis in zip(whole, part, batch_axes(name, len(whole)), strict=True):
+            assert torch.equal(expected.narrow(axis, 1, 1), own), (name, dtype)
+
+
+def check_refusals() -> None:
+    x, c = torch.zeros(2, 4), torch.zeros(2, 2, 5)
+    ops.set_backend("reference")
+    panels = ops.pack_panels(torch.zeros(5, 4))
+    ops.set_backend("triton")
+    for problem, call in [
+        ("panels [1, 5, 32, 1] must have shape [4, 2, 5]", lambda: ops.linear_pullback(c, panels, x, c.dtype)),
+        ("must have the same dtype", lambda: ops.linear_pullback(c.bfloat16(), panels, x, c.dtype)),
+        ("must be even", lambda: ops.linear_norm_pullback(c[:1], _zeros(5, 4), x, None, None, 0.0, True)),
+        ("weight [3] must", lambda: ops.linear_norm_pullback(c, _zeros(5, 4), x, c[0, 0, :3], None, 0.0, True)),
+        ("k [1, 2, 5, 5] must have shape [1, 2, 5, 4]", lambda: _attention_of(keys=(1, 2, 5, 5))),
+        ("c [2, 1, 2, 4, 4] must have", lambda: _attention_of(coefficients=(2, 1, 2, 4, 4))),
+        ("must be even", lambda: _attention_of(coefficients=(3, 1, 2, 3, 4))),
+        ("must be even", lambda: ops.mass(c[0], c[:1], True)),
+        ("must have shape [2, 2]", lambda: ops.rescale(c, c[:, :1, 0], False)),
+        ("must be [T, B, rows, parts, width]", lambda: ops.rescale_parts(c, c, False)),
+        ("must have shape [1, 2]", lambda: ops.scale_by(c, c[0], c[0])),
+        ("must have the same shape", lambda: ops.merge(c, c[..., 0], c[..., :3], c[..., 0], False)),
+        ("do not fit together", lambda: ops.softmax_pullback(x, c)),
+        ("gain [3] and shift [C]", lambda: ops.affine_factor(x, c[0, 0, :3], x[0], False, 0.0, x.dtype)),
+        ("must not be negative", lambda: _attention_of(scale=-1.0)),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            call()
+
+
+def check_channels_last() -> None:
+    """The memory order of maps is kept, and results are the same."""
+    for name in ("mass", "rescale", "merge", "junction", "merge_junction", "scale_by", "gate"):
+        args = CASES[name].arguments(Options(inner=(6, 5, 7)))
+        expected = as_tuple(getattr(ops, name)(*args))
+        moved = [
+            a.movedim(-3, -1).contiguous().movedim(-1, -3) if isinstance(a, torch.Tensor) and a.ndim > 3 else a
+            for a in args
+        ]
+        for e, a in zip(expected, as_tuple(getattr(ops, name)(*moved)), strict=True):
+            torch.testing.assert_close(a, e)
+            assert a.ndim < 4 or a.movedim(-3, -1).is_contiguous()
+
+
+def check_extreme_scores() -> None:
+    """All scores equal, or all weight on one key; rows beyond the last one hold infinities and must not leak."""
+    generator = torch.Generator().manual_seed(0)
+    for factor, dtype in ((0.0, torch.float32), (1e4, torch.bfloat16)):
+        q, k = (torch.randn(1, 1, n, 8, generator=generator) - 3 for n in (5, 9))  # scores far above and below 0
+        c = torch.randn(2, 1, 1, 5, 8, generator=generator).to(dtype)
+        for sign in (1, -1):
+            for part in ops.attention_pullback(q, sign * k, k.abs(), q, c, factor, False, True):
+                assert part.isfinite().all()
+        for part in ops.attention_pullback(q, k, k, q, torch.zeros_like(c), 1.0, True, True):
+            assert torch.equal(part, torch.zeros_like(part))
+
+
+def _attention_of(
+    keys: tuple[int, ...] = (1, 2, 5, 4), coefficients: tuple[int, ...] = (2, 1, 2, 3, 4), scale: float = 1.0
+) -> tuple[torch.Tensor, ...]:
+    q, k, c = torch.zeros(1, 2, 3, 4), torch.zeros(keys), torch.zeros(coefficients)
+    return ops.attention_pullback(q, k, k, q, c, scale, True, True)
+
+
+def _zeros(depth: int, width: int) -> torch.Tensor:
+    return ops.pack_panels(torch.zeros(depth, width))
 
 
 def main() -> None:
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     ops.set_backend("triton")
-    STORE[torch.bfloat16] = 2.0**-7  # the interpreter truncates to bfloat16; compiled kernels round to nearest
+    # The interpreter truncates to bfloat16; compiled kernels round to nearest.
+    STORE[torch.bfloat16] *= 2
+    COMPUTE["attention_pullback", torch.bfloat16] *= 2
     checked = 0
-    for name, shape, (c_dtype, x_dtype), contrast in itertools.product(OPERATORS, SHAPES, DTYPES, [False, True]):
-        if name == "norm_pullback" and contrast:
-            continue  # it takes no notice
-        o = Options(rhs=2, c_dtype=c_dtype, x_dtype=x_dtype, contrast=contrast, seed=checked, **shape)
-        case = CASES[name]
-        args = case.arguments(o)
-        actual = as_tuple(getattr(ops, name)(*args))
-        magnitudes = as_tuple(case.magnitude(*in_float64(args)))
-        for index, outputs in enumerate(zip(actual, case.expected(args), magnitudes, strict=True)):
-            assert_close(name, index, *outputs, o.arithmetic)
+    for name, options in cases():
+        check(name, options)
         checked += 1
+    for name, shapes in SHAPES.items():
+        check_batch(name, shapes[-1])
+    check_channels_last()
+    check_extreme_scores()
+    check_refusals()
     print(f"{checked} cases agree")
 
 

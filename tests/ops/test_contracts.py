@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, LARGE, Options, as_tuple
+from cases import CASES, LARGE, Options, as_tuple, batch_axes, of_sample
 from torch import Tensor
 
 from ramp_fast import ops
@@ -41,23 +41,6 @@ def test_threads_do_not_matter(name: str, isa: str) -> None:
             assert torch.equal(expected, actual)
 
 
-def _of_sample(args: tuple[object, ...], name: str, first: int, last: int) -> tuple[object, ...]:
-    """The same call with samples [first, last) only."""
-    coefficients = {"c", "first", "second", "first_scale", "second_scale", "scale", "n_scale"}
-    parameters = {"weight", "bias", "gain", "shift", "panels"}
-    schema = getattr(torch.ops.ramp_fast, name).default._schema
-    parts: list[object] = []
-    for argument, value in zip(schema.arguments, args, strict=True):
-        if not isinstance(value, Tensor) or argument.name in parameters:
-            parts.append(value)
-        else:
-            # at another address modulo the vector size than in the batch
-            part = value[:, first:last] if argument.name in coefficients else value[first:last]
-            shifted = torch.empty(part.numel() + 3, dtype=part.dtype)[3:].view(part.shape)
-            parts.append(shifted.copy_(part))
-    return tuple(parts)
-
-
 @pytest.mark.parametrize("isa", ops.cpu_isas())
 @pytest.mark.parametrize("name", CASES)
 def test_the_rest_of_the_batch_does_not_matter(name: str, isa: str) -> None:
@@ -65,12 +48,9 @@ def test_the_rest_of_the_batch_does_not_matter(name: str, isa: str) -> None:
     ops.set_cpu_isa(isa)
     args = CASES[name].arguments(LARGE)
     whole = as_tuple(getattr(ops, name)(*args))
-    batch_axes = [0 if name in ("gelu_factor", "affine_factor", "mask_steps") else 1] * len(whole)
-    if name == "attention_pullback":
-        batch_axes[-1] = 2  # masses are [4, T, B]
     for first, last in [(0, 1), (2, 3), (1, 4)]:
-        part = as_tuple(getattr(ops, name)(*_of_sample(args, name, first, last)))
-        for expected, actual, axis in zip(whole, part, batch_axes, strict=True):
+        part = as_tuple(getattr(ops, name)(*of_sample(args, name, first, last)))
+        for expected, actual, axis in zip(whole, part, batch_axes(name, len(whole)), strict=True):
             assert torch.equal(expected.narrow(axis, first, last - first), actual)
 
 

@@ -1,0 +1,120 @@
+"""Activations and BatchNorm with the factor of their pull-back, in one pass.
+
+    gelu_factor:    y = gelu(x),         factor = 2 [y > 0] gelu'(x)
+    affine_factor:  y = gain x + shift,  factor = sign(x) gain + |gain|
+
+With a ReLU behind it the second cuts y to [0, cap] and multiplies the factor by 2 [y > 0].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ramp_fast.ops.activation import affine_factor_equation, gelu_factor_equation
+
+BLOCK = 1024
+WARPS = 4
+
+ROOT_HALF: tl.constexpr = tl.constexpr(math.sqrt(0.5))
+ROOT_TWO_OVER_PI: tl.constexpr = tl.constexpr(math.sqrt(2 / math.pi))
+INVERSE_ROOT_TWO_PI: tl.constexpr = tl.constexpr(1 / math.sqrt(2 * math.pi))
+
+
+@triton.jit
+def gelu_factor_kernel(
+    x_ptr,  # [elements]
+    y_ptr,  # [elements]
+    factor_ptr,  # [elements]
+    elements,
+    TANH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < elements
+    u = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if TANH:
+        # (1 + tanh(z)) / 2 is the logistic function of 2 z, which does not cancel for negative z.
+        z = ROOT_TWO_OVER_PI * (u + 0.044715 * u * u * u)
+        cumulative = 1 / (1 + tl.exp(-2 * z))
+        density = 2 * cumulative * (1 - cumulative) * ROOT_TWO_OVER_PI * (1 + 0.134145 * u * u)
+    else:
+        cumulative = 0.5 * (1 + tl.erf(u * ROOT_HALF))
+        density = INVERSE_ROOT_TWO_PI * tl.exp(-0.5 * u * u)
+    y = u * cumulative
+    # Where the density has vanished u may be infinite: 0, not NaN.
+    slope = cumulative + tl.where(density > 0, u * density, 0.0)
+    factor = tl.where(y > 0, 2 * slope, 0.0)
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(factor_ptr + place, factor.to(factor_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def affine_factor_kernel(
+    x_ptr,  # [B, C, INNER], or [B, INNER, C] in memory with INNER 1
+    gain_ptr,  # [C]
+    shift_ptr,  # [C]
+    y_ptr,  # as x
+    factor_ptr,  # as x
+    elements,
+    cap,
+    CHANNELS: tl.constexpr,
+    INNER: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < elements
+    channel = place // INNER % CHANNELS
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(gain_ptr + channel).to(tl.float32)
+    y = gain * x + tl.load(shift_ptr + channel).to(tl.float32)
+    factor = tl.where(x > 0, gain, tl.where(x < 0, -gain, 0.0)) + tl.abs(gain)
+    if RELU:
+        factor = tl.where(y > 0, 2 * factor, 0.0)
+        y = tl.minimum(tl.maximum(y, 0.0), cap)
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(factor_ptr + place, factor.to(factor_ptr.dtype.element_ty), mask=inside)
+
+
+def gelu_factor(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``ramp_fast::gelu_factor`` for x of any shape."""
+    if x.dtype == torch.float64:  # the kernel's error function is float32: the equation is the kernel
+        return gelu_factor_equation(x, tanh_approx, dtype)
+    x = x.contiguous()
+    y, factor = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            gelu_factor_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+                *(x, y, factor, x.numel()), TANH=tanh_approx, BLOCK=BLOCK, num_warps=WARPS
+            )
+    return y, factor
+
+
+def affine_factor(
+    x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``ramp_fast::affine_factor`` for x [B, C, ...], gain and shift [C]; channels-last memory is kept."""
+    if x.ndim < 2 or gain.shape != x.shape[1:2] or shift.shape != gain.shape:
+        raise ValueError(f"x {list(x.shape)} must be [B, C, ...], gain {list(gain.shape)} and shift [C]")
+    if torch.float64 in (x.dtype, gain.dtype):
+        return affine_factor_equation(x, gain, shift, relu, cap, dtype)
+    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    if not last:
+        x = x.contiguous()
+    y, factor = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            affine_factor_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+                *(x, gain.contiguous(), shift.contiguous(), y, factor, x.numel(), cap),
+                CHANNELS=x.shape[1],
+                INNER=1 if last else x[0, 0].numel(),
+                RELU=relu,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+    return y, factor

@@ -1,0 +1,560 @@
+"""Attention ``O = softmax(S) V`` with ``S = scale Q K^T``: coefficients of Q, K and V from those of O.
+
+    c_A = 2 g V+^T                                       c_V = 2 [v > 0] A^T g          g = [o > 0] c if gated, else c
+    c_S = (sign(S) A + softmax(|S|)) c_A                 A = softmax(S)
+    c_Q = 2 scale [q > 0] c_S K+                         c_K = 2 scale [k > 0] c_S^T Q+
+
+Not gated, ``c_Q`` has ``2 scale c_S K-`` where q < 0, and ``c_K`` likewise. Scores are computed tile by tile three
+times and are never in memory: once for the maxima and sums of both softmaxes, then by blocks of queries for c_Q and by
+blocks of keys for c_K and c_V, so that every sum has a fixed order.
+
+Tensor cores multiply bfloat16. A float32 operand is the sum of three bfloat16 parts, and a product of two that of the
+six largest products of parts, with an error below 2^-23. Scores are products of float32 operands unless q and k are
+bfloat16; the other products have operands of the dtype of c. A first kernel writes parts, gates and halves, for the
+other two to copy straight into shared memory: split in registers instead, nothing but tiles of 16 rows fits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ramp_fast.kernels.common import INTERPRETED, dot, sum_partials
+from ramp_fast.ops.attention import attention_pullback_equation, output_views, packed_output
+
+# Of a head; wider ones spill whatever the tile.
+MAX_WIDTH = 128
+
+
+class Tiles(NamedTuple):
+    """Rows of the block that a program owns and of those it walks over, warps and stages."""
+
+    own: int
+    other: int
+    warps: int
+    stages: int
+
+
+def paired(width: int, parts: int) -> bool:
+    """Whether a program holds both P and D: the sums of wider heads or of more parts leave no registers for that."""
+    return parts == 1 and padded(width) <= 64
+
+
+def tiles(capability: int, width: int, parts: int) -> Tiles:
+    """Of both passes: among those tried the largest that spill neither gated nor not.
+
+    Blocks of 64 rows are what the tensor cores of compute capability 9.x and 10.x ask for; others take any.
+    """
+    if INTERPRETED:
+        return Tiles(16, 32, 4, 1)
+    wide = padded(width) > 64
+    if capability // 10 not in (9, 10) or (wide and parts == 3):
+        if paired(width, parts):
+            return Tiles(32, 32, 4, 2)
+        return Tiles(16, 16, 4, 2) if wide and parts == 3 else Tiles(16, 32, 4, 2) if wide else Tiles(32, 16, 4, 2)
+    if not paired(width, parts):
+        return Tiles(64, 16 if capability < 100 or parts == 3 else 32, 8, 2)
+    return Tiles(64, 32, 8 if capability < 100 else 4, 2)
+
+
+def padded(width: int) -> int:
+    """Columns of a tile of one head; products want 16 at least."""
+    return max(16, triton.next_power_of_2(width))
+
+
+@triton.jit
+def _split(x, PARTS: tl.constexpr):
+    """Write x as a sum of bfloat16 numbers: one, rounded, or three."""
+    x = x.to(tl.float32)
+    first = x.to(tl.bfloat16)
+    if PARTS == 1:
+        return first, first, first
+    else:
+        rest = x - first.to(tl.float32)
+        second = rest.to(tl.bfloat16)
+        return first, second, (rest - second.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _product(a, b, sums, PARTS: tl.constexpr):
+    """``a b + sums`` of operands in parts, the smallest products first."""
+    if PARTS == 3:
+        sums = dot(a[2], b[0], sums, "ieee")
+        sums = dot(a[0], b[2], sums, "ieee")
+        sums = dot(a[1], b[1], sums, "ieee")
+        sums = dot(a[1], b[0], sums, "ieee")
+        sums = dot(a[0], b[1], sums, "ieee")
+    return dot(a[0], b[0], sums, "ieee")
+
+
+@triton.jit
+def _tile(pointer, plane, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """Rows [start, start + ROWS) of one head of a prepared operand, in parts."""
+    place = (start + tl.arange(0, ROWS))[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    first = tl.load(pointer + place)
+    if PARTS == 1:
+        return first, first, first
+    else:
+        return first, tl.load(pointer + plane + place), tl.load(pointer + 2 * plane + place)
+
+
+@triton.jit
+def _transposed(x, PARTS: tl.constexpr):
+    if PARTS == 1:
+        first = tl.trans(x[0])
+        return first, first, first
+    else:
+        return tl.trans(x[0]), tl.trans(x[1]), tl.trans(x[2])
+
+
+@triton.jit
+def _store_parts(pointer, plane, x, PARTS: tl.constexpr):
+    parts = _split(x, PARTS)
+    tl.store(pointer, parts[0])
+    if PARTS == 3:
+        tl.store(pointer + plane, parts[1])
+        tl.store(pointer + 2 * plane, parts[2])
+
+
+@triton.jit
+def prepare_kernel(
+    x_ptr,  # [T, B, H, COUNT, WIDTH]
+    gate_ptr,  # [B, H, COUNT, WIDTH]; not read unless GATE
+    whole_ptr,  # [WHOLE, T, B, H, rows, BLOCK_D]; not written if WHOLE is 0
+    halves_ptr,  # [HALVES, T, B, H, rows, BLOCK_D, 1 or 2]; not written if HALVES is 0
+    x_t,  # strides of these axes; the last one is dense
+    x_b,
+    x_h,
+    x_n,
+    gate_b,
+    gate_h,
+    gate_n,
+    batch,  # B
+    rhs,  # T
+    HEADS: tl.constexpr,
+    COUNT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GATE: tl.constexpr,  # x <- [gate > 0] x
+    WHOLE: tl.constexpr,  # parts of x
+    HALVES: tl.constexpr,  # parts of x+, or of x+ and x-
+    BOTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # rows / BLOCK: rows and columns beyond COUNT and WIDTH are 0
+):
+    program = tl.program_id(0)
+    block = program % BLOCKS
+    index = (program // BLOCKS).to(tl.int64)  # of the head in [T, B, H]
+    head = index % HEADS
+    sample = index // HEADS % batch
+    t = index // HEADS // batch
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK_D)
+    inside = (row < COUNT)[:, None] & (column < WIDTH)[None, :]
+    place = row[:, None] * x_n + column[None, :]
+    x = tl.load(x_ptr + t * x_t + sample * x_b + head * x_h + place, mask=inside, other=0.0).to(tl.float32)
+    if GATE:
+        place = row[:, None] * gate_n + column[None, :]
+        gate = tl.load(gate_ptr + sample * gate_b + head * gate_h + place, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(gate > 0, x, 0.0)
+    plane = batch.to(tl.int64) * rhs * HEADS * BLOCKS * BLOCK * BLOCK_D
+    first = index * (BLOCKS * BLOCK)
+    if WHOLE > 0:
+        _store_parts(whole_ptr + (first + row)[:, None] * BLOCK_D + column[None, :], plane, x, WHOLE)
+    if HALVES > 0:
+        if BOTH:
+            both = tl.join(tl.maximum(x, 0.0), tl.maximum(-x, 0.0)).reshape(BLOCK, 2 * BLOCK_D)
+            column = tl.arange(0, 2 * BLOCK_D)
+            place = (first + row)[:, None] * (2 * BLOCK_D) + column[None, :]
+            _store_parts(halves_ptr + place, 2 * plane, both, HALVES)
+        else:
+            place = (first + row)[:, None] * BLOCK_D + column[None, :]
+            _store_parts(halves_ptr + place, plane, tl.maximum(x, 0.0), HALVES)
+
+
+@triton.jit
+def _selected(sums, x, GATED: tl.constexpr):
+    """Of sums against halves those that the sign of x asks for."""
+    if GATED:
+        return tl.where(x > 0, sums, 0.0)
+    else:
+        upper, lower = tl.split(sums.reshape(x.shape[0], x.shape[1], 2))
+        return tl.where(x > 0, upper, tl.where(x < 0, lower, 0.0))
+
+
+@triton.jit
+def queries_kernel(
+    q_ptr,  # [SCORE_PARTS, B, H, rows, BLOCK_D]; prepared, like the next four
+    k_ptr,  # [SCORE_PARTS, B, H, rows of keys, BLOCK_D]
+    k_halves_ptr,  # [PARTS, B, H, rows of keys, BLOCK_D, 1 or 2]
+    v_ptr,  # [PARTS, B, H, rows of keys, BLOCK_D]: V+
+    g_ptr,  # [PARTS, T, B, H, rows, BLOCK_D]
+    x_ptr,  # [B, H, N, D]: q as it came
+    out_ptr,  # [T, B, H, N, D]: c_Q
+    statistics_ptr,  # [4, B, H, rows]: maximum and 1 / sum of exp(S - maximum), the same of |S|
+    masses_ptr,  # [4, T, B, slots]: those of A and q are written here
+    x_b,  # strides of these axes; the last one is dense
+    x_h,
+    x_n,
+    out_t,
+    out_b,
+    out_h,
+    out_n,
+    batch,  # B
+    slots,
+    scale,
+    RHS: tl.constexpr,  # T
+    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,  # of prepared operands
+    KEY_ROWS: tl.constexpr,
+    GATED: tl.constexpr,
+    CONTRAST: tl.constexpr,
+    SCORE_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = QUERY_ROWS // OWN
+    COLUMNS: tl.constexpr = BLOCK_D if GATED else 2 * BLOCK_D
+    MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
+    program = tl.program_id(0)
+    block = program % BLOCKS
+    start = block * OWN
+    head = program // BLOCKS % HEADS
+    sample = program // (BLOCKS * HEADS) % batch
+    t = program // (BLOCKS * HEADS) // batch
+    samples = batch.to(tl.int64)
+    of_head = sample.to(tl.int64) * HEADS + head
+    query_plane = samples * (HEADS * QUERY_ROWS * BLOCK_D)
+    key_plane = samples * (HEADS * KEY_ROWS * BLOCK_D)
+    k_head = k_ptr + of_head * (KEY_ROWS * BLOCK_D)
+    k_halves = k_halves_ptr + of_head * (KEY_ROWS * COLUMNS)
+    v_head = v_ptr + of_head * (KEY_ROWS * BLOCK_D)
+    g_head = g_ptr + (t * samples * HEADS + of_head) * (QUERY_ROWS * BLOCK_D)
+    key = tl.arange(0, OTHER)
+    q = _tile(q_ptr + of_head * (QUERY_ROWS * BLOCK_D), query_plane, start, OWN, BLOCK_D, SCORE_PARTS)
+
+    top = tl.full([OWN], float("-inf"), tl.float32)
+    total = tl.zeros([OWN], tl.float32)
+    top_absolute = tl.full([OWN], float("-inf"), tl.float32)
+    total_absolute = tl.zeros([OWN], tl.float32)
+    for first in range(0, KEYS, OTHER):
+        k = _transposed(_tile(k_head, key_plane, first, OTHER, BLOCK_D, SCORE_PARTS), SCORE_PARTS)
+        scores = scale * _product(q, k, tl.zeros([OWN, OTHER], tl.float32), SCORE_PARTS)
+        inside = (first + key < KEYS)[None, :]
+        absolute = tl.where(inside, tl.abs(scores), float("-inf"))
+        scores = tl.where(inside, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(scores - higher[:, None]), 1)
+        top = higher
+        higher = tl.maximum(top_absolute, tl.max(absolute, 1))
+        total_absolute = total_absolute * tl.exp(top_absolute - higher) + tl.sum(tl.exp(absolute - higher[:, None]), 1)
+        top_absolute = higher
+    inverse = 1 / total
+    inverse_absolute = 1 / total_absolute
+    if t == 0:
+        of_row = statistics_ptr + of_head * QUERY_ROWS + start + tl.arange(0, OWN)
+        plane = samples * (HEADS * QUERY_ROWS)
+        tl.store(of_row, top)
+        tl.store(of_row + plane, inverse)
+        tl.store(of_row + 2 * plane, top_absolute)
+        tl.store(of_row + 3 * plane, inverse_absolute)
+
+    g = _tile(g_head, query_plane * RHS, start, OWN, BLOCK_D, PARTS)
+    sums = tl.zeros([OWN, COLUMNS], tl.float32)
+    mass = tl.zeros([OWN], tl.float32)
+    if CONTRAST:
+        g_d = _tile(g_head + MAPS * query_plane, query_plane * RHS, start, OWN, BLOCK_D, PARTS)
+        sums_d = tl.zeros([OWN, COLUMNS], tl.float32)
+        mass_n = tl.zeros([OWN], tl.float32)
+    for first in range(0, KEYS, OTHER):
+        k = _transposed(_tile(k_head, key_plane, first, OTHER, BLOCK_D, SCORE_PARTS), SCORE_PARTS)
+        scores = scale * _product(q, k, tl.zeros([OWN, OTHER], tl.float32), SCORE_PARTS)
+        inside = (first + key < KEYS)[None, :]
+        a = tl.where(inside, tl.exp(scores - top[:, None]) * inverse[:, None], 0.0)
+        of_absolute = tl.exp(tl.abs(scores) - top_absolute[:, None]) * inverse_absolute[:, None]
+        signed = tl.where(scores > 0, a, tl.where(scores < 0, -a, 0.0))
+        factor = tl.where(inside, signed + of_absolute, 0.0)
+        v = _transposed(_tile(v_head, key_plane, first, OTHER, BLOCK_D, PARTS), PARTS)
+        halves = _tile(k_halves, key_plane * (COLUMNS // BLOCK_D), first, OTHER, COLUMNS, PARTS)
+        c_a = 2 * _product(g, v, tl.zeros([OWN, OTHER], tl.float32), PARTS)
+        mass += tl.sum(a * tl.abs(c_a), 1)
+        sums = _product(_split(factor * c_a, PARTS), halves, sums, PARTS)
+        if CONTRAST:
+            c_a_d = 2 * _product(g_d, v, tl.zeros([OWN, OTHER], tl.float32), PARTS)
+            mass_n += tl.sum(a * tl.abs(c_a - c_a_d), 1)
+            sums_d = _product(_split(factor * c_a_d, PARTS), halves, sums_d, PARTS)
+
+    row = start + tl.arange(0, OWN)
+    column = tl.arange(0, BLOCK_D)
+    stored = (row < QUERIES)[:, None] & (column < WIDTH)[None, :]
+    x = x_ptr + sample.to(tl.int64) * x_b + head.to(tl.int64) * x_h + row[:, None] * x_n + column[None, :]
+    x = tl.load(x, mask=stored, other=0.0).to(tl.float32)
+    out = sample.to(tl.int64) * out_b + head.to(tl.int64) * out_h + t.to(tl.int64) * out_t
+    out = out_ptr + out + row[:, None] * out_n + column[None, :]
+    side = samples * slots  # from the masses of one right-hand side to those of the next
+    mass_a = masses_ptr + t * side + sample.to(tl.int64) * slots + head * QUERY_ROWS + row
+    mass_q = mass_a + 2 * RHS * side
+    c_q = 2 * scale * _selected(sums, x, GATED)
+    tl.store(out, c_q.to(out_ptr.dtype.element_ty), mask=stored)
+    tl.store(mass_a, mass)
+    tl.store(mass_q, tl.sum(tl.abs(x * c_q), 1))
+    if CONTRAST:
+        c_q_d = 2 * scale * _selected(sums_d, x, GATED)
+        to_d = out + MAPS * out_t.to(tl.int64)
+        tl.store(to_d, c_q_d.to(out_ptr.dtype.element_ty), mask=stored)
+        tl.store(mass_a + MAPS * side, mass_n)
+        tl.store(mass_q + MAPS * side, tl.sum(tl.abs(x * (c_q - c_q_d)), 1))
+
+
+@triton.jit
+def keys_kernel(
+    q_ptr,  # as above
+    q_halves_ptr,  # [PARTS, B, H, rows, BLOCK_D, 1 or 2]
+    k_ptr,
+    v_ptr,
+    g_ptr,
+    k_raw_ptr,  # [B, H, M, D]: k as it came
+    v_raw_ptr,  # [B, H, M, D]
+    c_k_ptr,  # [T, B, H, M, D]
+    c_v_ptr,  # [T, B, H, M, D]
+    statistics_ptr,
+    masses_ptr,  # those of v and k are written here
+    k_b,  # strides of k_raw
+    k_h,
+    k_n,
+    v_b,
+    v_h,
+    v_n,
+    out_t,  # of c_k and of c_v
+    out_b,
+    out_h,
+    out_n,
+    batch,
+    slots,
+    scale,
+    RHS: tl.constexpr,
+    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    KEY_ROWS: tl.constexpr,
+    GATED: tl.constexpr,
+    CONTRAST: tl.constexpr,
+    SCORE_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = KEY_ROWS // OWN
+    COLUMNS: tl.constexpr = BLOCK_D if GATED else 2 * BLOCK_D
+    MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
+    program = tl.program_id(0)
+    block = program % BLOCKS
+    start = block * OWN
+    head = program // BLOCKS % HEADS
+    sample = program // (BLOCKS * HEADS) % batch
+    t = program // (BLOCKS * HEADS) // batch
+    samples = batch.to(tl.int64)
+    of_head = sample.to(tl.int64) * HEADS + head
+    query_plane = samples * (HEADS * QUERY_ROWS * BLOCK_D)
+    key_plane = samples * (HEADS * KEY_ROWS * BLOCK_D)
+    q_head = q_ptr + of_head * (QUERY_ROWS * BLOCK_D)
+    q_halves = q_halves_ptr + of_head * (QUERY_ROWS * COLUMNS)
+    g_head = g_ptr + (t * samples * HEADS + of_head) * (QUERY_ROWS * BLOCK_D)
+    of_rows = statistics_ptr + of_head * QUERY_ROWS
+    plane = samples * (HEADS * QUERY_ROWS)
+    k = _tile(k_ptr + of_head * (KEY_ROWS * BLOCK_D), key_plane, start, OWN, BLOCK_D, SCORE_PARTS)
+    v = _tile(v_ptr + of_head * (KEY_ROWS * BLOCK_D), key_plane, start, OWN, BLOCK_D, PARTS)
+
+    sums_k = tl.zeros([OWN, COLUMNS], tl.float32)
+    sums_v = tl.zeros([OWN, BLOCK_D], tl.float32)
+    if CONTRAST:
+        sums_k_d = tl.zeros([OWN, COLUMNS], tl.float32)
+        sums_v_d = tl.zeros([OWN, BLOCK_D], tl.float32)
+    for first in range(0, QUERIES, OTHER):
+        row = of_rows + first + tl.arange(0, OTHER)
+        q = _transposed(_tile(q_head, query_plane, first, OTHER, BLOCK_D, SCORE_PARTS), SCORE_PARTS)
+        scores = scale * _product(k, q, tl.zeros([OWN, OTHER], tl.float32), SCORE_PARTS)  # [keys, queries]
+        a = tl.exp(scores - tl.load(row)[None, :]) * tl.load(row + plane)[None, :]
+        factor = tl.exp(tl.abs(scores) - tl.load(row + 2 * plane)[None, :]) * tl.load(row + 3 * plane)[None, :]
+        factor += tl.where(scores > 0, a, tl.where(scores < 0, -a, 0.0))
+        a = _split(a, PARTS)
+        halves = _tile(q_halves, query_plane * (COLUMNS // BLOCK_D), first, OTHER, COLUMNS, PARTS)
+        g = _tile(g_head, query_plane * RHS, first, OTHER, BLOCK_D, PARTS)
+        c_a = 2 * _product(v, _transposed(g, PARTS), tl.zeros([OWN, OTHER], tl.float32), PARTS)
+        sums_v = _product(a, g, sums_v, PARTS)
+        sums_k = _product(_split(factor * c_a, PARTS), halves, sums_k, PARTS)
+        if CONTRAST:
+            g = _tile(g_head + MAPS * query_plane, query_plane * RHS, first, OTHER, BLOCK_D, PARTS)
+            c_a = 2 * _product(v, _transposed(g, PARTS), tl.zeros([OWN, OTHER], tl.float32), PARTS)
+            sums_v_d = _product(a, g, sums_v_d, PARTS)
+            sums_k_d = _product(_split(factor * c_a, PARTS), halves, sums_k_d, PARTS)
+
+    # Rows beyond KEYS may hold infinities and NaN: x is 0 there and chooses neither.
+    row = start + tl.arange(0, OWN)
+    column = tl.arange(0, BLOCK_D)
+    stored = (row < KEYS)[:, None] & (column < WIDTH)[None, :]
+    out = sample.to(tl.int64) * out_b + head.to(tl.int64) * out_h + t.to(tl.int64) * out_t
+    out = out + row[:, None] * out_n + column[None, :]
+    to_d = out + MAPS * out_t.to(tl.int64)
+    side = samples * slots
+    mass_v = masses_ptr + (RHS + t) * side + sample.to(tl.int64) * slots + head * KEY_ROWS + row
+    mass_k = mass_v + 2 * RHS * side
+    x = v_raw_ptr + sample.to(tl.int64) * v_b + head.to(tl.int64) * v_h + row[:, None] * v_n + column[None, :]
+    x = tl.load(x, mask=stored, other=0.0).to(tl.float32)
+    c_v = tl.where(x > 0, 2 * sums_v, 0.0)
+    tl.store(c_v_ptr + out, c_v.to(c_v_ptr.dtype.element_ty), mask=stored)
+    tl.store(mass_v, tl.sum(tl.abs(x * c_v), 1))
+    if CONTRAST:
+        c_v_d = tl.where(x > 0, 2 * sums_v_d, 0.0)
+        tl.store(c_v_ptr + to_d, c_v_d.to(c_v_ptr.dtype.element_ty), mask=stored)
+        tl.store(mass_v + MAPS * side, tl.sum(tl.abs(x * (c_v - c_v_d)), 1))
+    x = k_raw_ptr + sample.to(tl.int64) * k_b + head.to(tl.int64) * k_h + row[:, None] * k_n + column[None, :]
+    x = tl.load(x, mask=stored, other=0.0).to(tl.float32)
+    c_k = 2 * scale * _selected(sums_k, x, GATED)
+    tl.store(c_k_ptr + out, c_k.to(c_k_ptr.dtype.element_ty), mask=stored)
+    tl.store(mass_k, tl.sum(tl.abs(x * c_k), 1))
+    if CONTRAST:
+        c_k_d = 2 * scale * _selected(sums_k_d, x, GATED)
+        tl.store(c_k_ptr + to_d, c_k_d.to(c_k_ptr.dtype.element_ty), mask=stored)
+        tl.store(mass_k + MAPS * side, tl.sum(tl.abs(x * (c_k - c_k_d)), 1))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, contrast: bool) -> None:
+    if q.ndim != 4 or c.ndim != 5:
+        raise ValueError(f"q must be [B, H, N, D] and c [T, B, H, N, D], not {list(q.shape)} and {list(c.shape)}")
+    keys = [*q.shape[:2], k.shape[2] if k.ndim == 4 else 0, q.shape[3]]
+    expected = {"k": keys, "v": keys, "o": list(q.shape), "c": [c.shape[0], *q.shape]}
+    for name, tensor in (("k", k), ("v", v), ("o", o), ("c", c)):
+        if list(tensor.shape) != expected[name]:
+            raise ValueError(f"{name} {list(tensor.shape)} must have shape {expected[name]}")
+    if contrast and c.shape[0] % 2:
+        raise ValueError(f"c {list(c.shape)}: with contrast the first axis holds P and D rows and must be even")
+    if not scale >= 0:
+        raise ValueError(f"scale {scale} must not be negative")
+
+
+def attention_pullback(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
+) -> tuple[Tensor, Tensor]:
+    """``ramp_fast::attention_pullback`` for q, o [B, H, N, D], k, v [B, H, M, D] and c [T, B, H, N, D]."""
+    _check(q, k, v, o, c, scale, contrast)
+    batch, heads, queries, width = q.shape
+    rhs, keys = c.shape[0], k.shape[2]
+    if width > MAX_WIDTH or any(x.dtype == torch.float64 for x in (q, k, v, o, c)):
+        return attention_pullback_equation(q, k, v, o, c, scale, gated, contrast)
+    q, k, v, o, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, o, c))
+    if 0 in (rhs, batch, heads, queries, keys, width):
+        return packed_output(q, k, c).zero_(), torch.zeros((4, rhs, batch), device=c.device)
+    score_parts = 1 if q.dtype == k.dtype == torch.bfloat16 else 3
+    parts = 1 if c.dtype == torch.bfloat16 else 3
+    if contrast and not paired(width, parts):
+        # P, D and N = P - D one by one; of N only the masses are kept.
+        half = rhs // 2
+        sides = torch.cat((c, c[:half] - c[half:]))
+        packed, masses = _pullback(q, k, v, o, sides, scale, gated, False, score_parts, parts)
+        return packed[:rhs], torch.cat((masses[:, :half], masses[:, rhs:]), 1)
+    return _pullback(q, k, v, o, c, scale, gated, contrast, score_parts, parts)
+
+
+def _pullback(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    c: Tensor,
+    scale: float,
+    gated: bool,
+    contrast: bool,
+    score_parts: int,
+    parts: int,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, width = q.shape
+    rhs, keys = c.shape[0], k.shape[2]
+    out = packed_output(q, k, c)
+    c_q, c_k, c_v = output_views(out, q, k)
+    major, minor = (8, 0) if c.device.type == "cpu" else torch.cuda.get_device_capability(c.device)
+    tile = tiles(10 * major + minor, width, parts)
+    block = max(tile.own, tile.other)
+    q_whole, q_halves = _prepared(q[None], block, score_parts, parts, not gated)
+    k_whole, k_halves = _prepared(k[None], block, score_parts, parts, not gated)
+    _, v_plus = _prepared(v[None], block, 0, parts, False)
+    g, _ = _prepared(c, block, parts, 0, False, o if gated else None)
+    rows, key_rows = q_whole.shape[-2], k_whole.shape[-2]
+    blocks = rows // tile.own, key_rows // tile.own
+    # Every row has a slot; both kernels fill all slots if they have as many rows.
+    new = torch.empty if rows == key_rows else torch.zeros
+    masses = new((4, rhs, batch, heads * max(rows, key_rows)), dtype=torch.float32, device=c.device)
+    statistics = torch.empty((4, batch, heads, rows), dtype=torch.float32, device=c.device)
+    options = {
+        "RHS": rhs,
+        "HEADS": heads,
+        "QUERIES": queries,
+        "KEYS": keys,
+        "WIDTH": width,
+        "QUERY_ROWS": rows,
+        "KEY_ROWS": key_rows,
+        "GATED": gated,
+        "CONTRAST": contrast,
+        "SCORE_PARTS": score_parts,
+        "PARTS": parts,
+        "BLOCK_D": padded(width),
+        "OWN": tile.own,
+        "OTHER": tile.other,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    programs = batch * heads * (rhs // 2 if contrast else rhs)
+    numbers = batch, masses.shape[-1], scale
+    with torch.cuda.device_of(c):
+        queries_kernel[(programs * blocks[0],)](
+            *(q_whole, k_whole, k_halves, v_plus, g, q, c_q, statistics, masses),
+            *(*q.stride()[:3], *c_q.stride()[:4], *numbers),
+            **options,
+        )
+        keys_kernel[(programs * blocks[1],)](
+            *(q_whole, q_halves, k_whole, v_plus, g, k, v, c_k, c_v, statistics, masses),
+            *(*k.stride()[:3], *v.stride()[:3], *c_k.stride()[:4], *numbers),
+            **options,
+        )
+    return out, sum_partials(masses)
+
+
+def _prepared(
+    x: Tensor, block: int, whole: int, halves: int, both: bool, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Parts of x [T, B, H, N, D] and of its positive half (``both``: of both halves), in whole blocks of rows."""
+    rhs, batch, heads, count, width = x.shape
+    blocks = triton.cdiv(count, block)
+    block_d = padded(width)
+    shape = rhs, batch, heads, blocks * block, block_d
+    of_whole = torch.empty((whole, *shape), dtype=torch.bfloat16, device=x.device)
+    of_halves = torch.empty((halves, *shape[:-1], block_d * (1 + both)), dtype=torch.bfloat16, device=x.device)
+    by = x[0] if gate is None else gate
+    with torch.cuda.device_of(x):
+        prepare_kernel[(rhs * batch * heads * blocks,)](
+            *(x, by, of_whole, of_halves, *x.stride()[:4], *by.stride()[:3], batch, rhs),
+            HEADS=heads,
+            COUNT=count,
+            WIDTH=width,
+            GATE=gate is not None,
+            WHOLE=whole,
+            HALVES=halves,
+            BOTH=both,
+            BLOCK_D=block_d,
+            BLOCK=block,
+            BLOCKS=blocks,
+            num_warps=8,
+        )
+    return of_whole, of_halves

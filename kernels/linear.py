@@ -1,0 +1,259 @@
+"""Linear layers whose input has both signs, with the LayerNorm below them if there is one.
+
+    c_x = W+^T c where x > 0,  W-^T c where x < 0                                    (linear_pullback)
+    c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) (W+^T c where n > 0, W-^T c where n < 0)
+                                                    with n the LayerNorm's output    (linear_norm_pullback)
+
+Both halves of the weights lie row by row beside each other, so one product with ``2 BLOCK_N`` columns reads c once and
+leaves both sums of an element in one thread, which keeps one of them. K is walked in steps of a fixed size in a fixed
+order, whatever the tile and however many rows there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ramp_fast.kernels.common import INTERPRETED, dot, sum_partials, tuned
+from ramp_fast.kernels.norm import block_and_warps, row_statistics
+from ramp_fast.ops.linear import linear_norm_pullback_equation, linear_pullback_equation
+
+# Columns that one partial mass sums over; divides every BLOCK_N.
+MASS_COLUMNS: tl.constexpr = tl.constexpr(64)
+# Neighbouring tiles share rows of c: so many row tiles go through all their columns before the next ones start.
+GROUP: tl.constexpr = tl.constexpr(8)
+
+
+def _config(rows: int, columns: int, depth: int, warps: int, stages: int) -> triton.Config:
+    return triton.Config({"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth}, num_warps=warps, num_stages=stages)
+
+
+# One BLOCK_K per dtype: it fixes the order of the sums, so that a choice among these changes no result. None of them
+# spills on sm_80, sm_90 or sm_100; float32 with more columns or rows, or with four warps, does on sm_80.
+CONFIGS = {
+    torch.bfloat16: (
+        _config(128, 128, 64, 8, 4),
+        _config(128, 128, 64, 8, 3),
+        _config(64, 128, 64, 8, 4),
+        _config(128, 64, 64, 8, 4),
+        _config(64, 64, 64, 4, 4),
+    ),
+    torch.float32: (_config(64, 64, 32, 8, 4), _config(64, 64, 32, 8, 3)),
+}
+# bfloat16 products are exact; float32 ones are the sum of three products of tf32 parts.
+PRECISION = {torch.bfloat16: "ieee", torch.float32: "tf32x3"}
+if INTERPRETED:
+    CONFIGS = dict.fromkeys(CONFIGS, (_config(32, 128, 16, 4, 1),))
+
+
+@triton.jit
+def statistics_kernel(
+    x_ptr,  # [rows, width]
+    statistics_ptr,  # [rows, 3]: mean, 1 / sigma(x), 1 / sigma(|x|)
+    WIDTH: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    mean, inverse, inverse_absolute = row_statistics(x_ptr + row * WIDTH, WIDTH, EPS, tl.float32, BLOCK)
+    tl.store(statistics_ptr + row * 3, mean)
+    tl.store(statistics_ptr + row * 3 + 1, inverse)
+    tl.store(statistics_ptr + row * 3 + 2, inverse_absolute)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_pullback_kernel(
+    c_ptr,  # [T, rows, K]
+    halves_ptr,  # [I, 2, K]: W+ and W-
+    x_ptr,  # [rows, I]
+    out_ptr,  # [T, rows, I]
+    statistics_ptr,  # [rows, 3]; this and the next three only with NORM
+    weight_ptr,  # [I]; not read unless HAS_WEIGHT
+    bias_ptr,  # [I]; not read unless HAS_BIAS
+    masses_ptr,  # [T, rows, ceil(I / MASS_COLUMNS)]
+    rows,
+    MAPS: tl.constexpr,  # T / SIDES
+    SIDES: tl.constexpr,  # 2: a tile holds the rows of P and of D, for the mass of P - D
+    DEPTH: tl.constexpr,  # K
+    WIDTH: tl.constexpr,  # I
+    NORM: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    TILES_N: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    TILE_ROWS: tl.constexpr = BLOCK_M // SIDES
+    tiles_m = tl.cdiv(rows, TILE_ROWS)
+    program = tl.program_id(0)
+    index = program // (tiles_m * TILES_N)  # of the map
+    program = program % (tiles_m * TILES_N)
+    first = program // (GROUP * TILES_N) * GROUP
+    group = tl.minimum(tiles_m - first, GROUP)
+    program = program % (GROUP * TILES_N)
+    tile_m = first + program % group
+    tile_n = program // group
+
+    # With two sides eight rows of P alternate with the same eight of D: a thread of the tensor cores holds both.
+    r = tl.arange(0, BLOCK_M)
+    if SIDES == 2:
+        side = r // 8 % 2
+        position = r // 16 * 8 + r % 8
+    else:
+        side = r * 0
+        position = r
+    row = tile_m.to(tl.int64) * TILE_ROWS + position
+    inside_rows = row < rows
+    row = tl.minimum(row, rows - 1)  # rows and columns outside are computed and not stored: no masks in the loop
+    c_row = (index + side * MAPS).to(tl.int64) * rows + row
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = inside_rows[:, None] & (column < WIDTH)[None, :]
+    half = tl.minimum(tile_n * 2 * BLOCK_N + tl.arange(0, 2 * BLOCK_N), 2 * WIDTH - 1).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    c_tile = c_ptr + c_row[:, None] * DEPTH + k[None, :]
+    w_tile = halves_ptr + half[None, :] * DEPTH + k[:, None]
+
+    sums = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+    for start in range(0, DEPTH, BLOCK_K):
+        if DEPTH % BLOCK_K == 0:
+            c = tl.load(c_tile + start)
+            w = tl.load(w_tile + start)
+        else:
+            c = tl.load(c_tile + start, mask=(start + k < DEPTH)[None, :], other=0.0)
+            w = tl.load(w_tile + start, mask=(start + k < DEPTH)[:, None], other=0.0)
+        sums = dot(c, w, sums, PRECISION)
+    upper, lower = tl.split(sums.reshape(BLOCK_M, BLOCK_N, 2))
+
+    x = tl.load(x_ptr + row[:, None] * WIDTH + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        mean = tl.load(statistics_ptr + row * 3)
+        inverse = tl.load(statistics_ptr + row * 3 + 1)
+        inverse_absolute = tl.load(statistics_ptr + row * 3 + 2)
+        gate = (x - mean[:, None]) * inverse[:, None]
+        sign = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+        factor = sign * inverse[:, None] + inverse_absolute[:, None]
+        if HAS_WEIGHT:
+            weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+            gate *= weight[None, :]
+            factor = sign * weight[None, :] * inverse[:, None] + tl.abs(weight)[None, :] * inverse_absolute[:, None]
+        if HAS_BIAS:
+            gate += tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
+    else:
+        gate = x
+    out = tl.where(gate > 0, upper, tl.where(gate < 0, lower, 0.0))
+    if NORM:
+        out *= factor
+    tl.store(out_ptr + c_row[:, None] * WIDTH + column[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+
+    if NORM:
+        SLOTS: tl.constexpr = (WIDTH + MASS_COLUMNS - 1) // MASS_COLUMNS
+        PARTS: tl.constexpr = BLOCK_N // MASS_COLUMNS
+        slot = tile_n * PARTS + tl.arange(0, PARTS)
+        x = tl.abs(x)  # 0 outside
+        if SIDES == 2:
+            shape: tl.constexpr = (BLOCK_M // 16, 2, 8, BLOCK_N)
+            p, d = tl.split(out.reshape(shape).permute(0, 2, 3, 1))
+            x, _ = tl.split(x.reshape(shape).permute(0, 2, 3, 1))
+            of_p = tl.sum((x * tl.abs(p)).reshape(TILE_ROWS, PARTS, MASS_COLUMNS), 2)
+            of_n = tl.sum((x * tl.abs(p - d)).reshape(TILE_ROWS, PARTS, MASS_COLUMNS), 2)
+            row = tile_m.to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+            stored = (row < rows)[:, None] & (slot < SLOTS)[None, :]
+            mass_row = masses_ptr + (index.to(tl.int64) * rows + row)[:, None] * SLOTS + slot[None, :]
+            tl.store(mass_row, of_p, mask=stored)
+            tl.store(mass_row + rows.to(tl.int64) * (MAPS * SLOTS), of_n, mask=stored)
+        else:
+            of_c = tl.sum((x * tl.abs(out)).reshape(BLOCK_M, PARTS, MASS_COLUMNS), 2)
+            stored = inside_rows[:, None] & (slot < SLOTS)[None, :]
+            tl.store(masses_ptr + c_row[:, None] * SLOTS + slot[None, :], of_c, mask=stored)
+
+
+def _check(c: Tensor, panels: Tensor, x: Tensor) -> None:
+    if x.ndim < 2 or c.ndim != x.ndim + 1 or c.shape[1:-1] != x.shape[:-1]:
+        raise ValueError(f"x must be [B, ..., I] and c [T, B, ..., K], not {list(x.shape)} and {list(c.shape)}")
+    if c.dtype != panels.dtype:
+        raise ValueError(f"c ({c.dtype}) and panels ({panels.dtype}) must have the same dtype")
+    expected = [x.shape[-1], 2, c.shape[-1]]
+    if list(panels.shape) != expected:
+        raise ValueError(
+            f"panels {list(panels.shape)} must have shape {expected}: pack_panels with the weights on the device, and "
+            "with the backend, that the product runs on"
+        )
+
+
+def _launch(
+    c: Tensor, panels: Tensor, x: Tensor, out: Tensor, norm: tuple[Any, ...], masses: Tensor | None, sides: int
+) -> None:
+    """One call for both operators; ``norm`` is (statistics, weight, bias) or empty."""
+    statistics, weight, bias = norm or (None, None, None)
+    depth, width = c.shape[-1], x.shape[-1]
+    rows, maps = x.numel() // width, c.shape[0] // sides
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        return (maps * triton.cdiv(rows, meta["BLOCK_M"] // sides) * triton.cdiv(width, meta["BLOCK_N"]),)
+
+    device = "cpu" if c.device.type == "cpu" else torch.cuda.get_device_name(c.device)
+    kernel = tuned(linear_pullback_kernel, CONFIGS[c.dtype], ("DEPTH", "WIDTH", "NORM", "SIDES"), device)
+    with torch.cuda.device_of(c):
+        kernel[grid](
+            c,
+            panels,
+            x,
+            out,
+            x if statistics is None else statistics,
+            x if weight is None else weight,
+            x if bias is None else bias,
+            x if masses is None else masses,
+            rows,
+            MAPS=maps,
+            SIDES=sides,
+            DEPTH=depth,
+            WIDTH=width,
+            NORM=bool(norm),
+            HAS_WEIGHT=weight is not None,
+            HAS_BIAS=bias is not None,
+            PRECISION=PRECISION[c.dtype],
+        )
+
+
+def linear_pullback(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``ramp_fast::linear_pullback`` for c [T, B, ..., K], panels [I, 2, K] and x [B, ..., I]."""
+    if panels.dtype == torch.float64:  # tensor cores gain nothing there: the equation serves
+        return linear_pullback_equation(c, panels, x, dtype)
+    _check(c, panels, x)
+    out = torch.empty((c.shape[0], *x.shape), dtype=dtype, device=c.device)
+    if out.numel():
+        _launch(c.contiguous(), panels.contiguous(), x.contiguous(), out, (), None, 1)
+    return out
+
+
+def linear_norm_pullback(
+    c: Tensor, panels: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, contrast: bool
+) -> tuple[Tensor, Tensor]:
+    """``ramp_fast::linear_norm_pullback``; weight and bias [I]."""
+    if panels.dtype == torch.float64:
+        return linear_norm_pullback_equation(c, panels, x, weight, bias, eps, contrast)
+    _check(c, panels, x)
+    width = x.shape[-1]
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and vector.shape != (width,):
+            raise ValueError(f"{name} {list(vector.shape)} must have shape [{width}]")
+    if contrast and c.shape[0] % 2:
+        raise ValueError(f"c {list(c.shape)}: with contrast the first axis holds P and D rows and must be even")
+    c, x = c.contiguous(), x.contiguous()
+    out = torch.empty((c.shape[0], *x.shape), dtype=torch.float32, device=c.device)
+    slots = triton.cdiv(width, MASS_COLUMNS.value)
+    masses = torch.empty((*out.shape[:-1], slots), dtype=torch.float32, device=c.device)
+    if out.numel():
+        statistics = torch.empty((x.numel() // width, 3), dtype=torch.float32, device=c.device)
+        block, warps = block_and_warps(width)
+        with torch.cuda.device_of(c):
+            statistics_kernel[(len(statistics),)](x, statistics, WIDTH=width, EPS=eps, BLOCK=block, num_warps=warps)
+        norm = (statistics, *[None if v is None else v.contiguous() for v in (weight, bias)])
+        _launch(c, panels.contiguous(), x, out, norm, masses, 2 if contrast else 1)
+    return out, sum_partials(masses.flatten(2))

@@ -1,0 +1,316 @@
+"""Masses and scalings of coefficients, one pass over memory each.
+
+    mass:   sum |x| |P|, sum |x| |P - D|                  rescale:  P <- s_P P, D <- s_N D + (s_P - s_N) P
+    merge:  rescale(first) + rescale(second)              scale_by: c * factor,  gate: 2 [x > 0] c
+
+``rescale_parts`` has a scale for each part of a row; scale_by and gate may scale N as well.
+
+With contrast rows [0, T/2) of c are P and rows [T/2, T) are D = P - N. One program per sample and block of elements,
+which sees every right-hand side.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ramp_fast.kernels.common import compute_dtype, sum_partials
+from ramp_fast.ops._common import same_layout
+
+BLOCK = 2048
+WARPS = 8
+
+
+@triton.jit
+def rescaled_sides(
+    c_ptr,  # [T, B, inner]
+    scale_ptr,  # [T, B]
+    row,  # of P in [T, B]
+    row_d,
+    offset,  # of its elements in [T, B, inner]
+    offset_d,
+    inside,
+    CONTRAST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """P and D after scaling, or the one side there is, twice."""
+    p = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+    scale_p = tl.load(scale_ptr + row).to(COMPUTE)
+    if CONTRAST:
+        d = tl.load(c_ptr + offset_d, mask=inside, other=0.0).to(COMPUTE)
+        scale_n = tl.load(scale_ptr + row_d).to(COMPUTE)
+        return scale_p * p, scale_n * d + (scale_p - scale_n) * p
+    else:
+        scaled = scale_p * p
+        return scaled, scaled
+
+
+@triton.jit
+def merge_kernel(
+    first_ptr,  # [T, B, inner]
+    first_scale_ptr,  # [T, B]
+    second_ptr,  # as first; these two are not read unless SECOND
+    second_scale_ptr,
+    out_ptr,  # [T, B, inner]
+    batch,  # B
+    inner,
+    RHS: tl.constexpr,  # T
+    CONTRAST: tl.constexpr,
+    SECOND: tl.constexpr,
+    COMPUTE: tl.constexpr,  # float32 or float64
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(inner, BLOCK)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    elements = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = elements < inner
+    MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
+    for t in range(MAPS):
+        row = t * batch.to(tl.int64) + sample
+        row_d = row + MAPS * batch.to(tl.int64)
+        offset = row * inner + elements
+        offset_d = row_d * inner + elements
+        p, d = rescaled_sides(first_ptr, first_scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE)
+        if SECOND:
+            more, more_d = rescaled_sides(
+                second_ptr, second_scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE
+            )
+            p += more
+            d += more_d
+        tl.store(out_ptr + offset, p.to(out_ptr.dtype.element_ty), mask=inside)
+        if CONTRAST:
+            tl.store(out_ptr + offset_d, d.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def mass_kernel(
+    x_ptr,  # [B, inner]
+    c_ptr,  # [T, B, inner]
+    masses_ptr,  # [T, B, blocks]
+    batch,
+    inner,
+    RHS: tl.constexpr,
+    CONTRAST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(inner, BLOCK)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = elements < inner
+    x = tl.abs(tl.load(x_ptr + sample * inner + elements, mask=inside, other=0.0).to(COMPUTE))
+    MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
+    for t in range(MAPS):
+        row = t * batch.to(tl.int64) + sample
+        p = tl.load(c_ptr + row * inner + elements, mask=inside, other=0.0).to(COMPUTE)
+        tl.store(masses_ptr + row * blocks + block, tl.sum(x * tl.abs(p), 0))
+        if CONTRAST:
+            row += MAPS * batch.to(tl.int64)
+            d = tl.load(c_ptr + row * inner + elements, mask=inside, other=0.0).to(COMPUTE)
+            tl.store(masses_ptr + row * blocks + block, tl.sum(x * tl.abs(p - d), 0))
+
+
+@triton.jit
+def rescale_parts_kernel(
+    c_ptr,  # [T, B, rows, parts, width]
+    scale_ptr,  # [T, B, parts]
+    out_ptr,  # as c
+    batch,  # B
+    inner,  # rows * parts * width
+    parts,
+    width,
+    RHS: tl.constexpr,  # T
+    CONTRAST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(inner, BLOCK)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    elements = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = elements < inner
+    part = elements // width % parts
+    MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
+    for t in range(MAPS):
+        row = t * batch.to(tl.int64) + sample
+        p = tl.load(c_ptr + row * inner + elements, mask=inside, other=0.0).to(COMPUTE)
+        scale_p = tl.load(scale_ptr + row * parts + part, mask=inside, other=0.0).to(COMPUTE)
+        tl.store(out_ptr + row * inner + elements, (scale_p * p).to(out_ptr.dtype.element_ty), mask=inside)
+        if CONTRAST:
+            row_d = row + MAPS * batch.to(tl.int64)
+            d = tl.load(c_ptr + row_d * inner + elements, mask=inside, other=0.0).to(COMPUTE)
+            scale_n = tl.load(scale_ptr + row_d * parts + part, mask=inside, other=0.0).to(COMPUTE)
+            d = scale_n * d + (scale_p - scale_n) * p
+            tl.store(out_ptr + row_d * inner + elements, d.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _diagonal(c, x, GATE: tl.constexpr):
+    if GATE:
+        return tl.where(x > 0, 2 * c, 0.0)
+    else:
+        return c * x
+
+
+@triton.jit
+def scale_by_kernel(
+    c_ptr,  # [T, B, inner]
+    x_ptr,  # [B, inner]
+    n_scale_ptr,  # [T / 2, B]; not read unless N_SCALED
+    out_ptr,  # [T, B, inner]
+    batch,  # B
+    inner,
+    RHS: tl.constexpr,
+    GATE: tl.constexpr,  # 2 [x > 0] c instead of x c
+    N_SCALED: tl.constexpr,  # N times n_scale as well
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    side = batch.to(tl.int64) * inner
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < side
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(COMPUTE)
+    MAPS: tl.constexpr = RHS // 2 if N_SCALED else RHS
+    for t in range(MAPS):
+        offset = t * side + place
+        p = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+        tl.store(out_ptr + offset, _diagonal(p, x, GATE).to(out_ptr.dtype.element_ty), mask=inside)
+        if N_SCALED:
+            scale = tl.load(n_scale_ptr + t * batch + place // inner, mask=inside, other=0.0).to(COMPUTE)
+            offset += MAPS * side
+            d = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+            d = scale * d + (1 - scale) * p
+            tl.store(out_ptr + offset, _diagonal(d, x, GATE).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def check_sides(c: Tensor, samples: tuple[Tensor, ...], scales: tuple[Tensor, ...], contrast: bool) -> None:
+    """Shapes of coefficients [T, B, ...], of samples [B, ...] and of scales [T, B]."""
+    if c.ndim < 2:
+        raise ValueError(f"c must be [T, B, ...], not {list(c.shape)}")
+    for x in samples:
+        if x.shape != c.shape[1:]:
+            raise ValueError(f"c {list(c.shape)} and x {list(x.shape)} do not fit together: x must be [B, ...]")
+    for scale in scales:
+        if scale.shape != c.shape[:2]:
+            raise ValueError(f"scale {list(scale.shape)} must have shape {list(c.shape[:2])}")
+    if contrast and c.shape[0] % 2:
+        raise ValueError(f"c {list(c.shape)}: with contrast the first axis holds P and D rows and must be even")
+
+
+def inner_size(c: Tensor) -> int:
+    """Elements of one sample."""
+    return c[0, 0].numel() if c.shape[0] and c.shape[1] else 0
+
+
+def mass(x: Tensor, c: Tensor, contrast: bool) -> Tensor:
+    """``ramp_fast::mass`` for x [B, ...] and c [T, B, ...]."""
+    check_sides(c, (x,), (), contrast)
+    c, x = same_layout((c,), (x,))
+    dtype, compute = compute_dtype(x, c)
+    rhs, batch = c.shape[:2]
+    blocks = triton.cdiv(inner_size(c), BLOCK)
+    masses = torch.empty((rhs, batch, blocks), dtype=dtype, device=c.device)
+    if masses.numel():
+        with torch.cuda.device_of(c):
+            mass_kernel[(batch * blocks,)](
+                *(x, c, masses, batch, inner_size(c)),
+                RHS=rhs,
+                CONTRAST=contrast,
+                COMPUTE=compute,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+    return sum_partials(masses)
+
+
+def _merge(first: Tensor, first_scale: Tensor, second: Tensor | None, scale: Tensor | None, contrast: bool) -> Tensor:
+    out_dtype = first.dtype if second is None else torch.promote_types(first.dtype, second.dtype)
+    out = torch.empty_like(first, dtype=out_dtype)
+    if out.numel():
+        with torch.cuda.device_of(first):
+            merge_kernel[(first.shape[1] * triton.cdiv(inner_size(first), BLOCK),)](
+                first,
+                first_scale.contiguous(),
+                first if second is None else second,
+                first_scale if scale is None else scale.contiguous(),
+                out,
+                first.shape[1],
+                inner_size(first),
+                RHS=first.shape[0],
+                CONTRAST=contrast,
+                SECOND=second is not None,
+                COMPUTE=compute_dtype(first, first_scale, second, scale)[1],
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+    return out
+
+
+def rescale(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
+    """``ramp_fast::rescale`` for c [T, B, ...] and scale [T, B]."""
+    check_sides(c, (), (scale,), contrast)
+    (c,) = same_layout((c,), ())
+    return _merge(c, scale, None, None, contrast)
+
+
+def rescale_parts(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
+    """``ramp_fast::rescale_parts`` for c [T, B, rows, parts, width] and scale [T, B, parts]."""
+    check_sides(c, (), (), contrast)
+    if c.ndim != 5 or scale.shape != (*c.shape[:2], c.shape[3]):
+        raise ValueError(
+            f"c {list(c.shape)} must be [T, B, rows, parts, width], scale {list(scale.shape)} [T, B, parts]"
+        )
+    c, scale = c.contiguous(), scale.contiguous()
+    out = torch.empty_like(c)
+    if out.numel():
+        with torch.cuda.device_of(c):
+            rescale_parts_kernel[(c.shape[1] * triton.cdiv(inner_size(c), BLOCK),)](
+                *(c, scale, out, c.shape[1], inner_size(c), c.shape[3], c.shape[4]),
+                RHS=c.shape[0],
+                CONTRAST=contrast,
+                COMPUTE=compute_dtype(c, scale)[1],
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+    return out
+
+
+def merge(first: Tensor, first_scale: Tensor, second: Tensor, second_scale: Tensor, contrast: bool) -> Tensor:
+    """``ramp_fast::merge`` for first and second [T, B, ...] and their scales [T, B]."""
+    if first.shape != second.shape:
+        raise ValueError(f"first {list(first.shape)} and second {list(second.shape)} must have the same shape")
+    check_sides(first, (), (first_scale, second_scale), contrast)
+    first, second = same_layout((first, second), ())
+    return _merge(first, first_scale, second, second_scale, contrast)
+
+
+def _scale_by(c: Tensor, x: Tensor, n_scale: Tensor | None, gate: bool) -> Tensor:
+    check_sides(c, (x,), (), n_scale is not None)
+    if n_scale is not None and n_scale.shape != (c.shape[0] // 2, c.shape[1]):
+        raise ValueError(f"n_scale {list(n_scale.shape)} must have shape {[c.shape[0] // 2, c.shape[1]]}")
+    c, x = same_layout((c,), (x,))
+    out = torch.empty_like(c)
+    if out.numel():
+        with torch.cuda.device_of(c):
+            scale_by_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+                *(c, x, x if n_scale is None else n_scale.contiguous(), out, c.shape[1], inner_size(c)),
+                RHS=c.shape[0],
+                GATE=gate,
+                N_SCALED=n_scale is not None,
+                COMPUTE=compute_dtype(c, x, n_scale)[1],
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+    return out
+
+
+def scale_by(c: Tensor, factor: Tensor, n_scale: Tensor | None = None) -> Tensor:
+    """``ramp_fast::scale_by`` for c [T, B, ...], factor [B, ...] and n_scale [T / 2, B]."""
+    return _scale_by(c, factor, n_scale, False)
+
+
+def gate(c: Tensor, x: Tensor, n_scale: Tensor | None = None) -> Tensor:
+    """``ramp_fast::gate`` for c [T, B, ...], x [B, ...] and n_scale [T / 2, B]."""
+    return _scale_by(c, x, n_scale, True)
