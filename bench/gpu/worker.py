@@ -84,7 +84,7 @@ def environment(device: Device) -> dict[str, Any]:
             packages[name] = "missing"
     found: dict[str, Any] = {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "versions": packages,
         "backends": {name: ops.unavailable(name) or "available" for name in ops.BACKENDS},
