@@ -33,8 +33,13 @@ class Sizes:
         return [(s + 1) * scalars // self.steps for s in range(self.steps)]
 
 
-def operands(s: Sizes, device: torch.device | str = "cpu") -> dict[str, Callable[[], tuple[Any, ...]]]:
-    """For each operator a function that draws its arguments, the same ones every time."""
+def operands(
+    s: Sizes, device: torch.device | str = "cpu", attention_dtype: torch.dtype = torch.float32
+) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    """For each operator a function that draws its arguments, the same ones every time.
+
+    Attention's coefficients decide whether it multiplies in float32 or, as in attributions, in bfloat16.
+    """
 
     def normal(*shape: int, seed: int = 0) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -73,7 +78,7 @@ def operands(s: Sizes, device: torch.device | str = "cpu") -> dict[str, Callable
         head = s.width // s.heads
         qkv = normal(s.batch, s.tokens, 3, s.heads, head, seed=8).permute(2, 0, 3, 1, 4)
         out = torch.nn.functional.scaled_dot_product_attention(*qkv)
-        c = normal(RHS, s.batch, s.tokens, s.heads, head, seed=9).bfloat16().transpose(2, 3)
+        c = normal(RHS, s.batch, s.tokens, s.heads, head, seed=9).to(attention_dtype).transpose(2, 3)
         return *qkv, out, c, head**-0.5, True, True
 
     def images() -> Tensor:

@@ -37,14 +37,14 @@ STARTING = 180.0  # the same while the worker imports and loads kernels
 
 def build(build_folder: Path, rebuild: bool) -> tuple[dict[str, str], str]:
     """Environment variables that make ``import ramp_fast`` find a package with its extension, and how it came about."""
-    check = "import torch, ramp_fast.kernels, ramp_fast._C as c; print(c.__file__)"
+    check = "import torch, ramp_fast.kernels, ramp_fast._C"
     elsewhere = tempfile.gettempdir()  # not in the checkout, whose folder would hide an installed package
     if not rebuild:
         found = subprocess.run(
             [sys.executable, "-c", check], capture_output=True, text=True, cwd=elsewhere, check=False
         )
         if found.returncode == 0:
-            return {}, f"installed: {found.stdout.strip()}"
+            return {}, "installed"
     shutil.rmtree(build_folder, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
     command += ["--target", str(build_folder), str(ROOT)]
@@ -52,11 +52,12 @@ def build(build_folder: Path, rebuild: bool) -> tuple[dict[str, str], str]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     variables = {"PYTHONPATH": os.pathsep.join(filter(None, [str(build_folder), os.environ.get("PYTHONPATH")]))}
     if done.returncode == 0:
-        return variables, f"built into {build_folder}"
+        return variables, "built"
     # Triton's kernels need no compiler: run what there is, and say so.
     for source, target in (("ramp_fast", "ramp_fast"), ("kernels", "ramp_fast/kernels")):
         shutil.copytree(ROOT / source, build_folder / target, dirs_exist_ok=True)
-    return variables, "WITHOUT the extension: " + (done.stdout + done.stderr)[-2000:]
+    print(f"the extension was not built:\n{(done.stdout + done.stderr)[-4000:]}", file=sys.stderr)
+    return variables, "without the extension"
 
 
 def commit() -> str:
@@ -83,7 +84,8 @@ class Parts:
         self.record["parts"] = list(self.parts.values())
         self.record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S")
         partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.record, indent=1))
+        # the file may be published: no folders of this machine in the errors
+        partial.write_text(json.dumps(self.record, indent=1).replace(str(ROOT), "."))
         partial.replace(self.file)
 
     def run(self, deadline: float) -> None:
@@ -180,7 +182,13 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
     file = args.out.resolve() / f"{args.device.replace(':', '')}-{started.replace(':', '')}-{os.getpid()}.json"
-    record = {"format": 1, "started": started, "commit": commit(), "build": built, "arguments": sys.argv[1:]}
+    record = {
+        "format": 1,
+        "started": started,
+        "commit": commit(),
+        "build": built,
+        "arguments": {"minutes": args.minutes, "device": args.device, "quick": args.quick, "only": args.only},
+    }
     options = ["--device", args.device, "--only", args.only, *(["--quick"] if args.quick else [])]
     parts = Parts(file, record, options, environment)
     parts.write()

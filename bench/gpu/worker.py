@@ -84,7 +84,7 @@ def environment(device: Device) -> dict[str, Any]:
             packages[name] = "missing"
     found: dict[str, Any] = {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "versions": packages,
         "backends": {name: ops.unavailable(name) or "available" for name in ops.BACKENDS},
@@ -201,7 +201,7 @@ def time_operator(device: Device, name: str, backend: str) -> dict[str, Any]:
         raise RuntimeError(reason)
     small = Sizes(batch=1, tokens=5, width=32, hidden=64, heads=2, image=16, masked=2, steps=5)
     sizes = small if device.quick else Sizes(batch=64, masked=64)
-    draws = operands(sizes, device.torch)
+    draws = operands(sizes, device.torch, torch.bfloat16)
     if name not in draws:
         return {"rows": [{"backend": backend, "note": "not timed"}]}
     ops.set_backend(backend)
