@@ -120,7 +120,7 @@ def _store_parts(pointer, plane, x, PARTS: tl.constexpr):
         tl.store(pointer + 2 * plane, parts[2])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def prepare_kernel(
     x_ptr,  # [T, B, H, COUNT, WIDTH]
     gate_ptr,  # [B, H, COUNT, WIDTH]; not read unless GATE
@@ -186,7 +186,7 @@ def _selected(sums, x, GATED: tl.constexpr):
         return tl.where(x > 0, upper, tl.where(x < 0, lower, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def queries_kernel(
     q_ptr,  # [SCORE_PARTS, B, H, rows, BLOCK_D]; prepared, like the next four
     k_ptr,  # [SCORE_PARTS, B, H, rows of keys, BLOCK_D]
@@ -309,13 +309,13 @@ def queries_kernel(
     tl.store(mass_q, tl.sum(tl.abs(x * c_q), 1))
     if CONTRAST:
         c_q_d = 2 * scale * _selected(sums_d, x, GATED)
-        to_d = out + MAPS * out_t.to(tl.int64)
+        to_d = out + tl.cast(MAPS, tl.int64) * out_t
         tl.store(to_d, c_q_d.to(out_ptr.dtype.element_ty), mask=stored)
         tl.store(mass_a + MAPS * side, mass_n)
         tl.store(mass_q + MAPS * side, tl.sum(tl.abs(x * (c_q - c_q_d)), 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def keys_kernel(
     q_ptr,  # as above
     q_halves_ptr,  # [PARTS, B, H, rows, BLOCK_D, 1 or 2]
@@ -407,7 +407,7 @@ def keys_kernel(
     stored = (row < KEYS)[:, None] & (column < WIDTH)[None, :]
     out = sample.to(tl.int64) * out_b + head.to(tl.int64) * out_h + t.to(tl.int64) * out_t
     out = out + row[:, None] * out_n + column[None, :]
-    to_d = out + MAPS * out_t.to(tl.int64)
+    to_d = out + tl.cast(MAPS, tl.int64) * out_t
     side = samples * slots
     mass_v = masses_ptr + (RHS + t) * side + sample.to(tl.int64) * slots + head * KEY_ROWS + row
     mass_k = mass_v + 2 * RHS * side

@@ -22,7 +22,7 @@ BLOCK = 1024
 WARPS = 8  # 16 bytes of each operand a thread; with twice that the kernel takes 150 registers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def junction_kernel(
     c_ptr,  # [T, B, inner]
     c_scale_ptr,  # [T, B]; this and the next two are not read unless MERGE: c is the sum of two, scaled

@@ -51,7 +51,7 @@ def row_statistics(x_row, WIDTH: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.co
     return mean, inverse, inverse_absolute
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_pullback_kernel(
     c_ptr,  # [T, rows, width]
     x_ptr,  # [rows, width]

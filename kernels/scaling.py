@@ -47,7 +47,7 @@ def rescaled_sides(
         return scaled, scaled
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def merge_kernel(
     first_ptr,  # [T, B, inner]
     first_scale_ptr,  # [T, B]
@@ -84,7 +84,7 @@ def merge_kernel(
             tl.store(out_ptr + offset_d, d.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def mass_kernel(
     x_ptr,  # [B, inner]
     c_ptr,  # [T, B, inner]
@@ -113,7 +113,7 @@ def mass_kernel(
             tl.store(masses_ptr + row * blocks + block, tl.sum(x * tl.abs(p - d), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def rescale_parts_kernel(
     c_ptr,  # [T, B, rows, parts, width]
     scale_ptr,  # [T, B, parts]
@@ -154,7 +154,7 @@ def _diagonal(c, x, GATE: tl.constexpr):
         return c * x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def scale_by_kernel(
     c_ptr,  # [T, B, inner]
     x_ptr,  # [B, inner]

@@ -15,7 +15,7 @@ from ramp_fast.kernels.common import compute_dtype
 MAX_BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def softmax_pullback_kernel(
     scores_ptr,  # [rows, width]
     c_ptr,  # [T, rows, width]

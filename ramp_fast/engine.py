@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ramp_fast import graph as g
-from ramp_fast import rules
+from ramp_fast import ops, rules
 from ramp_fast.capture import capture, static_batch
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.gemm import exact_float32, precision_for
@@ -246,7 +246,8 @@ class Engine:
         if not (self.cuda_graphs and records(operands[0])):
             return function(*operands)
         recordings = self._recordings.setdefault(plan, Recordings())
-        return recordings.call((wanted.given is None, wanted.contrast, normalize), function, operands)
+        key = wanted.given is None, wanted.contrast, normalize, ops.forced_backend()
+        return recordings.call(key, function, operands)
 
     def _sizes(
         self, plan: Plan, shape: torch.Size, wanted: _Target, batch_size: int | None, device: torch.device

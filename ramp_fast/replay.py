@@ -17,6 +17,9 @@ from torch import Tensor
 
 Function = Callable[..., tuple[Tensor, ...]]
 
+# A process can record one graph at a time.
+_RECORDING = threading.Lock()
+
 # Recordings that an engine keeps per image shape: their activations stay allocated.
 LIMIT = 4
 
@@ -24,7 +27,10 @@ LIMIT = 4
 def record(function: Function, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
     """Record ``function(*inputs)``: its outputs, and what computes them again from what ``inputs`` hold then."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A stream of the inputs' device: torch's own for this purpose is that of the first recording in the process. What
+    # other threads do meanwhile must not count.
+    stream = torch.cuda.Stream(inputs[0].device)
+    with _RECORDING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         outputs = function(*inputs)
     return outputs, graph.replay
 
@@ -51,8 +57,9 @@ class Recordings:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seen: set[Hashable] = set()
-        self._recorded: OrderedDict[Hashable, _Recording | None] = OrderedDict()
+        self._warm: set[Hashable] = set()  # have run as they are
+        self._refused: set[Hashable] = set()
+        self._recorded: OrderedDict[Hashable, _Recording] = OrderedDict()
 
     def call(self, key: Hashable, function: Function, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``function(*inputs)``.
@@ -74,38 +81,46 @@ class Recordings:
         """
         full = (key, tuple((t.shape, t.dtype) for t in inputs), stream_of(inputs[0].device))
         with self._lock:
-            again = full in self._seen
-            self._seen.add(full)
-            if again:
-                if full not in self._recorded:
-                    self._recorded[full] = _recorded(function, inputs)
-                self._recorded.move_to_end(full)
-                if len(self._recorded) > LIMIT:
-                    self._recorded.popitem(last=False)
-                recording = self._recorded[full]
+            if full in self._warm and full not in self._refused:
+                recording = self._recorded.get(full) or self._record(full, function, inputs)
                 if recording is not None:
+                    self._recorded.move_to_end(full)
                     return recording(inputs)  # copied into, replayed and copied from as one
-        return function(*inputs)
+        outputs = function(*inputs)
+        with self._lock:
+            self._warm.add(full)
+        return outputs
+
+    def _record(self, full: Hashable, function: Function, inputs: tuple[Tensor, ...]) -> _Recording | None:
+        """None where it cannot be recorded: it is called as it is, then; where memory was short, only this time."""
+        try:
+            recording = _Recording(function, inputs)
+        except torch.OutOfMemoryError:
+            return None
+        except RuntimeError as error:
+            self._refused.add(full)
+            warnings.warn(
+                f"a batch shape could not be recorded as a CUDA graph and runs without: {error}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return None
+        self._recorded[full] = recording
+        if len(self._recorded) > LIMIT:
+            self._recorded.popitem(last=False)
+        return recording
 
 
 class _Recording:
+    # Not under inference mode, whatever the caller's: its tensors could not be written to outside of it.
     def __init__(self, function: Function, inputs: tuple[Tensor, ...]) -> None:
-        self.inputs = tuple(t.clone() for t in inputs)
-        self.outputs, self.replay = record(function, self.inputs)
+        with torch.inference_mode(False), torch.no_grad():
+            self.inputs = tuple(t.clone() for t in inputs)
+            self.outputs, self.replay = record(function, self.inputs)
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
-        self.replay()
-        return tuple(t.clone() for t in self.outputs)
-
-
-def _recorded(function: Function, inputs: tuple[Tensor, ...]) -> _Recording | None:
-    """None where an operation cannot be recorded: it is called as it is, then."""
-    try:
-        return _Recording(function, inputs)
-    except RuntimeError as error:
-        warnings.warn(
-            f"this model cannot be recorded as a CUDA graph, it runs without: {error}", RuntimeWarning, stacklevel=5
-        )
-        return None
+        with torch.inference_mode(False), torch.no_grad():
+            for own, given in zip(self.inputs, inputs, strict=True):
+                own.copy_(given)
+            self.replay()
+            return tuple(t.clone() for t in self.outputs)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_models import CLASSES, FAMILIES, images
 from torch import Tensor
 
-from ramp_fast import Engine, replay
+from ramp_fast import Engine, ops, replay
 from ramp_fast import engine as engine_module
 
 Outputs = tuple[Tensor, ...]
@@ -105,6 +108,82 @@ def test_what_cannot_be_recorded_runs_without(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(out, x + 1)
     (out,) = recordings.call("key", lambda a: (a + 1,), (x,))  # without a second warning
     assert torch.equal(out, x + 1)
+
+
+def test_short_memory_is_not_held_against_a_shape(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    recordings = replay.Recordings()
+
+    def call() -> None:
+        recordings.call("key", lambda a: (a + 1,), (torch.ones(3),))
+
+    def short(function: replay.Function, inputs: Outputs) -> tuple[Outputs, Callable[[], None]]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    call()
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "record", short)
+        call()
+    call()
+    assert log == ["record", "replay"]
+
+
+def test_inference_mode_and_its_absence_share_recordings(log: list[str]) -> None:
+    recordings = replay.Recordings()
+    for inference in (True, True, False, True):
+        with torch.inference_mode(inference):
+            (out,) = recordings.call("key", lambda a: (a + 1,), (torch.ones(3),))
+            assert torch.equal(out, torch.full((3,), 2.0))
+    assert log == ["record", "replay", "replay", "replay"]
+
+
+def test_nothing_is_recorded_before_a_first_call_is_through(log: list[str]) -> None:
+    recordings = replay.Recordings()
+    nested: list[Tensor] = []
+
+    def function(a: Tensor) -> Outputs:
+        if not nested:  # another thread asks while the first call is on its way
+            nested.append(a)
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(recordings.call, "key", lambda b: (b + 1,), (torch.ones(3),)).result(timeout=30)
+            assert log == []
+        return (a + 1,)
+
+    recordings.call("key", function, (torch.ones(3),))
+    recordings.call("key", function, (torch.ones(3),))
+    assert log == ["record", "replay"]
+
+
+def test_graphs_are_captured_on_their_device_and_for_their_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+
+    @contextmanager
+    def graph(recorded: object, **options: object) -> Iterator[None]:
+        assert replay._RECORDING.locked()  # one at a time
+        seen.update(options)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    inputs = (torch.ones(2, device="meta"),)
+    outputs, again = replay.record(lambda a: (a,), inputs)
+    assert outputs[0] is inputs[0]
+    assert again == "replay"
+    assert seen == {"stream": "a stream of meta", "capture_error_mode": "thread_local"}
+    assert not replay._RECORDING.locked()
+
+
+def test_another_backend_is_recorded_apart(log: list[str]) -> None:
+    engine = Engine(FAMILIES["vgg"](), precision="float32", micro_batch=2)
+    for _ in range(2):
+        engine.attribute(images(2), 1)
+    log.clear()
+    ops.set_backend("reference")
+    try:
+        engine.attribute(images(2), 1)
+    finally:
+        ops.set_backend(None)
+    assert log == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -87,9 +87,13 @@ class Metric:
         return {"settings": self.settings(), "values": self.compute().values if self._values else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the values by those of a state; settings must be the same."""
-        self._values = []
-        self.merge_state(state)
+        """Replace the values by those of a state; settings must be the same, or nothing changes."""
+        before, self._values = self._values, []
+        try:
+            self.merge_state(state)
+        except InputError:
+            self._values = before
+            raise
 
     def merge_state(self, state: dict[str, Any]) -> None:
         """Add the values of a state, of another process for example.

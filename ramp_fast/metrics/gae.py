@@ -47,8 +47,10 @@ class GAE(Metric):
         "published" repeats the published code, including what its authors may not have meant: MoRF's steps add up (from
         the fifth on nothing is left of an image), ``do_t = (o_LeRF - o_MoRF) / (o_0 + 1e-9)`` is unbounded, only four
         pixels in the centre of a mosaic belong to no tile, and a map of one channel counts as often as the image has
-        channels. "default" masks exactly t / S, takes ``do_t = |o_0 - o_MoRF| / (|o_0| + |o_MoRF|)`` minus the same of
-        LeRF, gives the two rows and two columns where tiles meet weight 1, and counts maps of one channel once.
+        channels. Its C is unbounded where ``target`` says that the positive image is of another class than predicted,
+        since ``q_a`` is taken at its label. "default" masks exactly t / S, takes ``do_t = |o_0 - o_MoRF| / (|o_0| +
+        |o_MoRF|)`` minus the same of LeRF, gives the two rows and two columns where tiles meet weight 1, and counts
+        maps of one channel once.
     steps : int
         S, at least 2.
     seed : int
@@ -77,6 +79,10 @@ class GAE(Metric):
             raise InputError(f"gae: batch_size must be a positive integer, got {batch_size!r}")
         self.model, self.protocol, self.steps, self.seed, self.batch_size = model, protocol, steps, seed, batch_size
         self._groups = 0
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._groups = len(state["values"].get(self.name, ()))  # the next group draws the next number
 
     def settings(self) -> dict[str, Any]:
         return {"metric": self.name, "protocol": self.protocol, "steps": self.steps, "seed": self.seed}
@@ -118,6 +124,7 @@ class GAE(Metric):
         """
         groups = self._check(images, target)
         model_logits = self._logits(images)
+        labels = self._labels(target, model_logits)
         predicted = model_logits.argmax(1).view(groups, TILES)
         mosaic = _mosaic(images)
         distribution = self._logits(mosaic).gather(1, predicted).softmax(1)
@@ -132,7 +139,7 @@ class GAE(Metric):
         faithfulness = self._share(chains.impact, of_start, channels)
         robustness = 1 - 2 * _distance(self._map_changes(of_start, along), self._logit_changes(chains.outputs))
         consistency = F.relu(faithfulness + robustness) / 2
-        labels = predicted if target is None or self.protocol == "default" else target.view(groups, TILES)
+        labels = predicted if labels is None or self.protocol == "default" else labels.view(groups, TILES)
         weights = self._tile_weights(model_logits.view(groups, TILES, -1)[rows, chosen], labels, chosen, images)
         contrastiveness = F.relu(self._share(weights, of_mosaic, channels))
         values = {
@@ -166,6 +173,12 @@ class GAE(Metric):
         if self.model.training:
             raise InputError("gae: the model is in training mode: call model.eval()")
         return count // TILES
+
+    def _labels(self, target: Tensor | None, logits: Tensor) -> Tensor | None:
+        classes = logits.shape[1]
+        if target is not None and bool(((target < 0) | (target >= classes)).any()):
+            raise InputError(f"gae: target must be 0 to {classes - 1}, got {int(target.min())} to {int(target.max())}")
+        return None if target is None else target.to(logits.device).long()
 
     def _positive(self, positive: int | Tensor | None, distribution: Tensor) -> Tensor:
         groups, device = distribution.shape[0], distribution.device

@@ -37,6 +37,26 @@ def test_published(case: str, seed: int) -> None:
             np.testing.assert_allclose(found[name], golden[f"pos{positive}_{name}"], rtol=1e-6, atol=1e-15)
 
 
+def test_labels_weigh_the_tiles_of_the_published_protocol() -> None:
+    model, images, _ = recipe.build("vit", batch=4, seed=6)
+    with torch.no_grad():
+        logits = model(images)
+    labels = logits.argmax(1)
+    expected = GAE(model, "published").update(images, None, input_x_gradient, positive=1)
+    same = GAE(model, "published").update(images, labels, input_x_gradient, positive=1)
+    assert torch.equal(same["gae"], expected["gae"])
+    # tile 2 as likely as the positive image's own: its weight is 1 instead of nearly -1
+    moved = labels.clone()
+    moved[2] = labels[1]
+    other = GAE(model, "published").update(images, moved, input_x_gradient, positive=1)
+    assert other["contrastiveness"] > expected["contrastiveness"]
+    default = GAE(model).update(images, moved, input_x_gradient, positive=1)
+    assert torch.equal(default["gae"], GAE(model).update(images, None, input_x_gradient, positive=1)["gae"])
+    for wrong in (-1, 10):
+        with pytest.raises(InputError, match="target must be 0 to 9"):
+            GAE(model).update(images, torch.tensor([0, 1, 2, wrong]), input_x_gradient)
+
+
 @pytest.fixture(scope="module")
 def setting() -> tuple[nn.Module, Tensor]:
     model, images, _ = recipe.build("vit", batch=12, seed=3)
@@ -181,8 +201,23 @@ def test_states_are_saved_and_merged(setting: tuple[nn.Module, Tensor], tmp_path
     fresh = GAE(model, steps=3)
     fresh.load_state_dict(whole.state_dict())
     assert fresh.compute().mean == whole.compute().mean
-    with pytest.raises(InputError, match="does not fit"):
-        GAE(model, steps=4).merge_state(whole.state_dict())
+    other = GAE(model, steps=4)
+    other.update(images[:4], None, noise)
+    for refused in (other.merge_state, other.load_state_dict):
+        with pytest.raises(InputError, match="does not fit"):
+            refused(whole.state_dict())
+        assert other.compute().count == 1
+
+
+def test_a_loaded_state_goes_on_drawing_where_it_was(setting: tuple[nn.Module, Tensor]) -> None:
+    model, images = setting
+    whole, first, rest = (GAE(model, steps=2) for _ in range(3))
+    batch = images[:4].repeat(30, 1, 1, 1)
+    whole.update(batch, None, noise)
+    first.update(batch[:40], None, noise)
+    rest.load_state_dict(first.state_dict())
+    rest.update(batch[40:], None, noise)
+    assert torch.equal(rest.compute().values["positive"], whole.compute().values["positive"])
 
 
 def test_the_model_and_its_images_are_left_alone(setting: tuple[nn.Module, Tensor]) -> None:

@@ -222,9 +222,12 @@ class Report:
         return min(by_registers, by_shared, 32, 64 // self.warps) * self.warps / 64
 
 
-def compile_kernel(source: Source, config: triton.Config, capability: int) -> Report:
-    """Compile for one capability."""
+def compile_kernel(source: Source, config: triton.Config, capability: int, ones: bool = False) -> Report:
+    """Compile for one capability; with ``ones`` as a launch does where every integer is 1: it makes them constants."""
     constants = source.constants | config.kwargs
+    if ones:
+        exempt = source.kernel.do_not_specialize
+        constants |= {n: 1 for n, t in source.types.items() if t == "i32" and n not in exempt}
     types = source.types | dict.fromkeys(constants, "constexpr")
     names = source.kernel.arg_names
     # What a launch finds out about its arguments: tensors begin at multiples of 16 bytes, strides (x_t) are such.
@@ -278,6 +281,7 @@ def main() -> None:
     """See above."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every configuration, not one per kernel")
+    parser.add_argument("--ones", action="store_true", help="with every integer argument 1")
     parser.add_argument("--table", action="store_true", help="a table: registers, shared memory, occupancy")
     parser.add_argument("capabilities", type=int, nargs="+")
     options = parser.parse_args()
@@ -292,7 +296,7 @@ def main() -> None:
         for capability in options.capabilities:
             configs = source.configs(capability)
             for config in configs if options.all else configs[:1]:
-                reports.append(compile_kernel(source, config, capability))
+                reports.append(compile_kernel(source, config, capability, options.ones))
                 if not options.table:
                     print(json.dumps(vars(reports[-1])), flush=True)
     if options.table:

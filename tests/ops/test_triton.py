@@ -73,6 +73,12 @@ def test_compiles(tmp_path: Path) -> None:
     assert {(r["kernel"], r["capability"]) for r in reports} == {(k, c) for k in names for c in SHARED}
 
 
+def test_compiles_where_every_integer_is_one(tmp_path: Path) -> None:
+    # a launch makes constants of them: one image, one token
+    lines = run("compile_triton.py", "--ones", "90", TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    assert len(lines) > 15
+
+
 @pytest.mark.compile
 def test_every_configuration_compiles(tmp_path: Path) -> None:
     assert len(compiled(tmp_path, "--all")) == 132
