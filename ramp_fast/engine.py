@@ -150,6 +150,17 @@ class Engine:
             raise RuntimeError("no plan yet: pass input_shape=(C, H, W) to Engine, or attribute images first")
         return plan
 
+    def for_model(self, model: torch.nn.Module) -> Engine:
+        """An engine of the same settings for another model (one with other weights, for example)."""
+        return Engine(
+            model,
+            self.rule,
+            self.precision,
+            self.strict,
+            micro_batch=self.micro_batch,
+            cuda_graphs=self.cuda_graphs,
+        )
+
     def attribute(
         self,
         images: Tensor,

@@ -1,20 +1,30 @@
-"""What every metric shares: methods under test, values of images as they come in, their mean and its error."""
+"""What every metric shares: the frame of ``update``, values of images as they come in, their mean and its error."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ramp_fast.engine import Engine
-from ramp_fast.errors import InputError
+from ramp_fast.errors import InputError, RampFastError
 
 # (model, images [N, C, H, W], target [N]) -> maps [N, C or 1, H, W]
 Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+# Images that a metric makes at a time (masked copies, perturbed images) take about this many bytes, unless
+# ``batch_size`` says how many go through the model together. On CPUs a model is as fast with few.
+_MEMORY = {"cpu": 16 << 20, "cuda": 256 << 20}
+
+
+class MethodError(RampFastError):
+    """A method under test raised an error; the message names the metric, the method and the batch."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +35,9 @@ class Result:
     ----------
     name : str
         Of the metric.
-    values : dict of str to Tensor [n]
-        The metric by its name and its components, an entry per image (or group of images), float64 on the CPU.
+    values : dict of str to Tensor [n, ...]
+        The metric by its name ``[n]`` and its components (curves ``[n, S]``), an entry per image (or group of images),
+        float64 on the CPU. An entry is NaN where the metric is not defined for an image.
     """
 
     name: str
@@ -34,40 +45,178 @@ class Result:
 
     @property
     def count(self) -> int:
-        """Entries."""
-        return self.values[self.name].numel()
+        """Entries that are not NaN."""
+        return int(self._defined.numel())
 
     @property
     def mean(self) -> float:
         """The mean over entries, NaN where there are none."""
-        return float(self.values[self.name].mean())
+        return float(self._defined.mean())
 
     @property
     def standard_error(self) -> float:
         """Of the mean, ``std / sqrt(n)`` with the sample's standard deviation; NaN for fewer than two entries."""
-        return float(self.values[self.name].std()) / math.sqrt(self.count) if self.count > 1 else math.nan
+        return float(self._defined.std()) / math.sqrt(self.count) if self.count > 1 else math.nan
+
+    @property
+    def _defined(self) -> Tensor:
+        values = self.values[self.name]
+        return values[~values.isnan()]
 
     def __str__(self) -> str:
         return f"{self.name} {self.mean:.4f} +- {self.standard_error:.4f} (n = {self.count})"
 
 
-class Metric:
-    """Collects values; a subclass computes them in ``update`` and calls :meth:`_add` once they are complete.
+class Sample:
+    """What a metric measures: images of one ``update``, checked.
 
-    Values stay on the device they were computed on until :meth:`compute`.
+    Maps and logits are computed when they are first asked for.
+
+    Attributes
+    ----------
+    images : Tensor [N, C, H, W]
+        On the model's device.
+    target : integer Tensor [N]
+        The classes explained.
+    masks : bool Tensor [N, 1, H, W] or None
+        Where the object is.
+    numbers : range
+        Of the images, counted since the metric began: what random draws are seeded with.
     """
 
-    name: str
+    def __init__(
+        self,
+        metric: Metric,
+        images: Tensor,
+        target: Tensor | None,
+        method: Method | Engine | None,
+        maps: Tensor | None = None,
+        masks: Tensor | None = None,
+    ) -> None:
+        self._metric, self._method, self._maps = metric, method, maps
+        self.images, self.masks = images, masks
+        self.numbers = range(metric.images_seen, metric.images_seen + images.shape[0])
+        self.target = self.logits.argmax(1) if target is None else target
 
-    def __init__(self) -> None:
+    @cached_property
+    def logits(self) -> Tensor:
+        """The model's, ``[N, classes]``."""
+        return self._metric.logits(self.images)
+
+    @property
+    def maps(self) -> Tensor:
+        """The method's maps of the images, ``[N, C or 1, H, W]``, finite, in the images' dtype."""
+        if self._maps is None:
+            self._maps = self.attribute(self.images, self.target)
+        return self._maps
+
+    @property
+    def scores(self) -> Tensor:
+        """The maps summed over channels, ``[N, H, W]``."""
+        return self.maps.sum(1)
+
+    def attribute(self, images: Tensor, target: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Maps ``[M, C or 1, H, W]`` of the method under test for other images, classes, or of another model."""
+        return self._metric.attribute(self._method, images, target, model)
+
+
+class Metric:
+    """Measures maps of a method, images by images.
+
+    A subclass has a ``name``, says whether higher is better, and computes the values of a :class:`Sample` in
+    :meth:`measure`. Values stay on the device they were computed on until :meth:`compute`.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A classifier in eval mode, ``[N, C, H, W]`` to logits ``[N, classes]``. It is left as it is.
+    seed : int
+        Of random draws. Image n of a metric always gets the same ones, whatever batch it comes in.
+    batch_size : int, optional
+        Images that go through the model, or the method, at a time; by default as many as a memory budget allows.
+        Results do not depend on it.
+    """
+
+    name: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    needs_masks: ClassVar[bool] = False
+    group: ClassVar[int] = 1
+    """How many images belong together: ``update`` takes multiples of this."""
+
+    def __init__(self, model: nn.Module, *, seed: int = 0, batch_size: int | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{self.name}: model must be a torch.nn.Module, got {type(model).__name__}")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise InputError(f"{self.name}: batch_size must be a positive integer, got {batch_size!r}")
+        self.model, self.seed, self.batch_size = model, seed, batch_size
         self._values: list[dict[str, Tensor]] = []
-
-    def _add(self, values: dict[str, Tensor]) -> None:
-        self._values.append({name: v.detach().flatten() for name, v in values.items()})
+        self.images_seen = 0
+        self._batches = 0
+        self._classes: int | None = None
 
     def settings(self) -> dict[str, Any]:
-        """What two states must agree in to be merged."""
-        return {}
+        """What two states must agree in to be merged: plain JSON values."""
+        return {"metric": self.name, "seed": self.seed}
+
+    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+        """The metric by its name ``[N]`` (``[N / group]``), and components ``[N, ...]``."""
+        raise NotImplementedError
+
+    def update(
+        self,
+        images: Tensor,
+        target: int | Tensor | None,
+        method: Method | Engine | None,
+        *,
+        maps: Tensor | None = None,
+        masks: Tensor | None = None,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """Add images.
+
+        Parameters
+        ----------
+        images : Tensor [N, C, H, W]
+            Preprocessed for the model.
+        target : int, integer Tensor [N] or None
+            The classes to explain; None: the predicted ones.
+        method : callable, Engine or None
+            ``(model, images, target) -> maps`` ``[N, C or 1, H, W]``. None where ``maps`` says it all.
+        maps : Tensor [N, C or 1, H, W], optional
+            The method's maps of these images, where they are known already.
+        masks : bool Tensor [N, H, W] or [N, 1, H, W], optional
+            Where the object is; metrics of localisation need them.
+        **options
+            Of this metric: see its class.
+
+        Returns
+        -------
+        dict of str to Tensor [N, ...]
+            Of these images: the metric by its name, and its components.
+
+        Raises
+        ------
+        InputError
+            An argument is not as described, or maps have another shape or are not finite.
+        MethodError
+            The method raised an error. Nothing is added in either case.
+        """
+        images, target = self._checked(images, target)
+        if masks is None and self.needs_masks:
+            raise InputError(f"{self.name} needs masks [N, H, W] of the objects")
+        if masks is not None:
+            masks = self._checked_masks(masks, images)
+        if maps is not None:
+            maps = checked_maps(maps, images, self.name, "the caller", self._batches)
+        values = self.measure(Sample(self, images, target, method, maps, masks), **options)
+        self._add(values, images.shape[0])
+        return values
+
+    def fresh(self) -> Metric:
+        """A metric of the same settings without values."""
+        other = copy.copy(self)
+        other._values, other.images_seen, other._batches = [], 0, 0
+        return other
 
     def compute(self) -> Result:
         """All values so far.
@@ -84,15 +233,20 @@ class Metric:
 
     def state_dict(self) -> dict[str, Any]:
         """Settings and values, for ``torch.save``."""
-        return {"settings": self.settings(), "values": self.compute().values if self._values else {}}
+        return {
+            "settings": self.settings(),
+            "values": self.compute().values if self._values else {},
+            "images": self.images_seen,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the values by those of a state; settings must be the same, or nothing changes."""
-        before, self._values = self._values, []
+        before = self._values, self.images_seen, self._batches
+        self._values, self.images_seen, self._batches = [], 0, 0
         try:
             self.merge_state(state)
         except InputError:
-            self._values = before
+            self._values, self.images_seen, self._batches = before
             raise
 
     def merge_state(self, state: dict[str, Any]) -> None:
@@ -106,31 +260,142 @@ class Metric:
         if state["settings"] != self.settings():
             raise InputError(f"{self.name}: a state with {state['settings']} does not fit into {self.settings()}")
         if state["values"]:
-            self._add(state["values"])
+            self._add(state["values"], state["images"])
+
+    def _add(self, values: dict[str, Tensor], images: int) -> None:
+        self._values.append({name: v.detach() for name, v in values.items()})
+        self.images_seen += images
+        self._batches += 1
+
+    def _checked(self, images: Tensor, target: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Both on the model's device."""
+        if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+            found = f"{list(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+            raise InputError(f"{self.name}: images must be a floating point Tensor [N, C, H, W], got {found}")
+        count = images.shape[0]
+        if count < 1 or count % self.group:
+            raise InputError(f"{self.name}: images come in groups of {self.group}, got {count}")
+        if self.model.training:
+            raise InputError(f"{self.name}: the model is in training mode: call model.eval()")
+        if isinstance(target, int) and not isinstance(target, bool):
+            target = torch.full((count,), target)
+        if target is not None and (
+            not isinstance(target, Tensor) or target.shape != (count,) or target.is_floating_point()
+        ):
+            found = f"{list(target.shape)}, {target.dtype}" if isinstance(target, Tensor) else repr(target)
+            raise InputError(f"{self.name}: target must be an int or integers [{count}], got {found}")
+        device = next((p.device for p in self.model.parameters()), images.device)
+        images = images.detach().to(device)
+        if target is None:
+            return images, None
+        target = target.to(device).long()
+        if self._classes is None:
+            self._classes = self.logits(images[:1]).shape[1]
+        if bool(((target < 0) | (target >= self._classes)).any()):
+            low, high = int(target.min()), int(target.max())
+            raise InputError(
+                f"{self.name}: target must be 0 to {self._classes - 1}, the model's classes; got {low} to {high}"
+            )
+        return images, target
+
+    def _checked_masks(self, masks: Tensor, images: Tensor) -> Tensor:
+        count, _, height, width = images.shape
+        if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+            found = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
+            raise InputError(f"{self.name}: masks must be a bool Tensor, got {found}")
+        if masks.shape not in ((count, height, width), (count, 1, height, width)):
+            raise InputError(f"{self.name}: masks must be [{count}, {height}, {width}], got {list(masks.shape)}")
+        return masks.to(images.device).view(count, 1, height, width)
+
+    def attribute(
+        self, method: Method | Engine | None, images: Tensor, target: Tensor, model: nn.Module | None = None
+    ) -> Tensor:
+        """Maps ``[N, C or 1, H, W]`` of a method, checked; so many images at a time as go through the model together.
+
+        Raises
+        ------
+        InputError
+            The maps have another shape or are not finite.
+        MethodError
+            The method raised an error. Both messages name metric, method and batch.
+        """
+        if method is None:
+            raise InputError(f"{self.name} asks the method for maps of its own: pass one, not only maps")
+        model = model or self.model
+        if isinstance(method, Engine) and model is not method.model:
+            method = method.for_model(model)
+        pieces = []
+        for here in self.slices(images):
+            try:
+                if isinstance(method, Engine):
+                    maps = method.attribute(images[here], target[here]).maps
+                else:
+                    maps = method(model, images[here], target[here])
+            except Exception as error:
+                raise MethodError(
+                    f"{self.name}: {method_name(method)} failed in batch {self._batches}, on images "
+                    f"{list(images[here].shape)}: {type(error).__name__}: {error}"
+                ) from error
+            pieces.append(checked_maps(maps, images[here], self.name, method_name(method), self._batches))
+        return torch.cat(pieces)
+
+    def logits(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
+        """``[N, classes]``, so many images at a time as go through the model together."""
+        with torch.no_grad():
+            return torch.cat([(model or self.model)(images[here]) for here in self.slices(images)])
+
+    def slices(self, images: Tensor) -> Iterator[slice]:
+        """Ranges of images that go through the model together."""
+        size = self.together(images)
+        return (slice(start, start + size) for start in range(0, images.shape[0], size))
+
+    def together(self, images: Tensor) -> int:
+        """How many images go through the model at a time."""
+        if self.batch_size is not None:
+            return self.batch_size
+        budget = _MEMORY.get(images.device.type, _MEMORY["cuda"])
+        return max(1, budget // max(1, images[0].numel() * images.element_size()))
+
+    def generator(self, number: int, stream: int = 0) -> torch.Generator:
+        """Random numbers of image ``number`` (on the CPU, so that every device gets the same).
+
+        ``stream`` tells apart draws for different purposes.
+        """
+        return torch.Generator().manual_seed(_mixed(self.seed, number, stream))
 
 
-def attribute(method: Method | Engine, metric: str, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """Maps ``[N, C or 1, H, W]`` of a method under test, in the images' dtype.
+def _mixed(*numbers: int) -> int:
+    """One seed of several numbers, so that neighbours share no stream (splitmix64)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1  # torch takes 63 bits
+
+
+def checked_maps(maps: Any, images: Tensor, metric: str, method: str, batch: int) -> Tensor:
+    """Maps in the images' dtype, on their device.
 
     Raises
     ------
     InputError
-        The maps have another shape. The message names metric, method and batch.
+        They have another shape than ``[N, C or 1, H, W]`` or are not finite.
     """
-    name = method_name(method)
-    if isinstance(method, Engine):
-        maps: Any = method.attribute(images, target).maps
-    else:
-        maps = method(model, images, target)
     n, channels, *size = images.shape
     shapes = ([n, channels, *size], [n, 1, *size])
     if not isinstance(maps, Tensor) or list(maps.shape) not in shapes:
-        found = list(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+        what = list(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
         raise InputError(
-            f"{metric}: {name} returned {found} for images {list(images.shape)}; "
+            f"{metric}: {method} returned {what} for images {list(images.shape)} in batch {batch}; "
             f"maps must be {shapes[0]} or {shapes[1]}"
         )
-    return maps.detach().to(images)
+    found = maps.detach().to(images)
+    wrong = int((~found.flatten(1).isfinite().all(1)).sum())
+    if wrong:
+        raise InputError(f"{metric}: {wrong} of {n} maps of {method} are not finite in batch {batch}")
+    return found
 
 
 def method_name(method: Method | Engine) -> str:
@@ -138,17 +403,3 @@ def method_name(method: Method | Engine) -> str:
     if isinstance(method, Engine):
         return f"Engine({method.rule})"
     return str(getattr(method, "__name__", type(method).__name__))
-
-
-def input_x_gradient(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """Input x gradient of the target logit, ``[N, C, H, W]`` (Shrikumar et al. 2016, arXiv 1605.01713)."""
-    return logit_and_product(model, images, target)[1]
-
-
-def logit_and_product(model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The target logits ``[N]`` and input x gradient ``[N, C, H, W]``; parameters get no gradient."""
-    with torch.enable_grad():
-        leaf = images.detach().requires_grad_()
-        logit = model(leaf).gather(1, target.unsqueeze(1)).squeeze(1)
-        (gradient,) = torch.autograd.grad(logit.sum(), leaf)
-    return logit.detach(), gradient * images

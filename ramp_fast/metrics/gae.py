@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ramp_fast import ops
-from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError
-from ramp_fast.metrics.base import Method, Metric, attribute, logit_and_product, method_name
+from ramp_fast.methods import logit_and_product
+from ramp_fast.metrics.base import Metric, Sample
 
 PROTOCOLS = ("default", "published")
 TILES = 4
@@ -56,10 +55,23 @@ class GAE(Metric):
     seed : int
         Of the choice of positive images; the n-th group of a metric always draws the same number.
     batch_size : int, optional
-        Images that go through the model or the method at a time; all at once by default. Results do not depend on it.
+        As for :class:`Metric`.
+
+    Notes
+    -----
+    ``update(..., positive=)`` forces positive images: an int or integers ``[G]`` in 0 to 3, each group's among its
+    four. By default they are drawn with the mosaic's own probabilities of the four predicted classes. ``target`` holds
+    the labels of the tiles for the protocol "published", which weighs tiles by them; the default protocol takes
+    predicted classes, as None does. H and W must be even.
+
+    Values are, for each group of four: gae, local_consistency, contrastiveness, faithfulness, robustness, positive;
+    ``[G, S]``: morf_output, lerf_output (logits), morf_zeroed, lerf_zeroed (shares of entries that are zero);
+    ``[G, 4]``: tile_distribution.
     """
 
     name = "gae"
+    higher_is_better = True
+    group = TILES
 
     def __init__(
         self,
@@ -70,136 +82,68 @@ class GAE(Metric):
         seed: int = 0,
         batch_size: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(model, seed=seed, batch_size=batch_size)
         if protocol not in PROTOCOLS:
             raise InputError(f"gae: protocol must be one of {', '.join(map(repr, PROTOCOLS))}; got {protocol!r}")
         if not isinstance(steps, int) or steps < 2:
             raise InputError(f"gae: steps must be an integer of at least 2, got {steps!r}")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise InputError(f"gae: batch_size must be a positive integer, got {batch_size!r}")
-        self.model, self.protocol, self.steps, self.seed, self.batch_size = model, protocol, steps, seed, batch_size
-        self._groups = 0
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._groups = len(state["values"].get(self.name, ()))  # the next group draws the next number
+        self.protocol, self.steps = protocol, steps
 
     def settings(self) -> dict[str, Any]:
-        return {"metric": self.name, "protocol": self.protocol, "steps": self.steps, "seed": self.seed}
+        return {**super().settings(), "protocol": self.protocol, "steps": self.steps}
 
-    def update(
-        self,
-        images: Tensor,
-        target: Tensor | None,
-        method: Method | Engine,
-        *,
-        positive: int | Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Add groups of four images.
-
-        Parameters
-        ----------
-        images : Tensor [4 G, C, H, W]
-            Preprocessed for the model; H and W even.
-        target : integer Tensor [4 G] or None
-            Labels of the tiles for the protocol "published", which weighs tiles by them; the default protocol takes
-            predicted classes, as None does.
-        method : callable or Engine
-            ``(model, images, target) -> maps``, ``[N, C or 1, H, W]``.
-        positive : int or integer Tensor [G], optional
-            Which of its four is each group's positive image. Drawn by default, with the mosaic's own probabilities of
-            the four predicted classes.
-
-        Returns
-        -------
-        dict of str to Tensor
-            Of these groups, ``[G]``: gae, local_consistency, contrastiveness, faithfulness, robustness, positive;
-            ``[G, S]``: morf_output, lerf_output (logits), morf_zeroed, lerf_zeroed (shares of entries that are zero);
-            ``[G, 4]``: tile_distribution. The first six go into :meth:`compute`.
-
-        Raises
-        ------
-        InputError
-            An argument is not as described, or maps have another shape or are not finite. Nothing is added then.
-        """
-        groups = self._check(images, target)
-        model_logits = self._logits(images)
-        labels = self._labels(target, model_logits)
-        predicted = model_logits.argmax(1).view(groups, TILES)
+    def measure(self, sample: Sample, positive: int | Tensor | None = None, **options: Any) -> dict[str, Tensor]:
+        images, groups = sample.images, sample.images.shape[0] // TILES
+        predicted = sample.logits.argmax(1).view(groups, TILES)
+        labels = predicted if self.protocol == "default" else sample.target.view(groups, TILES)
         mosaic = _mosaic(images)
-        distribution = self._logits(mosaic).gather(1, predicted).softmax(1)
-        chosen = self._positive(positive, distribution)
+        distribution = self.logits(mosaic).gather(1, predicted).softmax(1)
+        chosen = self._positive(positive, distribution, sample.numbers.start // TILES)
         rows = torch.arange(groups, device=images.device)
         start, y = images.view(groups, TILES, *images.shape[1:])[rows, chosen], predicted[rows, chosen]
 
         chains = self._chains(start, y)
-        maps = self._maps(method, start, chains.states, mosaic, y)
-        of_start, of_mosaic, along = maps
+        of_start, of_mosaic, along = self._maps(sample, start, chains.states, mosaic, y)
         channels = images.shape[1]
         faithfulness = self._share(chains.impact, of_start, channels)
         robustness = 1 - 2 * _distance(self._map_changes(of_start, along), self._logit_changes(chains.outputs))
         consistency = F.relu(faithfulness + robustness) / 2
-        labels = predicted if labels is None or self.protocol == "default" else labels.view(groups, TILES)
-        weights = self._tile_weights(model_logits.view(groups, TILES, -1)[rows, chosen], labels, chosen, images)
+        weights = self._tile_weights(sample.logits.view(groups, TILES, -1)[rows, chosen], labels, chosen, images)
         contrastiveness = F.relu(self._share(weights, of_mosaic, channels))
-        values = {
+        chain_values = {
+            f"{name}_{what}": values.view(2, groups, -1)[i]
+            for what, values in (("output", chains.outputs), ("zeroed", chains.zeroed))
+            for i, name in enumerate(("morf", "lerf"))
+        }
+        return {
             "gae": consistency * contrastiveness,
             "local_consistency": consistency,
             "contrastiveness": contrastiveness,
             "faithfulness": faithfulness,
             "robustness": robustness,
             "positive": chosen,
+            **chain_values,
+            "tile_distribution": distribution,
         }
-        self._add(values)
-        self._groups += groups
-        details = {
-            f"{name}_{what}": values.view(2, groups, -1)[i]
-            for what, values in (("output", chains.outputs), ("zeroed", chains.zeroed))
-            for i, name in enumerate(("morf", "lerf"))
-        }
-        return {**values, **details, "tile_distribution": distribution}
 
-    def _check(self, images: Tensor, target: Tensor | None) -> int:
-        if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
-            found = f"{list(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-            raise InputError(f"gae: images must be a floating point Tensor [4 G, C, H, W], got {found}")
-        count, _, height, width = images.shape
-        if count < TILES or count % TILES:
-            raise InputError(f"gae: images come in groups of four, got {count}: leave out {count % TILES} of them")
-        if height % 2 or width % 2:
+    def _checked(self, images: Tensor, target: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if isinstance(images, Tensor) and images.dim() == 4 and (images.shape[2] % 2 or images.shape[3] % 2):
+            height, width = images.shape[2:]
             raise InputError(f"gae: height and width must be even to tile a mosaic, got {height} x {width}")
-        if target is not None and (target.shape != (count,) or target.is_floating_point()):
-            raise InputError(f"gae: target must be integers [{count}], got {list(target.shape)}, {target.dtype}")
-        if self.model.training:
-            raise InputError("gae: the model is in training mode: call model.eval()")
-        return count // TILES
+        return super()._checked(images, target)
 
-    def _labels(self, target: Tensor | None, logits: Tensor) -> Tensor | None:
-        classes = logits.shape[1]
-        if target is not None and bool(((target < 0) | (target >= classes)).any()):
-            raise InputError(f"gae: target must be 0 to {classes - 1}, got {int(target.min())} to {int(target.max())}")
-        return None if target is None else target.to(logits.device).long()
-
-    def _positive(self, positive: int | Tensor | None, distribution: Tensor) -> Tensor:
+    def _positive(self, positive: int | Tensor | None, distribution: Tensor, first: int) -> Tensor:
+        """Of each group, numbered from ``first``."""
         groups, device = distribution.shape[0], distribution.device
         if positive is None:
-            numbers = range(self._groups, self._groups + groups)
-            drawn = [np.random.default_rng([self.seed, number]).random() for number in numbers]
-            uniform = torch.tensor(drawn, dtype=torch.float64).to(device)
-            below = distribution.double().cumsum(1) <= uniform.unsqueeze(1)
+            numbers = range(first, first + groups)
+            drawn = torch.cat([torch.rand(1, generator=self.generator(n), dtype=torch.float64) for n in numbers])
+            below = distribution.double().cumsum(1) <= drawn.to(device).unsqueeze(1)
             return below.sum(1).clamp_max(TILES - 1)
         chosen = torch.full((groups,), positive) if isinstance(positive, int) else positive
         if chosen.shape != (groups,) or chosen.is_floating_point() or not ((chosen >= 0) & (chosen < TILES)).all():
             raise InputError(f"gae: positive must be 0 to 3, an int or [{groups}] integers; got {positive!r}")
         return chosen.to(device)
-
-    def _batches(self, count: int) -> list[slice]:
-        size = self.batch_size or max(count, 1)
-        return [slice(start, start + size) for start in range(0, count, size)]
-
-    def _logits(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([self.model(images[here]) for here in self._batches(images.shape[0])])
 
     def _chains(self, start: Tensor, y: Tensor) -> _Chains:
         """Both chains of every positive image, MoRF's first, through the model together."""
@@ -211,7 +155,7 @@ class GAE(Metric):
         scores_sum = torch.zeros_like(images)
         states, outputs, zeroed = [], [], []
         for step in range(self.steps):
-            pieces = [logit_and_product(self.model, images[i], classes[i]) for i in self._batches(images.shape[0])]
+            pieces = [logit_and_product(self.model, images[i], classes[i]) for i in self.slices(images)]
             scores = _normalized(torch.cat([product for _, product in pieces]).abs())
             scores_sum += scores
             states.append(images)
@@ -236,22 +180,11 @@ class GAE(Metric):
         return int(torch.linspace(1 / self.steps, 1, self.steps, dtype=torch.float32)[step - 1] * count)
 
     def _maps(
-        self, method: Method | Engine, start: Tensor, states: Tensor, mosaic: Tensor, y: Tensor
+        self, sample: Sample, start: Tensor, states: Tensor, mosaic: Tensor, y: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``R+`` of the starts ``[G, ...]``, of the mosaics, and of later states ``[S - 1, 2 G, ...]``."""
-        later = states[1:].flatten(0, 1)
-        images = torch.cat([start, mosaic, later])
-        classes = y.repeat(images.shape[0] // y.shape[0])
-        batches = self._batches(images.shape[0])
-        maps = torch.cat([attribute(method, self.name, self.model, images[i], classes[i]) for i in batches])
-        wrong = int((~maps.flatten(1).isfinite().all(1)).sum())
-        if wrong:
-            first, last = self._groups, self._groups + start.shape[0] - 1
-            raise InputError(
-                f"gae: {wrong} of {maps.shape[0]} maps of {method_name(method)} are not finite, "
-                f"in groups {first} to {last}"
-            )
-        positive = F.relu(maps)
+        images = torch.cat([start, mosaic, states[1:].flatten(0, 1)])
+        positive = F.relu(sample.attribute(images, y.repeat(images.shape[0] // y.shape[0])))
         positive = positive / (positive.flatten(1).amax(1) + EPSILON).view(-1, 1, 1, 1)
         groups = start.shape[0]
         along = positive[2 * groups :].unflatten(0, (self.steps - 1, 2 * groups))

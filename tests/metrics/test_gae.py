@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ramp_fast import Engine, InputError
-from ramp_fast.metrics import GAE, input_x_gradient
+from ramp_fast.methods import input_x_gradient
+from ramp_fast.metrics import GAE, MethodError, make_metric
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -241,18 +242,25 @@ def test_what_does_not_fit(setting: tuple[nn.Module, Tensor]) -> None:
     def nan(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
         return torch.full_like(x, float("nan"))
 
+    def broken(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        raise ZeroDivisionError("no luck")
+
     metric.update(images[:4], None, noise)
+    with pytest.raises(MethodError, match=r"gae: broken failed in batch 1, .*: ZeroDivisionError: no luck"):
+        metric.update(images[:4], None, broken)
     for call, problem in (
-        (lambda: metric.update(images[:3], None, noise), "groups of four, got 3"),
+        (lambda: metric.update(images[:3], None, noise), "groups of 4, got 3"),
         (lambda: metric.update(images[:4, :, :31], None, noise), "must be even"),
-        (lambda: metric.update(images[0], None, noise), r"\[4 G, C, H, W\]"),
+        (lambda: metric.update(images[0], None, noise), r"\[N, C, H, W\]"),
         (lambda: metric.update(images[:4], torch.zeros(3).long(), noise), "target must be"),
         (lambda: metric.update(images[:4], None, noise, positive=4), "positive must be 0 to 3"),
-        (lambda: metric.update(images[:4], None, small), "gae: small returned"),
-        (lambda: metric.update(images[:4], None, nan), "6 of 6 maps of nan are not finite, in groups 1 to 1"),
+        (lambda: metric.update(images[:4], None, small), "gae: small returned .* in batch 1"),
+        (lambda: metric.update(images[:4], None, nan), "gae: 6 of 6 maps of nan are not finite in batch 1"),
         (lambda: GAE(model, "other"), "protocol"),
         (lambda: GAE(model, steps=1), "steps"),
         (lambda: GAE(model, batch_size=0), "batch_size"),
+        (lambda: make_metric("gae", model, depth=3), "no setting 'depth'; it has batch_size, protocol, seed, steps"),
+        (lambda: make_metric("gea", model), "no metric 'gea'; there are"),
         (lambda: GAE(training).update(images[:4], None, noise), "training mode"),
     ):
         with pytest.raises(InputError, match=problem):
