@@ -1,0 +1,332 @@
+"""Metrics that mask an image step by step in the order of its map, and watch the output of the explained class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ramp_fast.errors import InputError
+from ramp_fast.metrics.base import Metric, Sample
+from ramp_fast.metrics.baselines import Baseline, Fill, Impute, check_baseline, filling
+from ramp_fast.metrics.features import Features, Granularity, kind_of_feature
+
+OUTPUTS = ("probability", "logit")
+
+
+class Masking(Metric):
+    """What metrics share that mask features of images: kinds of features, baselines, masked copies through the model.
+
+    Parameters
+    ----------
+    model, seed, batch_size
+        As for :class:`Metric`. ``batch_size`` counts masked copies: the steps of one or of several images.
+    granularity : str or object
+        What is masked as one: "entry" (a channel of a pixel), "pixel", "patch" or "patch:16" (squares of 16 pixels),
+        "superpixel" or "superpixel:100" (about so many segments by SLIC; needs scikit-image), or an object of
+        ``ramp_fast.metrics.features``. Maps are summed over channels but for "entry"; superpixels take the mean.
+    baseline : str, float or Tensor
+        What masked features become: "zero" (the mean colour of usual preprocessing), "mean" (of every channel of the
+        image), "black", "white" (its smallest and largest value), "blur", "uniform" (random), "road" (noisy linear
+        imputation), a number, or values ``[C]``, ``[C, H, W]``, ``[N, C, H, W]``.
+    output : {"probability", "logit"}
+        What is watched: the softmax probability of the explained class, or its logit.
+    noise : float
+        Standard deviation of what the baseline "road" adds.
+    """
+
+    usual_granularity: ClassVar[str] = "pixel"
+    usual_baseline: ClassVar[str] = "zero"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        granularity: str | Granularity | None = None,
+        baseline: Baseline | None = None,
+        output: str = "probability",
+        noise: float = 0.01,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__(model, seed=seed, batch_size=batch_size)
+        if output not in OUTPUTS:
+            raise InputError(f"{self.name}: output must be probability or logit, got {output!r}")
+        self.baseline = self.usual_baseline if baseline is None else baseline
+        check_baseline(self.baseline, self.name)
+        self.granularity = kind_of_feature(self.usual_granularity if granularity is None else granularity)
+        self.output, self.noise = output, noise
+
+    def settings(self) -> dict[str, Any]:
+        baseline = self.baseline.tolist() if isinstance(self.baseline, Tensor) else self.baseline
+        return {
+            **super().settings(),
+            "granularity": self.granularity.name,
+            "baseline": baseline,
+            "output": self.output,
+            **({"noise": self.noise} if self.imputes else {}),
+        }
+
+    @property
+    def imputes(self) -> bool:
+        """Whether masked pixels are filled in from the others."""
+        return isinstance(self.baseline, str) and self.baseline == "road"
+
+    def features(self, sample: Sample) -> Features:
+        """Of the sample's images, scored by its maps."""
+        return self.granularity.of(sample.images, sample.maps)
+
+    def filling(self, sample: Sample) -> Fill | Impute:
+        """What masked features of the sample's images become."""
+        generators = [self.generator(n) for n in sample.numbers]
+        return filling(self.baseline, sample.images, generators, self.noise, self.name)
+
+    def watched(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The output of the explained class, ``[..., N]`` of logits ``[..., N, classes]``."""
+        values = logits.softmax(-1) if self.output == "probability" else logits
+        return values.gather(-1, target.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+
+    def logits_of_steps(self, sample: Sample, steps: Tensor, count: int, *, reveal: bool = False) -> Tensor:
+        """Logits of the copies of steps 0 to ``count - 1``, ``[count, N, classes]``.
+
+        Copies of one image after another go through the model, as many together as fit: they stay in the cache.
+        """
+        images, fill = sample.images, self.filling(sample)
+        size = self.together(images)
+        rows, room = [], None
+        for start, stop in _ranges(images.shape[0], max(1, size // count)):
+            here = slice(start, stop)
+            pieces = []
+            for first, last in _ranges(count, max(1, size // (stop - start))):
+                shape = last - first, *images[here].shape
+                if room is None or room.shape[1:] != shape[1:] or room.shape[0] < shape[0]:
+                    room = images.new_empty(shape)
+                copies = fill.of(here).copies(
+                    images[here], steps[here], first, last, reveal=reveal, out=room[: last - first]
+                )
+                with torch.no_grad():
+                    pieces.append(self.model(copies.flatten(0, 1)).unflatten(0, (last - first, stop - start)))
+            rows.append(torch.cat(pieces))
+        return torch.cat(rows, 1)
+
+    def curve(self, sample: Sample, steps: Tensor, count: int, *, reveal: bool = False) -> Tensor:
+        """The watched output after every step, ``[N, count]``, float32 or better."""
+        logits = self.logits_of_steps(sample, steps, count, reveal=reveal)
+        return self.watched(logits.to(torch.promote_types(logits.dtype, torch.float32)), sample.target).t()
+
+
+def _ranges(count: int, size: int) -> list[tuple[int, int]]:
+    """``[0, count)`` in equal ranges of at most ``size``, so that no small rest is left."""
+    pieces = -(-count // size)
+    bounds = [i * count // pieces for i in range(pieces + 1)]
+    return list(pairwise(bounds))
+
+
+def area(curve: Tensor) -> Tensor:
+    """Under curves ``[N, S + 1]`` over shares from 0 to 1, by trapezoids."""
+    return torch.trapezoid(curve, dx=1 / (curve.shape[1] - 1), dim=1)
+
+
+class _Shares(Masking):
+    """Steps that mask equal shares, from none to all."""
+
+    def __init__(self, model: nn.Module, *, steps: int = 100, **masking: Any) -> None:
+        super().__init__(model, **masking)
+        _check_count(self.name, "steps", steps)
+        self.steps = steps
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "steps": self.steps}
+
+
+class Deletion(_Shares):
+    """Deletion: the area under the curve of the class's probability while the most important features are masked.
+
+    Petsiuk et al. 2018, RISE, arXiv 1806.07421. With ``granularity="entry"`` it is pixel flipping (Bach et al. 2015,
+    10.1371/journal.pone.0130140, Quantus' PixelFlipping), with ``"patch:8"`` Quantus' Selectivity (Montavon et al.
+    2018, arXiv 1706.07979). ``deletion`` in [0, 1] for probabilities, lower is better; ``curve`` ``[S + 1]`` starts with
+    the whole image and ends with the baseline: after step s ``floor(s M / S)`` of M features are masked.
+
+    Quantus' curves lack the first value, its areas are sums over steps, and its "black" is our "black", not "zero".
+
+    Parameters
+    ----------
+    steps : int
+        S.
+    granularity, baseline, output, noise, seed, batch_size
+        As for :class:`Masking`.
+    """
+
+    name = "deletion"
+    higher_is_better = False
+
+    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+        steps = self.features(sample).shares(self.steps + 1, descending=True)
+        curve = self.curve(sample, steps, self.steps + 1)
+        return {self.name: area(curve), "curve": curve}
+
+
+class Insertion(_Shares):
+    """Insertion: the area under the curve of the class's probability while the most important features are revealed.
+
+    Petsiuk et al. 2018, RISE, arXiv 1806.07421, which reveals a blurred image. ``insertion`` in [0, 1] for
+    probabilities, higher is better; ``curve`` ``[S + 1]`` starts with the baseline and ends with the whole image.
+
+    Parameters
+    ----------
+    steps : int
+        S.
+    granularity, baseline, output, noise, seed, batch_size
+        As for :class:`Masking`; the baseline is "blur" by default.
+    """
+
+    name = "insertion"
+    higher_is_better = True
+    usual_baseline = "blur"
+
+    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+        steps = self.features(sample).shares(self.steps + 1, descending=True)
+        curve = self.curve(sample, steps, self.steps + 1, reveal=True)
+        return {self.name: area(curve), "curve": curve}
+
+
+class ABPC(_Shares):
+    """Area between perturbation curves, also symmetric relevance gain (SRG): masking least important features first
+    should change the output little, most important ones first much.
+
+    ``abpc = area(lerf) - area(morf)`` in [-1, 1] for probabilities; 0 for a random map, higher is better. Schulz et al.
+    2020, arXiv 2001.00396 (section 4.3), and Blücher et al. 2024, arXiv 2401.06654. ``morf`` and ``lerf`` ``[S + 1]``
+    are the curves; both cost the model 2 (S + 1) passes.
+
+    Parameters
+    ----------
+    steps : int
+        S.
+    granularity, baseline, output, noise, seed, batch_size
+        As for :class:`Masking`.
+    """
+
+    name = "abpc"
+    higher_is_better = True
+
+    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+        features = self.features(sample)
+        morf, lerf = (
+            self.curve(sample, features.shares(self.steps + 1, descending=descending), self.steps + 1)
+            for descending in (True, False)
+        )
+        return {self.name: area(lerf) - area(morf), "morf": morf, "lerf": lerf}
+
+
+class AOPC(Masking):
+    """Area over the perturbation curve: how fast the output falls as regions are masked, the most important first.
+
+    ``aopc = mean over t = 0..L of f(x_0) - f(x_t)`` where ``x_t`` has the t most important regions masked; in [-1, 1]
+    for probabilities, higher is better. Samek et al. 2017, arXiv 1509.06321: L = 100 regions of 9 x 9 pixels, uniform
+    noise. ``curve`` ``[L + 1]`` holds the differences; without its first value it is Quantus' RegionPerturbation.
+    Where an image has fewer than L regions, its last value is repeated.
+
+    Parameters
+    ----------
+    regions : int
+        L.
+    granularity, baseline, output, noise, seed, batch_size
+        As for :class:`Masking`; "patch:9" and "uniform" by default.
+    """
+
+    name = "aopc"
+    higher_is_better = True
+    usual_granularity = "patch:9"
+    usual_baseline = "uniform"
+
+    def __init__(self, model: nn.Module, *, regions: int = 100, **masking: Any) -> None:
+        super().__init__(model, **masking)
+        _check_count(self.name, "regions", regions)
+        self.regions = regions
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "regions": self.regions}
+
+    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+        steps = self.features(sample).steps(range(self.regions + 1), descending=True)
+        outputs = self.curve(sample, steps, self.regions + 1)
+        curve = outputs[:, :1] - outputs
+        return {self.name: curve.mean(1), "curve": curve}
+
+
+class IROF(Masking):
+    """Iterative removal of features: the area over the class's probability, relative to the image's own, while
+    superpixels are masked with the mean colour.
+
+    ``irof = 1 - area(f(x_t) / f(x_0))`` over the share of segments masked; at most 1, higher is better. Rieger and
+    Hansen 2020, arXiv 2003.08747. Every segment is a step. ``segments`` says how many the image has. Quantus multiplies
+    by their number, takes one mean over all channels and images of the batch, and counts from the first step on.
+
+    Parameters
+    ----------
+    granularity, baseline, output, noise, seed, batch_size
+        As for :class:`Masking`; superpixels and "mean" by default.
+    """
+
+    name = "irof"
+    higher_is_better = True
+    usual_granularity = "superpixel"
+    usual_baseline = "mean"
+
+    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+        features = self.features(sample)
+        size = features.scores.shape[1]
+        curve = self.curve(sample, features.steps(range(size + 1), descending=True), size + 1)
+        relative = curve / curve[:, :1]
+        counts = torch.as_tensor(features.counts, device=curve.device).expand(curve.shape[0])
+        # trapezoids between steps; an image with fewer segments than others ends before
+        pieces = (relative[:, 1:] + relative[:, :-1]) / 2
+        within = torch.arange(size, device=curve.device) < counts.unsqueeze(1)
+        return {self.name: 1 - (pieces * within).sum(1) / counts, "segments": counts}
+
+
+class ROAD(Masking):
+    """Remove and debias: accuracy of the model once the most important pixels are imputed from the others.
+
+    For every percentage p the ``floor(p H W / 100)`` most important pixels are filled in by noisy linear imputation;
+    ``curve`` ``[P]`` says whether the model still predicts the explained class (1 or 0), ``road`` is its mean over p,
+    in [0, 1]; lower is better. Rong et al. 2022, arXiv 2202.00449. As Quantus', whose code takes images of one channel.
+
+    Parameters
+    ----------
+    percentages : sequence of float
+        Ascending, in [0, 100].
+    granularity, baseline, output, noise, seed, batch_size
+        As for :class:`Masking`; the baseline is "road" by default.
+    """
+
+    name = "road"
+    higher_is_better = False
+    usual_baseline = "road"
+
+    def __init__(
+        self, model: nn.Module, *, percentages: Sequence[float] = tuple(range(1, 100, 2)), **masking: Any
+    ) -> None:
+        super().__init__(model, **masking)
+        ascending = sorted(percentages) == list(percentages)
+        if not percentages or not ascending or percentages[0] < 0 or percentages[-1] > 100:
+            raise InputError(f"road: percentages must ascend in [0, 100], got {list(percentages)}")
+        self.percentages = tuple(percentages)
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "percentages": list(self.percentages)}
+
+    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+        features = self.features(sample)
+        ks = [int(features.scores.shape[1] * p / 100) for p in self.percentages]
+        logits = self.logits_of_steps(sample, features.steps(ks, descending=True), len(ks))
+        curve = (logits.argmax(-1) == sample.target).t().to(torch.float32)
+        return {self.name: curve.mean(1), "curve": curve}
+
+
+def _check_count(metric: str, what: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"{metric}: {what} must be a positive integer, got {value!r}")
