@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
+from ramp_fast.rules import name_of
 
 # (model, images [N, C, H, W], target [N]) -> maps [N, C or 1, H, W]
 Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -140,6 +141,8 @@ class Metric:
     name: ClassVar[str]
     higher_is_better: ClassVar[bool]
     needs_masks: ClassVar[bool] = False
+    uses_maps: ClassVar[bool] = True
+    """Whether it looks at the maps of the images themselves, which several metrics can share."""
     group: ClassVar[int] = 1
     """How many images belong together: ``update`` takes multiples of this."""
 
@@ -157,6 +160,10 @@ class Metric:
     def settings(self) -> dict[str, Any]:
         """What two states must agree in to be merged: plain JSON values."""
         return {"metric": self.name, "seed": self.seed}
+
+    def axis(self) -> dict[str, Any] | None:
+        """What its curves are drawn over: "label", "values" [S] and "curves", the names of them; None without."""
+        return None
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         """The metric by its name ``[N]`` (``[N / group]``), and components ``[N, ...]``."""
@@ -401,5 +408,5 @@ def checked_maps(maps: Any, images: Tensor, metric: str, method: str, batch: int
 def method_name(method: Method | Engine) -> str:
     """What messages and tables call it."""
     if isinstance(method, Engine):
-        return f"Engine({method.rule})"
+        return f"Engine({name_of(method.rule)})"
     return str(getattr(method, "__name__", type(method).__name__))

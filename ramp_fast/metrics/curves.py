@@ -141,14 +141,18 @@ class _Shares(Masking):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "steps": self.steps}
 
+    def axis(self) -> dict[str, Any]:
+        shares = [s / self.steps for s in range(self.steps + 1)]
+        return {"label": "share masked", "values": shares, "curves": ["curve"]}
+
 
 class Deletion(_Shares):
     """Deletion: the area under the curve of the class's probability while the most important features are masked.
 
     Petsiuk et al. 2018, RISE, arXiv 1806.07421. With ``granularity="entry"`` it is pixel flipping (Bach et al. 2015,
     10.1371/journal.pone.0130140, Quantus' PixelFlipping), with ``"patch:8"`` Quantus' Selectivity (Montavon et al.
-    2018, arXiv 1706.07979). ``deletion`` in [0, 1] for probabilities, lower is better; ``curve`` ``[S + 1]`` starts with
-    the whole image and ends with the baseline: after step s ``floor(s M / S)`` of M features are masked.
+    2018, arXiv 1706.07979). ``deletion`` in [0, 1] for probabilities, lower is better; ``curve`` ``[S + 1]`` starts
+    with the whole image and ends with the baseline: after step s ``floor(s M / S)`` of M features are masked.
 
     Quantus' curves lack the first value, its areas are sums over steps, and its "black" is our "black", not "zero".
 
@@ -187,6 +191,9 @@ class Insertion(_Shares):
     higher_is_better = True
     usual_baseline = "blur"
 
+    def axis(self) -> dict[str, Any]:
+        return {**super().axis(), "label": "share revealed"}
+
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         steps = self.features(sample).shares(self.steps + 1, descending=True)
         curve = self.curve(sample, steps, self.steps + 1, reveal=True)
@@ -211,6 +218,9 @@ class ABPC(_Shares):
 
     name = "abpc"
     higher_is_better = True
+
+    def axis(self) -> dict[str, Any]:
+        return {**super().axis(), "curves": ["morf", "lerf"]}
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         features = self.features(sample)
@@ -249,6 +259,9 @@ class AOPC(Masking):
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "regions": self.regions}
+
+    def axis(self) -> dict[str, Any]:
+        return {"label": "regions masked", "values": list(range(self.regions + 1)), "curves": ["curve"]}
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         steps = self.features(sample).steps(range(self.regions + 1), descending=True)
@@ -318,6 +331,9 @@ class ROAD(Masking):
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "percentages": list(self.percentages)}
+
+    def axis(self) -> dict[str, Any]:
+        return {"label": "% of pixels imputed", "values": list(self.percentages), "curves": ["curve"]}
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         features = self.features(sample)
