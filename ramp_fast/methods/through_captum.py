@@ -221,7 +221,7 @@ class Occlusion:
                 )[:, :1]  # a window covers all channels: each has the same map
                 for image, label in one_by_one(images, target)
             ]
-        return torch.cat(maps)
+        return torch.cat(maps).to(images)  # captum returns float32
 
 
 @dataclass(frozen=True)
