@@ -18,9 +18,32 @@ from torch import nn
 
 from ramp_fast.errors import InputError
 from ramp_fast.metrics.base import MethodError, Metric, Result, Sample
+from ramp_fast.metrics.complexity import Complexity, EffectiveComplexity, Sparseness
 from ramp_fast.metrics.gae import GAE
+from ramp_fast.metrics.localisation import (
+    PointingGame,
+    RelevanceMassAccuracy,
+    RelevanceRankAccuracy,
+    TopKIntersection,
+    boxes_to_masks,
+)
+from ramp_fast.metrics.randomisation import ParameterRandomisation, RandomLogit
+from ramp_fast.metrics.robustness import AvgSensitivity, MaxSensitivity
 
-_CLASSES: Iterable[type[Metric]] = (GAE,)
+_CLASSES: Iterable[type[Metric]] = (
+    AvgSensitivity,
+    Complexity,
+    EffectiveComplexity,
+    GAE,
+    MaxSensitivity,
+    ParameterRandomisation,
+    PointingGame,
+    RandomLogit,
+    RelevanceMassAccuracy,
+    RelevanceRankAccuracy,
+    Sparseness,
+    TopKIntersection,
+)
 
 METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in _CLASSES}
 """Every metric by its name."""
@@ -46,4 +69,24 @@ def make_metric(name: str, model: nn.Module, **settings: Any) -> Metric:
     return metric(model, **settings)
 
 
-__all__ = ["GAE", "METRICS", "MethodError", "Metric", "Result", "Sample", "make_metric"]
+__all__ = [
+    "GAE",
+    "METRICS",
+    "AvgSensitivity",
+    "Complexity",
+    "EffectiveComplexity",
+    "MaxSensitivity",
+    "MethodError",
+    "Metric",
+    "ParameterRandomisation",
+    "PointingGame",
+    "RandomLogit",
+    "RelevanceMassAccuracy",
+    "RelevanceRankAccuracy",
+    "Result",
+    "Sample",
+    "Sparseness",
+    "TopKIntersection",
+    "boxes_to_masks",
+    "make_metric",
+]

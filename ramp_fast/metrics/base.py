@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -201,6 +202,9 @@ class Metric:
         MethodError
             The method raised an error. Nothing is added in either case.
         """
+        for option in options:
+            if option not in inspect.signature(self.measure).parameters:
+                raise InputError(f"{self.name}: update has no option {option!r}")
         images, target = self._checked(images, target)
         if masks is None and self.needs_masks:
             raise InputError(f"{self.name} needs masks [N, H, W] of the objects")
