@@ -157,7 +157,7 @@ class ParameterRandomisation(_Randomisation):
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         self._check_size(sample)
-        forgetful = self._copied()
+        scores, forgetful = sample.scores, self._copied()
         layers = _layers(forgetful)
         stages = min(self.stages or len(layers), len(layers))
         ends = [stage * len(layers) // stages for stage in range(stages + 1)]
@@ -166,7 +166,7 @@ class ParameterRandomisation(_Randomisation):
             for number in range(ends[stage], ends[stage + 1]):
                 _forget(layers[number], self.generator(number).initial_seed())
             maps = sample.attribute(sample.images, sample.target, model=forgetful)
-            similarities.append(self._alike(sample.scores, maps.sum(1)))
+            similarities.append(self._alike(scores, maps.sum(1)))
         similarity = torch.stack(similarities, 1)
         return {self.name: similarity.nanmean(1), "similarity": similarity}
 

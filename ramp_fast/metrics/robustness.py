@@ -36,8 +36,7 @@ class _Sensitivity(Metric):
         low, high = (-lower_bound, lower_bound) if upper_bound is None else (lower_bound, upper_bound)
         if low >= high:
             raise InputError(
-                f"{self.name}: no noise lies between {low} and {high}: lower_bound must be above 0 without upper_bound, "
-                "and below it with one"
+                f"{self.name}: no noise lies between {low} and {high}: lower_bound must be above 0 or below upper_bound"
             )
         self.nr_samples, self.lower_bound, self.upper_bound = nr_samples, lower_bound, upper_bound
         self._low, self._width = low, high - low
@@ -146,4 +145,4 @@ class AvgSensitivity(_Sensitivity):
 
 
 def _norm(maps: Tensor) -> Tensor:
-    return maps.flatten(1).double().norm(dim=1)
+    return maps.flatten(1).double().square().sum(1).sqrt()
