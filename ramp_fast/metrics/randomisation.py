@@ -85,7 +85,7 @@ class RandomLogit(_Randomisation):
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         self._check_size(sample)
-        others = sample.logits.shape[1] - 1
+        others = (self._classes or sample.logits.shape[1]) - 1
         if others < 1:
             raise InputError(f"{self.name}: the model has a single class: there is no other one to explain")
         # a generator for each image, so that classes do not hang on the batch

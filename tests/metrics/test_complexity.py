@@ -93,6 +93,16 @@ def test_scale_and_the_other_images_do_not_matter(model: nn.Module) -> None:
         torch.testing.assert_close(split.compute().values[metric.name], expected)
 
 
+def test_known_maps_need_no_model(model: nn.Module) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the model was called")
+
+    silent = nn.Sequential(nn.Flatten(), nn.Linear(3 * PIXELS, 4)).eval()
+    silent.register_forward_pre_hook(refuse)
+    maps = random_maps(2)
+    assert torch.equal(values(Sparseness(silent), maps), values(Sparseness(model), maps))
+
+
 def test_a_map_of_zeros_has_no_value(model: nn.Module) -> None:
     maps = random_maps(3)
     maps[1] = 0
