@@ -110,7 +110,8 @@ class Evaluation:
             import pandas
         except ImportError as error:
             raise RampFastError("to_pandas needs pandas: pip install 'ramp_fast[evaluate]'") from error
-        return pandas.DataFrame(self.rows())
+        frame: pandas.DataFrame = pandas.DataFrame(self.rows())
+        return frame
 
     def __str__(self) -> str:
         """Methods by metrics: means with standard errors; arrows say which direction is better."""

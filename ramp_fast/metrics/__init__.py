@@ -18,17 +18,38 @@ from torch import nn
 
 from ramp_fast.errors import InputError
 from ramp_fast.metrics.base import MethodError, Metric, Result, Sample
+from ramp_fast.metrics.complexity import Complexity, EffectiveComplexity, Sparseness
 from ramp_fast.metrics.curves import ABPC, AOPC, IROF, ROAD, Deletion, Insertion
 from ramp_fast.metrics.gae import GAE
+from ramp_fast.metrics.localisation import (
+    PointingGame,
+    RelevanceMassAccuracy,
+    RelevanceRankAccuracy,
+    TopKIntersection,
+    boxes_to_masks,
+)
+from ramp_fast.metrics.randomisation import ParameterRandomisation, RandomLogit
+from ramp_fast.metrics.robustness import AvgSensitivity, MaxSensitivity
 
 _CLASSES: Iterable[type[Metric]] = (
-    GAE,
-    Deletion,
-    Insertion,
     ABPC,
     AOPC,
+    AvgSensitivity,
+    Complexity,
+    Deletion,
+    EffectiveComplexity,
+    GAE,
+    Insertion,
     IROF,
+    MaxSensitivity,
+    ParameterRandomisation,
+    PointingGame,
+    RandomLogit,
+    RelevanceMassAccuracy,
+    RelevanceRankAccuracy,
     ROAD,
+    Sparseness,
+    TopKIntersection,
 )
 
 METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in _CLASSES}
@@ -74,11 +95,23 @@ __all__ = [
     "IROF",
     "METRICS",
     "ROAD",
+    "AvgSensitivity",
+    "Complexity",
     "Deletion",
+    "EffectiveComplexity",
     "Insertion",
+    "MaxSensitivity",
     "MethodError",
     "Metric",
+    "ParameterRandomisation",
+    "PointingGame",
+    "RandomLogit",
+    "RelevanceMassAccuracy",
+    "RelevanceRankAccuracy",
     "Result",
     "Sample",
+    "Sparseness",
+    "TopKIntersection",
+    "boxes_to_masks",
     "make_metric",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,14 +72,12 @@ class Result:
 class Sample:
     """What a metric measures: images of one ``update``, checked.
 
-    Maps and logits are computed when they are first asked for.
+    Maps, logits and predicted classes are computed when they are first asked for.
 
     Attributes
     ----------
     images : Tensor [N, C, H, W]
         On the model's device.
-    target : integer Tensor [N]
-        The classes explained.
     masks : bool Tensor [N, 1, H, W] or None
         Where the object is.
     numbers : range
@@ -94,10 +93,14 @@ class Sample:
         maps: Tensor | None = None,
         masks: Tensor | None = None,
     ) -> None:
-        self._metric, self._method, self._maps = metric, method, maps
+        self._metric, self._method, self._maps, self._target = metric, method, maps, target
         self.images, self.masks = images, masks
         self.numbers = range(metric.images_seen, metric.images_seen + images.shape[0])
-        self.target = self.logits.argmax(1) if target is None else target
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The classes explained, ``[N]``."""
+        return self.logits.argmax(1) if self._target is None else self._target
 
     @cached_property
     def logits(self) -> Tensor:
@@ -208,6 +211,9 @@ class Metric:
         MethodError
             The method raised an error. Nothing is added in either case.
         """
+        for option in options:
+            if option not in inspect.signature(self.measure).parameters:
+                raise InputError(f"{self.name}: update has no option {option!r}")
         images, target = self._checked(images, target)
         if masks is None and self.needs_masks:
             raise InputError(f"{self.name} needs masks [N, H, W] of the objects")
