@@ -25,7 +25,8 @@ from ramp_fast.runtime import GROUP, Groups, run
 
 if TYPE_CHECKING:
     from ramp_fast.evaluation import Data, Evaluation
-    from ramp_fast.metrics.base import Method, Metric
+    from ramp_fast.methods import Method
+    from ramp_fast.metrics import Metric
 
 PRECISIONS = ("float64", "float32", "mixed", "fast")
 CONTRASTS = ("others", "none")

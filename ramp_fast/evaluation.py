@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ramp_fast.data import Batch
 from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
-from ramp_fast.methods import METHODS, make_method
+from ramp_fast.methods import METHODS, Method, make_method
 from ramp_fast.metrics import METRICS, Metric, make_metric
-from ramp_fast.metrics.base import Method, Result, method_name
+from ramp_fast.metrics.base import Result, method_name
 from ramp_fast.specs import parse_spec
 from ramp_fast.store import atomic_write
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
+from ramp_fast.methods import Method
 from ramp_fast.rules import name_of
-
-# (model, images [N, C, H, W], target [N]) -> maps [N, C or 1, H, W]
-Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 # Images that a metric makes at a time (masked copies, perturbed images) take about this many bytes, unless
 # ``batch_size`` says how many go through the model together. On CPUs a model is as fast with few.
