@@ -233,23 +233,23 @@ class _Lines(list[str]):
 
 
 def _plain(values: dict[str, Tensor]) -> dict[str, Any]:
-    """JSON has no NaN: null stands for it."""
+    """JSON has no NaN and no infinity: null stands for the one, text for the other."""
 
-    def without_nan(value: Any) -> Any:
+    def plain(value: Any) -> Any:
         if isinstance(value, list):
-            return [without_nan(v) for v in value]
-        return value if math.isfinite(value) else (None if math.isnan(value) else math.copysign(1e999, value))
+            return [plain(v) for v in value]
+        return value if math.isfinite(value) else (None if math.isnan(value) else str(value))
 
-    return {name: without_nan(tensor.tolist()) for name, tensor in values.items()}
+    return {name: plain(tensor.tolist()) for name, tensor in values.items()}
 
 
 def _tensors(values: dict[str, Any]) -> dict[str, Tensor]:
-    def with_nan(value: Any) -> Any:
+    def number(value: Any) -> Any:
         if isinstance(value, list):
-            return [with_nan(v) for v in value]
-        return math.nan if value is None else value
+            return [number(v) for v in value]
+        return math.nan if value is None else float(value)
 
-    return {name: torch.tensor(with_nan(v), dtype=torch.float64) for name, v in values.items()}
+    return {name: torch.tensor(number(v), dtype=torch.float64) for name, v in values.items()}
 
 
 class Evaluator:

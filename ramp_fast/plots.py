@@ -52,7 +52,8 @@ def bars(evaluation: Evaluation, metrics: Sequence[str]) -> Figure:
         axis.set_yticks(range(len(evaluation.results)), list(evaluation.results))
         axis.invert_yaxis()
         better = "higher" if evaluation.metrics[metric]["higher_is_better"] else "lower"
-        axis.set_title(f"{metric} ({better} is better)", fontsize="medium")
+        axis.set_title(metric, fontsize="medium", wrap=True)
+        axis.set_xlabel(f"{better} is better")
         axis.axvline(0, color="black", linewidth=0.8)
     return figure
 
@@ -69,7 +70,7 @@ def curves(evaluation: Evaluation, metrics: Sequence[str]) -> Figure:
             if metric in results:
                 _curves(axis, results[metric], about, method, COLOURS[place % len(COLOURS)])
         axis.set_xlabel(about["label"])
-        axis.set_title(metric, fontsize="medium")
+        axis.set_title(metric, fontsize="medium", wrap=True)
     axes[0].legend(fontsize="small", frameon=False)
     return figure
 
