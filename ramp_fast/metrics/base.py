@@ -219,7 +219,8 @@ class Metric:
             masks = self._checked_masks(masks, images)
         if maps is not None:
             maps = checked_maps(maps, images, self.name, "the caller", self._batches)
-        values = self.measure(Sample(self, images, target, method, maps, masks), **options)
+        measured = self.measure(Sample(self, images, target, method, maps, masks), **options)
+        values = {name: v.detach() for name, v in measured.items()}
         self._add(values, images.shape[0])
         return values
 
@@ -274,7 +275,7 @@ class Metric:
             self._add(state["values"], state["images"])
 
     def _add(self, values: dict[str, Tensor], images: int) -> None:
-        self._values.append({name: v.detach() for name, v in values.items()})
+        self._values.append(values)
         self.images_seen += images
         self._batches += 1
 
