@@ -184,7 +184,14 @@ def test_what_does_not_fit(model: nn.Module) -> None:
     ):
         with pytest.raises(InputError, match=problem):
             call()
-    assert TopKIntersection(model, k=PIXELS).settings() != TopKIntersection(model, k=3).settings()
+    for metric, setting in (
+        (TopKIntersection, {"k": 3}),
+        (TopKIntersection, {"concept_influence": True}),
+        (PointingGame, {"tolerance": 1}),
+        (PointingGame, {"sign": "absolute"}),
+    ):
+        with pytest.raises(InputError, match="does not fit"):
+            metric(model).merge_state(metric(model, **setting).state_dict())  # type: ignore[arg-type]
     assert values(TopKIntersection(model, k=PIXELS), maps, masks).tolist() == pytest.approx(
         masks.flatten(1).double().mean(1).tolist()
     )

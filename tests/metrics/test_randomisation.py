@@ -324,6 +324,10 @@ def test_what_does_not_fit(model: nn.Module, images: Tensor) -> None:
             call()
     saved = ParameterRandomisation(model, stages=2)
     saved.update(images, 0, edges)
-    for other in (ParameterRandomisation(model, stages=3), ParameterRandomisation(model, "pearson", stages=2)):
+    for other in (
+        ParameterRandomisation(model, stages=3),
+        ParameterRandomisation(model, "pearson", stages=2),
+        ParameterRandomisation(model, stages=2, sign="signed"),
+    ):
         with pytest.raises(InputError, match="does not fit"):
             other.merge_state(saved.state_dict())
