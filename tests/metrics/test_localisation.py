@@ -90,7 +90,7 @@ def test_definitions(model: nn.Module) -> None:
         assert signed[image].item() == pytest.approx(r[mask].sum() / r.sum(), rel=1e-9)
 
 
-@pytest.mark.parametrize("tolerance", [0, 0.9, 1, 1.5, 3, 4.3, 15, 1000])
+@pytest.mark.parametrize("tolerance", [0, 0.9, 1, 1.5, 3, math.sqrt(13), 4.3, 15, 1000])
 def test_the_pointing_game_has_a_round_tolerance(model: nn.Module, tolerance: float) -> None:
     count = 30
     maps = random_maps(count)
