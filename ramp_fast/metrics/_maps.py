@@ -85,10 +85,13 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 
 def _ranks(values: Tensor) -> Tensor:
     """Of entries ``[N, D]``, from 1; the mean rank among equals."""
-    ordered = values.sort(1).values
-    below = torch.searchsorted(ordered, values)
-    not_above = torch.searchsorted(ordered, values, right=True)
-    return (below + not_above + 1).to(values.dtype) / 2
+    ordered, order = values.sort(1)
+    place = torch.arange(values.shape[1], device=values.device)
+    differs = ordered.diff(dim=1) != 0
+    # the first and the last place of every run of equals
+    first = (F.pad(differs, (1, 0), value=True) * place).cummax(1).values
+    last = place.where(F.pad(differs, (0, 1), value=True), values.shape[1]).flip(1).cummin(1).values.flip(1)
+    return torch.empty_like(values).scatter_(1, order, (first + last).to(values.dtype) / 2 + 1)
 
 
 SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -90,7 +90,7 @@ def test_definitions(model: nn.Module) -> None:
         assert signed[image].item() == pytest.approx(r[mask].sum() / r.sum(), rel=1e-9)
 
 
-@pytest.mark.parametrize("tolerance", [0, 0.9, 1, 1.5, 3, 4.3, 15, 1000])
+@pytest.mark.parametrize("tolerance", [0, 0.9, 1, 1.5, 3, math.sqrt(13), 4.3, 15, 1000])
 def test_the_pointing_game_has_a_round_tolerance(model: nn.Module, tolerance: float) -> None:
     count = 30
     maps = random_maps(count)
@@ -184,7 +184,14 @@ def test_what_does_not_fit(model: nn.Module) -> None:
     ):
         with pytest.raises(InputError, match=problem):
             call()
-    assert TopKIntersection(model, k=PIXELS).settings() != TopKIntersection(model, k=3).settings()
+    for metric, setting in (
+        (TopKIntersection, {"k": 3}),
+        (TopKIntersection, {"concept_influence": True}),
+        (PointingGame, {"tolerance": 1}),
+        (PointingGame, {"sign": "absolute"}),
+    ):
+        with pytest.raises(InputError, match="does not fit"):
+            metric(model).merge_state(metric(model, **setting).state_dict())  # type: ignore[arg-type]
     assert values(TopKIntersection(model, k=PIXELS), maps, masks).tolist() == pytest.approx(
         masks.flatten(1).double().mean(1).tolist()
     )

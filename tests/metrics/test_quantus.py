@@ -6,6 +6,7 @@ matters. Maps have one channel, as Quantus' own examples make them: both then me
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -228,6 +229,19 @@ def test_parameter_randomisation(model: nn.Module, images: Tensor, target: Tenso
     assert layers == ["5", "2", "0"]
     for stage, layer in enumerate(layers):
         agree(found[:, stage], expected[layer])
+
+
+def test_defaults(model: nn.Module) -> None:
+    for name, ours in (
+        ("EffectiveComplexity", metrics.EffectiveComplexity(model)),
+        ("TopKIntersection", metrics.TopKIntersection(model)),
+        ("MaxSensitivity", metrics.MaxSensitivity(model)),
+        ("AvgSensitivity", metrics.AvgSensitivity(model)),
+    ):
+        known = inspect.signature(getattr(quantus, name)).parameters
+        shared = {k: v for k, v in ours.settings().items() if k in known}
+        assert len(shared) >= 1
+        assert shared == {k: known[k].default for k in shared}
 
 
 def test_differences_that_docstrings_tell_of(model: nn.Module, images: Tensor, target: Tensor, masks: Tensor) -> None:

@@ -100,8 +100,9 @@ def test_similarities(name: str) -> None:
     assert found[0].item() == pytest.approx(1)
     assert (found.diff() < 0).all()
     torch.testing.assert_close(SIMILARITIES[name](b, a), found)
-    constant = torch.full_like(a, 0.1)
+    constant = torch.full_like(a, 0.9)  # whose mean is not 0.9 after rounding
     assert SIMILARITIES[name](constant, constant).isnan().all()
+    assert SIMILARITIES[name](a, constant).isnan().all() == ("ssim" not in name)
 
 
 def test_opposites() -> None:
@@ -232,6 +233,13 @@ def test_every_layer_gets_numbers_of_its_own(images: Tensor) -> None:
     assert not torch.isclose(new["a.weight"], new["b.weight"]).any()
 
 
+def test_deep_models_have_eight_stages(images: Tensor) -> None:
+    deep = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 4), *[nn.Linear(4, 4) for _ in range(10)])
+    deep = deep.double().eval()
+    assert ParameterRandomisation(deep).update(images, 0, edges)["similarity"].shape == (6, 8)
+    assert ParameterRandomisation(deep, stages=None).update(images, 0, edges)["similarity"].shape == (6, 11)
+
+
 def test_model_and_random_numbers_are_left_alone(model: nn.Module, images: Tensor) -> None:
     before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
@@ -316,6 +324,10 @@ def test_what_does_not_fit(model: nn.Module, images: Tensor) -> None:
             call()
     saved = ParameterRandomisation(model, stages=2)
     saved.update(images, 0, edges)
-    for other in (ParameterRandomisation(model, stages=3), ParameterRandomisation(model, "pearson", stages=2)):
+    for other in (
+        ParameterRandomisation(model, stages=3),
+        ParameterRandomisation(model, "pearson", stages=2),
+        ParameterRandomisation(model, stages=2, sign="signed"),
+    ):
         with pytest.raises(InputError, match="does not fit"):
             other.merge_state(saved.state_dict())

@@ -112,10 +112,18 @@ def test_results_do_not_depend_on_batches(model: nn.Module, images: Tensor) -> N
                 torch.testing.assert_close(pieces.compute().values[name], expected, rtol=1e-9, atol=0)
 
 
-def test_no_more_than_a_batch_is_asked_for(model: nn.Module, images: Tensor) -> None:
-    method = Recorder()
-    MaxSensitivity(model, nr_samples=5, batch_size=4).update(images, None, method)
-    assert [len(i) for i in method.images] == [4, 2, *[4] * 7, 2]
+def test_no_more_than_a_batch_is_held(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, metric, held = Recorder(), MaxSensitivity(model, nr_samples=5, batch_size=4), []
+    attribute = metric.attribute
+
+    def watched(method: Recorder, images: Tensor, target: Tensor, model: nn.Module | None) -> Tensor:
+        held.append(len(images))
+        return attribute(method, images, target, model)
+
+    monkeypatch.setattr(metric, "attribute", watched)
+    metric.update(images, None, method)
+    assert held == [6, *[4] * 7, 2]
+    assert [len(i) for i in method.images] == [4, 2, *[4] * 7, 2]  # full batches, of several images
 
 
 def test_seeds(model: nn.Module, images: Tensor) -> None:
@@ -158,5 +166,6 @@ def test_what_does_not_fit(model: nn.Module, images: Tensor, metric: type[MaxSen
         with pytest.raises(InputError, match=metric.name + problem):
             call()
     one.update(images[:2], None, input_x_gradient)
-    with pytest.raises(InputError, match="does not fit"):
-        metric(model, nr_samples=3).load_state_dict(one.state_dict())
+    for other in ({"nr_samples": 3}, {"lower_bound": 0.1}, {"upper_bound": 0.3}):
+        with pytest.raises(InputError, match="does not fit"):
+            metric(model, **{"nr_samples": 2, **other}).load_state_dict(one.state_dict())  # type: ignore[arg-type]
