@@ -152,6 +152,7 @@ def run(name: str, loader: ModuleType) -> Evaluation:
 
 def page(results: dict[str, Evaluation]) -> str:
     """docs/evaluation.md."""
+    covered = float(torch.stack([m.float().mean() for m, boxes in zip(masks(224), BOXES, strict=True) if boxes]).mean())
     torch_version = torch.__version__.split("+")[0]
     lines = [
         "# Methods and metrics on trained networks",
@@ -162,10 +163,9 @@ def page(results: dict[str, Evaluation]) -> str:
         "    pip install '.[evaluate]' foolbox torchvision",
         "    RAMP_FAST_MODELS=FOLDER python bench/evaluation.py",
         "",
-        f"on {platform.machine()}, {os.cpu_count()} cores, PyTorch {torch_version}. Twenty images are "
-        "few: differences of less than two standard errors mean nothing. For the objects, boxes were drawn by hand, which "
-        f"cover {100 * float(masks(224).float().mean((1, 2))[[bool(b) for b in BOXES]].mean()):.0f} % of a picture on "
-        "average, which is what a random map has in them.",
+        f"on {platform.machine()}, {os.cpu_count()} cores, PyTorch {torch_version}. Twenty images are few: differences "
+        "of less than two standard errors mean nothing. Boxes of the objects were drawn by hand; they cover "
+        f"{100 * covered:.0f} % of a picture on average, which is what a random map has in them.",
     ]
     for name, result in results.items():
         lines += ["", f"## {NETWORKS[name]['title']}", "", result.markdown(), ""]
