@@ -50,7 +50,7 @@ class TestMaskGeometry:
     @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
     @pytest.mark.parametrize("crop", [1.0, 0.875, 0.6])
     @pytest.mark.parametrize("mode", ["center", "squash", "border"])
-    @pytest.mark.parametrize("size", [(24, 24), (90, 61), (37, 120), (9, 7)])
+    @pytest.mark.parametrize("size", [(24, 24), (90, 61), (45, 100), (9, 7)])
     @pytest.mark.parametrize("out", [(24, 24), (16, 32)])
     def test_aligned_with_the_image(
         self, out: tuple[int, int], size: tuple[int, int], mode: str, crop: float, interpolation: str
@@ -71,6 +71,10 @@ class TestMaskGeometry:
         assert min(int(white.sum()), int(black.sum())) >= 4  # there is something to compare
         assert bool(mask[white].all())
         assert not bool(mask[black].any())
+
+    def test_by_the_nearest_pixel(self) -> None:
+        region = np.random.default_rng(0).random((4 * SIZE, 4 * SIZE)) < 0.5
+        assert torch.equal(preprocessing().mask(region)[0], torch.from_numpy(region[2::4, 2::4].copy()))
 
     def test_borders_are_outside(self) -> None:
         prepared = preprocessing(crop_mode="border", mean=(0.9, 0.9, 0.9))
@@ -145,6 +149,9 @@ class TestFolders:
         with pytest.raises(InputError, match="labels need class_names"):
             open_(tmp_path)
 
+    def test_wordnet_ids_of_other_data_are_in_order(self, tmp_path: Path) -> None:
+        assert self.opened(tmp_path, ["n01484850", "n01440764"], ClassNames(2)) == {"n01440764": 0, "n01484850": 1}
+
     def test_names_that_are_partly_known(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="2 class folders are not among the model's 3 class names: cow, yak"):
             self.opened(tmp_path, ["ape", "cow", "yak"], ClassNames(3, ["ape", "bee", "cat"]))
@@ -191,6 +198,11 @@ class TestTinyImageNet:
         data = open_(tiny_imagenet(tmp_path), split="train", class_names=ClassNames(2))
         assert targets(data) == {"n01/images/n01_0": 0, "n02/images/n02_0": 1}
         assert all(e.mask is not None and int(e.mask.sum()) == 8 for e in data)
+
+    def test_classes_are_in_the_order_of_all_ids(self, tmp_path: Path) -> None:
+        root = tiny_imagenet(tmp_path)
+        (root / "wnids.txt").write_text("n05\nn02\nn03\nn01\nn00\nn04\n")
+        assert list(targets(open_(root, class_names=ClassNames(6))).values()) == [1, 2]
 
     def test_classes_by_a_file_of_names(self, tmp_path: Path) -> None:
         root = tiny_imagenet(tmp_path)
@@ -417,6 +429,16 @@ class TestBatches:
         assert [n for b in found for n in b.names] == [f"{n:02}" for n in range(11)]
         shades = torch.cat([b.images for b in found])[:, 0, 0, 0]
         torch.testing.assert_close((shades * 0.5 + 0.5) * 255, 10 * torch.arange(11.0), rtol=0, atol=1e-3)
+
+    def test_few_images_wait(self, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+        started: list[int] = []
+        read = data._read
+        monkeypatch.setattr(data, "_read", lambda index: started.append(index) or read(index))  # type: ignore[func-returns-value]
+        stream = batches(data, 2, 1)
+        next(stream)
+        _settle(lambda: len(started) >= 4)
+        stream.close()  # type: ignore[attr-defined]
+        assert len(started) <= 5  # two taken, batch_size + workers ahead
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_unreadable_images_are_left_out(self, tmp_path: Path, data: Dataset, workers: int) -> None:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import captum.attr
+import captum.metrics
 import pytest
 import torch
 
@@ -18,8 +20,6 @@ from test_no_trace import Watch
 import ramp_fast.integrations.captum as adapter
 from ramp_fast import Engine, InputError, UnsupportedModelError
 from ramp_fast.integrations.captum import AbsLRP
-
-captum = pytest.importorskip("captum")
 
 TARGET = torch.tensor([1, 7, 4])
 

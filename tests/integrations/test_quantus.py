@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import quantus
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -61,7 +62,6 @@ def test_arrays_tensors_and_predicted_classes() -> None:
 
 
 def test_max_sensitivity() -> None:
-    quantus = pytest.importorskip("quantus")
     model = vgg()
     kept: list[np.ndarray] = []
 
