@@ -299,7 +299,7 @@ def feature_layer(model: nn.Module, image: Tensor) -> str:
     """
     blocks: Any = getattr(model, "blocks", None)
     ends: list[nn.Module] = []  # the last block and its first norm
-    if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks) and hasattr(model, "patch_embed"):
+    if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks):
         ends = [blocks[-1], getattr(blocks[-1], "norm1", blocks[-1])]
     found: list[tuple[str, int]] = []  # names of feature maps (4) and tokens (3), in the order they are made
     arrived: dict[nn.Module, Any] = {}  # what the ends were given

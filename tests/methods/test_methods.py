@@ -208,6 +208,7 @@ class TestGradCAM:
         (slope,) = torch.autograd.grad(logit, kept[0])
         patches, weights = kept[0][:, before:], slope[:, before:].mean(1, keepdim=True)
         maps = (patches * weights).sum(-1).reshape(len(x), 1, *grid).detach()
+        assert float(maps.abs().min()) > 0
         return nn.functional.interpolate(maps, x.shape[2:], mode="bilinear")
 
     def test_of_tokens(self) -> None:
@@ -225,6 +226,43 @@ class TestGradCAM:
         x = torch.randn(1, 3, 16, 32, generator=torch.Generator().manual_seed(0)).double()
         expected = self.of_tokens(model, x, 3, (2, 4))
         torch.testing.assert_close(GradCAM(relu=False)(model, x, TARGET[:1]), expected, rtol=1e-10, atol=1e-18)
+
+    @pytest.mark.parametrize("known", ["stem", "grid", "patch", "nothing"])
+    def test_where_a_model_says_how_tokens_lie(self, known: str) -> None:
+        from timm.models.mlp_mixer import MlpMixer
+
+        torch.manual_seed(0)
+        model = MlpMixer(CLASSES, img_size=16, patch_size=4, num_blocks=2, embed_dim=12).eval().double()
+        nn.init.normal_(model.head.weight)  # as initialised it is zero
+        x = images().double()
+        expected = self.of_tokens(model, x, 0, (4, 4))
+        if known != "stem":
+            if known == "patch":
+                model.patch_size = 4
+            if known != "grid":
+                model.stem.grid_size = None
+            model.stem.patch_size = None
+        if known == "nothing":
+            with pytest.raises(UnsupportedModelError, match=r"MlpMixer does not say its patch size.*16 tokens"):
+                GradCAM()(model, x, TARGET)
+        else:
+            torch.testing.assert_close(GradCAM(relu=False)(model, x, TARGET), expected, rtol=1e-10, atol=1e-18)
+
+    def test_images_of_another_size_than_the_model_was_made_for(self) -> None:
+        from timm.models.vision_transformer import VisionTransformer
+
+        torch.manual_seed(0)
+        size = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+        model = VisionTransformer(**size, num_classes=CLASSES, dynamic_img_size=True).eval().double()
+        x = images(size=24).double()
+        expected = self.of_tokens(model, x, 1, (3, 3))
+        torch.testing.assert_close(GradCAM(relu=False)(model, x, TARGET), expected, rtol=1e-10, atol=1e-18)
+
+    def test_tokens_that_were_merged(self) -> None:
+        model = vit()
+        model.patch_embed.patch_size, model.patch_embed.grid_size = (2, 2), (8, 8)
+        with pytest.raises(UnsupportedModelError, match="5 tokens for 8 x 8 patches: VisionTransformer merges"):
+            GradCAM()(model, images(), TARGET)
 
     def test_channels_last(self) -> None:
         from timm.models.swin_transformer import SwinTransformer
