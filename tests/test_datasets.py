@@ -47,18 +47,13 @@ def targets(data: Dataset) -> dict[str, int | None]:
 
 
 class TestMaskGeometry:
-    @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-    @pytest.mark.parametrize("crop", [1.0, 0.875, 0.6])
+    @pytest.mark.parametrize("crop", [1.0, 0.7])
     @pytest.mark.parametrize("mode", ["center", "squash", "border"])
     @pytest.mark.parametrize("size", [(24, 24), (90, 61), (45, 100), (9, 7)])
     @pytest.mark.parametrize("out", [(24, 24), (16, 32)])
-    def test_aligned_with_the_image(
-        self, out: tuple[int, int], size: tuple[int, int], mode: str, crop: float, interpolation: str
-    ) -> None:
+    def test_aligned_with_the_image(self, out: tuple[int, int], size: tuple[int, int], mode: str, crop: float) -> None:
         """What is all white in the model's input is in the mask, what is all black is not."""
-        prepared = preprocessing(
-            input_size=(3, *out), crop_mode=mode, crop_pct=crop, interpolation=interpolation, mean=(0.45, 0.45, 0.45)
-        )
+        prepared = preprocessing(input_size=(3, *out), crop_mode=mode, crop_pct=crop, mean=(0.45, 0.45, 0.45))
         width, height = size
         region = np.zeros((height, width), dtype=bool)
         region[height // 4 : height * 2 // 3, width // 3 : width * 4 // 5] = True

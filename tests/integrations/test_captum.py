@@ -53,7 +53,7 @@ def test_captums_ways_to_name_classes_and_inputs() -> None:
 
 
 def test_noise_tunnel() -> None:
-    model, x = vit(), images()
+    model, x = vgg(), images()
     method = AbsLRP(model, normalize="none")
     torch.manual_seed(8)
     found = captum.attr.NoiseTunnel(method).attribute(x, nt_samples=3, stdevs=0.2, target=TARGET)

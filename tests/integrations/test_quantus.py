@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from small_models import images, vgg, vit  # beside this folder
+from small_models import images, vgg  # beside this folder
 from test_no_trace import Watch
 
 from ramp_fast import Engine, InputError, UnsupportedModelError
@@ -41,7 +41,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
 
 
 def test_gives_the_engines_maps() -> None:
-    model = vit()
+    model = vgg()
     with Watch(model):
         found = explain(model, X, Y, rule="abslrp-release", precision="float64", contrast="none", normalize="sum")
     engine = Engine(model, "abslrp-release", "float64")
@@ -63,11 +63,11 @@ def test_arrays_tensors_and_predicted_classes() -> None:
 
 def test_max_sensitivity() -> None:
     model = vgg()
+    engine = Engine(model, precision="float32")
     kept: list[np.ndarray] = []
 
     def ours(model: torch.nn.Module, inputs: np.ndarray, targets: np.ndarray, **options: Any) -> np.ndarray:
         kept.append(np.array(inputs))
-        engine = Engine(model, precision="float32")
         return engine.attribute(torch.from_numpy(inputs).float(), torch.from_numpy(targets), "none").maps.numpy()
 
     def scores(function: Any, **options: Any) -> list[float]:
