@@ -88,14 +88,19 @@ def token_grid(model: nn.Module, tokens: int, size: torch.Size) -> tuple[int, in
     UnsupportedModelError
         The model does not say its patch size, or has fewer tokens than patches.
     """
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or getattr(model, "patch_size", None)
-    if patch is None:
+    embedding = getattr(model, "patch_embed", None) or getattr(model, "stem", None) or model
+    grid, made_for = getattr(embedding, "grid_size", None), getattr(embedding, "img_size", None)
+    patch = getattr(embedding, "patch_size", None) or getattr(model, "patch_size", None)
+    if grid is not None and made_for is not None and tuple(made_for) == tuple(size):
+        rows, columns = grid
+    elif patch is not None:
+        high, wide = (patch, patch) if isinstance(patch, int) else patch
+        rows, columns = math.ceil(size[0] / high), math.ceil(size[1] / wide)
+    else:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not say its patch size (patch_embed.patch_size), so {tokens} tokens cannot "
             "be laid out as a picture"
         )
-    high, wide = (patch, patch) if isinstance(patch, int) else patch
-    rows, columns = math.ceil(size[0] / high), math.ceil(size[1] / wide)
     before = tokens - rows * columns
     if before < 0:
         raise UnsupportedModelError(

@@ -113,7 +113,7 @@ def make_method(name: str, model: nn.Module, seed: int = 0, **settings: Any) -> 
 
     Raises
     ------
-    InputError
+    InputError, ValueError
         Unknown name or setting, or a value out of range.
     UnsupportedModelError
         The method cannot explain this model (found before anything is computed where possible).

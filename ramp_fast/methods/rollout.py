@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
-from timm.models.vision_transformer import Attention, VisionTransformer  # type: ignore[attr-defined]  # timm 1.0.11
 from torch import Tensor, nn
 
 from ramp_fast.errors import UnsupportedModelError
@@ -93,7 +93,7 @@ def _classified(model: nn.Module, flow: Tensor, before: int) -> Tensor:
     return flow[:, : 2 if hasattr(model, "head_dist") else 1].mean(1)  # DeiT's distilled models average two heads
 
 
-def attention_of(model: nn.Module) -> list[Attention]:
+def attention_of(model: nn.Module) -> list[Any]:
     """The self-attention modules of a Vision Transformer, block by block.
 
     Raises
@@ -101,6 +101,9 @@ def attention_of(model: nn.Module) -> list[Attention]:
     UnsupportedModelError
         The model is another one, or rollout is not defined for how it attends or pools.
     """
+    # Here, as importing timm takes seconds. Attention has been in this module in all versions, not always exported.
+    from timm.models.vision_transformer import Attention, VisionTransformer  # type: ignore[attr-defined]
+
     name = type(model).__name__
     if not isinstance(model, VisionTransformer):
         raise UnsupportedModelError(

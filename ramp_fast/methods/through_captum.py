@@ -10,7 +10,7 @@ import importlib
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from ramp_fast.errors import InputError, RampFastError, UnsupportedModelError
 from ramp_fast.methods.base import checked, checked_seed, one_by_one, positive, seed_of, token_grid, upsampled
+
+# Layers that Grad-CAM has chosen, by the shape of an image. Names, not modules: those would keep their model alive.
+_CHOSEN: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, str]] = weakref.WeakKeyDictionary()
 
 
 def captum_attr() -> Any:
@@ -72,7 +75,7 @@ class IntegratedGradients:
         method = captum_attr().IntegratedGradients(model)
         maps = [
             method.attribute(
-                _leaf(image),
+                image,
                 baselines=float(self.baseline),
                 target=label,
                 n_steps=self.steps,
@@ -209,18 +212,17 @@ class Occlusion:
                 "fit into the image, and a stride into the window"
             )
         method = captum_attr().Occlusion(model)
-        with torch.no_grad():
-            maps = [
-                method.attribute(
-                    image,
-                    sliding_window_shapes=(channels, window, window),
-                    strides=(channels, stride, stride),
-                    baselines=float(self.baseline),
-                    target=label,
-                    perturbations_per_eval=self.batch_size,
-                )[:, :1]  # a window covers all channels: each has the same map
-                for image, label in one_by_one(images, target)
-            ]
+        maps = [
+            method.attribute(
+                image,
+                sliding_window_shapes=(channels, window, window),
+                strides=(channels, stride, stride),
+                baselines=float(self.baseline),
+                target=label,
+                perturbations_per_eval=self.batch_size,
+            )[:, :1]  # a window covers all channels: each has the same map
+            for image, label in one_by_one(images, target)
+        ]
         return torch.cat(maps).to(images)  # captum returns float32
 
 
@@ -249,10 +251,6 @@ class GradCAM:
     __name__: ClassVar[str] = "gradcam"
     layer: str | None = None
     relu: bool = True
-    # Names, not modules: those would keep the model alive.
-    _chosen: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, str]] = field(
-        default_factory=weakref.WeakKeyDictionary, init=False, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
         if self.layer is not None and not isinstance(self.layer, str):
@@ -285,7 +283,7 @@ class GradCAM:
                     "the names"
                 )
             return self.layer
-        known = self._chosen.setdefault(model, {})
+        known = _CHOSEN.setdefault(model, {})
         if image.shape not in known:
             known[image.shape] = feature_layer(model, image)
         return known[image.shape]
@@ -301,7 +299,7 @@ def feature_layer(model: nn.Module, image: Tensor) -> str:
     """
     blocks: Any = getattr(model, "blocks", None)
     ends: list[nn.Module] = []  # the last block and its first norm
-    if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks) and hasattr(model, "patch_embed"):
+    if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks):
         ends = [blocks[-1], getattr(blocks[-1], "norm1", blocks[-1])]
     found: list[tuple[str, int]] = []  # names of feature maps (4) and tokens (3), in the order they are made
     arrived: dict[nn.Module, Any] = {}  # what the ends were given
@@ -392,11 +390,6 @@ def _channels_last(model: nn.Module) -> bool:
 
 def _positions(output: Tensor, channels_last: bool) -> int:
     return output.shape[1] * output.shape[2] if channels_last else output.shape[2] * output.shape[3]
-
-
-def _leaf(image: Tensor) -> Tensor:
-    # Captum warns of an input that takes no gradient, and sets the flag itself.
-    return image.detach().requires_grad_()
 
 
 def _number(name: str, setting: str, value: Any) -> None:

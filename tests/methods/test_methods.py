@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import captum.attr
 import pytest
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,6 @@ from ramp_fast.methods import (
     make_method,
 )
 from ramp_fast.methods.base import seed_of
-
-captum = pytest.importorskip("captum.attr")
 
 TARGET = torch.tensor([1, 7, 4])
 FUNCTIONS = [name for name in METHODS if not name.startswith("abslrp")]
@@ -116,6 +115,15 @@ def test_hooks_are_gone_after_an_exception_in_the_model(name: str) -> None:
                 method(model, x, TARGET)
 
 
+@pytest.mark.parametrize("name", ["ig", "smoothgrad", "occlusion"])
+def test_the_batch_size_bounds_what_goes_through_the_model(name: str) -> None:
+    model, sizes = vgg(), set()
+    method = function(name, model, batch_size=3)
+    model.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
+    method(model, images(), TARGET)
+    assert max(sizes) == 3
+
+
 class TestGradients:
     def test_against_a_loop(self) -> None:
         model, x = vit().double(), images().double()
@@ -143,7 +151,7 @@ class TestCaptum:
     def test_integrated_gradients(self, model: nn.Module) -> None:
         x = images().double()
         found = IntegratedGradients(steps=9, baseline=0.3, batch_size=4)(model, x, TARGET)
-        expected = captum.IntegratedGradients(model).attribute(x, baselines=0.3, target=TARGET, n_steps=9)
+        expected = captum.attr.IntegratedGradients(model).attribute(x, baselines=0.3, target=TARGET, n_steps=9)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)  # captum sums its steps in float32
         # completeness, of a smooth network: maps sum to the logit's rise from the baseline
         model = vit().double()
@@ -156,7 +164,7 @@ class TestCaptum:
         for i in range(3):
             image = x[i : i + 1]
             torch.manual_seed(seed_of(image[0], 11))
-            expected = captum.NoiseTunnel(captum.Saliency(model)).attribute(
+            expected = captum.attr.NoiseTunnel(captum.attr.Saliency(model)).attribute(
                 image,
                 nt_samples=5,
                 nt_samples_batch_size=3,
@@ -168,7 +176,7 @@ class TestCaptum:
 
     def test_occlusion(self, model: nn.Module, x: Tensor) -> None:
         found = Occlusion(window=20, stride=12, baseline=0.1, batch_size=5)(model, x, TARGET)
-        expected = captum.Occlusion(model).attribute(
+        expected = captum.attr.Occlusion(model).attribute(
             x, sliding_window_shapes=(3, 20, 20), strides=(3, 12, 12), baselines=0.1, target=TARGET
         )
         for channel in range(3):
@@ -179,29 +187,33 @@ class TestCaptum:
     @pytest.mark.parametrize("relu", [True, False])
     def test_gradcam(self, model: nn.Module, x: Tensor, relu: bool) -> None:
         found = GradCAM(relu=relu)(model, x, TARGET)
-        expected = captum.LayerGradCam(model, model.layer4).attribute(x, target=TARGET, relu_attributions=relu)
+        expected = captum.attr.LayerGradCam(model, model.layer4).attribute(x, target=TARGET, relu_attributions=relu)
         assert expected.shape == (3, 1, 2, 2)
-        expected = captum.LayerAttribution.interpolate(expected, (64, 64), interpolate_mode="bilinear")
+        expected = captum.attr.LayerAttribution.interpolate(expected, (64, 64), interpolate_mode="bilinear")
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-15)
         assert bool((found < 0).any()) != relu
         named = GradCAM("layer3", relu)(model, x, TARGET)
-        expected = captum.LayerGradCam(model, model.layer3).attribute(x, target=TARGET, relu_attributions=relu)
-        expected = captum.LayerAttribution.interpolate(expected, (64, 64), interpolate_mode="bilinear")
+        expected = captum.attr.LayerGradCam(model, model.layer3).attribute(x, target=TARGET, relu_attributions=relu)
+        expected = captum.attr.LayerAttribution.interpolate(expected, (64, 64), interpolate_mode="bilinear")
         torch.testing.assert_close(named, expected, rtol=1e-10, atol=1e-15)
 
 
 class TestGradCAM:
-    def test_of_tokens(self) -> None:
+    def of_tokens(self, model: nn.Module, x: Tensor, before: int, grid: tuple[int, int]) -> Tensor:
         """By its definition: channels weighed by their mean gradient over the patches."""
-        model, x = vit().double(), images().double()
-        kept: list[Tensor] = []
+        target, kept = TARGET[: len(x)], []
         handle = model.blocks[-1].norm1.register_forward_hook(lambda _, __, out: kept.append(out))
-        logit = model(x).gather(1, TARGET[:, None]).sum()
+        logit = model(x).gather(1, target[:, None]).sum()
         handle.remove()
         (slope,) = torch.autograd.grad(logit, kept[0])
-        patches, weights = kept[0][:, 1:], slope[:, 1:].mean(1, keepdim=True)
-        expected = (patches * weights).sum(-1).reshape(3, 1, 2, 2).detach()
-        expected = nn.functional.interpolate(expected, (SIZE, SIZE), mode="bilinear")
+        patches, weights = kept[0][:, before:], slope[:, before:].mean(1, keepdim=True)
+        maps = (patches * weights).sum(-1).reshape(len(x), 1, *grid).detach()
+        assert float(maps.abs().min()) > 0
+        return nn.functional.interpolate(maps, x.shape[2:], mode="bilinear")
+
+    def test_of_tokens(self) -> None:
+        model, x = vit().double(), images().double()
+        expected = self.of_tokens(model, x, 1, (2, 2))
         torch.testing.assert_close(GradCAM(relu=False)(model, x, TARGET), expected, rtol=1e-10, atol=1e-18)
         assert torch.equal(GradCAM("blocks.1.norm1")(model, x, TARGET), GradCAM()(model, x, TARGET))
 
@@ -209,14 +221,48 @@ class TestGradCAM:
         from timm.models.vision_transformer import VisionTransformer
 
         torch.manual_seed(0)
-        model = VisionTransformer(
-            img_size=(16, 32), patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=CLASSES, reg_tokens=2
-        ).eval()
-        x = torch.randn(1, 3, 16, 32, generator=torch.Generator().manual_seed(0))
-        maps = GradCAM(relu=False)(model, x, TARGET[:1])
-        assert maps.shape == (1, 1, 16, 32)
-        # rows of the grid are rows of the picture: what is upsampled changes with both
-        assert bool((maps[..., 0, :] != maps[..., -1, :]).any())
+        size = {"img_size": (16, 32), "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+        model = VisionTransformer(**size, num_classes=CLASSES, reg_tokens=2).eval().double()
+        x = torch.randn(1, 3, 16, 32, generator=torch.Generator().manual_seed(0)).double()
+        expected = self.of_tokens(model, x, 3, (2, 4))
+        torch.testing.assert_close(GradCAM(relu=False)(model, x, TARGET[:1]), expected, rtol=1e-10, atol=1e-18)
+
+    @pytest.mark.parametrize("known", ["stem", "grid", "patch", "nothing"])
+    def test_where_a_model_says_how_tokens_lie(self, known: str) -> None:
+        from timm.models.mlp_mixer import MlpMixer
+
+        torch.manual_seed(0)
+        model = MlpMixer(CLASSES, img_size=16, patch_size=4, num_blocks=2, embed_dim=12).eval().double()
+        nn.init.normal_(model.head.weight)  # as initialised it is zero
+        x = images().double()
+        expected = self.of_tokens(model, x, 0, (4, 4))
+        if known != "stem":
+            if known == "patch":
+                model.patch_size = 4
+            if known != "grid":
+                model.stem.grid_size = None
+            model.stem.patch_size = None
+        if known == "nothing":
+            with pytest.raises(UnsupportedModelError, match=r"MlpMixer does not say its patch size.*16 tokens"):
+                GradCAM()(model, x, TARGET)
+        else:
+            torch.testing.assert_close(GradCAM(relu=False)(model, x, TARGET), expected, rtol=1e-10, atol=1e-18)
+
+    def test_images_of_another_size_than_the_model_was_made_for(self) -> None:
+        from timm.models.vision_transformer import VisionTransformer
+
+        torch.manual_seed(0)
+        size = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+        model = VisionTransformer(**size, num_classes=CLASSES, dynamic_img_size=True).eval().double()
+        x = images(size=24).double()
+        expected = self.of_tokens(model, x, 1, (3, 3))
+        torch.testing.assert_close(GradCAM(relu=False)(model, x, TARGET), expected, rtol=1e-10, atol=1e-18)
+
+    def test_tokens_that_were_merged(self) -> None:
+        model = vit()
+        model.patch_embed.patch_size, model.patch_embed.grid_size = (2, 2), (8, 8)
+        with pytest.raises(UnsupportedModelError, match="5 tokens for 8 x 8 patches: VisionTransformer merges"):
+            GradCAM()(model, images(), TARGET)
 
     def test_channels_last(self) -> None:
         from timm.models.swin_transformer import SwinTransformer
