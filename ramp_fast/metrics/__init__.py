@@ -19,6 +19,14 @@ from torch import nn
 from ramp_fast.errors import InputError
 from ramp_fast.metrics.base import MethodError, Metric, Result, Sample
 from ramp_fast.metrics.curves import ABPC, AOPC, IROF, ROAD, Deletion, Insertion
+from ramp_fast.metrics.faithfulness import (
+    FaithfulnessCorrelation,
+    Infidelity,
+    Monotonicity,
+    MonotonicityCorrelation,
+    SensitivityN,
+    Sufficiency,
+)
 from ramp_fast.metrics.gae import GAE
 
 _CLASSES: Iterable[type[Metric]] = (
@@ -29,6 +37,12 @@ _CLASSES: Iterable[type[Metric]] = (
     AOPC,
     IROF,
     ROAD,
+    SensitivityN,
+    FaithfulnessCorrelation,
+    Infidelity,
+    Monotonicity,
+    MonotonicityCorrelation,
+    Sufficiency,
 )
 
 METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in _CLASSES}
@@ -75,10 +89,16 @@ __all__ = [
     "METRICS",
     "ROAD",
     "Deletion",
+    "FaithfulnessCorrelation",
+    "Infidelity",
     "Insertion",
     "MethodError",
     "Metric",
+    "Monotonicity",
+    "MonotonicityCorrelation",
     "Result",
     "Sample",
+    "SensitivityN",
+    "Sufficiency",
     "make_metric",
 ]
