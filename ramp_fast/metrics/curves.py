@@ -312,8 +312,8 @@ class ROAD(Masking):
 
     For every percentage p the ``floor(p H W / 100)`` most important pixels are filled in by noisy linear imputation;
     ``curve`` ``[P]`` says whether the model still predicts the explained class (1 or 0), ``road`` is its mean over p,
-    in [0, 1]; lower is better. Rong et al. 2022, arXiv 2202.00449. As Quantus', whose code takes maps of one channel for
-    images of one channel, and reports means over the first batch only.
+    in [0, 1]; lower is better. Rong et al. 2022, arXiv 2202.00449. As Quantus', whose code takes images
+    and maps of one channel, and reports means over the first batch only.
 
     Parameters
     ----------
