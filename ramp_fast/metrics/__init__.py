@@ -20,6 +20,14 @@ from ramp_fast.errors import InputError
 from ramp_fast.metrics.base import MethodError, Metric, Result, Sample
 from ramp_fast.metrics.complexity import Complexity, EffectiveComplexity, Sparseness
 from ramp_fast.metrics.curves import ABPC, AOPC, IROF, ROAD, Deletion, Insertion
+from ramp_fast.metrics.faithfulness import (
+    FaithfulnessCorrelation,
+    Infidelity,
+    Monotonicity,
+    MonotonicityCorrelation,
+    SensitivityN,
+    Sufficiency,
+)
 from ramp_fast.metrics.gae import GAE
 from ramp_fast.metrics.localisation import (
     PointingGame,
@@ -38,17 +46,23 @@ _CLASSES: Iterable[type[Metric]] = (
     Complexity,
     Deletion,
     EffectiveComplexity,
+    FaithfulnessCorrelation,
     GAE,
+    Infidelity,
     Insertion,
     IROF,
     MaxSensitivity,
+    Monotonicity,
+    MonotonicityCorrelation,
     ParameterRandomisation,
     PointingGame,
     RandomLogit,
     RelevanceMassAccuracy,
     RelevanceRankAccuracy,
     ROAD,
+    SensitivityN,
     Sparseness,
+    Sufficiency,
     TopKIntersection,
 )
 
@@ -99,10 +113,14 @@ __all__ = [
     "Complexity",
     "Deletion",
     "EffectiveComplexity",
+    "FaithfulnessCorrelation",
+    "Infidelity",
     "Insertion",
     "MaxSensitivity",
     "MethodError",
     "Metric",
+    "Monotonicity",
+    "MonotonicityCorrelation",
     "ParameterRandomisation",
     "PointingGame",
     "RandomLogit",
@@ -110,7 +128,9 @@ __all__ = [
     "RelevanceRankAccuracy",
     "Result",
     "Sample",
+    "SensitivityN",
     "Sparseness",
+    "Sufficiency",
     "TopKIntersection",
     "boxes_to_masks",
     "make_metric",

@@ -65,8 +65,8 @@ class Fill:
     def __init__(self, baseline: Tensor) -> None:
         self.baseline = baseline
 
-    def of(self, image: slice) -> Fill:
-        """For some of the images."""
+    def of(self, image: slice | Tensor) -> Fill:
+        """For some of the images: a range, or their numbers, some of them several times."""
         return self if self.baseline.shape[0] == 1 else Fill(self.baseline[image])
 
     def copies(
@@ -93,8 +93,8 @@ class Impute:
     def __init__(self, noise: Tensor) -> None:
         self.noise = noise
 
-    def of(self, image: slice) -> Impute:
-        """For some of the images."""
+    def of(self, image: slice | Tensor) -> Impute:
+        """For some of the images: a range, or their numbers, some of them several times."""
         return Impute(self.noise[image])
 
     def copies(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ramp_fast.errors import InputError
 from ramp_fast.metrics.base import Metric, Sample
 from ramp_fast.metrics.baselines import Baseline, Fill, Impute, check_baseline, filling
-from ramp_fast.metrics.features import Features, Granularity, kind_of_feature
+from ramp_fast.metrics.features import Entries, Features, Granularity, kind_of_feature
 
 OUTPUTS = ("probability", "logit")
 
@@ -59,6 +59,10 @@ class Masking(Metric):
         check_baseline(self.baseline, self.name)
         self.granularity = kind_of_feature(self.usual_granularity if granularity is None else granularity)
         self.output, self.noise = output, noise
+        if self.imputes and isinstance(self.granularity, Entries):
+            raise InputError(
+                f'{self.name}: baseline "road" fills in whole pixels: take another granularity than "entry"'
+            )
 
     def settings(self) -> dict[str, Any]:
         baseline = self.baseline.tolist() if isinstance(self.baseline, Tensor) else self.baseline
@@ -79,31 +83,36 @@ class Masking(Metric):
         """Of the sample's images, scored by its maps."""
         return self.granularity.of(sample.images, sample.maps)
 
-    def filling(self, sample: Sample) -> Fill | Impute:
-        """What masked features of the sample's images become."""
-        generators = [self.generator(n) for n in sample.numbers]
+    def filling(self, sample: Sample, stream: int = 0) -> Fill | Impute:
+        """What masked features of the sample's images become; another ``stream`` draws random values anew."""
+        generators = [self.generator(n, stream) for n in sample.numbers]
         return filling(self.baseline, sample.images, generators, self.noise, self.name)
 
     def watched(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The output of the explained class, ``[..., N]`` of logits ``[..., N, classes]``."""
+        """The output of the explained class, ``[..., N]`` of logits ``[..., N, classes]``, float32 or better."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         values = logits.softmax(-1) if self.output == "probability" else logits
         return values.gather(-1, target.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 
     def logits_of_steps(self, sample: Sample, steps: Tensor, count: int, *, reveal: bool = False) -> Tensor:
-        """Logits of the copies of steps 0 to ``count - 1``, ``[count, N, classes]``.
+        """Logits of the copies of steps 0 to ``count - 1``, ``[count, N, classes]``."""
+        return self.logits_of_copies(sample.images, self.filling(sample), steps, count, reveal=reveal)
+
+    def logits_of_copies(
+        self, images: Tensor, fill: Fill | Impute, steps: Tensor, count: int, *, reveal: bool = False
+    ) -> Tensor:
+        """The same for images, what fills them and steps, each ``[N, ...]``.
 
         Copies of one image after another go through the model, as many together as fit: they stay in the cache.
         """
-        images, fill = sample.images, self.filling(sample)
         size = self.together(images)
         rows, room = [], None
-        for start, stop in _ranges(images.shape[0], max(1, size // count)):
+        for start, stop in ranges(images.shape[0], max(1, size // count)):
             here = slice(start, stop)
             pieces = []
-            for first, last in _ranges(count, max(1, size // (stop - start))):
-                shape = last - first, *images[here].shape
-                if room is None or room.shape[1:] != shape[1:] or room.shape[0] < shape[0]:
-                    room = images.new_empty(shape)
+            for first, last in ranges(count, max(1, size // (stop - start))):
+                if room is None or room.shape[1] != stop - start or room.shape[0] < last - first:
+                    room = _room(images[here], last - first)
                 copies = fill.of(here).copies(
                     images[here], steps[here], first, last, reveal=reveal, out=room[: last - first]
                 )
@@ -114,15 +123,23 @@ class Masking(Metric):
 
     def curve(self, sample: Sample, steps: Tensor, count: int, *, reveal: bool = False) -> Tensor:
         """The watched output after every step, ``[N, count]``, float32 or better."""
-        logits = self.logits_of_steps(sample, steps, count, reveal=reveal)
-        return self.watched(logits.to(torch.promote_types(logits.dtype, torch.float32)), sample.target).t()
+        return self.watched(self.logits_of_steps(sample, steps, count, reveal=reveal), sample.target).t()
 
 
-def _ranges(count: int, size: int) -> list[tuple[int, int]]:
+def ranges(count: int, size: int) -> list[tuple[int, int]]:
     """``[0, count)`` in equal ranges of at most ``size``, so that no small rest is left."""
     pieces = -(-count // size)
     bounds = [i * count // pieces for i in range(pieces + 1)]
     return list(pairwise(bounds))
+
+
+def _room(images: Tensor, count: int) -> Tensor:
+    """For copies ``[count, N, C, H, W]``, in the memory layout of the images."""
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    n, channels, height, width = images.shape
+    if last:
+        return images.new_empty((count, n, height, width, channels)).movedim(-1, -3)
+    return images.new_empty((count, *images.shape))
 
 
 def area(curve: Tensor) -> Tensor:
@@ -135,7 +152,7 @@ class _Shares(Masking):
 
     def __init__(self, model: nn.Module, *, steps: int = 100, **masking: Any) -> None:
         super().__init__(model, **masking)
-        _check_count(self.name, "steps", steps)
+        check_count(self.name, "steps", steps)
         self.steps = steps
 
     def settings(self) -> dict[str, Any]:
@@ -154,7 +171,8 @@ class Deletion(_Shares):
     2018, arXiv 1706.07979). ``deletion`` in [0, 1] for probabilities, lower is better; ``curve`` ``[S + 1]`` starts
     with the whole image and ends with the baseline: after step s ``floor(s M / S)`` of M features are masked.
 
-    Quantus' curves lack the first value, its areas are sums over steps, and its "black" is our "black", not "zero".
+    Quantus' curves lack the first value, its areas are sums over steps, its "black" is our "black", not "zero", and its
+    patches hang over all borders of an image that they do not tile, ours over the right and the lower one.
 
     Parameters
     ----------
@@ -254,7 +272,7 @@ class AOPC(Masking):
 
     def __init__(self, model: nn.Module, *, regions: int = 100, **masking: Any) -> None:
         super().__init__(model, **masking)
-        _check_count(self.name, "regions", regions)
+        check_count(self.name, "regions", regions)
         self.regions = regions
 
     def settings(self) -> dict[str, Any]:
@@ -276,7 +294,8 @@ class IROF(Masking):
 
     ``irof = 1 - area(f(x_t) / f(x_0))`` over the share of segments masked; at most 1, higher is better. Rieger and
     Hansen 2020, arXiv 2003.08747. Every segment is a step. ``segments`` says how many the image has. Quantus multiplies
-    by their number, takes one mean over all channels and images of the batch, and counts from the first step on.
+    by their number, counts from the first step on, and takes one mean over the batch as masked so far; its own masking
+    fails for images of more than one channel.
 
     Parameters
     ----------
@@ -306,7 +325,8 @@ class ROAD(Masking):
 
     For every percentage p the ``floor(p H W / 100)`` most important pixels are filled in by noisy linear imputation;
     ``curve`` ``[P]`` says whether the model still predicts the explained class (1 or 0), ``road`` is its mean over p,
-    in [0, 1]; lower is better. Rong et al. 2022, arXiv 2202.00449. As Quantus', whose code takes images of one channel.
+    in [0, 1]; lower is better. Rong et al. 2022, arXiv 2202.00449. As Quantus', whose code takes images
+    and maps of one channel, and reports means over the first batch only.
 
     Parameters
     ----------
@@ -336,13 +356,12 @@ class ROAD(Masking):
         return {"label": "% of pixels imputed", "values": list(self.percentages), "curves": ["curve"]}
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
-        features = self.features(sample)
-        ks = [int(features.scores.shape[1] * p / 100) for p in self.percentages]
-        logits = self.logits_of_steps(sample, features.steps(ks, descending=True), len(ks))
+        steps = self.features(sample).percentages(self.percentages, descending=True)
+        logits = self.logits_of_steps(sample, steps, len(self.percentages))
         curve = (logits.argmax(-1) == sample.target).t().to(torch.float32)
         return {self.name: curve.mean(1), "curve": curve}
 
 
-def _check_count(metric: str, what: str, value: int) -> None:
+def check_count(metric: str, what: str, value: int) -> None:
     if not isinstance(value, int) or value < 1:
         raise InputError(f"{metric}: {what} must be a positive integer, got {value!r}")

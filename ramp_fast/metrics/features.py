@@ -28,12 +28,16 @@ class Features:
     counts : integer Tensor [N] or int
         How many features an image has.
     spread : callable
-        Values per feature ``[N, M]`` to ``[N, 1, H, W]``, or ``[N, C, H, W]`` where features are entries.
+        Values per feature ``[..., N, M]`` to ``[..., N, 1, H, W]``, or ``[..., N, C, H, W]`` where features are
+        entries.
+    sums : Tensor [N, M]
+        The map's sum over every feature, 0 for numbers that an image does not use: what all of a feature got.
     """
 
     scores: Tensor
     counts: Tensor | int
     spread: Callable[[Tensor], Tensor]
+    sums: Tensor
 
     def steps(self, ks: Sequence[int], descending: bool) -> Tensor:
         """When every entry is masked, as :func:`ramp_fast.ops.mask_steps`, if step s masks the first ``ks[s]``."""
@@ -49,9 +53,25 @@ class Features:
         # masked from the first step on with step * counts // parts > rank
         return self.spread(_ceil_div((ranks.long() + 1) * parts, self.counts.view(-1, 1)).to(torch.int32))
 
+    def percentages(self, percentages: Sequence[float], descending: bool) -> Tensor:
+        """The same where step s masks ``percentages[s]`` of every image's features, rounded down."""
+        size = self.scores.shape[1]
+        if isinstance(self.counts, int):
+            return self.steps([int(size * p / 100) for p in percentages], descending)
+        ranks = ops.mask_steps(self.scores, range(1, size + 1), descending)
+        ks = torch.stack([(self.counts.double() * p / 100).long() for p in percentages], 1)
+        return self.spread(torch.searchsorted(ks, ranks.long(), right=True).to(torch.int32))
+
 
 def _ceil_div(a: Tensor, b: Tensor) -> Tensor:
     return -(-a).div(b, rounding_mode="floor")
+
+
+def _unflatten(shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    def spread(values: Tensor) -> Tensor:
+        return values.view(*values.shape[:-1], *shape)
+
+    return spread
 
 
 class Entries:
@@ -61,7 +81,7 @@ class Entries:
 
     def of(self, images: Tensor, maps: Tensor) -> Features:
         scores = maps.expand_as(images).flatten(1)
-        return Features(scores, scores.shape[1], lambda values: values.view(images.shape))
+        return Features(scores, scores.shape[1], _unflatten(images.shape[1:]), scores)
 
 
 class Pixels:
@@ -70,9 +90,8 @@ class Pixels:
     name = "pixel"
 
     def of(self, images: Tensor, maps: Tensor) -> Features:
-        shape = images.shape[0], 1, *images.shape[2:]
         scores = maps.sum(1).flatten(1)
-        return Features(scores, scores.shape[1], lambda values: values.view(shape))
+        return Features(scores, scores.shape[1], _unflatten((1, *images.shape[2:])), scores)
 
 
 class Patches:
@@ -94,10 +113,10 @@ class Patches:
         scores = padded.unflatten(2, (columns, size)).unflatten(1, (rows, size)).sum((2, 4)).flatten(1)
 
         def spread(values: Tensor) -> Tensor:
-            grid = values.view(-1, 1, rows, columns)
-            return grid.repeat_interleave(size, 2).repeat_interleave(size, 3)[..., :height, :width].contiguous()
+            grid = values.view(*values.shape[:-1], 1, rows, columns)
+            return grid.repeat_interleave(size, -2).repeat_interleave(size, -1)[..., :height, :width].contiguous()
 
-        return Features(scores, scores.shape[1], spread)
+        return Features(scores, scores.shape[1], spread, scores)
 
 
 class Superpixels:
@@ -145,8 +164,12 @@ class Superpixels:
         zeros = torch.zeros(labels.shape[0], size, dtype=wide, device=maps.device)
         sums = zeros.scatter_add(1, labels, maps.mean(1).flatten(1).to(wide))
         pixels = zeros.scatter_add(1, labels, torch.ones_like(labels, dtype=wide))
-        shape = images.shape[0], 1, *images.shape[2:]
-        return Features(sums / pixels, counts, lambda values: values.gather(1, labels).view(shape))
+        unflatten = _unflatten((1, *images.shape[2:]))
+
+        def spread(values: Tensor) -> Tensor:
+            return unflatten(values.gather(-1, labels.expand(*values.shape[:-1], labels.shape[1])))
+
+        return Features(sums / pixels, counts, spread, sums * maps.shape[1])
 
 
 Granularity = Entries | Pixels | Patches | Superpixels
