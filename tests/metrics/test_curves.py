@@ -219,6 +219,9 @@ def test_random_fillings_follow_the_seed(model: nn.Module, images: Tensor, maps:
 
     assert torch.equal(curve(0), curve(0))
     assert not torch.allclose(curve(0)[:, 1:], curve(1)[:, 1:], atol=1e-6)
+    twice = Deletion(model, steps=3, baseline=baseline, noise=0.5)
+    found = twice.update(images[:1].repeat(2, 1, 1, 1), 0, None, maps=maps[:1].repeat(2, 1, 1, 1))["curve"]
+    assert not torch.allclose(found[0, 1:], found[1, 1:], atol=1e-6)  # every image has numbers of its own
 
 
 def test_channels_last_images(model: nn.Module, images: Tensor, maps: Tensor) -> None:
