@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ from ramp_fast.plan import Plan
 from ramp_fast.replay import Recordings, on, records
 from ramp_fast.rules.abslrp import AbsLRP, RelativeStabilizer
 from ramp_fast.runtime import GROUP, Groups, run
+
+if TYPE_CHECKING:
+    from ramp_fast.evaluation import Data, Evaluation
+    from ramp_fast.methods import Method
+    from ramp_fast.metrics import Metric
 
 PRECISIONS = ("float64", "float32", "mixed", "fast")
 CONTRASTS = ("others", "none")
@@ -238,6 +244,57 @@ class Engine:
         if not wanted.several:
             maps, chosen = maps.squeeze(1), chosen.squeeze(1)
         return Attribution(maps, chosen if wanted.given is None else wanted.given, logits)
+
+    def evaluate(
+        self,
+        data: Data,
+        metrics: Sequence[str | Metric] | Mapping[str, str | Metric] = ("gae", "deletion", "insertion"),
+        methods: Sequence[str] | Mapping[str, str | Method | Engine] = (),
+        *,
+        batch_size: int = 16,
+        seed: int = 0,
+        explain: str = "label",
+        strict: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Evaluation:
+        """Metrics of this engine's maps, and of other methods beside it.
+
+        Parameters
+        ----------
+        data, metrics, batch_size, seed, explain, strict, progress
+            As for :func:`ramp_fast.evaluation.evaluate`.
+        methods
+            As there: further methods. The engine comes first, under its rule's name, unless it is among them.
+
+        Returns
+        -------
+        ramp_fast.evaluation.Evaluation
+
+        Examples
+        --------
+        >>> result = engine.evaluate((images, labels), ["deletion", "abpc:granularity=patch"], ["ixg", "random"])
+        >>> print(result)
+        >>> result.plot("curves").savefig("curves.png")
+        """
+        from ramp_fast.evaluation import evaluate, labelled  # which imports engines
+
+        named = labelled(methods, "method")
+        if not any(method is self for method in named.values()):
+            own = rules.name_of(self.rule)
+            if own in named:
+                raise InputError(f"the engine is called {own!r} itself: give the method of that name another label")
+            named = {own: self, **named}
+        return evaluate(
+            self.model,
+            data,
+            metrics,
+            named,
+            batch_size=batch_size,
+            seed=seed,
+            explain=explain,
+            strict=strict,
+            progress=progress,
+        )
 
     def _run(self, plan: Plan, operands: tuple[Tensor, ...], wanted: _Target, normalize: str) -> tuple[Tensor, ...]:
         """Maps ``[B, K, C, H, W]``, logits and classes of what goes through the model together."""

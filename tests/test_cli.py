@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from ramp_fast import cli, demo, models
+from ramp_fast.cli import attribute
 from ramp_fast.data import ClassNames, Preprocessing, read_image
 from ramp_fast.errors import RampFastError, UnsupportedModelError
 from ramp_fast.models import LoadedModel, ModelError, load_model, read_checkpoint
@@ -65,7 +66,7 @@ class StubEngine:
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> type[StubEngine]:
     engine = type("Engine", (StubEngine,), {"calls": [], "before": None})
-    monkeypatch.setattr(cli, "make_engine", engine)
+    monkeypatch.setattr(attribute, "make_engine", engine)
     return engine
 
 
@@ -476,7 +477,7 @@ class TestMemory:
         loaded = LoadedModel(model.eval(), "tiny", "none", Preprocessing(config), ClassNames(3))
         monkeypatch.setattr(models, "load_model", lambda *a, **k: loaded)
         ahead = [0]
-        read = cli._Job._read
+        read = attribute._Job._read
 
         def counted(job: Any, item: Any) -> Any:
             ahead[0] = max(ahead[0], 1 + counted.read - 4 * len(stub.calls))  # type: ignore[attr-defined]
@@ -484,7 +485,7 @@ class TestMemory:
             return read(job, item)
 
         counted.read = 0  # type: ignore[attr-defined]
-        monkeypatch.setattr(cli._Job, "_read", counted)
+        monkeypatch.setattr(attribute._Job, "_read", counted)
         options = ["--batch-size", "4", "--workers", "2", "--no-overlay"]
         assert cli.main(["attribute", str(folder), "--out", str(tmp_path / "out"), *options]) == 0
         assert counted.read == 60  # type: ignore[attr-defined]

@@ -48,6 +48,7 @@ class Preprocessing:
         self.input_size = (channels, height, width)
         self.config = dict(config)
         self._transform: Callable[[Image.Image], torch.Tensor] = create_transform(**self.config, is_training=False)
+        self._mask_transform: Callable[[Image.Image], torch.Tensor] | None = None
         self._mean = torch.tensor([float(v) for v in config["mean"]]).view(-1, 1, 1)
         self._std = torch.tensor([float(v) for v in config["std"]]).view(-1, 1, 1)
 
@@ -82,6 +83,35 @@ class Preprocessing:
             ``[3, H, W]``, float32, normalised.
         """
         return self._transform(image)
+
+    def mask(self, mask: npt.NDArray[np.bool_]) -> torch.Tensor:
+        """Where a region of a photograph lies in the model's input for it.
+
+        Parameters
+        ----------
+        mask : numpy.ndarray [h, w]
+            bool, of the photograph's size.
+
+        Returns
+        -------
+        torch.Tensor
+            bool, ``[1, H, W]``: True where the region is, by the nearest pixel; borders that are added are False.
+
+        Raises
+        ------
+        InputError
+            The mask has another dtype or number of dimensions.
+        """
+        from timm.data.transforms_factory import create_transform
+
+        if mask.dtype != np.bool_ or mask.ndim != 2:
+            raise InputError(f"a mask must be bool [h, w], got {mask.dtype} {list(mask.shape)}")
+        if self._mask_transform is None:
+            # The photograph's own steps, so that they cannot drift apart; black borders, values left as they are.
+            plain = {**self.config, "interpolation": "nearest", "mean": (0.0,) * 3, "std": (1.0,) * 3}
+            self._mask_transform = create_transform(**plain, is_training=False)
+        picture = Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB")
+        return self._mask_transform(picture)[:1] > 0.5
 
     def to_display(self, x: torch.Tensor) -> npt.NDArray[np.uint8]:
         """The crop that the model saw, de-normalised.

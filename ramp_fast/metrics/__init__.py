@@ -18,6 +18,7 @@ from torch import nn
 
 from ramp_fast.errors import InputError
 from ramp_fast.metrics.base import MethodError, Metric, Result, Sample
+from ramp_fast.metrics.complexity import Complexity, EffectiveComplexity, Sparseness
 from ramp_fast.metrics.curves import ABPC, AOPC, IROF, ROAD, Deletion, Insertion
 from ramp_fast.metrics.faithfulness import (
     FaithfulnessCorrelation,
@@ -28,21 +29,41 @@ from ramp_fast.metrics.faithfulness import (
     Sufficiency,
 )
 from ramp_fast.metrics.gae import GAE
+from ramp_fast.metrics.localisation import (
+    PointingGame,
+    RelevanceMassAccuracy,
+    RelevanceRankAccuracy,
+    TopKIntersection,
+    boxes_to_masks,
+)
+from ramp_fast.metrics.randomisation import ParameterRandomisation, RandomLogit
+from ramp_fast.metrics.robustness import AvgSensitivity, MaxSensitivity
 
 _CLASSES: Iterable[type[Metric]] = (
-    GAE,
-    Deletion,
-    Insertion,
     ABPC,
     AOPC,
-    IROF,
-    ROAD,
-    SensitivityN,
+    AvgSensitivity,
+    Complexity,
+    Deletion,
+    EffectiveComplexity,
     FaithfulnessCorrelation,
+    GAE,
     Infidelity,
+    Insertion,
+    IROF,
+    MaxSensitivity,
     Monotonicity,
     MonotonicityCorrelation,
+    ParameterRandomisation,
+    PointingGame,
+    RandomLogit,
+    RelevanceMassAccuracy,
+    RelevanceRankAccuracy,
+    ROAD,
+    SensitivityN,
+    Sparseness,
     Sufficiency,
+    TopKIntersection,
 )
 
 METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in _CLASSES}
@@ -88,17 +109,29 @@ __all__ = [
     "IROF",
     "METRICS",
     "ROAD",
+    "AvgSensitivity",
+    "Complexity",
     "Deletion",
+    "EffectiveComplexity",
     "FaithfulnessCorrelation",
     "Infidelity",
     "Insertion",
+    "MaxSensitivity",
     "MethodError",
     "Metric",
     "Monotonicity",
     "MonotonicityCorrelation",
+    "ParameterRandomisation",
+    "PointingGame",
+    "RandomLogit",
+    "RelevanceMassAccuracy",
+    "RelevanceRankAccuracy",
     "Result",
     "Sample",
     "SensitivityN",
+    "Sparseness",
     "Sufficiency",
+    "TopKIntersection",
+    "boxes_to_masks",
     "make_metric",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -14,9 +15,8 @@ from torch import Tensor, nn
 
 from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
-
-# (model, images [N, C, H, W], target [N]) -> maps [N, C or 1, H, W]
-Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
+from ramp_fast.methods import Method
+from ramp_fast.rules import name_of
 
 # Images that a metric makes at a time (masked copies, perturbed images) take about this many bytes, unless
 # ``batch_size`` says how many go through the model together. On CPUs a model is as fast with few.
@@ -70,14 +70,12 @@ class Result:
 class Sample:
     """What a metric measures: images of one ``update``, checked.
 
-    Maps and logits are computed when they are first asked for.
+    Maps, logits and predicted classes are computed when they are first asked for.
 
     Attributes
     ----------
     images : Tensor [N, C, H, W]
         On the model's device.
-    target : integer Tensor [N]
-        The classes explained.
     masks : bool Tensor [N, 1, H, W] or None
         Where the object is.
     numbers : range
@@ -93,10 +91,14 @@ class Sample:
         maps: Tensor | None = None,
         masks: Tensor | None = None,
     ) -> None:
-        self._metric, self._method, self._maps = metric, method, maps
+        self._metric, self._method, self._maps, self._target = metric, method, maps, target
         self.images, self.masks = images, masks
         self.numbers = range(metric.images_seen, metric.images_seen + images.shape[0])
-        self.target = self.logits.argmax(1) if target is None else target
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The classes explained, ``[N]``."""
+        return self.logits.argmax(1) if self._target is None else self._target
 
     @cached_property
     def logits(self) -> Tensor:
@@ -140,6 +142,8 @@ class Metric:
     name: ClassVar[str]
     higher_is_better: ClassVar[bool]
     needs_masks: ClassVar[bool] = False
+    uses_maps: ClassVar[bool] = True
+    """Whether it looks at the maps of the images themselves, which several metrics can share."""
     group: ClassVar[int] = 1
     """How many images belong together: ``update`` takes multiples of this."""
 
@@ -157,6 +161,10 @@ class Metric:
     def settings(self) -> dict[str, Any]:
         """What two states must agree in to be merged: plain JSON values."""
         return {"metric": self.name, "seed": self.seed}
+
+    def axis(self) -> dict[str, Any] | None:
+        """What its curves are drawn over: "label", "values" [S] and "curves", the names of them; None without."""
+        return None
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         """The metric by its name ``[N]`` (``[N / group]``), and components ``[N, ...]``."""
@@ -201,6 +209,9 @@ class Metric:
         MethodError
             The method raised an error. Nothing is added in either case.
         """
+        for option in options:
+            if option not in inspect.signature(self.measure).parameters:
+                raise InputError(f"{self.name}: update has no option {option!r}")
         images, target = self._checked(images, target)
         if masks is None and self.needs_masks:
             raise InputError(f"{self.name} needs masks [N, H, W] of the objects")
@@ -208,7 +219,8 @@ class Metric:
             masks = self._checked_masks(masks, images)
         if maps is not None:
             maps = checked_maps(maps, images, self.name, "the caller", self._batches)
-        values = self.measure(Sample(self, images, target, method, maps, masks), **options)
+        measured = self.measure(Sample(self, images, target, method, maps, masks), **options)
+        values = {name: v.detach() for name, v in measured.items()}
         self._add(values, images.shape[0])
         return values
 
@@ -263,7 +275,7 @@ class Metric:
             self._add(state["values"], state["images"])
 
     def _add(self, values: dict[str, Tensor], images: int) -> None:
-        self._values.append({name: v.detach() for name, v in values.items()})
+        self._values.append(values)
         self.images_seen += images
         self._batches += 1
 
@@ -401,5 +413,5 @@ def checked_maps(maps: Any, images: Tensor, metric: str, method: str, batch: int
 def method_name(method: Method | Engine) -> str:
     """What messages and tables call it."""
     if isinstance(method, Engine):
-        return f"Engine({method.rule})"
+        return f"Engine({name_of(method.rule)})"
     return str(getattr(method, "__name__", type(method).__name__))

@@ -158,6 +158,10 @@ class _Shares(Masking):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "steps": self.steps}
 
+    def axis(self) -> dict[str, Any]:
+        shares = [s / self.steps for s in range(self.steps + 1)]
+        return {"label": "share masked", "values": shares, "curves": ["curve"]}
+
 
 class Deletion(_Shares):
     """Deletion: the area under the curve of the class's probability while the most important features are masked.
@@ -205,6 +209,9 @@ class Insertion(_Shares):
     higher_is_better = True
     usual_baseline = "blur"
 
+    def axis(self) -> dict[str, Any]:
+        return {**super().axis(), "label": "share revealed"}
+
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         steps = self.features(sample).shares(self.steps + 1, descending=True)
         curve = self.curve(sample, steps, self.steps + 1, reveal=True)
@@ -229,6 +236,9 @@ class ABPC(_Shares):
 
     name = "abpc"
     higher_is_better = True
+
+    def axis(self) -> dict[str, Any]:
+        return {**super().axis(), "curves": ["morf", "lerf"]}
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         features = self.features(sample)
@@ -267,6 +277,9 @@ class AOPC(Masking):
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "regions": self.regions}
+
+    def axis(self) -> dict[str, Any]:
+        return {"label": "regions masked", "values": list(range(self.regions + 1)), "curves": ["curve"]}
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         steps = self.features(sample).steps(range(self.regions + 1), descending=True)
@@ -338,6 +351,9 @@ class ROAD(Masking):
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "percentages": list(self.percentages)}
+
+    def axis(self) -> dict[str, Any]:
+        return {"label": "% of pixels imputed", "values": list(self.percentages), "curves": ["curve"]}
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         steps = self.features(sample).percentages(self.percentages, descending=True)

@@ -71,6 +71,7 @@ class GAE(Metric):
 
     name = "gae"
     higher_is_better = True
+    uses_maps = False
     group = TILES
 
     def __init__(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ramp_fast.rules.abslrp import AbsLRP, RelativeStabilizer
 
-__all__ = ["AbsLRP", "RelativeStabilizer", "resolve"]
+__all__ = ["AbsLRP", "RelativeStabilizer", "name_of", "resolve"]
 
 _NAMED = {"abslrp": AbsLRP(), "abslrp-release": AbsLRP(shares="equal")}
 
@@ -29,3 +29,8 @@ def resolve(rule: str | AbsLRP) -> AbsLRP:
     if rule not in _NAMED:
         raise ValueError(f"unknown rule {rule!r}; known: {', '.join(sorted(_NAMED))}, or an AbsLRP object")
     return _NAMED[rule]
+
+
+def name_of(rule: AbsLRP) -> str:
+    """The name that stands for a rule, or its options."""
+    return next((name for name, named in _NAMED.items() if named == rule), repr(rule))

@@ -1,21 +1,32 @@
-"""The ``ramp-fast`` command. ``ramp-fast attribute`` turns photographs into relevance maps and pictures."""
+"""``ramp-fast attribute`` turns photographs into relevance maps and pictures."""
 
 from __future__ import annotations
 
 import argparse
-import ast
 import errno
 import os
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ramp_fast.cli.common import (
+    FAILED,
+    OK,
+    add_model_options,
+    add_running_options,
+    chosen_device,
+    complain,
+    load,
+    not_negative,
+    positive,
+    reason,
+    shown,
+    shows_bar,
+)
 from ramp_fast.errors import InputError, RampFastError
 
 # torch and timm take seconds to import: `--help` and a mistyped option should not wait for them.
@@ -28,9 +39,7 @@ if TYPE_CHECKING:
     from ramp_fast.models import LoadedModel
     from ramp_fast.store import Store
 
-__all__ = ["main", "make_engine"]
-
-OK, FAILED, INTERRUPTED = 0, 2, 130
+__all__ = ["add_command", "make_engine"]
 
 NAMED_FAILURES = 20
 """How many failures the summary names; each one was reported when it happened."""
@@ -63,48 +72,8 @@ def make_engine(model: torch.nn.Module, *, rule: str, precision: str, strict: bo
     return engine
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Parameters
-    ----------
-    argv : sequence of str, optional
-        Arguments without the program's name; by default those of the process.
-
-    Returns
-    -------
-    int
-        0 when all was done, 2 when anything failed, 130 when interrupted.
-    """
-    parser = _parser()
-    try:
-        arguments = parser.parse_args(argv)
-    except SystemExit as stop:  # argparse has printed the reason, or the help
-        return int(stop.code or 0)
-    try:
-        return _attribute(arguments)
-    except KeyboardInterrupt:
-        _complain("interrupted; finished images are kept, the same command goes on from there")
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone; without this the interpreter complains again on exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except RampFastError as error:
-        if arguments.debug:
-            raise
-        _complain(str(error))
-        return FAILED
-    except Exception as error:
-        if arguments.debug:
-            raise
-        _complain(f"{_reason(error)} (--debug shows where)")
-        return FAILED
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ramp-fast", description="Fast absLRP attributions for image classifiers.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+def add_command(commands: Any) -> None:
+    """``ramp-fast attribute``."""
     run = commands.add_parser(
         "attribute",
         help="attribute photographs",
@@ -114,22 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("paths", nargs="*", metavar="PATH", help="images, or folders to search for them")
     run.add_argument("--out", required=True, metavar="DIR", help="folder for the results, made when missing")
 
-    model = run.add_argument_group("model")
-    model.add_argument("--model", default="demo", metavar="NAME", help="timm's name, or 'demo' (default)")
-    model.add_argument("--checkpoint", metavar="FILE", help="weights: safetensors, or a state dict by torch.save")
-    model.add_argument("--num-classes", type=_positive, metavar="N", help="classes of the checkpoint")
-    model.add_argument("--class-names", metavar="FILE", help="text file, one name per line (default: ImageNet's)")
-    model.add_argument(
-        "--model-arg",
-        type=_key_value,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="further argument of timm.create_model, as img_size=384; may be repeated",
-    )
-    model.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="replaces timm's mean, in [0, 1]")
-    model.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="replaces timm's std, in [0, 1]")
-    model.add_argument("--crop-pct", type=float, metavar="P", help="replaces timm's share of the image kept")
+    add_model_options(run)
 
     what = run.add_argument_group("attribution")
     what.add_argument("--target", type=int, metavar="K", help="class to explain (default: the predicted one)")
@@ -147,72 +101,19 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     how = run.add_argument_group("running")
-    how.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
-    how.add_argument(
-        "--device", default="auto", metavar="DEVICE", help="cpu, cuda, ... (default: cuda if there is one)"
-    )
-    how.add_argument("--workers", type=_not_negative, metavar="N", help="threads that read images (default: up to 4)")
+    how.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
+    add_running_options(how)
     how.add_argument("--overwrite", action="store_true", help="do finished images again")
     how.add_argument("--overlay", action=argparse.BooleanOptionalAction, default=True, help="write overlays (default)")
     how.add_argument(
         "--sheet",
-        type=_not_negative,
+        type=not_negative,
         default=24,
         metavar="N",
         help="images on the contact sheet, 0 for none (default 24)",
     )
-    how.add_argument(
-        "--progress", action=argparse.BooleanOptionalAction, default=None, help="progress bar (default: on a terminal)"
-    )
     how.add_argument("--quiet", action="store_true", help="no line per image")
-    how.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-_positive.__name__ = "number"  # argparse puts it into its messages
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-_not_negative.__name__ = "number"
-
-
-def _key_value(text: str) -> tuple[str, Any]:
-    key, separator, value = text.partition("=")
-    if not separator or not key.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return text if len(text) <= 300 else f"{text[:300]}..."
-
-
-def _shown(path: str) -> str:
-    # File names may hold anything; a message is one line that every terminal can print.
-    return path if path.isprintable() else path.encode("unicode_escape", "replace").decode("ascii")
-
-
-def _complain(message: str) -> None:
-    print(f"ramp-fast: {message}", file=sys.stderr, flush=True)
+    run.set_defaults(run=_attribute, kept="finished images are kept, the same command goes on from there")
 
 
 @dataclass
@@ -230,14 +131,14 @@ class _Report:
     def failure(self, path: str, message: str) -> None:
         self.failed += 1
         if len(self.first_failed) < NAMED_FAILURES:
-            self.first_failed.append(_shown(path))
-        self._line(f"ramp-fast: {_shown(path)}: {message}", sys.stderr)
+            self.first_failed.append(shown(path))
+        self._line(f"ramp-fast: {shown(path)}: {message}", sys.stderr)
         self._advance()
 
     def finished(self, path: str, name: str, probability: float) -> None:
         self.done += 1
         if not self.quiet:
-            self._line(f"{_shown(path)}: {name} ({100 * probability:.1f} %)", sys.stdout)
+            self._line(f"{shown(path)}: {name} ({100 * probability:.1f} %)", sys.stdout)
         self._advance()
 
     def skip(self) -> None:
@@ -268,7 +169,7 @@ class _Report:
             more = self.failed - len(self.first_failed)
             names = ", ".join(self.first_failed) + (f" and {more} more" if more else "")
             parts.append(f"{self.failed} failed: {names}")
-        return f"{_shown(out)}: {'; '.join(parts)} ({seconds:.1f} s)"
+        return f"{shown(out)}: {'; '.join(parts)} ({seconds:.1f} s)"
 
 
 def _attribute(arguments: argparse.Namespace) -> int:
@@ -303,50 +204,26 @@ def _attribute(arguments: argparse.Namespace) -> int:
                 if arguments.debug or not report.done:
                     raise
                 # What was done before counts: the disk may have filled up after hours.
-                _complain(str(error))
+                complain(str(error))
                 stopped = True
     print(report.summary(arguments.out, time.perf_counter() - started), file=sys.stdout, flush=True)
     return FAILED if report.failed or stopped else OK
 
 
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {_reason(error)[:120]}") from error
-    return device
-
-
 def _attribute_all(
     arguments: argparse.Namespace, paths: Sequence[str], items: Iterable[ImageItem | Problem], report: _Report
 ) -> None:
-    from ramp_fast.models import load_model
     from ramp_fast.store import Store
 
-    device = _device(arguments.device)
-    loaded = load_model(
-        arguments.model,
-        arguments.checkpoint,
-        num_classes=arguments.num_classes,
-        class_names=arguments.class_names,
-        model_args=dict(arguments.model_arg),
-        mean=arguments.mean,
-        std=arguments.std,
-        crop_pct=arguments.crop_pct,
-    )
+    device = chosen_device(arguments.device)
+    loaded = load(arguments)
     classes = len(loaded.class_names)
     if arguments.target is not None and not 0 <= arguments.target < classes:
         raise InputError(f"target {arguments.target} is out of range: {loaded.name} has classes 0 to {classes - 1}")
     store = Store(arguments.out, _settings(arguments, loaded), overlays=arguments.overlay)
     job = _Job(arguments, loaded, device, store, report)
 
-    show_bar = sys.stderr.isatty() if arguments.progress is None else arguments.progress
-    if show_bar:
+    if shows_bar(arguments):
         report.bar = _progress_bar(paths, arguments.out, already=report.failed)
     try:
         job.run(items)
@@ -427,32 +304,24 @@ class _Job:
 
     def _read_ahead(self, items: Iterator[ImageItem]) -> Iterator[_Read]:
         from ramp_fast.data import ImageError
+        from ramp_fast.data.reading import read_ahead, usual_workers
 
-        workers = min(4, os.cpu_count() or 1) if self.arguments.workers is None else self.arguments.workers
-        if workers == 0:
-            for item in items:
-                try:
-                    yield self._read(item)
-                except ImageError as error:
-                    self._unreadable(item, error)
-            return
+        arguments = self.arguments
+        workers = usual_workers() if arguments.workers is None else arguments.workers
         # The window bounds memory: so many images are decoded and waiting, whatever the folder holds.
-        window = workers + self.arguments.batch_size
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="ramp-fast-read")
-        waiting: deque[tuple[ImageItem, Future[_Read]]] = deque()
+        for item, read in read_ahead(items, self._attempt, workers, workers + arguments.batch_size):
+            if isinstance(read, ImageError):
+                self._unreadable(item, read)
+            else:
+                yield read
+
+    def _attempt(self, item: ImageItem) -> tuple[ImageItem, _Read | ImageError]:
+        from ramp_fast.data import ImageError
+
         try:
-            while True:
-                for item in islice(items, window - len(waiting)):
-                    waiting.append((item, pool.submit(self._read, item)))
-                if not waiting:
-                    return
-                item, future = waiting.popleft()
-                try:
-                    yield future.result()
-                except ImageError as error:
-                    self._unreadable(item, error)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            return item, self._read(item)
+        except ImageError as error:
+            return item, error
 
     def _unreadable(self, item: ImageItem, error: ImageError) -> None:
         from ramp_fast.data import OwnPictureError
@@ -489,7 +358,7 @@ class _Job:
             if arguments.debug:
                 raise
             for read in batch:
-                self.report.failure(read.item.path, f"the attribution failed: {_reason(error)}")
+                self.report.failure(read.item.path, f"the attribution failed: {reason(error)}")
             return
         maps, targets, logits = (t.detach().cpu().numpy() for t in (found.maps, found.target, found.logits))
         for read, relevance, target, outputs in zip(batch, maps, targets, logits, strict=True):
@@ -519,7 +388,7 @@ class _Job:
         except OSError as error:
             if error.errno in FATAL_ERRNO:
                 raise RampFastError(f"cannot write to {self.arguments.out}: {error.strerror}") from error
-            self.report.failure(read.item.path, f"cannot write its result: {_reason(error)}")
+            self.report.failure(read.item.path, f"cannot write its result: {reason(error)}")
             return
         self.report.finished(read.item.path, name, probability)
         self._to_sheet(read.item)
@@ -546,7 +415,3 @@ class _Job:
                 continue  # removed or replaced by someone since
         if pictures:
             save_picture(self.store.folder / "contact_sheet.png", contact_sheet(pictures))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

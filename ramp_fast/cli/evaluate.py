@@ -1,0 +1,209 @@
+"""``ramp-fast evaluate`` measures attribution methods over a folder of photographs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ramp_fast.cli.common import (
+    FAILED,
+    OK,
+    add_model_options,
+    add_running_options,
+    chosen_device,
+    complain,
+    key_value,
+    load,
+    positive,
+    shown,
+    shows_bar,
+)
+from ramp_fast.errors import InputError, RampFastError
+
+if TYPE_CHECKING:
+    from ramp_fast.data import Dataset
+    from ramp_fast.evaluation import Evaluation, Evaluator
+
+METHODS = ("abslrp", "ixg", "random")
+METRICS = ("gae", "deletion", "insertion")
+
+SAVE_EVERY = 60.0
+"""Seconds between two writings of what has been evaluated so far."""
+
+
+def add_command(commands: Any) -> None:
+    """``ramp-fast evaluate``."""
+    run = commands.add_parser(
+        "evaluate",
+        help="measure attribution methods",
+        description="Measure attribution methods over photographs: a table, values of every image, and plots.",
+        epilog="Settings follow a name: --metric deletion:steps=50,granularity=patch:8 --method ig:steps=32. "
+        "--list shows all names.",
+    )
+    run.add_argument("--data", metavar="FOLDER", help="photographs (default: those of the demonstration)")
+    run.add_argument("--out", metavar="DIR", help="folder for the results, made when missing")
+    run.add_argument("--list", action="store_true", help="show the metrics and methods there are, and stop")
+    add_model_options(run)
+
+    what = run.add_argument_group("evaluation")
+    what.add_argument(
+        "--metric", action="append", metavar="NAME", help=f"may be repeated (default: {', '.join(METRICS)})"
+    )
+    what.add_argument(
+        "--method", action="append", metavar="NAME", help=f"may be repeated (default: {', '.join(METHODS)})"
+    )
+    what.add_argument(
+        "--explain",
+        default="label",
+        choices=["label", "predicted"],
+        help="explain the class that the data say (default), where they do, or the predicted one",
+    )
+    what.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (default: 0)")
+
+    data = run.add_argument_group("data")
+    data.add_argument(
+        "--layout",
+        default="auto",
+        choices=["auto", "flat", "folders", "tiny-imagenet", "voc"],
+        help="how the folder is laid out (default: told by what is in it)",
+    )
+    data.add_argument("--split", metavar="NAME", help="of Tiny ImageNet or Pascal VOC (default: val)")
+    data.add_argument(
+        "--class-of",
+        type=key_value,
+        action="append",
+        default=[],
+        metavar="NAME=K",
+        help="for Pascal VOC: the model's class of one of its classes; may be repeated",
+    )
+    data.add_argument("--limit", type=positive, metavar="N", help="evaluate so many images, evenly spaced")
+
+    how = run.add_argument_group("running")
+    how.add_argument("--batch-size", type=positive, default=16, metavar="N", help="default: 16")
+    add_running_options(how)
+    how.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True, help="write plots (default)")
+    run.set_defaults(run=_evaluate, kept="what was evaluated before is in evaluation.json")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.list:
+        print(_listing())
+        return OK
+    if arguments.out is None:
+        raise InputError("--out DIR is missing: where results go")
+    if arguments.plots and importlib.util.find_spec("matplotlib") is None:
+        raise RampFastError("plots need matplotlib: pip install 'ramp_fast[evaluate]', or pass --no-plots")
+    from ramp_fast.demo import demo_photographs
+    from ramp_fast.evaluation import Evaluator
+    from ramp_fast.store import check_writable
+
+    started = time.perf_counter()
+    check_writable(arguments.out)
+    device = chosen_device(arguments.device)
+    loaded = load(arguments)
+    from ramp_fast.data import open_data
+
+    with warnings.catch_warnings():
+        # Pillow warns of large images and odd metadata; what matters of it is a problem of the data here.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        data = open_data(
+            arguments.data or demo_photographs()[0].parent,
+            arguments.layout,
+            preprocessing=loaded.preprocessing,
+            class_names=loaded.class_names,
+            split=arguments.split,
+            targets={name: _class_number(name, k) for name, k in arguments.class_of} or None,
+            limit=arguments.limit,
+        )
+        run = Evaluator(
+            loaded.model.to(device),
+            arguments.metric or METRICS,
+            arguments.method or METHODS,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            explain=arguments.explain,
+        )
+        try:
+            _run(run, data, arguments)
+        finally:
+            result = run.result()
+            if result.images:
+                _write(result, arguments)
+    for problem in data.problems:
+        complain(f"{shown(problem.path)}: {problem.message}")
+    print(result)
+    print(_summary(result, len(data.problems), arguments.out, time.perf_counter() - started), flush=True)
+    return FAILED if result.failures or data.problems or not result.images else OK
+
+
+def _run(run: Evaluator, data: Dataset, arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from ramp_fast.data import batches
+
+    saved = time.monotonic()
+    with (
+        tqdm(
+            total=len(data), unit="image", file=sys.stderr, dynamic_ncols=True, disable=not shows_bar(arguments)
+        ) as bar,
+        warnings.catch_warnings(),
+    ):
+        warnings.showwarning = lambda message, *rest, **more: bar.write(f"ramp-fast: {message}", file=sys.stderr)
+        warnings.simplefilter("always", RuntimeWarning)
+        for batch in batches(data, arguments.batch_size, arguments.workers):
+            run.update(batch)
+            bar.update(batch.images.shape[0])
+            if time.monotonic() - saved > SAVE_EVERY:
+                run.result().save(Path(arguments.out) / "evaluation.json")
+                saved = time.monotonic()
+
+
+def _write(result: Evaluation, arguments: argparse.Namespace) -> None:
+    out = Path(arguments.out)
+    result.save(out / "evaluation.json")
+    if not result.rows():
+        return
+    result.to_csv(out / "table.csv")
+    result.to_csv(out / "values.csv", per_image=True)
+    if arguments.plots:
+        result.plot().savefig(out / "bars.png", dpi=120)
+        if any(about["axis"] for about in result.metrics.values()):
+            result.plot("curves").savefig(out / "curves.png", dpi=120)
+
+
+def _class_number(name: str, value: Any) -> int:
+    if not isinstance(value, int):
+        raise InputError(f"--class-of {name}={value}: {value!r} is not the number of a class")
+    return value
+
+
+def _listing() -> str:
+    from ramp_fast.methods import METHODS as methods
+    from ramp_fast.metrics import METRICS as metrics
+    from ramp_fast.metrics import known_settings
+
+    lines = ["metrics"]
+    for name, metric in sorted(metrics.items()):
+        better = "higher" if metric.higher_is_better else "lower"
+        settings = ", ".join(sorted(known_settings(metric) - {"seed", "batch_size"}))
+        lines.append(f"  {name} ({better} is better{'; ' if settings else ''}{settings})")
+    lines += ["", "methods"]
+    for name, method in methods.items():
+        settings = ", ".join(method.settings)
+        lines.append(f"  {name}: {method.description}{f' ({settings})' if settings else ''}")
+    return "\n".join(lines)
+
+
+def _summary(result: Evaluation, problems: int, out: str, seconds: float) -> str:
+    parts = [f"{result.images} images"]
+    parts += [f"{count} left out of {metric} (no whole group)" for metric, count in result.left_out.items()]
+    if problems:
+        parts.append(f"{problems} unreadable")
+    if result.failures:
+        parts.append(f"{len(result.failures)} pairs of method and metric failed: {', '.join(result.failures)}")
+    return f"{shown(out)}: {'; '.join(parts)} ({seconds:.1f} s)"

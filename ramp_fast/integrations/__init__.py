@@ -1,0 +1,1 @@
+"""The engine in the shapes of other libraries: see docs/integrations.md."""

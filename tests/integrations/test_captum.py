@@ -1,0 +1,124 @@
+"""The engine as a captum method, used by captum's own metrics and wrappers."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import captum.attr
+import captum.metrics
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from small_models import images, vgg, vit  # beside this folder
+from test_no_trace import Watch
+
+import ramp_fast.integrations.captum as adapter
+from ramp_fast import Engine, InputError, UnsupportedModelError
+from ramp_fast.integrations.captum import AbsLRP
+
+TARGET = torch.tensor([1, 7, 4])
+
+
+def test_gives_the_engines_maps() -> None:
+    model, x = vit(), images()
+    engine = Engine(model, "abslrp-release", "float32")
+    with Watch(model, x):
+        method = AbsLRP(model, "abslrp-release", "float32", contrast="none", normalize="sum")
+        found = method.attribute(x, TARGET)
+    assert isinstance(method, captum.attr.Attribution)
+    assert torch.equal(found, engine.attribute(x, TARGET, "none", "sum").maps)
+    predicted = method.attribute(x)
+    assert torch.equal(predicted, engine.attribute(x, None, "none", "sum").maps)
+    assert method.forward_func is model
+    assert not method.has_convergence_delta()
+    with pytest.raises(NotImplementedError):
+        method.attribute_future()
+
+
+def test_captums_ways_to_name_classes_and_inputs() -> None:
+    method, x = AbsLRP(vgg()), images()
+    expected = method.attribute(x, 4)
+    for target in (torch.tensor(4), torch.tensor([4]), [4, 4, 4], torch.tensor([4, 4, 4])):
+        assert torch.equal(method.attribute(x, target=target), expected)
+    (inside,) = method.attribute((x,), 4)
+    assert torch.equal(inside, expected)
+    assert torch.equal(method.attribute(x, [1, 7, 4]), method.attribute(x, TARGET))
+    assert not torch.equal(method.attribute(x, [1, 7, 4]), method.attribute(x, [4, 7, 1]))
+    assert method.attribute(x.double(), 4).dtype == torch.float64
+
+
+def test_noise_tunnel() -> None:
+    model, x = vgg(), images()
+    method = AbsLRP(model, normalize="none")
+    torch.manual_seed(8)
+    found = captum.attr.NoiseTunnel(method).attribute(x, nt_samples=3, stdevs=0.2, target=TARGET)
+    torch.manual_seed(8)
+    noisy = x.repeat_interleave(3, 0) + torch.normal(0, torch.full((9, 3, 16, 16), 0.2))
+    expected = method.engine.attribute(noisy, TARGET.repeat_interleave(3), normalize="none").maps
+    torch.testing.assert_close(found, expected.unflatten(0, (3, 3)).mean(1), rtol=1e-5, atol=1e-9)
+
+
+def test_infidelity() -> None:
+    model, x = vgg(), images()
+    maps = AbsLRP(model).attribute(x, TARGET)
+
+    def perturb(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full_like(inputs, 0.1), inputs - 0.1
+
+    found = captum.metrics.infidelity(model, perturb, x, maps, target=TARGET, n_perturb_samples=1)
+    with torch.no_grad():
+        fall = (model(x) - model(x - 0.1)).gather(1, TARGET[:, None])[:, 0]
+    torch.testing.assert_close(found, (0.1 * maps.sum((1, 2, 3)) - fall).square(), rtol=1e-4, atol=1e-6)
+
+
+def test_sensitivity() -> None:
+    method, x = AbsLRP(vgg()), images()
+    torch.manual_seed(0)
+    found = captum.metrics.sensitivity_max(method.attribute, x, perturb_radius=0.05, n_perturb_samples=2, target=TARGET)
+    assert found.shape == (3,)
+    assert bool((found > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "arguments", "message"),
+    [
+        (images(), {"additional_forward_args": 3}, "additional_forward_args"),
+        ((images(), images()), {}, "one input, the images; got 2"),
+        ([1], {}, r"inputs must be a Tensor \[N, C, H, W\], got list"),
+        (images(), {"target": [1, 2]}, r"list of 3 classes, one per image; got \[1, 2\]"),
+        (images(), {"target": [1.0, 2.0, 3.0]}, "list of 3 classes"),
+        (images(), {"target": torch.rand(3, 10)}, r"target must be integers \[3\], got \[3, 10\], torch.float32"),
+        (images(), {"target": "cat"}, "integer Tensor or None, got str"),
+        (images(), {"target": 10}, "target must be between 0 and 9"),
+    ],
+)
+def test_refused(inputs: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        AbsLRP(vgg()).attribute(inputs, **arguments)
+
+
+def test_refused_at_construction() -> None:
+    with pytest.raises(ValueError, match="contrast must be one of 'others', 'none'; got 'all'"):
+        AbsLRP(vgg(), contrast="all")
+    with pytest.raises(ValueError, match="normalize must be one of"):
+        AbsLRP(vgg(), normalize="mean")
+    with pytest.raises(UnsupportedModelError, match="training mode"):
+        AbsLRP(vgg().train())
+
+
+def test_without_captum(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = AbsLRP(vgg()).attribute(images(), TARGET)
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    try:
+        alone = importlib.reload(adapter)
+        method = alone.AbsLRP(vgg())
+        assert type(method).__bases__ == (object,)
+        assert torch.equal(method.attribute(images(), TARGET), expected)
+    finally:
+        monkeypatch.undo()
+        importlib.reload(adapter)

@@ -1,0 +1,196 @@
+"""``ramp-fast evaluate``: what it reads and writes, and how it ends."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ramp_fast import cli, models
+from ramp_fast.data import ClassNames, Preprocessing
+from ramp_fast.evaluation import Evaluation
+from ramp_fast.methods import METHODS, MethodEntry
+
+NAMES = ("cat", "dog", "fox")
+
+
+class Bright(nn.Module):
+    """Class k where channel k is brightest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x.mean((2, 3))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    draw = np.random.default_rng(0)
+    for k, name in enumerate(NAMES):
+        (folder / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = draw.integers(0, 128, (40, 48, 3), dtype=np.uint8)
+            pixels[10:30, 10:30, k] += 127
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    config = {
+        "input_size": (3, 32, 32),
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
+    loaded = models.LoadedModel(Bright().eval(), "bright", "none", Preprocessing(config), ClassNames(3, NAMES))
+    monkeypatch.setattr(models, "load_model", lambda *a, **k: loaded)
+    monkeypatch.setattr("ramp_fast.cli.evaluate.SAVE_EVERY", 0.0)
+
+    def call(*arguments: Any) -> int:
+        fixed = ["evaluate", "--data", photos, "--out", tmp_path / "out", "--method", "ixg", "--method", "random"]
+        return cli.main([str(a) for a in (*fixed, "--metric", "deletion:steps=4", *arguments)])
+
+    return call
+
+
+def has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def test_table_values_and_plots(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--metric", "gae:steps=2", *([] if has_matplotlib() else ["--no-plots"])) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    result = Evaluation.load(tmp_path / "out" / "evaluation.json")
+    assert str(result) in out
+    assert "6 images; 2 left out of gae:steps=2" in out
+    with open(tmp_path / "out" / "values.csv", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["metric"] == "deletion:steps=4" and r["method"] == "ixg"]
+    assert [r["image"] for r in rows] == [f"{name}/{number}" for name in NAMES for number in range(2)]
+    deletion = result.results["ixg"]["deletion:steps=4"].values["deletion"]
+    assert [float(r["value"]) for r in rows] == deletion.tolist()
+    assert result.results["ixg"]["deletion:steps=4"].mean < result.results["random"]["deletion:steps=4"].mean
+    assert (tmp_path / "out" / "table.csv").is_file()
+    for name in ("bars", "curves"):
+        if has_matplotlib():
+            with Image.open(tmp_path / "out" / f"{name}.png") as picture:
+                assert min(picture.size) > 100
+
+
+def test_batches_change_nothing(run: Callable[..., int], tmp_path: Path) -> None:
+    path = tmp_path / "out" / "evaluation.json"
+    assert run("--no-plots", "--batch-size", 4, "--seed", 3) == 0
+    first = Evaluation.load(path)
+    assert run("--no-plots", "--batch-size", 1, "--workers", 0, "--seed", 3) == 0
+    second = Evaluation.load(path)
+    for method, results in first.results.items():
+        for metric, result in results.items():
+            torch.testing.assert_close(second.results[method][metric].values, result.values)
+    assert run("--no-plots", "--seed", 4) == 0
+    other = Evaluation.load(path).results["random"]["deletion:steps=4"].mean
+    assert other != first.results["random"]["deletion:steps=4"].mean
+
+
+def test_the_class_of_the_folder_is_explained(run: Callable[..., int], tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def record(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        seen.extend(target.tolist())
+        return images
+
+    METHODS["record"] = MethodEntry("for this test", lambda model: record)
+    try:
+        assert run("--no-plots", "--method", "record") == 0
+    finally:
+        del METHODS["record"]
+    assert seen == [0, 0, 1, 1, 2, 2]
+
+
+def test_failures_and_broken_files(
+    run: Callable[..., int], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "dog" / "broken.jpg").write_bytes(b"no image")
+    assert run("--no-plots", "--method", "rollout") == 2  # not a Vision Transformer: known before anything is computed
+    assert "rollout" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+    def broken(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        raise ZeroDivisionError("no luck")
+
+    METHODS["broken"] = MethodEntry("for this test", lambda model: broken)
+    try:
+        assert run("--no-plots", "--method", "broken", "--progress") == 2
+    finally:
+        del METHODS["broken"]
+    printed = capsys.readouterr()
+    assert "broken.jpg" in printed.err
+    assert "method broken, metric deletion:steps=4, batch 0" in printed.err
+    assert "1 unreadable; 1 pairs of method and metric failed: broken / deletion:steps=4" in printed.out
+    assert Evaluation.load(tmp_path / "out" / "evaluation.json").results["ixg"]["deletion:steps=4"].count == 6
+
+
+def test_interrupted(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+
+    def stops(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return images
+
+    METHODS["stops"] = MethodEntry("for this test", lambda model: stops)
+    try:
+        assert run("--no-plots", "--method", "stops", "--batch-size", 2) == 130
+    finally:
+        del METHODS["stops"]
+    assert "what was evaluated before is in evaluation.json" in capsys.readouterr().err
+    kept = Evaluation.load(tmp_path / "out" / "evaluation.json")
+    assert kept.results["stops"]["deletion:steps=4"].count == 4
+    assert kept.images == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--metric", "delition"], "no metric 'delition'"),
+        (["--metric", "deletion:depth=2"], "no setting 'depth'"),
+        (["--method", "lrp"], "unknown method 'lrp'"),
+        (["--metric", "pointing_game"], "have no masks"),
+        (["--data", "nowhere"], "no such folder"),
+        (["--class-of", "dog=big"], "not the number of a class"),
+    ],
+)
+def test_what_does_not_fit(
+    run: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    problem: str,
+) -> None:
+    assert run("--no-plots", *arguments) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "  deletion (lower is better; baseline, granularity, noise, output, steps)" in out
+    assert "  ixg: input x gradient" in out
+    assert cli.main(["evaluate"]) == 2
+    assert "--out DIR is missing" in capsys.readouterr().err
