@@ -113,6 +113,10 @@ class SensitivityN(_Subsets):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "sizes": list(self.sizes)}
 
+    def axis(self) -> dict[str, Any]:
+        what = "features" if isinstance(self.sizes[0], int) else "share of features"
+        return {"label": f"{what} masked", "values": list(self.sizes), "curves": ["correlations"]}
+
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         found = self.correlations(sample, self.sizes)
         return {self.name: found.nanmean(1), "correlations": found}
@@ -331,6 +335,10 @@ class Monotonicity(Masking):
         own = {"steps": self.steps, "absolute": self.absolute, "tolerance": self.tolerance}
         return {**super().settings(), **own}
 
+    def axis(self) -> dict[str, Any]:
+        shares = [s / self.steps for s in range(self.steps + 1)]
+        return {"label": "share revealed", "values": shares, "curves": ["curve"]}
+
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         features = self.granularity.of(sample.images, _signed_or_not(sample.maps, self.absolute))
         steps = features.shares(self.steps + 1, descending=False)
@@ -420,8 +428,8 @@ class Sufficiency(Metric):
     arXiv 2202.00734, for maps as in Quantus.
 
     Necessarily an image's value depends on the others: what ``update`` returns is of its images among themselves,
-    ``compute`` takes all images so far. ``likes`` says how many an image has. Every image's ``signature`` ``[M]`` is
-    kept, and M is the same for all images.
+    ``compute`` takes all images so far. ``likes`` says how many an image has. Every image's ``signature``, its M
+    scores of features, is kept until then, and M is the same for all images.
 
     Quantus looks for likes in the batch alone, counts an image without any as 0, and finds none at all where a feature
     is the same in all maps of a batch.
@@ -470,9 +478,13 @@ class Sufficiency(Metric):
         return {**self._among(signature, predicted), "signature": signature, "predicted": predicted}
 
     def compute(self) -> Result:
-        """All values so far, every image among all images."""
-        values = super().compute().values
-        return Result(self.name, {**values, **self._among(values["signature"], values["predicted"])})
+        """All values so far, every image among all images; without signatures, which would be most of them."""
+        kept = super().compute().values
+        return Result(self.name, self._among(kept["signature"], kept["predicted"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, values and signatures, for ``torch.save``."""
+        return {**super().state_dict(), "values": super().compute().values if self._values else {}}
 
     def _add(self, values: dict[str, Tensor], images: int) -> None:
         if self._values:
