@@ -48,9 +48,10 @@ class _Subsets(Masking):
             width = features.scores.shape[1]
             counts = torch.as_tensor(features.counts).expand(stop - start).tolist()
             orders = [
-                self._steps(n, count, width, sizes) for n, count in zip(sample.numbers[here], counts, strict=True)
+                self._steps(number, count, width, sizes, images.device)
+                for number, count in zip(sample.numbers[here], counts, strict=True)
             ]
-            steps = torch.stack(orders, 1).to(images.device)  # [runs, n, M]
+            steps = torch.stack(orders, 1)  # [runs, n, M]
             rows = torch.arange(start, stop, device=images.device).repeat(self.runs)
             spread = features.spread(steps).flatten(0, 1)
             logits = self.logits_of_copies(images[rows], fill.of(rows), spread, len(sizes))
@@ -60,7 +61,9 @@ class _Subsets(Masking):
             found.append(_pearson(sums.movedim(1, -1), drops.movedim(1, -1)).t())
         return torch.cat(found)
 
-    def _steps(self, number: int, count: int, width: int, sizes: Sequence[int] | Sequence[float]) -> Tensor:
+    def _steps(
+        self, number: int, count: int, width: int, sizes: Sequence[int] | Sequence[float], device: torch.device
+    ) -> Tensor:
         """When each of ``width`` features is masked, ``[runs, width]``; an image has the first ``count``."""
         ks = [n if isinstance(n, int) else max(1, int(n * count)) for n in sizes]
         if ks[-1] > count:
@@ -68,8 +71,8 @@ class _Subsets(Masking):
                 f"{self.name}: subsets of {ks[-1]} features of an image that has {count}: take smaller subsets, or a "
                 f"finer granularity"
             )
-        steps = torch.full((self.runs, width), len(ks), dtype=torch.int32)
-        steps[:, :count] = ops.mask_steps(self.priorities(number, count), ks, False)
+        steps = torch.full((self.runs, width), len(ks), dtype=torch.int32, device=device)
+        steps[:, :count] = ops.mask_steps(self.priorities(number, count).to(device), ks, False)
         return steps
 
 
