@@ -48,9 +48,10 @@ class _Subsets(Masking):
             width = features.scores.shape[1]
             counts = torch.as_tensor(features.counts).expand(stop - start).tolist()
             orders = [
-                self._steps(n, count, width, sizes) for n, count in zip(sample.numbers[here], counts, strict=True)
+                self._steps(number, count, width, sizes, images.device)
+                for number, count in zip(sample.numbers[here], counts, strict=True)
             ]
-            steps = torch.stack(orders, 1).to(images.device)  # [runs, n, M]
+            steps = torch.stack(orders, 1)  # [runs, n, M]
             rows = torch.arange(start, stop, device=images.device).repeat(self.runs)
             spread = features.spread(steps).flatten(0, 1)
             logits = self.logits_of_copies(images[rows], fill.of(rows), spread, len(sizes))
@@ -60,7 +61,9 @@ class _Subsets(Masking):
             found.append(_pearson(sums.movedim(1, -1), drops.movedim(1, -1)).t())
         return torch.cat(found)
 
-    def _steps(self, number: int, count: int, width: int, sizes: Sequence[int] | Sequence[float]) -> Tensor:
+    def _steps(
+        self, number: int, count: int, width: int, sizes: Sequence[int] | Sequence[float], device: torch.device
+    ) -> Tensor:
         """When each of ``width`` features is masked, ``[runs, width]``; an image has the first ``count``."""
         ks = [n if isinstance(n, int) else max(1, int(n * count)) for n in sizes]
         if ks[-1] > count:
@@ -68,8 +71,8 @@ class _Subsets(Masking):
                 f"{self.name}: subsets of {ks[-1]} features of an image that has {count}: take smaller subsets, or a "
                 f"finer granularity"
             )
-        steps = torch.full((self.runs, width), len(ks), dtype=torch.int32)
-        steps[:, :count] = ops.mask_steps(self.priorities(number, count), ks, False)
+        steps = torch.full((self.runs, width), len(ks), dtype=torch.int32, device=device)
+        steps[:, :count] = ops.mask_steps(self.priorities(number, count).to(device), ks, False)
         return steps
 
 
@@ -112,6 +115,10 @@ class SensitivityN(_Subsets):
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "sizes": list(self.sizes)}
+
+    def axis(self) -> dict[str, Any]:
+        what = "features" if isinstance(self.sizes[0], int) else "share of features"
+        return {"label": f"{what} masked", "values": list(self.sizes), "curves": ["correlations"]}
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         found = self.correlations(sample, self.sizes)
@@ -331,6 +338,10 @@ class Monotonicity(Masking):
         own = {"steps": self.steps, "absolute": self.absolute, "tolerance": self.tolerance}
         return {**super().settings(), **own}
 
+    def axis(self) -> dict[str, Any]:
+        shares = [s / self.steps for s in range(self.steps + 1)]
+        return {"label": "share revealed", "values": shares, "curves": ["curve"]}
+
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         features = self.granularity.of(sample.images, _signed_or_not(sample.maps, self.absolute))
         steps = features.shares(self.steps + 1, descending=False)
@@ -420,8 +431,8 @@ class Sufficiency(Metric):
     arXiv 2202.00734, for maps as in Quantus.
 
     Necessarily an image's value depends on the others: what ``update`` returns is of its images among themselves,
-    ``compute`` takes all images so far. ``likes`` says how many an image has. Every image's ``signature`` ``[M]`` is
-    kept, and M is the same for all images.
+    ``compute`` takes all images so far. ``likes`` says how many an image has. Every image's ``signature``, its M
+    scores of features, is kept until then, and M is the same for all images.
 
     Quantus looks for likes in the batch alone, counts an image without any as 0, and finds none at all where a feature
     is the same in all maps of a batch.
@@ -470,9 +481,13 @@ class Sufficiency(Metric):
         return {**self._among(signature, predicted), "signature": signature, "predicted": predicted}
 
     def compute(self) -> Result:
-        """All values so far, every image among all images."""
-        values = super().compute().values
-        return Result(self.name, {**values, **self._among(values["signature"], values["predicted"])})
+        """All values so far, every image among all images; without signatures, which would be most of them."""
+        kept = super().compute().values
+        return Result(self.name, self._among(kept["signature"], kept["predicted"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, values and signatures, for ``torch.save``."""
+        return {**super().state_dict(), "values": super().compute().values if self._values else {}}
 
     def _add(self, values: dict[str, Tensor], images: int) -> None:
         if self._values:

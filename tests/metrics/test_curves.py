@@ -76,9 +76,8 @@ def features(granularity: str, image: Tensor, map: Tensor) -> list[tuple[float, 
 def outputs_of_loop(
     model: nn.Module,
     image: Tensor,
-    map: Tensor,
     target: int,
-    granularity: str,
+    found: list[tuple[float, Tensor]],
     baseline: Tensor,
     ks: Callable[[int], list[int]],
     *,
@@ -86,12 +85,10 @@ def outputs_of_loop(
     reveal: bool = False,
 ) -> Tensor:
     """Probabilities of the class with the first ``ks`` features masked, or revealed."""
-    order = sorted(features(granularity, image, map), key=lambda f: f[0], reverse=descending)
+    order = sorted(found, key=lambda f: f[0], reverse=descending)
     outputs = []
     for k in ks(len(order)):
-        masked = torch.zeros(image.shape, dtype=torch.bool)
-        for _, mask in order[:k]:
-            masked |= mask
+        masked = sum((mask for _, mask in order[:k]), torch.zeros(image.shape, dtype=torch.bool))
         copy = torch.where(masked, image, baseline) if reveal else torch.where(masked, baseline, image)
         with torch.no_grad():
             outputs.append(model(copy.unsqueeze(0)).softmax(1)[0, target])
@@ -111,10 +108,9 @@ def test_curves_against_a_loop(model: nn.Module, images: Tensor, maps: Tensor, g
     insertion = Insertion(model, **common).update(images, TARGET, None, maps=maps)
     abpc = ABPC(model, **common).update(images, TARGET, None, maps=maps)
     for i in range(len(images)):
+        found = features(granularity, images[i], maps[i])
         morf, lerf, inserted = (
-            outputs_of_loop(
-                model, images[i], maps[i], int(TARGET[i]), granularity, torch.zeros(1).double(), shares(steps), **how
-            )
+            outputs_of_loop(model, images[i], int(TARGET[i]), found, torch.zeros(1).double(), shares(steps), **how)
             for how in ({}, {"descending": False}, {"reveal": True})
         )
         torch.testing.assert_close(deletion["curve"][i], morf, **EXACT)
@@ -135,7 +131,7 @@ def test_regions_and_removal_against_a_loop(model: nn.Module, images: Tensor, ma
     irof = IROF(model, **common).update(images, TARGET, None, maps=maps)
     for i in range(len(images)):
         mean = images[i].mean((1, 2)).view(3, 1, 1)
-        where = model, images[i], maps[i], int(TARGET[i]), granularity, mean
+        where = model, images[i], int(TARGET[i]), features(granularity, images[i], maps[i]), mean
         outputs = outputs_of_loop(*where, lambda count: [min(t, count) for t in range(regions + 1)])
         torch.testing.assert_close(aopc["curve"][i], outputs[0] - outputs, **EXACT)
         assert float(aopc["aopc"][i]) == pytest.approx(float((outputs[0] - outputs).mean()), rel=1e-9)
@@ -219,6 +215,9 @@ def test_random_fillings_follow_the_seed(model: nn.Module, images: Tensor, maps:
 
     assert torch.equal(curve(0), curve(0))
     assert not torch.allclose(curve(0)[:, 1:], curve(1)[:, 1:], atol=1e-6)
+    twice = Deletion(model, steps=3, baseline=baseline, noise=0.5)
+    found = twice.update(images[:1].repeat(2, 1, 1, 1), 0, None, maps=maps[:1].repeat(2, 1, 1, 1))["curve"]
+    assert not torch.allclose(found[0, 1:], found[1, 1:], atol=1e-6)  # every image has numbers of its own
 
 
 def test_channels_last_images(model: nn.Module, images: Tensor, maps: Tensor) -> None:

@@ -345,8 +345,8 @@ def test_sufficiency_against_a_loop(absolute: bool, threshold: float) -> None:
     maps[2:] += 2 * maps[:5].repeat(2, 1, 1, 1)  # five kinds
     maps[:2] *= 5  # two of their own
     metric = Sufficiency(model, threshold=threshold, absolute=absolute, granularity="patch:2")
-    first = metric.update(images[:7], None, None, maps=maps[:7])
-    second = metric.update(images[7:], None, None, maps=maps[7:])
+    first = metric.update(images[:7], 0, None, maps=maps[:7])  # predictions count, not what is explained
+    second = metric.update(images[7:], 0, None, maps=maps[7:])
     with torch.no_grad():
         predicted = model(images).argmax(1)
     used = (maps.abs() if absolute else maps).sum(1)
@@ -391,27 +391,38 @@ def test_results_do_not_depend_on_batches(model: nn.Module, images: Tensor, maps
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("name", "settings", "calls"),
     [
-        *SETTINGS.items(),
-        ("infidelity", {"samples": 11, "perturbation": "gaussian"}),
-        ("infidelity", {"samples": 11, "perturbation": "noisy_baseline", "baseline": "mean"}),
-        ("monotonicity_correlation", {"groups": 4, "samples": 2, "baseline": "road", "noise": 0.2}),
+        ("sensitivity_n", SETTINGS["sensitivity_n"], 1),
+        ("faithfulness_correlation", SETTINGS["faithfulness_correlation"], 1),
+        ("monotonicity", SETTINGS["monotonicity"], 1),
+        ("monotonicity_correlation", SETTINGS["monotonicity_correlation"], 3),  # once for every draw
+        ("monotonicity_correlation", {"groups": 4, "samples": 2, "baseline": "road", "noise": 0.2}, 2),
+        ("monotonicity_correlation", {"groups": 4, "samples": 2, "baseline": "mean"}, 1),
+        ("infidelity", SETTINGS["infidelity"], 4),  # once for every image
+        ("infidelity", {"samples": 11, "perturbation": "gaussian"}, 4),
+        ("infidelity", {"samples": 11, "perturbation": "noisy_baseline", "baseline": "mean"}, 4),
     ],
 )
-def test_copies_fill_the_batches(images: Tensor, maps: Tensor, name: str, settings: dict[str, object]) -> None:
+def test_copies_fill_the_batches(
+    images: Tensor, maps: Tensor, name: str, settings: dict[str, object], calls: int
+) -> None:
     sizes: list[int] = []
     model = classifier()
     model.register_forward_hook(lambda module, args, output: sizes.append(args[0].shape[0]))
     small = make_metric(name, model, batch_size=5, **settings)
+    made: list[int] = []
+    logits = small.logits
+    small.logits = lambda x, *args: made.append(x.shape[0]) or logits(x, *args)  # type: ignore[method-assign]
     small.update(images, TARGET, None, maps=maps)
     assert max(sizes) <= 5
+    assert max(made, default=0) <= 5  # nor are more copies made than go through the model
     passes = sum(sizes)
     sizes.clear()
     large = make_metric(name, model, batch_size=1000, **settings)
     large.update(images, TARGET, None, maps=maps)
     assert sum(sizes) == passes
-    assert len(sizes) <= 8
+    assert len([size for size in sizes if size > 4]) == calls  # the others are of the images themselves
     same(large, small)
 
 
@@ -448,8 +459,48 @@ def test_states_and_seeds(model: nn.Module, images: Tensor, maps: Tensor, name: 
         other = make_metric(name, model, **settings, seed=1)
         other.update(images, TARGET, None, maps=maps)
         assert not torch.allclose(other.compute().values[name], whole.compute().values[name], atol=1e-9)
-    noisy, sigma = (Infidelity(model, perturbation="gaussian", sigma=s).settings() for s in (0.1, 0.2))
-    assert noisy != sigma
+
+
+def test_settings_say_everything(model: nn.Module) -> None:
+    common = {"metric": "infidelity", "seed": 0, "baseline": "zero", "output": "logit", "samples": 1000}
+    rest = {"times_input": False, "rescaled": False}
+    square = Infidelity(model).settings()
+    assert square == {**common, **rest, "perturbation": "square", "sizes": list(range(1, 11))}
+    for perturbation in ("gaussian", "noisy_baseline"):
+        found = Infidelity(model, perturbation=perturbation, sigma=0.1).settings()
+        assert found == {**common, **rest, "perturbation": perturbation, "sigma": 0.1}
+    defaults = {name: make_metric(name, model).settings() for name in SETTINGS}
+    assert (defaults["sensitivity_n"]["runs"], defaults["sensitivity_n"]["baseline"]) == (100, "zero")
+    assert defaults["faithfulness_correlation"]["subset_size"] == 224
+    for name, baseline in (("faithfulness_correlation", "black"), ("monotonicity", "black")):
+        assert defaults[name]["baseline"] == baseline
+    assert defaults["monotonicity_correlation"]["baseline"] == "uniform"
+    assert defaults["sufficiency"]["threshold"] == 0.6
+    assert all(defaults[name]["absolute"] for name in ("monotonicity", "monotonicity_correlation", "sufficiency"))
+
+
+def test_axes_of_curves(model: nn.Module, images: Tensor, maps: Tensor) -> None:
+    for metric, label in (
+        (Monotonicity(model, steps=4, granularity="patch:4"), "share revealed"),
+        (SensitivityN(model, sizes=(1, 2), runs=3, granularity="patch:4"), "features masked"),
+        (SensitivityN(model, sizes=(0.3, 0.6), runs=3, granularity="patch:4"), "share of features masked"),
+    ):
+        axis = metric.axis()
+        assert axis is not None
+        assert axis["label"] == label
+        found = metric.update(images, TARGET, None, maps=maps)
+        for curve in axis["curves"]:
+            assert found[curve].shape == (4, len(axis["values"]))
+
+
+def test_noise_does_not_depend_on_how_much_is_drawn_together() -> None:
+    """75 entries: a generator that fills more at once gives other numbers."""
+    model, images, maps = classifier(5, 5), normal(2, 3, 5, 5, seed=1), normal(2, 3, 5, 5, seed=2)
+    found = [
+        Infidelity(model, perturbation="gaussian", samples=9, batch_size=size).update(images, 0, None, maps=maps)
+        for size in (2, 64)
+    ]
+    torch.testing.assert_close(found[0]["infidelity"], found[1]["infidelity"], rtol=1e-9, atol=0)
 
 
 def test_what_does_not_fit(model: nn.Module, images: Tensor, maps: Tensor) -> None:
