@@ -70,34 +70,40 @@ def _ssim(a: Tensor, b: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def pearson(a: Tensor, b: Tensor) -> Tensor:
-    """Correlation of maps ``[N, ...]``, ``[N]`` in [-1, 1]; NaN where one of them is constant."""
-    a, b = a.flatten(1), b.flatten(1)
-    constant = (a.amax(1) == a.amin(1)) | (b.amax(1) == b.amin(1))
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    size = (a.square().sum(1) * b.square().sum(1)).sqrt()
-    return ((a * b).sum(1) / size).clamp(-1, 1).masked_fill(constant, torch.nan)
+    """Correlation over the last axis, float64 in [-1, 1]; NaN where one of them is constant, up to rounding."""
+    a, b = (levelled - levelled.mean(-1, keepdim=True) for levelled in (_levelled(a), _levelled(b)))
+    found: Tensor = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+    return found.clamp(-1, 1)
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Correlation of the ranks of maps ``[N, ...]``, equal entries sharing theirs; see :func:`pearson`."""
-    return pearson(_ranks(a.flatten(1)), _ranks(b.flatten(1)))
+    """Correlation of ranks over the last axis, equal entries sharing theirs; see :func:`pearson`."""
+    return pearson(_ranks(_levelled(a)), _ranks(_levelled(b)))
+
+
+def _levelled(values: Tensor) -> Tensor:
+    """In float64; zeros where only rounding tells the entries of the last axis apart."""
+    values = values.double()
+    around = (values - values.mean(-1, keepdim=True)).norm(dim=-1, keepdim=True)
+    return values.masked_fill(around <= 1e-13 * values.norm(dim=-1, keepdim=True), 0)
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Of entries ``[N, D]``, from 1; the mean rank among equals."""
-    ordered, order = values.sort(1)
-    place = torch.arange(values.shape[1], device=values.device)
-    differs = ordered.diff(dim=1) != 0
+    """Along the last axis, float64 from 1; the mean rank among equals."""
+    ordered, order = values.sort(-1)
+    place = torch.arange(values.shape[-1], device=values.device)
+    differs = ordered.diff(dim=-1) != 0
     # the first and the last place of every run of equals
-    first = (F.pad(differs, (1, 0), value=True) * place).cummax(1).values
-    last = place.where(F.pad(differs, (0, 1), value=True), values.shape[1]).flip(1).cummin(1).values.flip(1)
-    return torch.empty_like(values).scatter_(1, order, (first + last).to(values.dtype) / 2 + 1)
+    first = (F.pad(differs, (1, 0), value=True) * place).cummax(-1).values
+    last = place.where(F.pad(differs, (0, 1), value=True), values.shape[-1]).flip(-1).cummin(-1).values.flip(-1)
+    mean = (first + last).double() / 2 + 1
+    return torch.empty_like(mean).scatter_(-1, order, mean)
 
 
 SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ssim": ssim,
     "ssim_flat": ssim_flat,
-    "spearman": spearman,
-    "pearson": pearson,
+    "spearman": lambda a, b: spearman(a.flatten(1), b.flatten(1)),
+    "pearson": lambda a, b: pearson(a.flatten(1), b.flatten(1)),
 }
 """Of maps ``[N, H, W]``: numbers ``[N]`` in [-1, 1], 1 for the same map."""

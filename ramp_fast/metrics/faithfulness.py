@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ramp_fast import ops
 from ramp_fast.errors import InputError
+from ramp_fast.metrics._maps import pearson, spearman
 from ramp_fast.metrics.base import Metric, Result, Sample
 from ramp_fast.metrics.baselines import Baseline
 from ramp_fast.metrics.curves import Masking, check_count, ranges
@@ -58,7 +59,7 @@ class _Subsets(Masking):
             outputs = self.watched(logits, sample.target[rows]).unflatten(1, (self.runs, stop - start))
             drops = self.watched(sample.logits[here], sample.target[here]) - outputs  # [sizes, runs, n]
             sums = torch.stack([((steps <= s) * features.sums.double()).sum(-1) for s in range(len(sizes))])
-            found.append(_pearson(sums.movedim(1, -1), drops.movedim(1, -1)).t())
+            found.append(pearson(sums.movedim(1, -1), drops.movedim(1, -1)).t())
         return torch.cat(found)
 
     def _steps(
@@ -419,7 +420,7 @@ class MonotonicityCorrelation(Masking):
                 outputs = self.watched(logits, sample.target[rows]).unflatten(0, (self.groups, stop - start))
                 squares[:, start:stop] += (whole[start:stop] - outputs).double().square()
         sums = ((group == numbers) * features.sums.double()).sum(-1)
-        return {self.name: _pearson(_average_ranks(sums.t()), _average_ranks(squares.t()))}
+        return {self.name: spearman(sums.t(), squares.t())}
 
 
 class Sufficiency(Metric):
@@ -522,26 +523,3 @@ def _inside(squares: Tensor, height: int, width: int) -> Tensor:
     row = torch.arange(height, device=squares.device).view(1, 1, -1, 1) - top
     column = torch.arange(width, device=squares.device) - left
     return (row >= 0) & (row < size) & (column >= 0) & (column < size)
-
-
-def _pearson(a: Tensor, b: Tensor) -> Tensor:
-    """Over the last axis, float64; NaN where either is constant."""
-    a, b = (_centred(values.double()) for values in (a, b))
-    found: Tensor = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
-    return found.clamp(-1, 1)
-
-
-def _centred(values: Tensor) -> Tensor:
-    """Without their mean; exactly 0 where only rounding tells them apart."""
-    centred = values - values.mean(-1, keepdim=True)
-    constant = centred.norm(dim=-1, keepdim=True) <= 1e-13 * values.norm(dim=-1, keepdim=True)
-    return centred.masked_fill(constant, 0)
-
-
-def _average_ranks(values: Tensor) -> Tensor:
-    """Along the last axis; equal values share the mean of their ranks."""
-    values = values.contiguous()
-    ordered = values.sort(-1).values
-    below = torch.searchsorted(ordered, values)
-    up_to = torch.searchsorted(ordered, values, right=True)
-    return (below + up_to).double() / 2
