@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ramp_fast import ops
 from ramp_fast.errors import InputError
-from ramp_fast.metrics._maps import pearson, spearman
+from ramp_fast.metrics._maps import Sign, checked_sign, pearson, spearman, with_sign
 from ramp_fast.metrics.base import Metric, Result, Sample
 from ramp_fast.metrics.baselines import Baseline
 from ramp_fast.metrics.curves import Masking, check_count, ranges
@@ -313,8 +313,8 @@ class Monotonicity(Masking):
     ----------
     steps : int
         S: after step s ``floor(s M / S)`` of M features are revealed.
-    absolute : bool
-        Rank features by the absolute map, as Quantus does.
+    sign : {"absolute", "signed", "positive"}
+        What of the map ranks features; absolute values as in Quantus.
     tolerance : float
         A fall up to this does not count: equal images need not have equal outputs to the last bit.
     granularity, baseline, output, noise, seed, batch_size
@@ -326,17 +326,17 @@ class Monotonicity(Masking):
     usual_baseline = "black"
 
     def __init__(
-        self, model: nn.Module, *, steps: int = 100, absolute: bool = True, tolerance: float = 1e-6, **masking: Any
+        self, model: nn.Module, *, steps: int = 100, sign: Sign = "absolute", tolerance: float = 1e-6, **masking: Any
     ) -> None:
         super().__init__(model, **masking)
         if not isinstance(steps, int) or steps < 2:
             raise InputError(f"{self.name}: steps must be an integer of at least 2, got {steps!r}")
         if not tolerance >= 0:
             raise InputError(f"{self.name}: tolerance must be 0 or more, got {tolerance!r}")
-        self.steps, self.absolute, self.tolerance = steps, absolute, tolerance
+        self.steps, self.sign, self.tolerance = steps, checked_sign(self.name, sign), tolerance
 
     def settings(self) -> dict[str, Any]:
-        own = {"steps": self.steps, "absolute": self.absolute, "tolerance": self.tolerance}
+        own = {"steps": self.steps, "sign": self.sign, "tolerance": self.tolerance}
         return {**super().settings(), **own}
 
     def axis(self) -> dict[str, Any]:
@@ -344,7 +344,7 @@ class Monotonicity(Masking):
         return {"label": "share revealed", "values": shares, "curves": ["curve"]}
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
-        features = self.granularity.of(sample.images, _signed_or_not(sample.maps, self.absolute))
+        features = self.granularity.of(sample.images, with_sign(sample.maps, self.sign))
         steps = features.shares(self.steps + 1, descending=False)
         curve = self.curve(sample, steps, self.steps + 1, reveal=True)
         rising = curve[:, 1:].diff(dim=1) >= -self.tolerance
@@ -372,8 +372,8 @@ class MonotonicityCorrelation(Masking):
         Into how many the features are parted, as even as can be.
     samples : int
         Draws; one for a baseline that is not random.
-    absolute : bool
-        Take the absolute map, as the paper and Quantus do.
+    sign : {"absolute", "signed", "positive"}
+        What of the map counts; absolute values as in the paper and Quantus.
     granularity, baseline, output, noise, seed, batch_size
         As for :class:`Masking`; the baseline is "uniform" by default.
     """
@@ -383,20 +383,20 @@ class MonotonicityCorrelation(Masking):
     usual_baseline = "uniform"
 
     def __init__(
-        self, model: nn.Module, *, groups: int = 100, samples: int = 10, absolute: bool = True, **masking: Any
+        self, model: nn.Module, *, groups: int = 100, samples: int = 10, sign: Sign = "absolute", **masking: Any
     ) -> None:
         super().__init__(model, **masking)
         if not isinstance(groups, int) or groups < 2:
             raise InputError(f"{self.name}: groups must be an integer of at least 2, got {groups!r}")
         check_count(self.name, "samples", samples)
-        self.groups, self.samples, self.absolute = groups, samples, absolute
+        self.groups, self.samples, self.sign = groups, samples, checked_sign(self.name, sign)
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "groups": self.groups, "samples": self.samples, "absolute": self.absolute}
+        return {**super().settings(), "groups": self.groups, "samples": self.samples, "sign": self.sign}
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         images, device = sample.images, sample.images.device
-        features = self.granularity.of(images, _signed_or_not(sample.maps, self.absolute))
+        features = self.granularity.of(images, with_sign(sample.maps, self.sign))
         counts = torch.as_tensor(features.counts, device=device).view(-1, 1)
         if int(counts.min()) < self.groups:
             raise InputError(
@@ -442,8 +442,8 @@ class Sufficiency(Metric):
     ----------
     threshold : float
         In [0, 1].
-    absolute : bool
-        Compare absolute maps, as Quantus does.
+    sign : {"absolute", "signed", "positive"}
+        What of the maps is compared; absolute values as in Quantus.
     granularity : str or object
         What maps are compared by: "pixel" as in Quantus, for maps of one channel; "patch:16" keeps less of many images.
         Superpixels differ between images.
@@ -459,7 +459,7 @@ class Sufficiency(Metric):
         model: nn.Module,
         *,
         threshold: float = 0.6,
-        absolute: bool = True,
+        sign: Sign = "absolute",
         granularity: str | Granularity = "pixel",
         seed: int = 0,
         batch_size: int | None = None,
@@ -470,14 +470,14 @@ class Sufficiency(Metric):
         self.granularity = kind_of_feature(granularity)
         if isinstance(self.granularity, Superpixels):
             raise InputError("sufficiency: superpixels of two images cannot be compared; take pixels or patches")
-        self.threshold, self.absolute = threshold, absolute
+        self.threshold, self.sign = threshold, checked_sign(self.name, sign)
 
     def settings(self) -> dict[str, Any]:
-        own = {"threshold": self.threshold, "absolute": self.absolute, "granularity": self.granularity.name}
+        own = {"threshold": self.threshold, "sign": self.sign, "granularity": self.granularity.name}
         return {**super().settings(), **own}
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
-        signature = self.granularity.of(sample.images, _signed_or_not(sample.maps, self.absolute)).scores
+        signature = self.granularity.of(sample.images, with_sign(sample.maps, self.sign)).scores
         predicted = sample.logits.argmax(1)
         return {**self._among(signature, predicted), "signature": signature, "predicted": predicted}
 
@@ -511,10 +511,6 @@ class Sufficiency(Metric):
         likes = alike.sum(1)
         same = alike & (predicted.unsqueeze(1) == predicted)
         return {self.name: same.sum(1).double() / likes, "likes": likes}
-
-
-def _signed_or_not(maps: Tensor, absolute: bool) -> Tensor:
-    return maps.abs() if absolute else maps
 
 
 def _inside(squares: Tensor, height: int, width: int) -> Tensor:

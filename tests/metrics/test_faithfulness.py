@@ -23,10 +23,12 @@ from ramp_fast.metrics import (
     Sufficiency,
     make_metric,
 )
+from ramp_fast.metrics._maps import Sign
 from ramp_fast.metrics.features import kind_of_feature
 
 SIZE = 8
 TARGET = torch.tensor([0, 3, 1, 4])
+SIGNED = {"signed": lambda maps: maps, "positive": lambda maps: maps.clamp(min=0), "absolute": torch.abs}
 SETTINGS: dict[str, dict[str, object]] = {
     "sensitivity_n": {"runs": 9, "sizes": (0.1, 0.5), "granularity": "superpixel:6"},
     "faithfulness_correlation": {"runs": 12, "subset_size": 10, "baseline": "uniform"},
@@ -224,14 +226,14 @@ def test_noise_of_infidelity(images: Tensor) -> None:
     assert not torch.allclose(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("absolute", [True, False])
-def test_monotonicity_against_a_loop(model: nn.Module, images: Tensor, maps: Tensor, absolute: bool) -> None:
-    metric = Monotonicity(model, steps=6, granularity="patch:3", absolute=absolute)
+@pytest.mark.parametrize("sign", list(SIGNED))
+def test_monotonicity_against_a_loop(model: nn.Module, images: Tensor, maps: Tensor, sign: Sign) -> None:
+    metric = Monotonicity(model, steps=6, granularity="patch:3", sign=sign)
     found = metric.update(images, TARGET, None, maps=maps)
     patches = kind_of_feature("patch:3")
     for i in range(4):
-        here = patches.of(images[i : i + 1], (maps[i].abs() if absolute else maps[i]).unsqueeze(0))
-        order = here.scores[0].argsort()
+        here = patches.of(images[i : i + 1], SIGNED[sign](maps[i : i + 1]))
+        order = here.scores[0].argsort(stable=True)
         curve = []
         for step in range(7):
             shown = torch.zeros(1, 9)
@@ -262,28 +264,28 @@ def test_a_monotonous_model(images: Tensor) -> None:
     assert (found["monotonicity"] == 0).all()
     assert torch.allclose(found["rising"], torch.tensor(14 / 15, dtype=torch.float64))
     # with its sign it comes first, before there is anything to compare with
-    signed = Monotonicity(model, absolute=False, **common).update(x, TARGET, None, maps=right)
+    signed = Monotonicity(model, sign="signed", **common).update(x, TARGET, None, maps=right)
     assert (signed["monotonicity"] == 1).all()
     lenient = Monotonicity(model, tolerance=1e3, **common).update(x, TARGET, None, maps=right)
     assert (lenient["monotonicity"] == 1).all()
 
 
 @pytest.mark.parametrize("granularity", ["entry", "patch:3", "superpixel:6"])
-@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("sign", list(SIGNED))
 def test_monotonicity_correlation_against_a_loop(
-    model: nn.Module, images: Tensor, maps: Tensor, granularity: str, absolute: bool
+    model: nn.Module, images: Tensor, maps: Tensor, granularity: str, sign: Sign
 ) -> None:
     groups = 4
-    common: dict[str, object] = {"groups": groups, "granularity": granularity, "absolute": absolute}
+    common: dict[str, object] = {"groups": groups, "granularity": granularity, "sign": sign}
     metric = MonotonicityCorrelation(model, samples=3, **common)
     found = metric.update(images, TARGET, None, maps=maps)
     fixed = MonotonicityCorrelation(model, samples=3, baseline="mean", **common)
     found_fixed = fixed.update(images, TARGET, None, maps=maps)
     for i in range(4):
-        map = maps[i].abs() if absolute else maps[i]
+        map = SIGNED[sign](maps[i])
         here = kind_of_feature(granularity).of(images[i : i + 1], map.unsqueeze(0))
         count = here.scores.shape[1]
-        order = here.scores[0].argsort()
+        order = here.scores[0].argsort(stable=True)
         low, high = images[i].min(), images[i].max()
         drawn = [
             low + (high - low) * torch.rand(3, SIZE, SIZE, generator=metric.generator(i, s)).double() for s in range(3)
@@ -338,18 +340,18 @@ def sufficiency_of_loop(signature: Tensor, predicted: Tensor, threshold: float) 
     return shares, likes
 
 
-@pytest.mark.parametrize(("absolute", "threshold"), [(True, 0.2), (False, 0.45)])
-def test_sufficiency_against_a_loop(absolute: bool, threshold: float) -> None:
+@pytest.mark.parametrize(("sign", "threshold"), [("absolute", 0.2), ("signed", 0.45)])
+def test_sufficiency_against_a_loop(sign: Sign, threshold: float) -> None:
     model, images = classifier(seed=4), normal(12, 3, SIZE, SIZE, seed=5)
     maps = normal(12, 3, SIZE, SIZE, seed=6)
     maps[2:] += 2 * maps[:5].repeat(2, 1, 1, 1)  # five kinds
     maps[:2] *= 5  # two of their own
-    metric = Sufficiency(model, threshold=threshold, absolute=absolute, granularity="patch:2")
+    metric = Sufficiency(model, threshold=threshold, sign=sign, granularity="patch:2")
     first = metric.update(images[:7], 0, None, maps=maps[:7])  # predictions count, not what is explained
     second = metric.update(images[7:], 0, None, maps=maps[7:])
     with torch.no_grad():
         predicted = model(images).argmax(1)
-    used = (maps.abs() if absolute else maps).sum(1)
+    used = SIGNED[sign](maps).sum(1)
     signature = used.unflatten(2, (4, 2)).unflatten(1, (4, 2)).sum((2, 4)).flatten(1)
     whole = metric.compute().values
     for values, part in ((first, slice(7)), (second, slice(7, 12)), (whole, slice(12))):
@@ -448,9 +450,9 @@ def test_states_and_seeds(model: nn.Module, images: Tensor, maps: Tensor, name: 
             {"output": "probability"},
             {"baseline": 0.5},
         ],
-        "monotonicity": [{"steps": 5}, {"absolute": False}, {"tolerance": 0.0}, {"granularity": "pixel"}],
-        "monotonicity_correlation": [{"groups": 4}, {"samples": 2}, {"absolute": False}],
-        "sufficiency": [{"threshold": 0.5}, {"absolute": False}, {"granularity": "patch:2"}],
+        "monotonicity": [{"steps": 5}, {"sign": "signed"}, {"tolerance": 0.0}, {"granularity": "pixel"}],
+        "monotonicity_correlation": [{"groups": 4}, {"samples": 2}, {"sign": "signed"}],
+        "sufficiency": [{"threshold": 0.5}, {"sign": "signed"}, {"granularity": "patch:2"}],
     }
     for change in (*changed[name], {"seed": 1}):
         with pytest.raises(InputError, match="does not fit"):
@@ -476,7 +478,8 @@ def test_settings_say_everything(model: nn.Module) -> None:
         assert defaults[name]["baseline"] == baseline
     assert defaults["monotonicity_correlation"]["baseline"] == "uniform"
     assert defaults["sufficiency"]["threshold"] == 0.6
-    assert all(defaults[name]["absolute"] for name in ("monotonicity", "monotonicity_correlation", "sufficiency"))
+    for name in ("monotonicity", "monotonicity_correlation", "sufficiency"):
+        assert defaults[name]["sign"] == "absolute"
 
 
 def test_axes_of_curves(model: nn.Module, images: Tensor, maps: Tensor) -> None:
@@ -546,6 +549,7 @@ def test_what_does_not_fit(model: nn.Module, images: Tensor, maps: Tensor) -> No
             lambda: measured(MonotonicityCorrelation(watched, groups=10, granularity="patch:3")),
             "monotonicity_correlation: 10 groups of 9 features: take fewer",
         ),
+        (lambda: Monotonicity(model, sign="none"), "monotonicity: sign must be one of"),
         (lambda: Sufficiency(model, threshold=1.5), "sufficiency: threshold must be"),
         (lambda: Sufficiency(model, granularity="superpixel"), "sufficiency: superpixels of two images"),
         (

@@ -22,6 +22,7 @@ from ramp_fast.metrics import (
     MonotonicityCorrelation,
     Sufficiency,
 )
+from ramp_fast.metrics._maps import Sign
 
 quantus = pytest.importorskip("quantus")
 
@@ -193,12 +194,12 @@ def in_place_of(images: Tensor) -> Callable[..., np.ndarray]:
     return show
 
 
-@pytest.mark.parametrize("absolute", [True, False])
-def test_monotonicity(model: nn.Module, absolute: bool) -> None:
+@pytest.mark.parametrize("sign", ["absolute", "signed"])
+def test_monotonicity(model: nn.Module, sign: Sign) -> None:
     images, maps = (normal(12, 3, SIZE, SIZE, seed=seed).float() for seed in (7, 8))
-    settings: dict[str, Any] = {"features_in_step": 64, "abs": absolute}
+    settings: dict[str, Any] = {"features_in_step": 64, "abs": sign == "absolute"}
     expected = theirs(quiet("Monotonicity", perturb_func=in_place_of(images), **settings), model, images, maps)
-    metric = Monotonicity(model, granularity="entry", steps=3, absolute=absolute)
+    metric = Monotonicity(model, granularity="entry", steps=3, sign=sign)
     found = metric.update(images, TARGET.repeat(4), None, maps=maps)["monotonicity"]
     np.testing.assert_array_equal(found, expected)
     assert 0 < found.sum() < 12
@@ -206,29 +207,29 @@ def test_monotonicity(model: nn.Module, absolute: bool) -> None:
     assert theirs(quiet("Monotonicity", **settings), model, images, maps).all()
 
 
-@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("sign", ["absolute", "signed"])
 @pytest.mark.parametrize("baseline", ["black", "white"])
-def test_monotonicity_correlation(model: nn.Module, images: Tensor, absolute: bool, baseline: str) -> None:
+def test_monotonicity_correlation(model: nn.Module, images: Tensor, sign: Sign, baseline: str) -> None:
     maps = normal(COUNT, 3, SIZE, SIZE, seed=8).float()
     quantus_metric = quiet(
-        "MonotonicityCorrelation", features_in_step=16, nr_samples=1, abs=absolute, perturb_baseline=baseline
+        "MonotonicityCorrelation", features_in_step=16, nr_samples=1, abs=sign == "absolute", perturb_baseline=baseline
     )
     expected = theirs(quantus_metric, model, images, maps)
-    metric = MonotonicityCorrelation(model, granularity="entry", groups=12, absolute=absolute, baseline=baseline)
+    metric = MonotonicityCorrelation(model, granularity="entry", groups=12, sign=sign, baseline=baseline)
     found = metric.update(images, TARGET, None, maps=maps)["monotonicity_correlation"]
     np.testing.assert_allclose(found, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("absolute", [True, False])
-def test_sufficiency(model: nn.Module, absolute: bool) -> None:
+@pytest.mark.parametrize("sign", ["absolute", "signed"])
+def test_sufficiency(model: nn.Module, sign: Sign) -> None:
     images, maps = (normal(20, channels, SIZE, SIZE, seed=8).float() for channels in (3, 1))
     maps += 2 * maps[:5].repeat(4, 1, 1, 1)  # five kinds
-    metric = Sufficiency(model, absolute=absolute, threshold=0.8)
+    metric = Sufficiency(model, sign=sign, threshold=0.8)
     first, second = (
         metric.update(part, 0, None, maps=m) for part, m in zip(images.split(10), maps.split(10), strict=True)
     )
     for batch_size, found in ((10, torch.cat([first["sufficiency"], second["sufficiency"]])), (20, None)):
-        quantus_metric = quiet("Sufficiency", threshold=0.8, abs=absolute)
+        quantus_metric = quiet("Sufficiency", threshold=0.8, abs=sign == "absolute")
         expected = quantus_metric(
             model=model,
             x_batch=images.numpy().copy(),
