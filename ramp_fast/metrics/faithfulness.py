@@ -27,23 +27,23 @@ PERTURBATIONS = ("square", "gaussian", "noisy_baseline")
 class _Subsets(Masking):
     """Random subsets of features: how the sums of their maps go with what the output loses when they are masked."""
 
-    def __init__(self, model: nn.Module, *, runs: int = 100, **masking: Any) -> None:
+    def __init__(self, model: nn.Module, *, samples: int = 100, **masking: Any) -> None:
         super().__init__(model, **masking)
-        check_count(self.name, "runs", runs)
-        self.runs = runs
+        check_count(self.name, "samples", samples)
+        self.samples = samples
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "runs": self.runs}
+        return {**super().settings(), "samples": self.samples}
 
     def priorities(self, number: int, count: int) -> Tensor:
-        """``[runs, count]``: the subset of n features of a run are the n smallest."""
-        return torch.rand(self.runs, count, generator=self.generator(number, _SUBSETS))
+        """``[samples, count]``: the subset of n features of a draw are the n smallest."""
+        return torch.rand(self.samples, count, generator=self.generator(number, _SUBSETS))
 
     def correlations(self, sample: Sample, sizes: Sequence[int] | Sequence[float]) -> Tensor:
-        """Pearson's over the runs, ``[N, sizes]``; sizes are numbers of features or shares of them, ascending."""
+        """Pearson's over the subsets, ``[N, sizes]``; sizes are numbers of features or shares of them, ascending."""
         images, maps, fill = sample.images, sample.maps, self.filling(sample)
         found = []
-        for start, stop in ranges(images.shape[0], max(1, self.together(images) // (self.runs * len(sizes)))):
+        for start, stop in ranges(images.shape[0], max(1, self.together(images) // (self.samples * len(sizes)))):
             here = slice(start, stop)
             features = self.granularity.of(images[here], maps[here])
             width = features.scores.shape[1]
@@ -52,12 +52,12 @@ class _Subsets(Masking):
                 self._steps(number, count, width, sizes, images.device)
                 for number, count in zip(sample.numbers[here], counts, strict=True)
             ]
-            steps = torch.stack(orders, 1)  # [runs, n, M]
-            rows = torch.arange(start, stop, device=images.device).repeat(self.runs)
+            steps = torch.stack(orders, 1)  # [samples, n, M]
+            rows = torch.arange(start, stop, device=images.device).repeat(self.samples)
             spread = features.spread(steps).flatten(0, 1)
             logits = self.logits_of_copies(images[rows], fill.of(rows), spread, len(sizes))
-            outputs = self.watched(logits, sample.target[rows]).unflatten(1, (self.runs, stop - start))
-            drops = self.watched(sample.logits[here], sample.target[here]) - outputs  # [sizes, runs, n]
+            outputs = self.watched(logits, sample.target[rows]).unflatten(1, (self.samples, stop - start))
+            drops = self.watched(sample.logits[here], sample.target[here]) - outputs  # [sizes, samples, n]
             sums = torch.stack([((steps <= s) * features.sums.double()).sum(-1) for s in range(len(sizes))])
             found.append(pearson(sums.movedim(1, -1), drops.movedim(1, -1)).t())
         return torch.cat(found)
@@ -65,14 +65,14 @@ class _Subsets(Masking):
     def _steps(
         self, number: int, count: int, width: int, sizes: Sequence[int] | Sequence[float], device: torch.device
     ) -> Tensor:
-        """When each of ``width`` features is masked, ``[runs, width]``; an image has the first ``count``."""
+        """When each of ``width`` features is masked, ``[samples, width]``; an image has the first ``count``."""
         ks = [n if isinstance(n, int) else max(1, int(n * count)) for n in sizes]
         if ks[-1] > count:
             raise InputError(
                 f"{self.name}: subsets of {ks[-1]} features of an image that has {count}: take smaller subsets, or a "
                 f"finer granularity"
             )
-        steps = torch.full((self.runs, width), len(ks), dtype=torch.int32, device=device)
+        steps = torch.full((self.samples, width), len(ks), dtype=torch.int32, device=device)
         steps[:, :count] = ops.mask_steps(self.priorities(number, count).to(device), ks, False)
         return steps
 
@@ -80,10 +80,10 @@ class _Subsets(Masking):
 class SensitivityN(_Subsets):
     """Sensitivity-n: whether the map's sum over n features goes with what the output loses when they are masked.
 
-    ``sensitivity_n`` is the mean over the sizes n of ``correlations`` ``[N, sizes]``: Pearson's, over ``runs`` random
-    subsets of n features, of ``sum R_i`` with ``f(x) - f(x without them)``; in [-1, 1], higher is better. Ancona et al.
-    2018, arXiv 1711.06104 (section 4), who take 100 subsets of 1 to 80 % of the features. A correlation is NaN where
-    sums or losses are all the same, and is left out of the mean then.
+    ``sensitivity_n`` is the mean over the sizes n of ``correlations`` ``[N, sizes]``: Pearson's, over ``samples``
+    random subsets of n features, of ``sum R_i`` with ``f(x) - f(x without them)``; in [-1, 1], higher is better. Ancona
+    et al. 2018, arXiv 1711.06104 (section 4), who take 100 subsets of 1 to 80 % of the features. A correlation is NaN
+    where sums or losses are all the same, and is left out of the mean then.
 
     Quantus' SensitivityN is another quantity, of no single image: it masks features in the order of the map, and
     correlates, for every step, the loss so far with the sum of the step's features alone, over the images of the first
@@ -93,7 +93,7 @@ class SensitivityN(_Subsets):
     ----------
     sizes : sequence of int or of float
         The numbers n, ascending, or shares of the features in (0, 1), rounded down but at least one.
-    runs : int
+    samples : int
         Subsets of every size.
     granularity, baseline, output, noise, seed, batch_size
         As for :class:`Masking`. Maps of superpixels are summed here, not averaged.
@@ -129,7 +129,7 @@ class SensitivityN(_Subsets):
 class FaithfulnessCorrelation(_Subsets):
     """Faithfulness correlation: of the map's sums over random subsets of features with what the output loses.
 
-    Pearson's over ``runs`` subsets of ``subset_size`` features, of ``sum R_i`` with ``f(x) - f(x without them)``; in
+    Pearson's over ``samples`` subsets of ``subset_size`` features, of ``sum R_i`` with ``f(x) - f(x without them)``; in
     [-1, 1], higher is better; NaN where sums or losses are all the same. Bhatt et al. 2020, arXiv 2005.00631. As
     Quantus', whose features are entries (channels of pixels).
 
@@ -137,7 +137,7 @@ class FaithfulnessCorrelation(_Subsets):
     ----------
     subset_size : int
         Features of a subset.
-    runs : int
+    samples : int
         Subsets.
     granularity, baseline, output, noise, seed, batch_size
         As for :class:`Masking`; the baseline is "black" by default. Maps of superpixels are summed here, not averaged.

@@ -13,7 +13,7 @@ from ramp_fast.metrics.base import Metric, Sample
 
 
 class _Sensitivity(Metric):
-    """Relative changes of maps under noise, ``[N, nr_samples]``, and what a subclass makes of them."""
+    """Relative changes of maps under noise, ``[N, samples]``, and what a subclass makes of them."""
 
     higher_is_better = False
 
@@ -21,15 +21,15 @@ class _Sensitivity(Metric):
         self,
         model: nn.Module,
         *,
-        nr_samples: int = 200,
+        samples: int = 200,
         lower_bound: float = 0.2,
         upper_bound: float | None = None,
         seed: int = 0,
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, seed=seed, batch_size=batch_size)
-        if not isinstance(nr_samples, int) or nr_samples < 1:
-            raise InputError(f"{self.name}: nr_samples must be a positive integer, got {nr_samples!r}")
+        if not isinstance(samples, int) or samples < 1:
+            raise InputError(f"{self.name}: samples must be a positive integer, got {samples!r}")
         for bound in (lower_bound, lower_bound if upper_bound is None else upper_bound):
             if not isinstance(bound, (int, float)) or not math.isfinite(bound):
                 raise InputError(f"{self.name}: bounds of the noise must be finite numbers, got {bound!r}")
@@ -38,36 +38,32 @@ class _Sensitivity(Metric):
             raise InputError(
                 f"{self.name}: no noise lies between {low} and {high}: lower_bound must be above 0 or below upper_bound"
             )
-        self.nr_samples, self.lower_bound, self.upper_bound = nr_samples, lower_bound, upper_bound
+        self.samples, self.lower_bound, self.upper_bound = samples, lower_bound, upper_bound
         self._low, self._width = low, high - low
 
     def settings(self) -> dict[str, Any]:
-        return {
-            **super().settings(),
-            "nr_samples": self.nr_samples,
-            "lower_bound": self.lower_bound,
-            "upper_bound": self.upper_bound,
-        }
+        own = {"samples": self.samples, "lower_bound": self.lower_bound, "upper_bound": self.upper_bound}
+        return {**super().settings(), **own}
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         changes = self._changes(sample)
         return {self.name: self._summary(changes), "change": changes}
 
     def _summary(self, changes: Tensor) -> Tensor:
-        """Of changes ``[N, nr_samples]``, ``[N]``."""
+        """Of changes ``[N, samples]``, ``[N]``."""
         raise NotImplementedError
 
     def _changes(self, sample: Sample) -> Tensor:
-        """Norms of differences by the norm of the map, ``[N, nr_samples]``.
+        """Norms of differences by the norm of the map, ``[N, samples]``.
 
         Draws of all images go through the model together, and only a batch of them is held at a time.
         """
         images, maps = sample.images, sample.maps
-        total, size = images.shape[0] * self.nr_samples, self.together(images)
+        total, size = images.shape[0] * self.samples, self.together(images)
         pieces = []
         for start in range(0, total, size):
             pairs = range(start, min(start + size, total))
-            rows = torch.arange(pairs.start, pairs.stop, device=images.device) // self.nr_samples
+            rows = torch.arange(pairs.start, pairs.stop, device=images.device) // self.samples
             perturbed = sample.attribute(images[rows] + self._noise(sample, pairs), sample.target[rows])
             if perturbed.shape[1:] != maps.shape[1:]:
                 raise InputError(
@@ -76,15 +72,15 @@ class _Sensitivity(Metric):
                 )
             pieces.append(_norm(perturbed - maps[rows]))
         norm = _norm(maps).unsqueeze(1)
-        return (torch.cat(pieces).view(-1, self.nr_samples) / norm).masked_fill(norm == 0, torch.nan)
+        return (torch.cat(pieces).view(-1, self.samples) / norm).masked_fill(norm == 0, torch.nan)
 
     def _noise(self, sample: Sample, pairs: range) -> Tensor:
-        """For pairs of image and draw, counted ``image * nr_samples + draw``."""
+        """For pairs of image and draw, counted ``image * samples + draw``."""
         shape = sample.images.shape[1:]
         noise = torch.empty(len(pairs), *shape)
         # one generator for each pair, so that noise hangs neither on the batch nor on the device
         for place, pair in enumerate(pairs):
-            image, draw = divmod(pair, self.nr_samples)
+            image, draw = divmod(pair, self.samples)
             torch.rand(shape, generator=self.generator(sample.numbers[image], draw), out=noise[place])
         return noise.mul_(self._width).add_(self._low).to(sample.images)
 
@@ -92,7 +88,7 @@ class _Sensitivity(Metric):
 class MaxSensitivity(_Sensitivity):
     """The largest relative change of a map under small noise.
 
-    ``max_j ||R(x + d_j) - R(x)|| / ||R(x)||`` over ``nr_samples`` draws, the entries of ``d_j`` uniform and
+    ``max_j ||R(x + d_j) - R(x)|| / ||R(x)||`` over ``samples`` draws, the entries of ``d_j`` uniform and
     independent, the class explained fixed, Frobenius norms of whole maps (channels are not summed). In [0, inf); lower
     is better; NaN where the map of ``x`` is zero. Source: Yeh et al., NeurIPS 2019, arXiv 1901.09392; formula and
     defaults are those of Quantus (the paper's formula does not divide by the norm of the map).
@@ -101,7 +97,7 @@ class MaxSensitivity(_Sensitivity):
     ----------
     model, batch_size
         As for :class:`Metric`.
-    nr_samples : int
+    samples : int
         Draws for each image.
     lower_bound, upper_bound : float
         Noise is uniform from ``-lower_bound`` to ``lower_bound``, or from ``lower_bound`` to ``upper_bound`` if there
@@ -111,8 +107,8 @@ class MaxSensitivity(_Sensitivity):
 
     Notes
     -----
-    Values are max_sensitivity ``[N]``, and change ``[N, nr_samples]``, of every draw: its mean is the average
-    sensitivity. The method is asked for ``nr_samples`` maps of every image, so ``maps`` alone will not do.
+    Values are max_sensitivity ``[N]``, and change ``[N, samples]``, of every draw: its mean is the average
+    sensitivity. The method is asked for ``samples`` maps of every image, so ``maps`` alone will not do.
     """
 
     name = "max_sensitivity"
@@ -130,12 +126,12 @@ class AvgSensitivity(_Sensitivity):
 
     Parameters
     ----------
-    model, nr_samples, lower_bound, upper_bound, seed, batch_size
+    model, samples, lower_bound, upper_bound, seed, batch_size
         As for :class:`MaxSensitivity`.
 
     Notes
     -----
-    Values are avg_sensitivity ``[N]``, and change ``[N, nr_samples]``, of every draw.
+    Values are avg_sensitivity ``[N]``, and change ``[N, samples]``, of every draw.
     """
 
     name = "avg_sensitivity"

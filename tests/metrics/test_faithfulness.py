@@ -30,8 +30,8 @@ SIZE = 8
 TARGET = torch.tensor([0, 3, 1, 4])
 SIGNED = {"signed": lambda maps: maps, "positive": lambda maps: maps.clamp(min=0), "absolute": torch.abs}
 SETTINGS: dict[str, dict[str, object]] = {
-    "sensitivity_n": {"runs": 9, "sizes": (0.1, 0.5), "granularity": "superpixel:6"},
-    "faithfulness_correlation": {"runs": 12, "subset_size": 10, "baseline": "uniform"},
+    "sensitivity_n": {"samples": 9, "sizes": (0.1, 0.5), "granularity": "superpixel:6"},
+    "faithfulness_correlation": {"samples": 12, "subset_size": 10, "baseline": "uniform"},
     "infidelity": {"samples": 11, "sizes": (2, 3), "baseline": "uniform"},
     "monotonicity": {"steps": 6, "granularity": "patch:3"},
     "monotonicity_correlation": {"groups": 5, "samples": 3},
@@ -74,10 +74,10 @@ def same(a: Metric, b: Metric) -> None:
 def test_correlations_over_subsets_against_a_loop(
     model: nn.Module, images: Tensor, maps: Tensor, granularity: str
 ) -> None:
-    sizes, runs = (1, 3), 8
-    metric = SensitivityN(model, sizes=sizes, runs=runs, granularity=granularity, baseline="mean")
+    sizes, samples = (1, 3), 8
+    metric = SensitivityN(model, sizes=sizes, samples=samples, granularity=granularity, baseline="mean")
     found = metric.update(images, TARGET, None, maps=maps)
-    single = FaithfulnessCorrelation(model, subset_size=3, runs=runs, granularity=granularity, baseline="mean")
+    single = FaithfulnessCorrelation(model, subset_size=3, samples=samples, granularity=granularity, baseline="mean")
     torch.testing.assert_close(
         single.update(images, TARGET, None, maps=maps)["faithfulness_correlation"], found["correlations"][:, 1]
     )
@@ -89,9 +89,9 @@ def test_correlations_over_subsets_against_a_loop(
         mean = images[i].mean((1, 2)).view(3, 1, 1)
         for number, n in enumerate(sizes):
             sums, drops = [], []
-            for run in range(runs):
+            for draw in range(samples):
                 chosen = torch.zeros(1, count)
-                chosen[0, order[run, :n]] = 1
+                chosen[0, order[draw, :n]] = 1
                 masked = here.spread(chosen)[0] > 0
                 sums.append(float(maps[i][masked.expand(3, -1, -1)].sum()))
                 copy = torch.where(masked, mean, images[i])
@@ -102,8 +102,8 @@ def test_correlations_over_subsets_against_a_loop(
 
 
 def test_subsets_are_uniform(model: nn.Module) -> None:
-    """Of 5 features every pair is drawn equally often, and no run repeats another."""
-    order = SensitivityN(model, runs=20000).priorities(3, 5).argsort(1)[:, :2].sort(1).values
+    """Of 5 features every pair is drawn equally often, and no draw repeats another."""
+    order = SensitivityN(model, samples=20000).priorities(3, 5).argsort(1)[:, :2].sort(1).values
     pairs = torch.bincount(order[:, 0] * 5 + order[:, 1], minlength=25)
     expected = 20000 / 10
     chosen = pairs[pairs > 0]
@@ -113,7 +113,7 @@ def test_subsets_are_uniform(model: nn.Module) -> None:
 
 def test_shares_of_features_are_rounded_down(model: nn.Module, images: Tensor, maps: Tensor) -> None:
     """0.29 of 9 patches are 2, 0.01 are one."""
-    settings: dict[str, object] = {"runs": 6, "granularity": "patch:3"}
+    settings: dict[str, object] = {"samples": 6, "granularity": "patch:3"}
     shares = SensitivityN(model, sizes=(0.01, 0.29), **settings).update(images, TARGET, None, maps=maps)
     numbers = SensitivityN(model, sizes=(1, 2), **settings).update(images, TARGET, None, maps=maps)
     assert torch.equal(shares["correlations"], numbers["correlations"])
@@ -121,14 +121,14 @@ def test_shares_of_features_are_rounded_down(model: nn.Module, images: Tensor, m
 
 def test_correlations_that_are_not_defined(model: nn.Module, images: Tensor, maps: Tensor) -> None:
     """All nine patches are one subset only: no correlation; of a flat map there is none at all."""
-    metric = SensitivityN(model, sizes=(2, 9), runs=6, granularity="patch:3")
+    metric = SensitivityN(model, sizes=(2, 9), samples=6, granularity="patch:3")
     found = metric.update(images, TARGET, None, maps=maps)
     assert found["correlations"][:, 1].isnan().all()
     assert torch.equal(found["sensitivity_n"], found["correlations"][:, 0])
     # sums of a tenth over as many entries are equal up to rounding
     flat = metric.update(images, TARGET, None, maps=torch.full_like(maps, 0.1))
     assert flat["sensitivity_n"][~torch.isnan(flat["sensitivity_n"])].numel() == 4
-    even = SensitivityN(model, sizes=(2,), runs=6, granularity="patch:4")
+    even = SensitivityN(model, sizes=(2,), samples=6, granularity="patch:4")
     even.update(images, TARGET, None, maps=torch.full_like(maps, 0.1))
     assert even.compute().count == 0
 
@@ -140,8 +140,8 @@ def test_right_maps_are_told_from_wrong_ones() -> None:
     weights = model.weight.detach()[TARGET]
     common: dict[str, object] = {"output": "logit", "baseline": "zero", "granularity": "pixel"}
     for metric in (
-        SensitivityN(model, runs=20, **common),
-        FaithfulnessCorrelation(model, runs=20, subset_size=5, **common),
+        SensitivityN(model, samples=20, **common),
+        FaithfulnessCorrelation(model, samples=20, subset_size=5, **common),
     ):
         for sign in (1, -1):
             found = metric.update(images, TARGET, None, maps=sign * right)[metric.name]
@@ -439,8 +439,8 @@ def test_states_and_seeds(model: nn.Module, images: Tensor, maps: Tensor, name: 
     second.update(images[2:], TARGET[2:], None, maps=maps[2:])
     same(second, whole)
     changed: dict[str, list[dict[str, object]]] = {
-        "sensitivity_n": [{"runs": 8}, {"sizes": (0.2, 0.5)}, {"baseline": "blur"}, {"granularity": "pixel"}],
-        "faithfulness_correlation": [{"runs": 8}, {"subset_size": 9}, {"output": "logit"}],
+        "sensitivity_n": [{"samples": 8}, {"sizes": (0.2, 0.5)}, {"baseline": "blur"}, {"granularity": "pixel"}],
+        "faithfulness_correlation": [{"samples": 8}, {"subset_size": 9}, {"output": "logit"}],
         "infidelity": [
             {"samples": 12},
             {"sizes": (2,)},
@@ -472,7 +472,7 @@ def test_settings_say_everything(model: nn.Module) -> None:
         found = Infidelity(model, perturbation=perturbation, sigma=0.1).settings()
         assert found == {**common, **rest, "perturbation": perturbation, "sigma": 0.1}
     defaults = {name: make_metric(name, model).settings() for name in SETTINGS}
-    assert (defaults["sensitivity_n"]["runs"], defaults["sensitivity_n"]["baseline"]) == (100, "zero")
+    assert (defaults["sensitivity_n"]["samples"], defaults["sensitivity_n"]["baseline"]) == (100, "zero")
     assert defaults["faithfulness_correlation"]["subset_size"] == 224
     for name, baseline in (("faithfulness_correlation", "black"), ("monotonicity", "black")):
         assert defaults[name]["baseline"] == baseline
@@ -485,8 +485,8 @@ def test_settings_say_everything(model: nn.Module) -> None:
 def test_axes_of_curves(model: nn.Module, images: Tensor, maps: Tensor) -> None:
     for metric, label in (
         (Monotonicity(model, steps=4, granularity="patch:4"), "share revealed"),
-        (SensitivityN(model, sizes=(1, 2), runs=3, granularity="patch:4"), "features masked"),
-        (SensitivityN(model, sizes=(0.3, 0.6), runs=3, granularity="patch:4"), "share of features masked"),
+        (SensitivityN(model, sizes=(1, 2), samples=3, granularity="patch:4"), "features masked"),
+        (SensitivityN(model, sizes=(0.3, 0.6), samples=3, granularity="patch:4"), "share of features masked"),
     ):
         axis = metric.axis()
         assert axis is not None
@@ -526,7 +526,7 @@ def test_what_does_not_fit(model: nn.Module, images: Tensor, maps: Tensor) -> No
         (lambda: SensitivityN(model, sizes=(3, 1)), "sensitivity_n: sizes must ascend"),
         (lambda: SensitivityN(model, sizes=(0.5, 2)), "sensitivity_n: sizes must ascend"),
         (lambda: SensitivityN(model, sizes=(0, 2)), "sensitivity_n: sizes must ascend"),
-        (lambda: SensitivityN(model, runs=0), "sensitivity_n: runs must be"),
+        (lambda: SensitivityN(model, samples=0), "sensitivity_n: samples must be"),
         (lambda: FaithfulnessCorrelation(model, subset_size=0), "faithfulness_correlation: subset_size must be"),
         (
             lambda: measured(FaithfulnessCorrelation(watched, granularity="patch:3", subset_size=10)),

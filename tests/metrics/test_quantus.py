@@ -157,7 +157,7 @@ def test_sensitivity(
         return method(model, images, target)
 
     samples = 6
-    metric = ours(model, nr_samples=samples)
+    metric = ours(model, samples=samples)
     found = metric.update(images, target, watched)[metric.name]
     noise = (torch.cat(seen)[COUNT:].view(COUNT, samples, -1) - images.flatten(1).unsqueeze(1)).double().numpy()
     draws = iter(range(samples))

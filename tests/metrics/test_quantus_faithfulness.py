@@ -167,18 +167,18 @@ def test_sensitivity_n_is_another_quantity(model: nn.Module, images: Tensor) -> 
 def test_faithfulness_correlation(
     monkeypatch: pytest.MonkeyPatch, model: nn.Module, images: Tensor, maps: Tensor
 ) -> None:
-    runs, subset_size = 14, 20
-    metric = FaithfulnessCorrelation(model, granularity="entry", runs=runs, subset_size=subset_size)
+    samples, subset_size = 14, 20
+    metric = FaithfulnessCorrelation(model, granularity="entry", samples=samples, subset_size=subset_size)
     entries = images[0].numel()
     orders = [metric.priorities(i, entries).argsort(1)[:, :subset_size].numpy() for i in range(COUNT)]
-    drawn = iter([orders[i][run] for run in range(runs) for i in range(COUNT)])
+    drawn = iter([orders[i][draw] for draw in range(samples) for i in range(COUNT)])
 
     def choice(count: int, size: int, replace: bool) -> np.ndarray:
         assert (count, size, replace) == (entries, subset_size, False)
         return next(drawn)
 
     monkeypatch.setattr(np.random, "choice", choice)
-    expected = theirs(quiet("FaithfulnessCorrelation", nr_runs=runs, subset_size=subset_size), model, images, maps)
+    expected = theirs(quiet("FaithfulnessCorrelation", nr_runs=samples, subset_size=subset_size), model, images, maps)
     found = metric.update(images, TARGET, None, maps=maps)["faithfulness_correlation"]
     np.testing.assert_allclose(found, expected, **CLOSE)
 
