@@ -56,12 +56,6 @@ def _described(value: Any) -> str:
     return f"{list(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else repr(value)[:80]
 
 
-def positive(name: str, setting: str, value: Any) -> None:
-    """Refuse a setting that is not a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name}: {setting} must be a positive integer, got {value!r}")
-
-
 def checked_seed(name: str, seed: Any) -> None:
     """Refuse a seed that is not an integer."""
     if not isinstance(seed, int) or isinstance(seed, bool):

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ramp_fast._checks import positive
 from ramp_fast.errors import InputError, RampFastError, UnsupportedModelError
-from ramp_fast.methods.base import checked, checked_seed, one_by_one, positive, seed_of, token_grid, upsampled
+from ramp_fast.methods.base import checked, checked_seed, one_by_one, seed_of, token_grid, upsampled
 
 # Layers that Grad-CAM has chosen, by the shape of an image. Names, not modules: those would keep their model alive.
 _CHOSEN: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, str]] = weakref.WeakKeyDictionary()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ramp_fast._checks import positive
 from ramp_fast.errors import InputError
 from ramp_fast.metrics.base import Metric, Sample
 from ramp_fast.metrics.baselines import Baseline, Fill, Impute, check_baseline, filling
@@ -152,7 +153,7 @@ class _Shares(Masking):
 
     def __init__(self, model: nn.Module, *, steps: int = 100, **masking: Any) -> None:
         super().__init__(model, **masking)
-        check_count(self.name, "steps", steps)
+        positive(self.name, "steps", steps)
         self.steps = steps
 
     def settings(self) -> dict[str, Any]:
@@ -272,7 +273,7 @@ class AOPC(Masking):
 
     def __init__(self, model: nn.Module, *, regions: int = 100, **masking: Any) -> None:
         super().__init__(model, **masking)
-        check_count(self.name, "regions", regions)
+        positive(self.name, "regions", regions)
         self.regions = regions
 
     def settings(self) -> dict[str, Any]:
@@ -360,8 +361,3 @@ class ROAD(Masking):
         logits = self.logits_of_steps(sample, steps, len(self.percentages))
         curve = (logits.argmax(-1) == sample.target).t().to(torch.float32)
         return {self.name: curve.mean(1), "curve": curve}
-
-
-def check_count(metric: str, what: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"{metric}: {what} must be a positive integer, got {value!r}")

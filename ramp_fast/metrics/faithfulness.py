@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ramp_fast import ops
+from ramp_fast._checks import is_whole, positive
 from ramp_fast.errors import InputError
 from ramp_fast.metrics._maps import Sign, checked_sign, pearson, spearman, with_sign
 from ramp_fast.metrics.base import Metric, Result, Sample
 from ramp_fast.metrics.baselines import Baseline
-from ramp_fast.metrics.curves import Masking, check_count, ranges
+from ramp_fast.metrics.curves import Masking, ranges
 from ramp_fast.metrics.features import Granularity, Superpixels, kind_of_feature
 
 # Streams of random numbers: baselines are drawn from 0 on, one for each repetition.
@@ -29,7 +30,7 @@ class _Subsets(Masking):
 
     def __init__(self, model: nn.Module, *, samples: int = 100, **masking: Any) -> None:
         super().__init__(model, **masking)
-        check_count(self.name, "samples", samples)
+        positive(self.name, "samples", samples)
         self.samples = samples
 
     def settings(self) -> dict[str, Any]:
@@ -106,7 +107,7 @@ class SensitivityN(_Subsets):
         self, model: nn.Module, *, sizes: Sequence[int] | Sequence[float] = (0.01, 0.03, 0.1, 0.3, 0.8), **subsets: Any
     ) -> None:
         super().__init__(model, **subsets)
-        numbers = all(isinstance(n, int) and n >= 1 for n in sizes)
+        numbers = all(is_whole(n) for n in sizes)
         shares = all(isinstance(n, float) and 0 < n < 1 for n in sizes)
         if not sizes or not (numbers or shares) or sorted(sizes) != list(sizes):
             raise InputError(
@@ -149,7 +150,7 @@ class FaithfulnessCorrelation(_Subsets):
 
     def __init__(self, model: nn.Module, *, subset_size: int = 224, **subsets: Any) -> None:
         super().__init__(model, **subsets)
-        check_count(self.name, "subset_size", subset_size)
+        positive(self.name, "subset_size", subset_size)
         self.subset_size = subset_size
 
     def settings(self) -> dict[str, Any]:
@@ -215,10 +216,10 @@ class Infidelity(Masking):
                 f"infidelity: perturbation must be one of {', '.join(PERTURBATIONS)}, got {perturbation!r}"
             )
         if samples is not None:
-            check_count(self.name, "samples", samples)
+            positive(self.name, "samples", samples)
         elif perturbation != "square":
             raise InputError("infidelity: samples=None takes every square: perturbations by noise need a number")
-        if not sizes or any(not isinstance(s, int) or s < 1 for s in sizes):
+        if not sizes or not all(is_whole(s) for s in sizes):
             raise InputError(f"infidelity: sizes must be positive numbers of pixels, got {list(sizes)}")
         if not sigma > 0:
             raise InputError(f"infidelity: sigma must be positive, got {sigma!r}")
@@ -329,8 +330,7 @@ class Monotonicity(Masking):
         self, model: nn.Module, *, steps: int = 100, sign: Sign = "absolute", tolerance: float = 1e-6, **masking: Any
     ) -> None:
         super().__init__(model, **masking)
-        if not isinstance(steps, int) or steps < 2:
-            raise InputError(f"{self.name}: steps must be an integer of at least 2, got {steps!r}")
+        positive(self.name, "steps", steps, least=2)
         if not tolerance >= 0:
             raise InputError(f"{self.name}: tolerance must be 0 or more, got {tolerance!r}")
         self.steps, self.sign, self.tolerance = steps, checked_sign(self.name, sign), tolerance
@@ -386,9 +386,8 @@ class MonotonicityCorrelation(Masking):
         self, model: nn.Module, *, groups: int = 100, samples: int = 10, sign: Sign = "absolute", **masking: Any
     ) -> None:
         super().__init__(model, **masking)
-        if not isinstance(groups, int) or groups < 2:
-            raise InputError(f"{self.name}: groups must be an integer of at least 2, got {groups!r}")
-        check_count(self.name, "samples", samples)
+        positive(self.name, "groups", groups, least=2)
+        positive(self.name, "samples", samples)
         self.groups, self.samples, self.sign = groups, samples, checked_sign(self.name, sign)
 
     def settings(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ramp_fast import ops
+from ramp_fast._checks import positive
 from ramp_fast.errors import InputError, RampFastError
 
 
@@ -98,8 +99,7 @@ class Patches:
     """Squares of ``size`` pixels, smaller at the right and lower border, scored by the sum of their map."""
 
     def __init__(self, size: int = 16) -> None:
-        if not isinstance(size, int) or size < 1:
-            raise InputError(f"patches need a positive size in pixels, got {size!r}")
+        positive("patches", "size", size)
         self.size = size
 
     @property
@@ -133,8 +133,7 @@ class Superpixels:
     """
 
     def __init__(self, count: int = 100, compactness: float = 10.0) -> None:
-        if not isinstance(count, int) or count < 2:
-            raise InputError(f"superpixels need a count of at least 2, got {count!r}")
+        positive("superpixels", "count", count, least=2)
         self.count, self.compactness = count, compactness
 
     @property

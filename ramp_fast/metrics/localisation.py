@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ramp_fast._checks import positive
 from ramp_fast.errors import InputError
 from ramp_fast.metrics._maps import Sign, checked_sign, with_sign
 from ramp_fast.metrics.base import Metric, Sample
@@ -42,8 +43,7 @@ def boxes_to_masks(boxes: Tensor | Sequence[Tensor], height: int, width: int) ->
         A box is not finite, or ends before it begins; boxes have another shape; a size is not a positive integer.
     """
     for what, size in (("height", height), ("width", width)):
-        if not isinstance(size, int) or size < 1:
-            raise InputError(f"boxes_to_masks: {what} must be a positive integer, got {size!r}")
+        positive("boxes_to_masks", what, size)
     edges = _padded(boxes)
     if not bool(edges.isfinite().all()):
         raise InputError("boxes_to_masks: boxes must be finite numbers x0, y0, x1, y1")
@@ -258,8 +258,7 @@ class TopKIntersection(_Localisation):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, sign=sign, seed=seed, batch_size=batch_size)
-        if not isinstance(k, int) or k < 1:
-            raise InputError(f"{self.name}: k must be a positive integer, got {k!r}")
+        positive(self.name, "k", k)
         if not isinstance(concept_influence, bool):
             raise InputError(f"{self.name}: concept_influence must be True or False, got {concept_influence!r}")
         self.k, self.concept_influence = k, concept_influence

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ramp_fast._checks import positive
 from ramp_fast.errors import InputError
 from ramp_fast.metrics._maps import SIMILARITIES, WINDOW, Sign, checked_sign, scaled, with_sign
 from ramp_fast.metrics.base import Metric, Sample
@@ -146,8 +147,8 @@ class ParameterRandomisation(_Randomisation):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, similarity, sign=sign, seed=seed, batch_size=batch_size)
-        if stages is not None and (not isinstance(stages, int) or stages < 1):
-            raise InputError(f"{self.name}: stages must be a positive integer or None, got {stages!r}")
+        if stages is not None:
+            positive(self.name, "stages", stages)
         if not _layers(model):
             raise InputError(f"{self.name}: the model has no parameters to randomise")
         self.stages = stages

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ramp_fast._checks import positive
 from ramp_fast.errors import InputError
 from ramp_fast.metrics.base import Metric, Sample
 
@@ -28,8 +29,7 @@ class _Sensitivity(Metric):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, seed=seed, batch_size=batch_size)
-        if not isinstance(samples, int) or samples < 1:
-            raise InputError(f"{self.name}: samples must be a positive integer, got {samples!r}")
+        positive(self.name, "samples", samples)
         for bound in (lower_bound, lower_bound if upper_bound is None else upper_bound):
             if not isinstance(bound, (int, float)) or not math.isfinite(bound):
                 raise InputError(f"{self.name}: bounds of the noise must be finite numbers, got {bound!r}")

@@ -526,6 +526,7 @@ def test_what_does_not_fit(model: nn.Module, images: Tensor, maps: Tensor) -> No
         (lambda: SensitivityN(model, sizes=(3, 1)), "sensitivity_n: sizes must ascend"),
         (lambda: SensitivityN(model, sizes=(0.5, 2)), "sensitivity_n: sizes must ascend"),
         (lambda: SensitivityN(model, sizes=(0, 2)), "sensitivity_n: sizes must ascend"),
+        (lambda: SensitivityN(model, sizes=(True, 2)), "sensitivity_n: sizes must ascend"),
         (lambda: SensitivityN(model, samples=0), "sensitivity_n: samples must be"),
         (lambda: FaithfulnessCorrelation(model, subset_size=0), "faithfulness_correlation: subset_size must be"),
         (
@@ -536,6 +537,7 @@ def test_what_does_not_fit(model: nn.Module, images: Tensor, maps: Tensor) -> No
         (lambda: Infidelity(model, samples=0), "infidelity: samples must be"),
         (lambda: Infidelity(model, samples=None, perturbation="gaussian"), "infidelity: samples=None"),
         (lambda: Infidelity(model, sizes=(0,)), "infidelity: sizes must be"),
+        (lambda: Infidelity(model, sizes=(True,)), "infidelity: sizes must be"),
         (lambda: Infidelity(model, sizes=()), "infidelity: sizes must be"),
         (lambda: Infidelity(model, sigma=0), "infidelity: sigma must be"),
         (lambda: Infidelity(model, perturbation="gaussian", times_input=True), "infidelity: times_input goes with"),

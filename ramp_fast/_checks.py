@@ -1,0 +1,19 @@
+"""Checks of arguments that all parts of the package share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ramp_fast.errors import InputError
+
+
+def is_whole(value: Any, least: int = 1) -> bool:
+    """Whether it is an integer of at least ``least``; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def positive(name: str, setting: str, value: Any, least: int = 1) -> None:
+    """Refuse a setting of ``name`` that is not a positive integer, or is below ``least``."""
+    if not is_whole(value, least):
+        what = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise InputError(f"{name}: {setting} must be {what}, got {value!r}")
