@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
+from ramp_fast.data import boxes_to_masks
 from ramp_fast.evaluation import Evaluation, evaluate
 
 # Steps and draws are few, so that all of it takes an hour: the errors of twenty images are larger than theirs.
@@ -118,13 +119,9 @@ def network(name: str, loader: ModuleType) -> tuple[nn.Module, Tensor]:
 
 
 def masks(size: int) -> Tensor:
-    """The boxes as masks, ``[20, H, W]``."""
-    found = torch.zeros(len(BOXES), size, size, dtype=torch.bool)
-    for mask, boxes in zip(found, BOXES, strict=True):
-        for box in boxes:
-            left, top, right, bottom = (round(size * edge) for edge in box)
-            mask[top:bottom, left:right] = True
-    return found
+    """The boxes as masks, ``[20, 1, H, W]``."""
+    shares = [torch.tensor(boxes, dtype=torch.float64).view(-1, 4) for boxes in BOXES]
+    return boxes_to_masks([(size * edges).round() for edges in shares], size, size)
 
 
 def run(name: str, loader: ModuleType) -> Evaluation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ramp_fast.data.boxes import boxes_to_masks
 from ramp_fast.data.classes import ClassNames
 from ramp_fast.data.datasets import LAYOUTS, VOC_CLASSES, Batch, Dataset, Example, batches, open_data
 from ramp_fast.data.files import ImageItem, Problem, find_images
@@ -21,6 +22,7 @@ __all__ = [
     "Preprocessing",
     "Problem",
     "batches",
+    "boxes_to_masks",
     "find_images",
     "open_data",
     "read_image",

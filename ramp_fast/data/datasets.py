@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ramp_fast.data.boxes import boxes_to_masks
 from ramp_fast.data.classes import ClassNames
 from ramp_fast.data.files import ImageItem, Problem, find_images
 from ramp_fast.data.images import ImageError, read_image
@@ -406,11 +407,11 @@ def _lines(path: str) -> list[str]:
 
 def _boxes(boxes: Sequence[tuple[int, int, int, int]], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
     """Boxes (left, top, right, bottom), pixels counted from 0, the last ones included."""
-    mask = np.zeros(size, dtype=np.bool_)
     for left, top, right, bottom in boxes:
         if left > right or top > bottom or right < 0 or bottom < 0 or left >= size[1] or top >= size[0]:
             raise ImageError(f"box {left}, {top}, {right}, {bottom} is not in the image ({size[1]} x {size[0]})")
-        mask[max(top, 0) : bottom + 1, max(left, 0) : right + 1] = True
+    edges = torch.tensor(boxes, dtype=torch.float64) + torch.tensor([0, 0, 1, 1])
+    mask: npt.NDArray[np.bool_] = boxes_to_masks(edges.unsqueeze(0), *size)[0, 0].numpy()
     return mask
 
 
