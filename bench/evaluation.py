@@ -30,11 +30,11 @@ from ramp_fast.evaluation import Evaluation, evaluate
 # Steps and draws are few, so that all of it takes an hour: the errors of twenty images are larger than theirs.
 METRICS = {
     "gae": "gae",
-    "abpc": "abpc:granularity=patch:{patch},steps=16",
-    "insertion": "insertion:granularity=patch:{patch},steps=16",
-    "irof": "irof:granularity=superpixel:25",
+    "abpc": "abpc:granularity=patch:{patch},steps={steps}",
+    "insertion": "insertion:granularity=patch:{patch},steps={steps}",
+    "irof": "irof:granularity=superpixel:{segments}",
     "road": "road:percentages=(10, 30, 50, 70, 90)",
-    "faithfulness": "faithfulness_correlation:granularity=patch:{patch},subset_size=16,samples=32",
+    "faithfulness": "faithfulness_correlation:granularity=patch:{patch},subset_size=16,samples={subsets}",
     "sensitivity": "max_sensitivity:samples=2",
     "random logit": "random_logit",
     "randomisation": "parameter_randomisation:stages=4",
@@ -46,8 +46,8 @@ METHODS = {
     "abslrp": "abslrp",
     "abslrp-release": "abslrp-release",
     "input x gradient": "ixg",
-    "integrated gradients": "ig:steps=16",
-    "SmoothGrad": "smoothgrad:samples=6",
+    "integrated gradients": "ig:steps={steps}",
+    "SmoothGrad": "smoothgrad:samples={noises}",
     "Grad-CAM": "gradcam",
     "occlusion": "occlusion:window={window},stride={window}",
     "random": "random",
@@ -80,9 +80,18 @@ BOXES: list[list[tuple[float, float, float, float]]] = [
     [(0.22, 0.02, 0.85, 0.97)],
     [(0.13, 0.23, 0.88, 0.85)],
 ]
+# What a pass costs decides how many there are.
 NETWORKS: dict[str, dict[str, Any]] = {
-    "vit": {"title": "ViT-S/14, Tiny ImageNet (200 classes), 112 px", "size": 112, "patch": 14, "window": 14},
-    "resnet50": {"title": "ResNet-50, ImageNet, 224 px", "size": 224, "patch": 28, "window": 28},
+    "vit": {
+        "title": "ViT-S/14, Tiny ImageNet (200 classes), 112 px, twenty photographs",
+        **{"size": 112, "photographs": 20, "patch": 14, "window": 14},
+        **{"steps": 16, "segments": 25, "subsets": 32, "noises": 6},
+    },
+    "resnet50": {
+        "title": "ResNet-50, ImageNet, 224 px, the first twelve of them",
+        **{"size": 224, "photographs": 12, "patch": 28, "window": 56},
+        **{"steps": 8, "segments": 16, "subsets": 16, "noises": 4},
+    },
 }
 
 
@@ -133,9 +142,11 @@ def run(name: str, loader: ModuleType) -> Evaluation:
         methods["rollout"] = "rollout"
     metrics = {label: spec.format(**about) for label, spec in METRICS.items()}
     started = time.perf_counter()
+    count = about["photographs"]
+    where = masks(about["size"])
     result = evaluate(
         model,
-        (images, None, masks(about["size"])),
+        [(images[i : i + 4], None, where[i : i + 4]) for i in range(0, count, 4)],
         metrics,
         methods,
         batch_size=20,
@@ -154,13 +165,13 @@ def page(results: dict[str, Evaluation]) -> str:
     lines = [
         "# Methods and metrics on trained networks",
         "",
-        "Twenty photographs of ImageNet (those in PyPI's `foolbox`), the predicted class explained; means over images "
-        "± their standard errors (GAE: over five groups of four). ↑ higher is better, ↓ lower is better. Made by",
+        "Photographs of ImageNet (the twenty in PyPI's `foolbox`), the predicted class explained; means over images "
+        "± their standard errors (GAE: over groups of four). ↑ higher is better, ↓ lower is better. Made by",
         "",
         "    pip install '.[evaluate]' foolbox torchvision",
         "    RAMP_FAST_MODELS=FOLDER python bench/evaluation.py",
         "",
-        f"on {platform.machine()}, {os.cpu_count()} cores, PyTorch {torch_version}. Twenty images are few: differences "
+        f"on {platform.machine()}, {os.cpu_count()} cores, PyTorch {torch_version}. They are few: differences "
         "of less than two standard errors mean nothing. Boxes of the objects were drawn by hand; they cover "
         f"{100 * covered:.0f} % of a picture on average, which is what a random map has in them.",
     ]
@@ -173,15 +184,13 @@ def page(results: dict[str, Evaluation]) -> str:
             took[method] = took.get(method, 0.0) + seconds
         lines += ["", "Seconds for all metrics: " + ", ".join(f"{m} {s:.0f}" for m, s in took.items()) + "."]
     settings = [f"* {label}: `{spec}`" for label, spec in (*METRICS.items(), *METHODS.items()) if label != spec]
-    lines += [
-        "",
-        "## Settings",
-        "",
-        "`{patch}` and `{window}` are 14 for the ViT and 28 for ResNet-50.",
-        "",
-        *settings,
-        "",
-    ]
+    names = ("patch", "window", "steps", "segments", "subsets", "noises")
+    lines += ["", "## Settings", "", *settings, ""]
+    lines += ["| | " + " | ".join(f"`{{{n}}}`" for n in names) + " |", "|---" * (len(names) + 1) + "|"]
+    for name in results:
+        title = NETWORKS[name]["title"].split(",")[0]
+        lines += [f"| {title} | " + " | ".join(str(NETWORKS[name][n]) for n in names) + " |"]
+    lines += [""]
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
 from ramp_fast.methods import METHODS, Method, make_method
 from ramp_fast.metrics import METRICS, Metric, make_metric
-from ramp_fast.metrics.base import Result, method_name
+from ramp_fast.metrics.base import Result, check_classes, checked_images, checked_masks, method_name
 from ramp_fast.specs import parse_spec
 from ramp_fast.store import atomic_write
 
@@ -34,7 +34,10 @@ FORMAT = 1
 
 
 class EvaluationError(RampFastError):
-    """A method or a metric failed under ``strict``; ``partial`` holds what was finished before."""
+    """An evaluation stopped, or a pair of method and metric failed under ``strict``.
+
+    ``partial`` holds what was finished before.
+    """
 
     def __init__(self, message: str, partial: Evaluation) -> None:
         super().__init__(message)
@@ -50,7 +53,7 @@ class Evaluation:
     results : dict of method to dict of metric to Result
         In the order asked for. A pair that failed in its first batch is missing.
     metrics : dict of metric to dict
-        "higher_is_better", "settings", and "axis" (label and values) where the metric has curves.
+        "higher_is_better", "settings", "group" (images per value), and "axis" (label and values) where it has curves.
     failures : dict of "method / metric" to str
         Why a pair stopped; its values of earlier batches are in the results.
     names : list of str
@@ -87,14 +90,15 @@ class Evaluation:
         ]
 
     def value_rows(self) -> list[dict[str, Any]]:
-        """A row for each value: method, metric, entry (of images, or of groups of images), image, value."""
+        """A row for each value: method, metric, entry (an image, or a group of images), image (its name), value."""
         rows = []
         for method, results in self.results.items():
             for metric, result in results.items():
                 values = result.values[result.name].tolist()
-                named = len(values) == len(self.names)
+                # a pair that stopped has the values of the first images
+                names = self.names if self.metrics[metric]["group"] == 1 else []
                 for entry, value in enumerate(values):
-                    image = self.names[entry] if named else ""
+                    image = names[entry] if entry < len(names) else ""
                     rows.append({"method": method, "metric": metric, "entry": entry, "image": image, "value": value})
         return rows
 
@@ -176,7 +180,7 @@ class Evaluation:
                 for method, of_method in document["results"].items()
             }
             return cls(results, **{name: document[name] for name in _PLAIN_FIELDS})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path} is not an evaluation: {type(error).__name__}: {error}") from error
@@ -272,6 +276,8 @@ class Evaluator:
         Which class is explained: the data's label where there is one, or the predicted class.
     strict : bool
         Raise the first failure of a method or metric, instead of going on with the others.
+    first_image : int
+        The number of the first image, where several processes evaluate parts of one data set: see ``Metric.fresh``.
 
     Raises
     ------
@@ -289,6 +295,7 @@ class Evaluator:
         batch_size: int | None = None,
         explain: str = "label",
         strict: bool = False,
+        first_image: int = 0,
     ) -> None:
         if explain not in EXPLAINED:
             raise InputError(f"explain must be label or predicted, got {explain!r}")
@@ -306,9 +313,16 @@ class Evaluator:
             )
         self._methods = {label: _method(spec, model, seed) for label, spec in given.items()}
         self._metrics = {
-            method: {label: template.fresh() for label, template in self._templates.items()} for method in self._methods
+            method: {label: template.fresh(first_image) for label, template in self._templates.items()}
+            for method in self._methods
         }
+        for label, template in self._templates.items():
+            try:  # what could not be saved in the end is refused now
+                json.dumps(template.settings(), allow_nan=False)
+            except ValueError as error:
+                raise InputError(f"{label}: a setting is not finite: {template.settings()}") from error
         self._failures: dict[str, str] = {}
+        self._classes: int | None = None
         self._seconds: dict[str, float] = {}
         self._names: list[str] = []
         self._waiting: dict[str, tuple[Tensor, Tensor]] = {}
@@ -320,12 +334,14 @@ class Evaluator:
         Raises
         ------
         InputError
-            The batch is not as metrics need it (no masks for a metric of localisation). Nothing is added then.
+            The batch is not as metrics need it: shapes, classes, masks of objects for metrics of localisation. Nothing
+            is added then.
         EvaluationError
             Under ``strict``, what failed.
         """
-        images, target = self._checked(batch)
+        images, target, masks = self._checked(batch)
         groups = {label: self._grouped(label, images, target) for label, t in self._templates.items() if t.group > 1}
+        self._names += batch.names or []
         for method, function in self._methods.items():
             maps = self._maps(method, function, images, target)
             for label, metric in self._metrics[method].items():
@@ -334,7 +350,7 @@ class Evaluator:
                 started = time.perf_counter()
                 try:
                     if label not in groups:
-                        metric.update(images, target, function, maps=maps, masks=batch.masks)
+                        metric.update(images, target, function, maps=maps, masks=masks)
                     elif groups[label][0].shape[0]:
                         metric.update(*groups[label], function)
                 except Exception as error:
@@ -342,7 +358,6 @@ class Evaluator:
                 self._took(method, label, started)
         self._images += images.shape[0]
         self._batches += 1
-        self._names += batch.names or []
 
     def result(self) -> Evaluation:
         """What has been evaluated so far."""
@@ -351,25 +366,46 @@ class Evaluator:
             for method, metrics in self._metrics.items()
         }
         described = {
-            label: {"higher_is_better": m.higher_is_better, "settings": m.settings(), "axis": m.axis()}
+            label: {
+                "higher_is_better": m.higher_is_better,
+                "settings": m.settings(),
+                "group": m.group,
+                "axis": m.axis(),
+            }
             for label, m in self._templates.items()
         }
         left_out = {label: waiting[0].shape[0] for label, waiting in self._waiting.items() if waiting[0].shape[0]}
-        names = self._names if len(self._names) == self._images else []
+        names = self._names if len(self._names) >= self._images else []
         return Evaluation(
             results, described, dict(self._failures), list(names), self._images, left_out, dict(self._seconds)
         )
 
-    def _checked(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    @property
+    def finished(self) -> bool:
+        """Whether every pair of method and metric has failed, so that no further batch can add anything."""
+        return len(self._failures) == len(self._methods) * len(self._templates)
+
+    def _checked(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        where = f"batch {self._batches}"
         needing = [label for label, template in self._templates.items() if template.needs_masks]
         if needing and batch.masks is None:
-            raise InputError(f"{', '.join(needing)}: the data have no masks of the objects (batch {self._batches})")
-        device = next((p.device for p in self.model.parameters()), batch.images.device)
-        images, target = batch.images.to(device), batch.target
-        if self.explain == "predicted" or target is None:
+            raise InputError(f"{', '.join(needing)}: the data have no masks of the objects ({where})")
+        images, target = checked_images(where, self.model, batch.images, batch.target)
+        masks = None if batch.masks is None else checked_masks(where, batch.masks, images)
+        for label, (waiting, _) in self._waiting.items():
+            if waiting.shape[1:] != images.shape[1:]:
+                raise InputError(
+                    f"{where}: images {list(images.shape[1:])} after {list(waiting.shape[1:])}: {label} takes groups "
+                    f"of {self._templates[label].group} of one size"
+                )
+        if target is None or self.explain == "predicted":
             with torch.no_grad():
-                target = self.model(images).argmax(1)
-        return images, target.to(device)
+                return images, self.model(images).argmax(1), masks
+        if self._classes is None:
+            with torch.no_grad():
+                self._classes = self.model(images[:1]).shape[1]
+        check_classes(where, target, self._classes)
+        return images, target, masks
 
     def _grouped(self, label: str, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Whole groups of what waited and what is new; the rest waits."""
@@ -448,23 +484,34 @@ def evaluate(
     InputError
         An argument is not as described.
     EvaluationError
-        Under ``strict``, what failed. Otherwise a pair of method and metric that fails is reported by a RuntimeWarning
-        and in ``failures``, and the others go on.
+        Data or model failed in a later batch; its ``partial`` holds the results of those before. Under ``strict`` also
+        what failed of a method or metric. Otherwise a pair of these that fails is reported by a RuntimeWarning and in
+        ``failures``, and the others go on.
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
     run = Evaluator(model, metrics, methods, seed=seed, batch_size=batch_size, explain=explain, strict=strict)
-    for batch in _batches(data, batch_size):
-        run.update(batch)
-        if progress is not None:
-            progress(batch.images.shape[0])
+    try:
+        for batch in _batches(data, batch_size):
+            run.update(batch)
+            if progress is not None:
+                progress(batch.images.shape[0])
+            if run.finished:
+                break
+    except EvaluationError:
+        raise
+    except Exception as error:
+        before = run.result()
+        if not before.images:
+            raise
+        raise EvaluationError(f"evaluation stopped after {before.images} images: {error}", before) from error
     return run.result()
 
 
 def _batches(data: Data, batch_size: int) -> Iterator[Batch]:
     if isinstance(data, Tensor):
         data = (data,)
-    if isinstance(data, tuple) and data and isinstance(data[0], Tensor):
+    if isinstance(data, (tuple, list)) and _are_tensors(data):
         whole = _batch(data)
         for start in range(0, whole.images.shape[0], batch_size):
             here = slice(start, start + batch_size)
@@ -474,6 +521,14 @@ def _batches(data: Data, batch_size: int) -> Iterator[Batch]:
         return
     for entry in data:
         yield entry if isinstance(entry, Batch) else _batch(entry)
+
+
+def _are_tensors(data: Sequence[Any]) -> bool:
+    """Whether it is images, with target and masks or without, and not several batches of images."""
+    images, *others = data or [None]
+    return isinstance(images, Tensor) and not (
+        others and isinstance(others[0], Tensor) and others[0].is_floating_point()
+    )
 
 
 def _batch(entry: Any) -> Batch:

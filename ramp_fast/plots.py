@@ -78,8 +78,10 @@ def curves(evaluation: Evaluation, metrics: Sequence[str]) -> Figure:
 def _curves(axis: Any, result: Result, about: dict[str, Any], method: str, colour: str) -> None:
     for name, style in zip(about["curves"], ("-", "--"), strict=False):
         values = result.values[name]
-        mean = values.mean(0)
-        error = values.std(0) / values.shape[0] ** 0.5 if values.shape[0] > 1 else mean * 0
+        mean = values.nanmean(0)
+        count = (~values.isnan()).sum(0)
+        variance = (values - mean).square().nanmean(0) * count / (count - 1)
+        error = (variance / count).sqrt().where(count > 1, 0)
         label = method if len(about["curves"]) == 1 else f"{method}, {name}"
         axis.plot(about["values"], mean, style, color=colour, label=label)
         axis.fill_between(about["values"], mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)

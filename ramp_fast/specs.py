@@ -8,8 +8,8 @@ from typing import Any
 
 from ramp_fast.errors import InputError
 
-# at commas that are not inside brackets
-_COMMA = re.compile(r",(?![^(\[]*[)\]])")
+# at commas that a new setting follows
+_COMMA = re.compile(r",(?=\s*\w+\s*=)")
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -26,8 +26,26 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = piece.partition("=")
         if not equals or not key.strip().isidentifier():
             raise InputError(f"{spec!r}: {piece!r} is not key=value; write {name}:key=value,key=value")
-        try:
-            settings[key.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            settings[key.strip()] = value.strip()
+        settings[key.strip()] = literal(value.strip())
     return name, settings
+
+
+def literal(text: str) -> Any:
+    """The value of a Python literal, of true, false and none in any case, or the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def check_flags(name: str, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raise InputError where a setting that is true or false by default is given something else.
+
+    Any other text would count as true.
+    """
+    for key, value in settings.items():
+        if isinstance(defaults.get(key), bool) and not isinstance(value, bool):
+            raise InputError(f"{name}: {key} must be true or false, got {value!r}")

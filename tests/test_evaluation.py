@@ -165,6 +165,75 @@ def test_one_metric_that_fails_leaves_the_others(model: nn.Module, images: Tenso
     assert list(result.results["m"]) == ["sparseness"]
 
 
+def test_what_stops_an_evaluation_leaves_what_was_done(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    def loader() -> Any:
+        yield images[:4], labels[:4]
+        raise OSError("disk gone")
+
+    later = [(images[:4], labels[:4]), (images[4:], labels[:1])], [(images[:5],), (images[5:, :, :8],)]
+    for data, problem in ((loader(), "disk gone"), (later[0], "6 entries"), (later[1], "groups of 4 of one size")):
+        with pytest.raises(EvaluationError, match=problem) as error:
+            evaluate(model, data, ["sparseness", "gae:steps=2"], ["ixg"])
+        assert values(error.value.partial, "ixg", "sparseness").numel() in (4, 5)
+
+
+def test_lists_of_tensors_are_one_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    whole = evaluate(model, (images, labels), ["deletion:steps=3"], ["ixg"])
+    listed = evaluate(model, [images, labels], ["deletion:steps=3"], ["ixg"])
+    batches = evaluate(model, [images[:5], images[5:]], ["deletion:steps=3"], ["ixg"], explain="predicted")
+    assert listed.rows() == whole.rows()
+    assert batches.images == 10
+
+
+def test_data_are_read_no_further_when_nothing_is_left(model: nn.Module, images: Tensor) -> None:
+    read = []
+
+    def loader() -> Any:
+        for i in range(10):
+            read.append(i)
+            yield (images[i : i + 1],)
+
+    with pytest.warns(RuntimeWarning, match="bad"):
+        evaluate(model, loader(), ["sparseness"], {"bad": broken})
+    assert len(read) == 1
+
+
+def test_a_method_may_write_to_its_arguments(model: nn.Module, images: Tensor) -> None:
+    def careless(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        maps = input_x_gradient(model, images, target)
+        images.zero_()
+        target.zero_()
+        return maps
+
+    before = images.clone()
+    result = evaluate(model, images, ["deletion:steps=3"], {"careless": careless, "ixg": "ixg"})
+    assert images.equal(before)
+    assert values(result, "careless", "deletion:steps=3").equal(values(result, "ixg", "deletion:steps=3"))
+
+
+def test_processes_that_share_the_data(model: nn.Module, images: Tensor) -> None:
+    metric = "aopc:regions=4,granularity=patch:4"
+    whole = evaluate(model, images, [metric], ["ixg"])
+    run = Evaluator(model, [metric], ["ixg"], first_image=6)
+    run.update(Batch(images[6:], None, None, []))
+    assert values(run.result(), "ixg", metric).equal(values(whole, "ixg", metric)[6:])
+    run = Evaluator(model, [metric], ["ixg"])
+    run.update(Batch(images[6:], None, None, []))
+    assert not values(run.result(), "ixg", metric).equal(values(whole, "ixg", metric)[6:])
+
+
+def test_logits_that_are_not_finite(images: Tensor) -> None:
+    class Overflow(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / 0.0
+
+    model = Overflow().double().eval()
+    for metric in ("road:percentages=(10,)", "monotonicity:steps=3", "deletion:steps=2"):
+        with pytest.warns(RuntimeWarning, match=r"logits of .* are not finite"):
+            result = evaluate(model, images[:2], [metric], {"m": lambda model, images, target: images})
+        assert result.results["m"] == {}
+
+
 def test_masks_reach_metrics_of_localisation(model: nn.Module, images: Tensor) -> None:
     masks = torch.zeros(10, 16, 16, dtype=torch.bool)
     masks[:, :, :8] = True
@@ -191,6 +260,13 @@ def test_metrics_as_objects_are_templates(model: nn.Module, images: Tensor) -> N
         ({"metrics": ["delition"]}, "no metric 'delition'"),
         ({"metrics": ["deletion:depth=3"]}, "no setting 'depth'"),
         ({"metrics": ["deletion:steps"]}, "not key=value"),
+        ({"metrics": ["deletion:seed=1.5"]}, "seed must be an integer"),
+        ({"metrics": ["deletion:noise=much"]}, "noise must be"),
+        ({"metrics": ["deletion:baseline=1e999"]}, "not finite"),
+        ({"metrics": ["infidelity:rescaled=maybe"]}, "rescaled must be true or false"),
+        ({"methods": ["gradcam:relu=yes"]}, "relu must be true or false"),
+        ({"data": (torch.zeros(2, 3, 16, 16).double(), torch.tensor([0, 5]))}, "batch 0: target must be 0 to 4"),
+        ({"data": (torch.zeros(2, 3, 16, 16), None, torch.zeros(2, 16, 16))}, "masks must be a bool"),
         ({"metrics": ["deletion", "deletion"]}, "there twice"),
         ({"metrics": []}, "nothing to evaluate"),
         ({"methods": ["lrp"]}, "unknown method 'lrp'"),
@@ -231,7 +307,7 @@ def test_saved_and_loaded(model: nn.Module, images: Tensor, tmp_path: Path) -> N
     for name, expected in result.results["ixg"]["d"].values.items():
         torch.testing.assert_close(again.results["ixg"]["d"].values[name], expected, rtol=0, atol=0, equal_nan=True)
     assert (again.names, again.metrics, again.seconds) == (result.names, result.metrics, result.seconds)
-    for wrong in ("{}", "[", '{"format": 99}'):
+    for wrong in ("{}", "[", '{"format": 99}', '{"format": 1, "results": []}'):
         (tmp_path / "wrong.json").write_text(wrong)
         with pytest.raises(InputError, match=r"wrong\.json"):
             Evaluation.load(tmp_path / "wrong.json")
@@ -269,10 +345,11 @@ def test_plots(model: nn.Module, images: Tensor) -> None:
     assert len(bars.axes) == 3
     widths = [bar.get_width() for bar in bars.axes[0].patches]
     assert widths == pytest.approx([result.results[m]["deletion:steps=3"].mean for m in ("ixg", "random")])
+    result.results["ixg"]["deletion:steps=3"].values["curve"][0] = math.nan  # not defined for one image
     curves = result.plot("curves")
     assert [a.get_title() for a in curves.axes] == ["deletion:steps=3", "abpc:steps=3"]
     drawn = curves.axes[0].lines[0]
-    expected = result.results["ixg"]["deletion:steps=3"].values["curve"].mean(0)
+    expected = result.results["ixg"]["deletion:steps=3"].values["curve"][1:].mean(0)
     assert list(drawn.get_xdata()) == pytest.approx([0, 1 / 3, 2 / 3, 1])
     assert list(drawn.get_ydata()) == pytest.approx(expected.tolist())
     assert len(curves.axes[1].lines) == 4  # two curves of two methods
@@ -288,5 +365,9 @@ def test_specs() -> None:
     assert parse_spec("gae") == ("gae", {})
     assert parse_spec("deletion:steps=50,granularity=patch:8") == ("deletion", {"steps": 50, "granularity": "patch:8"})
     assert parse_spec("road:percentages=(1, 5.5),noise=0.1") == ("road", {"percentages": (1, 5.5), "noise": 0.1})
+    assert parse_spec("a:b=[(1, 2), (3, 4)],c=False,d=false,e=None,f=none")[1] == {
+        "b": [(1, 2), (3, 4)],
+        **{"c": False, "d": False, "e": None, "f": None},
+    }
     with pytest.raises(InputError, match="'3' is not key=value"):
         parse_spec("road:3")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
 from typing import TYPE_CHECKING, Any
 
 from ramp_fast.errors import InputError
+from ramp_fast.specs import literal
 
 # torch and timm take seconds to import: `--help` and a mistyped option should not wait for them.
 if TYPE_CHECKING:
@@ -45,10 +45,7 @@ def key_value(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    return key, literal(value)
 
 
 def add_model_options(run: argparse.ArgumentParser) -> None:

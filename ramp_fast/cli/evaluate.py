@@ -190,7 +190,7 @@ def _listing() -> str:
     lines = ["metrics"]
     for name, metric in sorted(metrics.items()):
         better = "higher" if metric.higher_is_better else "lower"
-        settings = ", ".join(sorted(known_settings(metric) - {"seed", "batch_size"}))
+        settings = ", ".join(sorted(set(known_settings(metric)) - {"seed", "batch_size"}))
         lines.append(f"  {name} ({better} is better{'; ' if settings else ''}{settings})")
     lines += ["", "methods"]
     for name, method in methods.items():

@@ -18,6 +18,7 @@ from ramp_fast.methods.baseline import Random
 from ramp_fast.methods.gradients import gradient, input_x_gradient
 from ramp_fast.methods.rollout import attention_of, attention_rollout
 from ramp_fast.methods.through_captum import GradCAM, IntegratedGradients, Occlusion, SmoothGrad
+from ramp_fast.specs import check_flags
 
 # Not settings: the model has an argument of its own, the rule is the name, the seed is everyone's.
 _NO_SETTINGS = frozenset({"model", "rule", "seed"})
@@ -138,6 +139,7 @@ def make_method(name: str, model: nn.Module, seed: int = 0, **settings: Any) -> 
     if unknown:
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise InputError(f"{name} has no setting {', '.join(map(repr, unknown))}; {has}")
+    check_flags(name, settings, known)
     if entry.draws:
         settings["seed"] = seed
     return entry.build(model, **settings)

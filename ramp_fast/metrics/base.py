@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from ramp_fast.rules import name_of
 # Images that a metric makes at a time (masked copies, perturbed images) take about this many bytes, unless
 # ``batch_size`` says how many go through the model together. On CPUs a model is as fast with few.
 _MEMORY = {"cpu": 16 << 20, "cuda": 256 << 20}
+
+
+M = TypeVar("M", bound="Metric")
 
 
 class MethodError(RampFastError):
@@ -93,7 +96,8 @@ class Sample:
     ) -> None:
         self._metric, self._method, self._maps, self._target = metric, method, maps, target
         self.images, self.masks = images, masks
-        self.numbers = range(metric.images_seen, metric.images_seen + images.shape[0])
+        first = metric.first_image + metric.images_seen
+        self.numbers = range(first, first + images.shape[0])
 
     @cached_property
     def target(self) -> Tensor:
@@ -107,7 +111,7 @@ class Sample:
 
     @property
     def maps(self) -> Tensor:
-        """The method's maps of the images, ``[N, C or 1, H, W]``, finite, in the images' dtype."""
+        """The method's maps of the images, ``[N, C or 1, H, W]``, finite, float32 or better."""
         if self._maps is None:
             self._maps = self.attribute(self.images, self.target)
         return self._maps
@@ -152,9 +156,11 @@ class Metric:
             raise TypeError(f"{self.name}: model must be a torch.nn.Module, got {type(model).__name__}")
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"{self.name}: batch_size must be a positive integer, got {batch_size!r}")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise InputError(f"{self.name}: seed must be an integer, got {seed!r}")
         self.model, self.seed, self.batch_size = model, seed, batch_size
         self._values: list[dict[str, Tensor]] = []
-        self.images_seen = 0
+        self.first_image = self.images_seen = 0
         self._batches = 0
         self._classes: int | None = None
 
@@ -216,7 +222,7 @@ class Metric:
         if masks is None and self.needs_masks:
             raise InputError(f"{self.name} needs masks [N, H, W] of the objects")
         if masks is not None:
-            masks = self._checked_masks(masks, images)
+            masks = checked_masks(self.name, masks, images)
         if maps is not None:
             maps = checked_maps(maps, images, self.name, "the caller", self._batches)
         measured = self.measure(Sample(self, images, target, method, maps, masks), **options)
@@ -224,9 +230,17 @@ class Metric:
         self._add(values, images.shape[0])
         return values
 
-    def fresh(self) -> Metric:
-        """A metric of the same settings without values."""
+    def fresh(self: M, first_image: int = 0) -> M:
+        """A metric of the same settings without values.
+
+        Parameters
+        ----------
+        first_image : int
+            The number of its first image. Processes that share a data set draw what one process would if each starts at
+            the first image of its part.
+        """
         other = copy.copy(self)
+        other.first_image = first_image
         other._values, other.images_seen, other._batches = [], 0, 0
         return other
 
@@ -257,7 +271,7 @@ class Metric:
         self._values, self.images_seen, self._batches = [], 0, 0
         try:
             self.merge_state(state)
-        except InputError:
+        except BaseException:
             self._values, self.images_seen, self._batches = before
             raise
 
@@ -281,43 +295,14 @@ class Metric:
 
     def _checked(self, images: Tensor, target: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Both on the model's device."""
-        if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
-            found = f"{list(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-            raise InputError(f"{self.name}: images must be a floating point Tensor [N, C, H, W], got {found}")
-        count = images.shape[0]
-        if count < 1 or count % self.group:
-            raise InputError(f"{self.name}: images come in groups of {self.group}, got {count}")
-        if self.model.training:
-            raise InputError(f"{self.name}: the model is in training mode: call model.eval()")
-        if isinstance(target, int) and not isinstance(target, bool):
-            target = torch.full((count,), target)
-        if target is not None and (
-            not isinstance(target, Tensor) or target.shape != (count,) or target.is_floating_point()
-        ):
-            found = f"{list(target.shape)}, {target.dtype}" if isinstance(target, Tensor) else repr(target)
-            raise InputError(f"{self.name}: target must be an int or integers [{count}], got {found}")
-        device = next((p.device for p in self.model.parameters()), images.device)
-        images = images.detach().to(device)
-        if target is None:
-            return images, None
-        target = target.to(device).long()
-        if self._classes is None:
-            self._classes = self.logits(images[:1]).shape[1]
-        if bool(((target < 0) | (target >= self._classes)).any()):
-            low, high = int(target.min()), int(target.max())
-            raise InputError(
-                f"{self.name}: target must be 0 to {self._classes - 1}, the model's classes; got {low} to {high}"
-            )
+        images, target = checked_images(self.name, self.model, images, target)
+        if images.shape[0] % self.group:
+            raise InputError(f"{self.name}: images come in groups of {self.group}, got {images.shape[0]}")
+        if target is not None:
+            if self._classes is None:
+                self._classes = self.logits(images[:1]).shape[1]
+            check_classes(self.name, target, self._classes)
         return images, target
-
-    def _checked_masks(self, masks: Tensor, images: Tensor) -> Tensor:
-        count, _, height, width = images.shape
-        if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
-            found = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
-            raise InputError(f"{self.name}: masks must be a bool Tensor, got {found}")
-        if masks.shape not in ((count, height, width), (count, 1, height, width)):
-            raise InputError(f"{self.name}: masks must be [{count}, {height}, {width}], got {list(masks.shape)}")
-        return masks.to(images.device).view(count, 1, height, width)
 
     def attribute(
         self, method: Method | Engine | None, images: Tensor, target: Tensor, model: nn.Module | None = None
@@ -333,16 +318,18 @@ class Metric:
         """
         if method is None:
             raise InputError(f"{self.name} asks the method for maps of its own: pass one, not only maps")
-        model = model or self.model
-        if isinstance(method, Engine) and model is not method.model:
+        if isinstance(method, Engine) and method.model is not self.model:
+            raise InputError(f"{self.name}: the engine is one of another model than the metric")
+        if isinstance(method, Engine) and model is not None:
             method = method.for_model(model)
+        model = model or self.model
         pieces = []
         for here in self.slices(images):
             try:
                 if isinstance(method, Engine):
                     maps = method.attribute(images[here], target[here]).maps
                 else:
-                    maps = method(model, images[here], target[here])
+                    maps = method(model, images[here].clone(), target[here].clone())  # which it may write to
             except Exception as error:
                 raise MethodError(
                     f"{self.name}: {method_name(method)} failed in batch {self._batches}, on images "
@@ -352,9 +339,26 @@ class Metric:
         return torch.cat(pieces)
 
     def logits(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
-        """``[N, classes]``, so many images at a time as go through the model together."""
+        """``[N, classes]``, so many images at a time as go through the model together.
+
+        Raises
+        ------
+        InputError
+            They are not finite: comparisons would turn them into values that look like any other.
+        """
         with torch.no_grad():
-            return torch.cat([(model or self.model)(images[here]) for here in self.slices(images)])
+            found = torch.cat([(model or self.model)(images[here]) for here in self.slices(images)])
+        return self.finite(found)
+
+    def finite(self, logits: Tensor) -> Tensor:
+        """Logits ``[..., classes]`` as they are, or InputError where some are not finite."""
+        wrong = int((~logits.isfinite().all(-1)).sum())
+        if wrong:
+            raise InputError(
+                f"{self.name}: logits of {wrong} of {logits[..., 0].numel()} images are not finite in batch "
+                f"{self._batches}: is the model's precision ({logits.dtype}) enough?"
+            )
+        return logits
 
     def slices(self, images: Tensor) -> Iterator[slice]:
         """Ranges of images that go through the model together."""
@@ -387,8 +391,61 @@ def _mixed(*numbers: int) -> int:
     return state >> 1  # torch takes 63 bits
 
 
+def checked_images(
+    name: str, model: nn.Module, images: Tensor, target: int | Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Images ``[N, C, H, W]`` and integer classes ``[N]`` or None, on the device of a model in eval mode.
+
+    Raises
+    ------
+    InputError
+        An argument is not as described; the message begins with ``name``.
+    """
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+        found = f"{list(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise InputError(f"{name}: images must be a floating point Tensor [N, C, H, W], got {found}")
+    count = images.shape[0]
+    if count < 1:
+        raise InputError(f"{name}: there are no images")
+    if model.training:
+        raise InputError(f"{name}: the model is in training mode: call model.eval()")
+    if isinstance(target, int) and not isinstance(target, bool):
+        target = torch.full((count,), target)
+    if target is not None and (
+        not isinstance(target, Tensor) or target.shape != (count,) or target.is_floating_point()
+    ):
+        found = f"{list(target.shape)}, {target.dtype}" if isinstance(target, Tensor) else repr(target)
+        raise InputError(f"{name}: target must be an int or integers [{count}], got {found}")
+    device = next((p.device for p in model.parameters()), images.device)
+    return images.detach().to(device), None if target is None else target.to(device).long()
+
+
+def check_classes(name: str, target: Tensor, classes: int) -> None:
+    """Raise InputError where a target is not one of the model's classes."""
+    if bool(((target < 0) | (target >= classes)).any()):
+        low, high = int(target.min()), int(target.max())
+        raise InputError(f"{name}: target must be 0 to {classes - 1}, the model's classes; got {low} to {high}")
+
+
+def checked_masks(name: str, masks: Tensor, images: Tensor) -> Tensor:
+    """Masks of objects ``[N, 1, H, W]``, on the images' device.
+
+    Raises
+    ------
+    InputError
+        They are not bool, or do not fit the images.
+    """
+    count, _, height, width = images.shape
+    if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+        found = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
+        raise InputError(f"{name}: masks must be a bool Tensor, got {found}")
+    if masks.shape not in ((count, height, width), (count, 1, height, width)):
+        raise InputError(f"{name}: masks must be [{count}, {height}, {width}], got {list(masks.shape)}")
+    return masks.to(images.device).view(count, 1, height, width)
+
+
 def checked_maps(maps: Any, images: Tensor, metric: str, method: str, batch: int) -> Tensor:
-    """Maps in the images' dtype, on their device.
+    """Maps in float32 or better, on the images' device.
 
     Raises
     ------
@@ -403,7 +460,9 @@ def checked_maps(maps: Any, images: Tensor, metric: str, method: str, batch: int
             f"{metric}: {method} returned {what} for images {list(images.shape)} in batch {batch}; "
             f"maps must be {shapes[0]} or {shapes[1]}"
         )
-    found = maps.detach().to(images)
+    # ranks and sums are those of the maps, whatever the images' precision
+    wide = torch.promote_types(torch.promote_types(maps.dtype, images.dtype), torch.float32)
+    found = maps.detach().to(images.device, wide)
     wrong = int((~found.flatten(1).isfinite().all(1)).sum())
     if wrong:
         raise InputError(f"{metric}: {wrong} of {n} maps of {method} are not finite in batch {batch}")

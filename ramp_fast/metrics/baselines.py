@@ -117,6 +117,7 @@ def impute(images: Tensor, masked: Tensor) -> Tensor:
     The system ``d u - K (m u) = K ((1 - m) x)`` on masked pixels, with ``K`` the neighbours' weights and ``d`` the sum
     of those that exist, is symmetric and positive definite unless nothing is known.
     """
+    given, images = images, images.to(torch.promote_types(images.dtype, torch.float32))
     inside = masked.to(images.dtype)
     weight = _neighbours(torch.ones_like(images[:1, :1]))
     known = (images * (1 - inside)).contiguous()
@@ -142,8 +143,7 @@ def impute(images: Tensor, masked: Tensor) -> Tensor:
         size, before = _dot(residual, residual), size
         direction = residual + (size / before).where(going, 0) * direction
     nothing = inside.flatten(1).amin(1).view(-1, 1, 1, 1) > 0
-    filled = torch.where(nothing, images.mean((2, 3), keepdim=True), known + u)
-    return filled
+    return torch.where(nothing, images.mean((2, 3), keepdim=True), known + u).to(given.dtype)
 
 
 def _neighbours(x: Tensor) -> Tensor:

@@ -59,6 +59,8 @@ class Masking(Metric):
         self.baseline = self.usual_baseline if baseline is None else baseline
         check_baseline(self.baseline, self.name)
         self.granularity = kind_of_feature(self.usual_granularity if granularity is None else granularity)
+        if not isinstance(noise, (int, float)) or not 0 <= noise < float("inf"):
+            raise InputError(f"{self.name}: noise must be a number of at least 0, got {noise!r}")
         self.output, self.noise = output, noise
         if self.imputes and isinstance(self.granularity, Entries):
             raise InputError(
@@ -120,7 +122,7 @@ class Masking(Metric):
                 with torch.no_grad():
                     pieces.append(self.model(copies.flatten(0, 1)).unflatten(0, (last - first, stop - start)))
             rows.append(torch.cat(pieces))
-        return torch.cat(rows, 1)
+        return self.finite(torch.cat(rows, 1))
 
     def curve(self, sample: Sample, steps: Tensor, count: int, *, reveal: bool = False) -> Tensor:
         """The watched output after every step, ``[N, count]``, float32 or better."""

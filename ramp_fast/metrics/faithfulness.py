@@ -4,6 +4,7 @@ sufficiency.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -331,7 +332,7 @@ class Monotonicity(Masking):
     ) -> None:
         super().__init__(model, **masking)
         positive(self.name, "steps", steps, least=2)
-        if not tolerance >= 0:
+        if not 0 <= tolerance < math.inf:
             raise InputError(f"{self.name}: tolerance must be 0 or more, got {tolerance!r}")
         self.steps, self.sign, self.tolerance = steps, checked_sign(self.name, sign), tolerance
 
@@ -431,8 +432,8 @@ class Sufficiency(Metric):
     arXiv 2202.00734, for maps as in Quantus.
 
     Necessarily an image's value depends on the others: what ``update`` returns is of its images among themselves,
-    ``compute`` takes all images so far. ``likes`` says how many an image has. Every image's ``signature``, its M
-    scores of features, is kept until then, and M is the same for all images.
+    ``compute`` takes all images so far, which costs the square of their number. ``likes`` says how many an image has.
+    Every image's ``signature``, its M scores of features, is kept until then, and M is the same for all images.
 
     Quantus looks for likes in the batch alone, counts an image without any as 0, and finds none at all where a feature
     is the same in all maps of a batch.
@@ -470,6 +471,7 @@ class Sufficiency(Metric):
         if isinstance(self.granularity, Superpixels):
             raise InputError("sufficiency: superpixels of two images cannot be compared; take pixels or patches")
         self.threshold, self.sign = threshold, checked_sign(self.name, sign)
+        self._compared: Result | None = None
 
     def settings(self) -> dict[str, Any]:
         own = {"threshold": self.threshold, "sign": self.sign, "granularity": self.granularity.name}
@@ -482,8 +484,10 @@ class Sufficiency(Metric):
 
     def compute(self) -> Result:
         """All values so far, every image among all images; without signatures, which would be most of them."""
-        kept = super().compute().values
-        return Result(self.name, self._among(kept["signature"], kept["predicted"]))
+        if self._compared is None:  # quadratic in the images, and asked for again and again while nothing is new
+            kept = super().compute().values
+            self._compared = Result(self.name, self._among(kept["signature"], kept["predicted"]))
+        return self._compared
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, values and signatures, for ``torch.save``."""
@@ -497,6 +501,7 @@ class Sufficiency(Metric):
                     f"sufficiency: maps of {now} features cannot be compared with those before, of {before}: give "
                     f"images of one size"
                 )
+        self._compared = None
         super()._add(values, images)
 
     def _among(self, signature: Tensor, predicted: Tensor) -> dict[str, Tensor]:

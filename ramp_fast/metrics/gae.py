@@ -150,17 +150,17 @@ class GAE(Metric):
         """Both chains of every positive image, MoRF's first, through the model together."""
         count = start[0].numel()
         images, classes = torch.cat([start, start]), torch.cat([y, y])
-        sign = torch.ones(2, dtype=start.dtype, device=start.device).repeat_interleave(start.shape[0]).unsqueeze(1)
-        sign[start.shape[0] :] = -1
         masked = torch.zeros(images.shape[0], count, dtype=torch.bool, device=start.device)
-        scores_sum = torch.zeros_like(images)
+        scores_sum = torch.zeros_like(_wide(images))
+        sign = torch.ones(2, dtype=scores_sum.dtype, device=start.device).repeat_interleave(start.shape[0]).unsqueeze(1)
+        sign[start.shape[0] :] = -1
         states, outputs, zeroed = [], [], []
         for step in range(self.steps):
             pieces = [logit_and_product(self.model, images[i], classes[i]) for i in self.slices(images)]
-            scores = _normalized(torch.cat([product for _, product in pieces]).abs())
+            scores = _normalized(_wide(torch.cat([product for _, product in pieces])).abs())
             scores_sum += scores
             states.append(images)
-            outputs.append(torch.cat([logit for logit, _ in pieces]))
+            outputs.append(_wide(torch.cat([logit for logit, _ in pieces])))
             zeroed.append((images == 0).flatten(1).sum(1).double() / count)
             if step == self.steps - 1:
                 break
@@ -218,9 +218,9 @@ class GAE(Metric):
 
     def _tile_weights(self, logits: Tensor, labels: Tensor, chosen: Tensor, images: Tensor) -> Tensor:
         """``[G, 1, H, W]``."""
-        probability = logits.softmax(1).gather(1, labels)
+        probability = _wide(logits).softmax(1).gather(1, labels)
         own = probability.gather(1, chosen.unsqueeze(1))
-        weights = (2 * probability / own - 1).view(-1, 1, 2, 2).to(images.dtype)
+        weights = (2 * probability / own - 1).view(-1, 1, 2, 2)
         height, width = images.shape[-2:]
         weights = weights.repeat_interleave(height // 2, 2).repeat_interleave(width // 2, 3)
         row, column = slice(height // 2 - 1, height // 2 + 1), slice(width // 2 - 1, width // 2 + 1)
@@ -244,6 +244,11 @@ def _mosaic(images: Tensor) -> Tensor:
     half = images[..., ::2, ::2].unflatten(0, (-1, TILES))
     top, bottom = (torch.cat([half[:, i], half[:, i + 1]], -1) for i in (0, 2))
     return torch.cat([top, bottom], -2)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 or better: sums and shares of half precision would not hold."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _normalized(values: Tensor) -> Tensor:

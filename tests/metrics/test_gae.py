@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -208,6 +209,40 @@ def test_states_are_saved_and_merged(setting: tuple[nn.Module, Tensor], tmp_path
         with pytest.raises(InputError, match="does not fit"):
             refused(whole.state_dict())
         assert other.compute().count == 1
+    with pytest.raises(KeyError):
+        other.load_state_dict({"settings": other.settings()})
+    assert other.compute().count == 1
+    assert other.images_seen == 4
+
+
+def test_processes_that_share_the_images_draw_what_one_would(setting: tuple[nn.Module, Tensor]) -> None:
+    model, images = setting
+    batch = images[:4].repeat(30, 1, 1, 1)
+    whole = GAE(model, steps=2)
+    whole.update(batch, None, noise)
+    first, second = whole.fresh(), whole.fresh(first_image=40)
+    first.update(batch[:40], None, noise)
+    second.update(batch[40:], None, noise)
+    first.merge_state(second.state_dict())
+    assert torch.equal(first.compute().values["positive"], whole.compute().values["positive"])
+    apart = whole.fresh()
+    apart.update(batch[40:], None, noise)
+    assert not torch.equal(apart.compute().values["positive"], second.compute().values["positive"])
+
+
+def test_half_precision(setting: tuple[nn.Module, Tensor]) -> None:
+    model, images = setting
+    half = copy.deepcopy(model).to(torch.bfloat16)
+
+    def nothing(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        return -torch.ones_like(x)
+
+    assert (GAE(half, steps=3).update(images.bfloat16(), None, nothing)["gae"] == 0).all()
+    # the same start and classes: what differs is the model's rounding
+    found = GAE(half, steps=3).update(images.bfloat16(), None, noise, positive=0)
+    assert found["morf_output"].dtype == torch.float32
+    expected = GAE(model, steps=3).update(images.bfloat16().double(), None, noise, positive=0)
+    torch.testing.assert_close(found["morf_output"][:, 0].double(), expected["morf_output"][:, 0], rtol=0.1, atol=0.1)
 
 
 def test_a_loaded_state_goes_on_drawing_where_it_was(setting: tuple[nn.Module, Tensor]) -> None:
@@ -260,7 +295,7 @@ def test_what_does_not_fit(setting: tuple[nn.Module, Tensor]) -> None:
         (lambda: GAE(model, steps=1), "steps"),
         (lambda: GAE(model, batch_size=0), "batch_size"),
         (lambda: make_metric("gae", model, depth=3), "no setting 'depth'; it has batch_size, protocol, seed, steps"),
-        (lambda: make_metric("gea", model), "no metric 'gea'; there are"),
+        (lambda: make_metric("gea", model), r"no metric 'gea' \(did you mean 'gae'\?\); there are"),
         (lambda: GAE(training).update(images[:4], None, noise), "training mode"),
     ):
         with pytest.raises(InputError, match=problem):

@@ -1,0 +1,97 @@
+"""Metrics by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from torch import nn
+
+from ramp_fast.errors import InputError
+from ramp_fast.metrics.base import Metric
+from ramp_fast.metrics.complexity import Complexity, EffectiveComplexity, Sparseness
+from ramp_fast.metrics.curves import ABPC, AOPC, IROF, ROAD, Deletion, Insertion
+from ramp_fast.metrics.faithfulness import (
+    FaithfulnessCorrelation,
+    Infidelity,
+    Monotonicity,
+    MonotonicityCorrelation,
+    SensitivityN,
+    Sufficiency,
+)
+from ramp_fast.metrics.gae import GAE
+from ramp_fast.metrics.localisation import (
+    PointingGame,
+    RelevanceMassAccuracy,
+    RelevanceRankAccuracy,
+    TopKIntersection,
+)
+from ramp_fast.metrics.randomisation import ParameterRandomisation, RandomLogit
+from ramp_fast.metrics.robustness import AvgSensitivity, MaxSensitivity
+from ramp_fast.specs import check_flags
+
+_CLASSES: tuple[type[Metric], ...] = (
+    ABPC,
+    AOPC,
+    AvgSensitivity,
+    Complexity,
+    Deletion,
+    EffectiveComplexity,
+    FaithfulnessCorrelation,
+    GAE,
+    Infidelity,
+    Insertion,
+    IROF,
+    MaxSensitivity,
+    Monotonicity,
+    MonotonicityCorrelation,
+    ParameterRandomisation,
+    PointingGame,
+    RandomLogit,
+    RelevanceMassAccuracy,
+    RelevanceRankAccuracy,
+    ROAD,
+    SensitivityN,
+    Sparseness,
+    Sufficiency,
+    TopKIntersection,
+)
+
+METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in _CLASSES}
+"""Every metric by its name."""
+
+
+def make_metric(name: str, model: nn.Module, **settings: Any) -> Metric:
+    """A metric by its name, with its class's settings.
+
+    Raises
+    ------
+    InputError
+        There is no such metric, or a setting is not one of the metric's.
+    """
+    metric = METRICS.get(name)
+    if metric is None:
+        close = difflib.get_close_matches(str(name), METRICS, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise InputError(f"no metric {name!r}{hint}; there are {', '.join(sorted(METRICS))}")
+    known = known_settings(metric)
+    for setting in settings:
+        if setting not in known:
+            raise InputError(f"{name} has no setting {setting!r}; it has {', '.join(sorted(known))}")
+    check_flags(name, settings, known)
+    return metric(model, **settings)
+
+
+def known_settings(metric: type[Metric]) -> dict[str, Any]:
+    """The settings of a class of metrics with their defaults, those it hands on to its base classes included."""
+    found: dict[str, Any] = {}
+    for cls in metric.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[2:]  # without self and model
+        handed_on = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+        found = {**{p.name: p.default for p in parameters if p not in handed_on}, **found}
+        if not handed_on:
+            break
+    return found
