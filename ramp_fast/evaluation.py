@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ramp_fast._checks import positive
 from ramp_fast.data import Batch
 from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
@@ -488,8 +489,7 @@ def evaluate(
         what failed of a method or metric. Otherwise a pair of these that fails is reported by a RuntimeWarning and in
         ``failures``, and the others go on.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
+    positive("evaluate", "batch_size", batch_size)
     run = Evaluator(model, metrics, methods, seed=seed, batch_size=batch_size, explain=explain, strict=strict)
     try:
         for batch in _batches(data, batch_size):

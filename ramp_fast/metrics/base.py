@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ramp_fast._checks import positive
 from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
 from ramp_fast.methods import Method
@@ -154,8 +155,8 @@ class Metric:
     def __init__(self, model: nn.Module, *, seed: int = 0, batch_size: int | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{self.name}: model must be a torch.nn.Module, got {type(model).__name__}")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise InputError(f"{self.name}: batch_size must be a positive integer, got {batch_size!r}")
+        if batch_size is not None:
+            positive(self.name, "batch_size", batch_size)
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise InputError(f"{self.name}: seed must be an integer, got {seed!r}")
         self.model, self.seed, self.batch_size = model, seed, batch_size

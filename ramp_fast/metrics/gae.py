@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ramp_fast import ops
+from ramp_fast._checks import positive
 from ramp_fast.errors import InputError
 from ramp_fast.methods import logit_and_product
 from ramp_fast.metrics.base import Metric, Sample
@@ -86,8 +87,7 @@ class GAE(Metric):
         super().__init__(model, seed=seed, batch_size=batch_size)
         if protocol not in PROTOCOLS:
             raise InputError(f"gae: protocol must be one of {', '.join(map(repr, PROTOCOLS))}; got {protocol!r}")
-        if not isinstance(steps, int) or steps < 2:
-            raise InputError(f"gae: steps must be an integer of at least 2, got {steps!r}")
+        positive("gae", "steps", steps, least=2)
         self.protocol, self.steps = protocol, steps
 
     def settings(self) -> dict[str, Any]:
