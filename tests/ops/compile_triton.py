@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ramp_fast.kernels import activation, attention, common, junction, linear, scaling, softmax
+from ramp_fast.kernels import activation, attention, common, junction, linear, max_pool, scaling, softmax
 from ramp_fast.kernels.norm import norm_pullback_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -131,6 +131,14 @@ def _sources() -> Iterator[Source]:
         | {"elements": "i32", "cap": "fp32"},
         {"CHANNELS": 256, "INNER": 56 * 56, "RELU": True, "BLOCK": activation.BLOCK},
         one_config(activation.WARPS),
+    )
+    yield Source(
+        "max_pool_pullback",  # VGG-16's first
+        max_pool.max_pool_pullback_kernel,
+        {"c_ptr": "*bf16", "x_ptr": "*fp32", "out_ptr": "*bf16", "batch": "i32"},
+        {"RHS": 2, "HEIGHT": 224, "WIDTH": 224, "CHANNELS": 64, "KERNEL_HEIGHT": 2, "KERNEL_WIDTH": 2}
+        | {"DIVIDED": False, "COMPUTE": tl.float32, "BLOCK": max_pool.BLOCK},
+        one_config(max_pool.WARPS),
     )
     yield Source(
         "softmax_pullback",

@@ -37,6 +37,14 @@ LINEAR = [
     {"batch": 2, "rows": (3, 33), "zeros": True},
     {"batch": 3, "rows": (11, 131)},
 ]
+# Channels of 5 x 8 inputs with windows of 2 x 3 (a line and two columns are left over): blocks of 512 hold several
+# windows of few channels, and a part of one with many.
+MAX_POOL = [
+    {"batch": 0},
+    {"batch": 1, "inner": (1,)},
+    {"batch": 2, "inner": (5, 7), "zeros": True},
+    {"batch": 3, "inner": (600,)},
+]
 # Heads, queries, keys, head size: tiles are 16 rows of queries or keys by 32 of the other, columns 16, 32, 64 ...
 cases_of_all.ATTENTION[:] = [
     (1, 1, 1, 1),
@@ -60,6 +68,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "gate": ELEMENTWISE,
     "gelu_factor": ELEMENTWISE,
     "affine_factor": [*ELEMENTWISE[1:4], {"batch": 2, "inner": (3, 4, 5)}, {"batch": 3, "inner": (17, 31, 3)}],
+    "max_pool_pullback": MAX_POOL,
     "softmax_pullback": ELEMENTWISE,
     "norm_pullback": ELEMENTWISE,
     "linear_pullback": LINEAR,
@@ -126,6 +135,9 @@ def check_refusals() -> None:
         ("must have the same shape", lambda: ops.merge(c, c[..., 0], c[..., :3], c[..., 0], False)),
         ("do not fit together", lambda: ops.softmax_pullback(x, c)),
         ("gain [3] and shift [C]", lambda: ops.affine_factor(x, c[0, 0, :3], x[0], False, 0.0, x.dtype)),
+        ("c [2, 1, 1, 2, 3] must have shape [2, 1, 2, 2, 3]", lambda: _max_pool_of(1, 2)),
+        ("must not be empty", lambda: _max_pool_of(2, 2, kernel=0)),
+        ("x must be [B, H, W, C]", lambda: ops.max_pool_pullback(c, x, 2, 2, True)),
         ("must not be negative", lambda: _attention_of(scale=-1.0)),
     ]:
         with pytest.raises(ValueError, match=re.escape(problem)):
@@ -159,6 +171,27 @@ def check_extreme_scores() -> None:
             assert torch.equal(part, torch.zeros_like(part))
 
 
+def check_pooling_at_the_edge() -> None:
+    """Windows that the image is too small for, windows of the whole image, and what is not a number."""
+    for height, width in ((1, 5), (3, 1)):
+        pooled = ops.max_pool_pullback(
+            torch.ones(2, 1, height // 2, width // 2, 3), torch.ones(1, height, width, 3), 2, 2, True
+        )
+        assert torch.equal(pooled, torch.zeros(2, 1, height, width, 3))
+    x = torch.randn(2, 7, 9, 4, generator=torch.Generator().manual_seed(0))
+    pooled = ops.max_pool_pullback(torch.ones(1, 2, 1, 1, 4), x, 7, 9, False)[0]
+    assert torch.equal(pooled, torch.where(x == x.amax((1, 2), keepdim=True), x, 0.0))
+    x = torch.full((1, 2, 2, 2), -torch.inf)
+    x[..., 1, 0, 1] = torch.nan
+    expected = torch.zeros(1, 1, 2, 2, 2)
+    expected[0, 0, 0, 0, 0] = expected[0, 0, 1, 0, 1] = 1
+    assert torch.equal(ops.max_pool_pullback(torch.ones(1, 1, 1, 1, 2), x, 2, 2, True), expected)
+
+
+def _max_pool_of(rows: int, columns: int, kernel: int = 2) -> torch.Tensor:
+    return ops.max_pool_pullback(torch.zeros(2, 1, rows, columns, 3), torch.zeros(1, 4, 4, 3), kernel, kernel, True)
+
+
 def _attention_of(
     keys: tuple[int, ...] = (1, 2, 5, 4), coefficients: tuple[int, ...] = (2, 1, 2, 3, 4), scale: float = 1.0
 ) -> tuple[torch.Tensor, ...]:
@@ -184,6 +217,7 @@ def main() -> None:
         check_batch(name, shapes[-1])
     check_channels_last()
     check_extreme_scores()
+    check_pooling_at_the_edge()
     check_refusals()
     print(f"{checked} cases agree")
 
