@@ -37,10 +37,13 @@ WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)
 @triton.jit
 def dot(a, b, sums, PRECISION: tl.constexpr):
     """``a b + sums`` in float32."""
-    if WIDEN:  # the interpreter would multiply the bits of bfloat16 numbers as integers
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision=PRECISION)
+    if WIDEN:
+        # The interpreter would multiply the bits of bfloat16 numbers as integers; and its library may sum a row in an
+        # order that depends on where in the tile it lies, which float64 leaves no trace of.
+        exact = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+        return sums + exact.to(tl.float32)
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
 SUM_BLOCK = 16 if INTERPRETED else 1024  # several steps on the small shapes of tests
