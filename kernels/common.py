@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,13 +24,42 @@ def compute_dtype(*tensors: Tensor | None) -> tuple[torch.dtype, tl.dtype]:
 
 
 @functools.cache
-def tuned(kernel: Any, configs: tuple[triton.Config, ...], key: tuple[str, ...], device: str) -> Any:
+def tuned(
+    kernel: Any, configs: tuple[triton.Config, ...], key: tuple[str, ...], prune: Callable[..., Any], device: str
+) -> Any:
     """``kernel`` with the fastest of ``configs`` for each value of the arguments named by ``key``.
 
-    Tried at the first call on a ``device`` (its name) and kept on disk by Triton. The number of rows must not be part
-    of the key: an image's result would depend on its batch.
+    Those that ``prune`` leaves are tried at the first call on a ``device`` (its name) and kept on disk by Triton. The
+    number of rows must not be part of the key: an image's result would depend on its batch.
     """
-    return triton.autotune(configs=list(configs), key=list(key), cache_results=True)(kernel)
+    return triton.autotune(
+        configs=list(configs), key=list(key), prune_configs_by={"early_config_prune": prune}, cache_results=True
+    )(kernel)
+
+
+# Triton's autotuner keeps the arguments of the call at hand in itself.
+_LAUNCH = threading.Lock()
+
+
+def launch_tuned(
+    kernel: Any,
+    configs: tuple[triton.Config, ...],
+    key: tuple[str, ...],
+    prune: Callable[..., Any],
+    grid: Callable[[dict[str, int]], tuple[int]],
+    arguments: tuple[Any, ...],
+    **constants: Any,
+) -> None:
+    """Launch ``kernel`` on the device of its first argument as :func:`tuned` has found best."""
+    first = arguments[0]
+    launcher = tuned(kernel, configs, key, prune, device_name(first))[grid]
+    with torch.cuda.device_of(first), _LAUNCH:
+        launcher(*arguments, **constants)
+
+
+def device_name(tensor: Tensor) -> str:
+    """What tensors on the same kind of device have in common."""
+    return "cpu" if tensor.device.type == "cpu" else torch.cuda.get_device_name(tensor.device)
 
 
 WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)

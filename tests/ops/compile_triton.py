@@ -164,10 +164,22 @@ def _sources() -> Iterator[Source]:
             | optional
             | {"rows": "i32"},
             {"MAPS": 1 if norm else 2, "SIDES": 2 if norm else 1, "DEPTH": 3072, "WIDTH": 768, "NORM": norm}
-            | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "PRECISION": linear.PRECISION[dtype]},
+            | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "SUMMED": False, "PRECISION": linear.PRECISION[dtype]},
             lambda capability, dtype=dtype: linear.CONFIGS[dtype],
             products=True,
             wgmma=True,
+        )
+    for norm in (True, False):
+        optional = dict.fromkeys(("statistics_ptr", "weight_ptr", "bias_ptr", "masses_ptr"), "*fp32")
+        yield Source(
+            f"linear_{'norm_' * norm}pullback, of a library's sums",
+            linear.linear_pullback_kernel,
+            {"c_ptr": "*fp32", "halves_ptr": "*bf16", "x_ptr": "*fp32", "out_ptr": "*fp32" if norm else "*bf16"}
+            | optional
+            | {"rows": "i32"},
+            {"MAPS": 1 if norm else 2, "SIDES": 2 if norm else 1, "DEPTH": 3072, "WIDTH": 768, "NORM": norm}
+            | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "SUMMED": True, "PRECISION": "ieee"},
+            lambda capability: (linear.CHOOSING,),
         )
 
     for dtype, width, gated in itertools.product((torch.bfloat16, torch.float32), (64, 128), (True, False)):
@@ -186,8 +198,7 @@ def _attention(dtype: torch.dtype, width: int, gated: bool) -> Iterator[Source]:
     constants |= {"PARTS": parts, "BLOCK_D": attention.padded(width)}
 
     def config(capability: int) -> tuple[triton.Config, ...]:
-        tile = attention.tiles(capability, width, parts)
-        return (triton.Config({"OWN": tile.own, "OTHER": tile.other}, tile.warps, tile.stages),)
+        return attention.configs(capability, width, parts)
 
     for kernel in (attention.queries_kernel, attention.keys_kernel):
         types = {n: "i32" for n in kernel.arg_names if n not in (*constants, "OWN", "OTHER")} | {"scale": "fp32"}
@@ -221,6 +232,8 @@ class Report:
     registers: int  # of a thread
     stack: int  # bytes of a thread, where registers spill
     shared: int  # bytes
+    tensor_memory: int  # columns; sm_100 and later
+    traps: bool  # what the compiler gives up on may become an instruction that ends the kernel, without an error
 
     def occupancy(self) -> float:
         """Resident warps over those an SM can hold (64 in all three), as far as the kernel's resources decide."""
@@ -260,6 +273,8 @@ def compile_kernel(source: Source, config: triton.Config, capability: int, ones:
         resources["REG"],
         resources["STACK"],
         compiled.metadata.shared,
+        getattr(compiled.metadata, "tmem_size", None) or 0,
+        re.search(r"^\s*trap;", compiled.asm["ptx"], re.MULTILINE) is not None,
     )
 
 

@@ -6,7 +6,8 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cases import CASES, DTYPES, Options, as_tuple, batch_axes, in_float64, of_s
 from tolerances import COMPUTE, STORE, assert_close
 
 from ramp_fast import ops
+from ramp_fast.kernels import choice, linear
 
 # Around the block sizes that kernels have here; seeds choose depths and optional arguments.
 ELEMENTWISE = [
@@ -78,9 +80,11 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
 WITHOUT_CONTRAST = {"norm_pullback", "linear_pullback", "softmax_pullback"}
 
 
-def cases() -> Iterator[tuple[str, Options]]:
-    for name, shapes in SHAPES.items():
-        for seed, (shape, (c_dtype, x_dtype), contrast) in enumerate(itertools.product(shapes, DTYPES, [False, True])):
+def cases(names: Iterable[str] = tuple(SHAPES)) -> Iterator[tuple[str, Options]]:
+    for name in names:
+        for seed, (shape, (c_dtype, x_dtype), contrast) in enumerate(
+            itertools.product(SHAPES[name], DTYPES, [False, True])
+        ):
             if contrast and name in WITHOUT_CONTRAST:
                 continue
             rhs = (2, 4)[seed % 3 == 0] if contrast else (1, 3)[seed % 3 == 0]
@@ -113,6 +117,36 @@ def check_batch(name: str, shape: dict[str, Any]) -> None:
         part = as_tuple(getattr(ops, name)(*of_sample(args, name, 1, 2)))
         for expected, own, axis in zip(whole, part, batch_axes(name, len(whole)), strict=True):
             assert torch.equal(expected.narrow(axis, 1, 1), own), (name, dtype)
+
+
+def check_library_products() -> None:
+    """The ways to multiply agree, and which one is taken is measured once for all batches and kept."""
+    products, used, measured = linear._products, [0], []
+    times = {"kernel": 0.0, "library": 0.0}
+
+    def counted(*args: torch.Tensor) -> torch.Tensor:
+        used[0] += 1
+        return products(*args)
+
+    def milliseconds(call: Callable[[], Any]) -> float:
+        before = used[0]
+        measured.append(tuple(as_tuple(call())[0].shape))
+        return times["library" if used[0] > before else "kernel"]
+
+    linear.MEASURED_ROWS, linear._products = 5, counted
+    linear._measures, choice.milliseconds = lambda c: True, milliseconds
+    for name, sides in (("linear_pullback", 1), ("linear_norm_pullback", 2)):
+        for width, faster, slower in ((33, "kernel", "library"), (34, "library", "kernel")):
+            used[0], times[faster], times[slower] = 0, 1.0, 2.0
+            measured.clear()
+            for batch in (1, 3):
+                check(name, Options(2, batch=batch, rows=(3, width), c_dtype=torch.bfloat16))
+            assert measured == [(sides, 1, 5, width)] * 2, (name, measured)
+            assert used[0] == (3 if faster == "library" else 1), (name, faster, used)  # one of them to measure
+    linear._products = products
+    linear._takes_library = lambda *_: True
+    for name, options in cases(("linear_pullback", "linear_norm_pullback")):
+        check(name, options)
 
 
 def check_refusals() -> None:
@@ -219,6 +253,9 @@ def main() -> None:
     check_extreme_scores()
     check_pooling_at_the_edge()
     check_refusals()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        check_library_products()
     print(f"{checked} cases agree")
 
 
