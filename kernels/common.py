@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import os
 import threading
@@ -53,8 +54,14 @@ def launch_tuned(
     """Launch ``kernel`` on the device of its first argument as :func:`tuned` has found best."""
     first = arguments[0]
     launcher = tuned(kernel, configs, key, prune, device_name(first))[grid]
-    with torch.cuda.device_of(first), _LAUNCH:
+
+    def launch() -> None:
+        if hasattr(triton, "set_allocator"):
+            triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device="cuda"))
         launcher(*arguments, **constants)
+
+    with torch.cuda.device_of(first), _LAUNCH:
+        contextvars.copy_context().run(launch)  # the caller's allocator, if there is one, stays
 
 
 def device_name(tensor: Tensor) -> str:

@@ -15,7 +15,7 @@ follows ``torch.backends.cuda.matmul``, which the engine sets to true float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,8 +35,17 @@ MASS_COLUMNS: tl.constexpr = tl.constexpr(64)
 GROUP: tl.constexpr = tl.constexpr(8)
 
 
-def _config(rows: int, columns: int, depth: int, warps: int, stages: int) -> triton.Config:
-    return triton.Config({"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth}, num_warps=warps, num_stages=stages)
+# Whether this Triton has tensor descriptors, by which the copy engine of sm_90 and later loads whole tiles.
+DESCRIPTORS = hasattr(tl, "make_tensor_descriptor") and hasattr(triton, "set_allocator")
+
+
+def _config(
+    rows: int, columns: int, depth: int, warps: int, stages: int, described: bool = False, specialized: bool = False
+) -> triton.Config:
+    tile = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth}
+    return triton.Config(
+        tile | {"DESCRIBED": described, "SPECIALIZED": specialized}, num_warps=warps, num_stages=stages
+    )
 
 
 # One BLOCK_K per dtype: it fixes the order of the sums, so that a choice among these changes no product. None of them
@@ -48,6 +57,8 @@ CONFIGS = {
         _config(64, 128, 64, 8, 4),
         _config(128, 64, 64, 8, 4),
         _config(64, 64, 64, 4, 4),
+        *([_config(128, 128, 64, 8, 4, True), _config(128, 64, 64, 8, 4, True)] if DESCRIPTORS else []),
+        *([_config(128, 64, 64, 4, 3, True, True)] if DESCRIPTORS else []),
     ),
     torch.float32: (_config(64, 64, 32, 8, 4), _config(64, 64, 32, 8, 3)),
 }
@@ -99,6 +110,8 @@ def linear_pullback_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DESCRIBED: tl.constexpr,  # tiles of the weights, and of c where they are not of two sides, by descriptors
+    SPECIALIZED: tl.constexpr,  # by warps of their own
 ):
     TILES_N: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     TILE_ROWS: tl.constexpr = BLOCK_M // SIDES
@@ -129,6 +142,27 @@ def linear_pullback_kernel(
     half = tl.minimum(tile_n * 2 * BLOCK_N + tl.arange(0, 2 * BLOCK_N), 2 * WIDTH - 1).to(tl.int64)
     if SUMMED:
         sums = tl.load(c_ptr + c_row[:, None] * (2 * WIDTH) + half[None, :])
+    elif DESCRIBED:
+        sums = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+        w_tiles = tl.make_tensor_descriptor(
+            halves_ptr, shape=[2 * WIDTH, DEPTH], strides=[DEPTH, 1], block_shape=[2 * BLOCK_N, BLOCK_K]
+        )
+        if SIDES == 1:
+            c_tiles = tl.make_tensor_descriptor(
+                c_ptr, shape=[MAPS * rows, DEPTH], strides=[DEPTH, 1], block_shape=[BLOCK_M, BLOCK_K]
+            )
+            top = index * rows + tile_m * TILE_ROWS  # rows of the next map are computed and not stored
+            for start in tl.range(0, DEPTH, BLOCK_K, warp_specialize=SPECIALIZED):
+                c = c_tiles.load([top, start])
+                w = w_tiles.load([tile_n * 2 * BLOCK_N, start])
+                sums = dot(c, w.T, sums, PRECISION)
+        else:
+            k = tl.arange(0, BLOCK_K)
+            c_tile = c_ptr + c_row[:, None] * DEPTH + k[None, :]
+            for start in range(0, DEPTH, BLOCK_K):
+                c = tl.load(c_tile + start, mask=(start + k < DEPTH)[None, :], other=0.0)
+                w = w_tiles.load([tile_n * 2 * BLOCK_N, start])
+                sums = dot(c, w.T, sums, PRECISION)
     else:
         k = tl.arange(0, BLOCK_K)
         c_tile = c_ptr + c_row[:, None] * DEPTH + k[None, :]
@@ -212,6 +246,8 @@ def _launch(
 ) -> None:
     """One call for both operators; ``norm`` is (statistics, weight, bias) or empty."""
     statistics, weight, bias = norm or (None, None, None)
+    # Which a configuration found with other tensors may rely on.
+    c, panels = (t if t.data_ptr() % DESCRIBED_BYTES == 0 else t.clone() for t in (c, panels))
     depth, width = c.shape[-1], x.shape[-1]
     rows, maps = x.numel() // width, c.shape[0] // sides
 
@@ -247,6 +283,19 @@ def _launch(
     )
 
 
+# Descriptors want addresses and rows that are multiples of this.
+DESCRIBED_BYTES = 16
+
+
+def offered(configs: Iterable[triton.Config], major: int, sides: int, row: int) -> list[triton.Config]:
+    """Those that exist for a compute capability, tiles of one or two sides, and rows of so many bytes."""
+
+    def exists(described: bool, specialized: bool) -> bool:
+        return not described or (major >= 9 and row % DESCRIBED_BYTES == 0 and (sides == 1 or not specialized))
+
+    return [config for config in configs if exists(config.kwargs["DESCRIBED"], config.kwargs["SPECIALIZED"])]
+
+
 def fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
     """Those worth trying: they fit into shared memory and are no wider than the layer; the smallest if none does."""
     c = arguments["c_ptr"]
@@ -258,6 +307,7 @@ def fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants
         tile = config.kwargs["BLOCK_M"] + 2 * config.kwargs["BLOCK_N"]
         return int((config.num_stages - in_flight) * tile * config.kwargs["BLOCK_K"] * c.element_size())
 
+    configs = offered(configs, properties.major, constants["SIDES"], constants["DEPTH"] * c.element_size())
     narrowest = min(config.kwargs["BLOCK_N"] for config in configs)
     widest = max(narrowest, triton.next_power_of_2(constants["WIDTH"]))
     kept = [config for config in configs if shared(config) <= room and config.kwargs["BLOCK_N"] <= widest]

@@ -165,7 +165,9 @@ def _sources() -> Iterator[Source]:
             | {"rows": "i32"},
             {"MAPS": 1 if norm else 2, "SIDES": 2 if norm else 1, "DEPTH": 3072, "WIDTH": 768, "NORM": norm}
             | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "SUMMED": False, "PRECISION": linear.PRECISION[dtype]},
-            lambda capability, dtype=dtype: linear.CONFIGS[dtype],
+            lambda capability, dtype=dtype, norm=norm: tuple(
+                linear.offered(linear.CONFIGS[dtype], capability // 10, 1 + norm, 3072 * dtype.itemsize)
+            ),
             products=True,
             wgmma=True,
         )
@@ -260,10 +262,12 @@ def compile_kernel(source: Source, config: triton.Config, capability: int, ones:
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
     resources = _resources(compiled.asm["cubin"])
-    sizes = ["x".join(str(config.kwargs[k]) for k in config.kwargs)] if config.kwargs else []
+    numbers = [str(size) for size in config.kwargs.values() if not isinstance(size, bool)]
+    sizes = ["x".join(numbers)] if numbers else []
+    flags = [name.lower() for name, value in config.kwargs.items() if value is True]
     return Report(
         source.name,
-        ", ".join([*sizes, f"{config.num_warps} warps", *([f"{config.num_stages} stages"] if sizes else [])]),
+        ", ".join([*sizes, f"{config.num_warps} warps", *([f"{config.num_stages} stages"] if sizes else []), *flags]),
         capability,
         f".target sm_{capability}" in compiled.asm["ptx"],
         source.products,

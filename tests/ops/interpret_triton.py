@@ -150,6 +150,18 @@ def check_library_products() -> None:
             check(name, options)
 
 
+def check_descriptors() -> None:
+    """Tiles that are loaded by descriptors, where rows are multiples of 16 bytes, beyond the edges too."""
+    plain = linear.CONFIGS
+    linear.CONFIGS = dict.fromkeys(plain, (linear._config(32, 128, 16, 4, 1, True),))
+    for name, dtype, contrast in itertools.product(
+        ("linear_pullback", "linear_norm_pullback"), (torch.float32, torch.bfloat16), (False, True)
+    ):
+        shape = {"batch": 3, "rows": (11, 131), "c_dtype": dtype, "contrast": contrast}
+        check(name, Options(2, seed=4, **shape))  # 64 deep
+    linear.CONFIGS = plain
+
+
 def check_refusals() -> None:
     x, c = torch.zeros(2, 4), torch.zeros(2, 2, 5)
     ops.set_backend("reference")
@@ -254,6 +266,8 @@ def main() -> None:
     check_extreme_scores()
     check_pooling_at_the_edge()
     check_refusals()
+    if linear.DESCRIPTORS:
+        check_descriptors()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         check_library_products()

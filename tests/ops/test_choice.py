@@ -112,7 +112,7 @@ def pull(width: int, rows: int) -> None:
 
 
 def test_configurations_are_tried_once_and_kept(tuner: Tuner) -> None:
-    configs = list(linear.CONFIGS[torch.bfloat16])
+    configs = linear.offered(linear.CONFIGS[torch.bfloat16], 9, 1, 16)
     tuner.slow = {128}
     pull(256, 7)
     assert tuner.tried == configs
@@ -136,12 +136,25 @@ def test_what_cannot_win_is_not_tried(tuner: Tuner, monkeypatch: pytest.MonkeyPa
         pull(width, 7)
         return [(c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"], c.num_stages) for c in tuner.tried]
 
+    tuner.on(monkeypatch, 163, 8)
     assert tried(50) == [(128, 64, 4), (64, 64, 4)]  # no wider than the layer
     tuner.on(monkeypatch, 99, 8)  # sm_86 and sm_89; of the tiles in flight one is in registers
     assert tried(1000) == [(128, 128, 3), (128, 64, 4), (64, 64, 4)]
     tuner.on(monkeypatch, 16, 8)
     assert tried(1001) == []  # one is left, which needs no trying
     assert (tuner.launched[-1]["BLOCK_M"], tuner.launched[-1]["BLOCK_N"]) == (64, 64)
+
+
+@pytest.mark.skipif(not linear.DESCRIPTORS, reason="this Triton has no tensor descriptors")
+def test_descriptors_are_tried_where_they_exist() -> None:
+    def offered(major: int, sides: int, row: int) -> list[tuple[bool, bool]]:
+        configs = linear.offered(linear.CONFIGS[torch.bfloat16], major, sides, row)
+        return [(c.kwargs["DESCRIBED"], c.kwargs["SPECIALIZED"]) for c in configs]
+
+    pointers = [(False, False)] * 5
+    assert offered(9, 1, 32) == [*pointers, (True, False), (True, False), (True, True)]
+    assert offered(9, 2, 32) == [*pointers, (True, False), (True, False)]
+    assert offered(8, 1, 32) == offered(9, 1, 24) == pointers
 
 
 def test_attention_is_tuned_without_another_order_of_sums(tuner: Tuner) -> None:
