@@ -39,13 +39,9 @@ GROUP: tl.constexpr = tl.constexpr(8)
 DESCRIPTORS = hasattr(tl, "make_tensor_descriptor") and hasattr(triton, "set_allocator")
 
 
-def _config(
-    rows: int, columns: int, depth: int, warps: int, stages: int, described: bool = False, specialized: bool = False
-) -> triton.Config:
-    tile = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth}
-    return triton.Config(
-        tile | {"DESCRIBED": described, "SPECIALIZED": specialized}, num_warps=warps, num_stages=stages
-    )
+def _config(rows: int, columns: int, depth: int, warps: int, stages: int, described: bool = False) -> triton.Config:
+    tile = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth, "DESCRIBED": described}
+    return triton.Config(tile, num_warps=warps, num_stages=stages)
 
 
 # One BLOCK_K per dtype: it fixes the order of the sums, so that a choice among these changes no product. None of them
@@ -58,7 +54,6 @@ CONFIGS = {
         _config(128, 64, 64, 8, 4),
         _config(64, 64, 64, 4, 4),
         *([_config(128, 128, 64, 8, 4, True), _config(128, 64, 64, 8, 4, True)] if DESCRIPTORS else []),
-        *([_config(128, 64, 64, 4, 3, True, True)] if DESCRIPTORS else []),
     ),
     torch.float32: (_config(64, 64, 32, 8, 4), _config(64, 64, 32, 8, 3)),
 }
@@ -111,7 +106,6 @@ def linear_pullback_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DESCRIBED: tl.constexpr,  # tiles of the weights, and of c where they are not of two sides, by descriptors
-    SPECIALIZED: tl.constexpr,  # by warps of their own
 ):
     TILES_N: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     TILE_ROWS: tl.constexpr = BLOCK_M // SIDES
@@ -152,7 +146,7 @@ def linear_pullback_kernel(
                 c_ptr, shape=[MAPS * rows, DEPTH], strides=[DEPTH, 1], block_shape=[BLOCK_M, BLOCK_K]
             )
             top = index * rows + tile_m * TILE_ROWS  # rows of the next map are computed and not stored
-            for start in tl.range(0, DEPTH, BLOCK_K, warp_specialize=SPECIALIZED):
+            for start in range(0, DEPTH, BLOCK_K):
                 c = c_tiles.load([top, start])
                 w = w_tiles.load([tile_n * 2 * BLOCK_N, start])
                 sums = dot(c, w.T, sums, PRECISION)
@@ -287,13 +281,10 @@ def _launch(
 DESCRIBED_BYTES = 16
 
 
-def offered(configs: Iterable[triton.Config], major: int, sides: int, row: int) -> list[triton.Config]:
-    """Those that exist for a compute capability, tiles of one or two sides, and rows of so many bytes."""
-
-    def exists(described: bool, specialized: bool) -> bool:
-        return not described or (major >= 9 and row % DESCRIBED_BYTES == 0 and (sides == 1 or not specialized))
-
-    return [config for config in configs if exists(config.kwargs["DESCRIBED"], config.kwargs["SPECIALIZED"])]
+def offered(configs: Iterable[triton.Config], major: int, row: int) -> list[triton.Config]:
+    """Those that exist for a compute capability and rows of so many bytes."""
+    described = major >= 9 and row % DESCRIBED_BYTES == 0
+    return [config for config in configs if described or not config.kwargs["DESCRIBED"]]
 
 
 def fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
@@ -307,7 +298,7 @@ def fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants
         tile = config.kwargs["BLOCK_M"] + 2 * config.kwargs["BLOCK_N"]
         return int((config.num_stages - in_flight) * tile * config.kwargs["BLOCK_K"] * c.element_size())
 
-    configs = offered(configs, properties.major, constants["SIDES"], constants["DEPTH"] * c.element_size())
+    configs = offered(configs, properties.major, constants["DEPTH"] * c.element_size())
     narrowest = min(config.kwargs["BLOCK_N"] for config in configs)
     widest = max(narrowest, triton.next_power_of_2(constants["WIDTH"]))
     kept = [config for config in configs if shared(config) <= room and config.kwargs["BLOCK_N"] <= widest]

@@ -165,8 +165,8 @@ def _sources() -> Iterator[Source]:
             | {"rows": "i32"},
             {"MAPS": 1 if norm else 2, "SIDES": 2 if norm else 1, "DEPTH": 3072, "WIDTH": 768, "NORM": norm}
             | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "SUMMED": False, "PRECISION": linear.PRECISION[dtype]},
-            lambda capability, dtype=dtype, norm=norm: tuple(
-                linear.offered(linear.CONFIGS[dtype], capability // 10, 1 + norm, 3072 * dtype.itemsize)
+            lambda capability, dtype=dtype: tuple(
+                linear.offered(linear.CONFIGS[dtype], capability // 10, 3072 * dtype.itemsize)
             ),
             products=True,
             wgmma=True,

@@ -112,7 +112,7 @@ def pull(width: int, rows: int) -> None:
 
 
 def test_configurations_are_tried_once_and_kept(tuner: Tuner) -> None:
-    configs = linear.offered(linear.CONFIGS[torch.bfloat16], 9, 1, 16)
+    configs = linear.offered(linear.CONFIGS[torch.bfloat16], 9, 16)
     tuner.slow = {128}
     pull(256, 7)
     assert tuner.tried == configs
@@ -141,20 +141,17 @@ def test_what_cannot_win_is_not_tried(tuner: Tuner, monkeypatch: pytest.MonkeyPa
     tuner.on(monkeypatch, 99, 8)  # sm_86 and sm_89; of the tiles in flight one is in registers
     assert tried(1000) == [(128, 128, 3), (128, 64, 4), (64, 64, 4)]
     tuner.on(monkeypatch, 16, 8)
-    assert tried(1001) == []  # one is left, which needs no trying
+    assert tried(1001) in ([], [(64, 64, 4)])  # one is left; Triton 3.6 tries it all the same
     assert (tuner.launched[-1]["BLOCK_M"], tuner.launched[-1]["BLOCK_N"]) == (64, 64)
 
 
 @pytest.mark.skipif(not linear.DESCRIPTORS, reason="this Triton has no tensor descriptors")
 def test_descriptors_are_tried_where_they_exist() -> None:
-    def offered(major: int, sides: int, row: int) -> list[tuple[bool, bool]]:
-        configs = linear.offered(linear.CONFIGS[torch.bfloat16], major, sides, row)
-        return [(c.kwargs["DESCRIBED"], c.kwargs["SPECIALIZED"]) for c in configs]
+    def offered(major: int, row: int) -> list[bool]:
+        return [c.kwargs["DESCRIBED"] for c in linear.offered(linear.CONFIGS[torch.bfloat16], major, row)]
 
-    pointers = [(False, False)] * 5
-    assert offered(9, 1, 32) == [*pointers, (True, False), (True, False), (True, True)]
-    assert offered(9, 2, 32) == [*pointers, (True, False), (True, False)]
-    assert offered(8, 1, 32) == offered(9, 1, 24) == pointers
+    assert offered(9, 32) == [False] * 5 + [True] * 2
+    assert offered(8, 32) == offered(9, 24) == [False] * 5
 
 
 def test_attention_is_tuned_without_another_order_of_sums(tuner: Tuner) -> None:
