@@ -16,14 +16,15 @@ other two to copy straight into shared memory: split in registers instead, nothi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ramp_fast.kernels.common import INTERPRETED, dot, sum_partials
+from ramp_fast.kernels.common import INTERPRETED, dot, launch_tuned, sum_partials
 from ramp_fast.ops.attention import attention_pullback_equation, output_views, packed_output
 
 # Of a head; wider ones spill whatever the tile.
@@ -56,9 +57,37 @@ def tiles(capability: int, width: int, parts: int) -> Tiles:
         if paired(width, parts):
             return Tiles(32, 32, 4, 2)
         return Tiles(16, 16, 4, 2) if wide and parts == 3 else Tiles(16, 32, 4, 2) if wide else Tiles(32, 16, 4, 2)
-    if not paired(width, parts):
-        return Tiles(64, 16 if capability < 100 or parts == 3 else 32, 8, 2)
-    return Tiles(64, 32, 8 if capability < 100 else 4, 2)
+    if capability < 100:
+        return Tiles(64, 32 if paired(width, parts) else 16, 8, 2)
+    # What is copied ahead there takes tensor memory as well, and Triton 3.8 ends the kernel where that is short.
+    return Tiles(64, 32, 4, 2) if paired(width, parts) else Tiles(64, 16 if parts == 3 else 32, 8, 1)
+
+
+@functools.cache
+def configs(capability: int, width: int, parts: int) -> tuple[triton.Config, ...]:
+    """Of both passes, to be tried: one tile, which fixes the order of the sums over blocks, in several ways."""
+    tile = tiles(capability, width, parts)
+    ways = [(tile.warps, tile.stages)]
+    # Others that neither spill nor ask for more memory than there is.
+    if INTERPRETED:
+        pass
+    elif tile.own < 64 or (capability >= 100 and paired(width, parts)):
+        ways += [(tile.warps, 3), (8, tile.stages)]
+    elif capability < 100:
+        ways += [(tile.warps, 3)]
+    elif parts == 3:
+        ways += [(4, tile.stages)]
+    return tuple(triton.Config({"OWN": tile.own, "OTHER": tile.other}, *way) for way in ways)
+
+
+def lasting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
+    """Those worth trying: with no more stages than there are blocks to walk over; the first if none is."""
+    rows = min(constants["QUERY_ROWS"], constants["KEY_ROWS"])
+    return [c for c in configs if c.num_stages * c.kwargs["OTHER"] <= rows] or configs[:1]
+
+
+# All that the best configuration depends on; the number of samples must not be part of it.
+KEY = ("QUERIES", "KEYS", "WIDTH", "GATED", "CONTRAST", "SCORE_PARTS", "PARTS")
 
 
 def padded(width: int) -> int:
@@ -485,7 +514,8 @@ def _pullback(
     out = packed_output(q, k, c)
     c_q, c_k, c_v = output_views(out, q, k)
     major, minor = (8, 0) if c.device.type == "cpu" else torch.cuda.get_device_capability(c.device)
-    tile = tiles(10 * major + minor, width, parts)
+    capability = 10 * major + minor
+    tile = tiles(capability, width, parts)
     block = max(tile.own, tile.other)
     q_whole, q_halves = _prepared(q[None], block, score_parts, parts, not gated)
     k_whole, k_halves = _prepared(k[None], block, score_parts, parts, not gated)
@@ -510,24 +540,33 @@ def _pullback(
         "SCORE_PARTS": score_parts,
         "PARTS": parts,
         "BLOCK_D": padded(width),
-        "OWN": tile.own,
-        "OTHER": tile.other,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
     }
     programs = batch * heads * (rhs // 2 if contrast else rhs)
     numbers = batch, masses.shape[-1], scale
-    with torch.cuda.device_of(c):
-        queries_kernel[(programs * blocks[0],)](
+    launch_tuned(
+        queries_kernel,
+        configs(capability, width, parts),
+        KEY,
+        lasting,
+        lambda meta: (programs * blocks[0],),
+        (
             *(q_whole, k_whole, k_halves, v_plus, g, q, c_q, statistics, masses),
             *(*q.stride()[:3], *c_q.stride()[:4], *numbers),
-            **options,
-        )
-        keys_kernel[(programs * blocks[1],)](
+        ),
+        **options,
+    )
+    launch_tuned(
+        keys_kernel,
+        configs(capability, width, parts),
+        KEY,
+        lasting,
+        lambda meta: (programs * blocks[1],),
+        (
             *(q_whole, q_halves, k_whole, v_plus, g, k, v, c_k, c_v, statistics, masses),
             *(*k.stride()[:3], *v.stride()[:3], *c_k.stride()[:4], *numbers),
-            **options,
-        )
+        ),
+        **options,
+    )
     return out, sum_partials(masses)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import os
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,13 +25,48 @@ def compute_dtype(*tensors: Tensor | None) -> tuple[torch.dtype, tl.dtype]:
 
 
 @functools.cache
-def tuned(kernel: Any, configs: tuple[triton.Config, ...], key: tuple[str, ...], device: str) -> Any:
+def tuned(
+    kernel: Any, configs: tuple[triton.Config, ...], key: tuple[str, ...], prune: Callable[..., Any], device: str
+) -> Any:
     """``kernel`` with the fastest of ``configs`` for each value of the arguments named by ``key``.
 
-    Tried at the first call on a ``device`` (its name) and kept on disk by Triton. The number of rows must not be part
-    of the key: an image's result would depend on its batch.
+    Those that ``prune`` leaves are tried at the first call on a ``device`` (its name) and kept on disk by Triton. The
+    number of rows must not be part of the key: an image's result would depend on its batch.
     """
-    return triton.autotune(configs=list(configs), key=list(key), cache_results=True)(kernel)
+    return triton.autotune(
+        configs=list(configs), key=list(key), prune_configs_by={"early_config_prune": prune}, cache_results=True
+    )(kernel)
+
+
+# Triton's autotuner keeps the arguments of the call at hand in itself.
+_LAUNCH = threading.Lock()
+
+
+def launch_tuned(
+    kernel: Any,
+    configs: tuple[triton.Config, ...],
+    key: tuple[str, ...],
+    prune: Callable[..., Any],
+    grid: Callable[[dict[str, int]], tuple[int]],
+    arguments: tuple[Any, ...],
+    **constants: Any,
+) -> None:
+    """Launch ``kernel`` on the device of its first argument as :func:`tuned` has found best."""
+    first = arguments[0]
+    launcher = tuned(kernel, configs, key, prune, device_name(first))[grid]
+
+    def launch() -> None:
+        if hasattr(triton, "set_allocator"):
+            triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+        launcher(*arguments, **constants)
+
+    with torch.cuda.device_of(first), _LAUNCH:
+        contextvars.copy_context().run(launch)  # the caller's allocator, if there is one, stays
+
+
+def device_name(tensor: Tensor) -> str:
+    """What tensors on the same kind of device have in common."""
+    return "cpu" if tensor.device.type == "cpu" else torch.cuda.get_device_name(tensor.device)
 
 
 WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)
@@ -37,10 +75,13 @@ WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)
 @triton.jit
 def dot(a, b, sums, PRECISION: tl.constexpr):
     """``a b + sums`` in float32."""
-    if WIDEN:  # the interpreter would multiply the bits of bfloat16 numbers as integers
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision=PRECISION)
+    if WIDEN:
+        # The interpreter would multiply the bits of bfloat16 numbers as integers; and its library may sum a row in an
+        # order that depends on where in the tile it lies, which float64 leaves no trace of.
+        exact = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+        return sums + exact.to(tl.float32)
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
 SUM_BLOCK = 16 if INTERPRETED else 1024  # several steps on the small shapes of tests

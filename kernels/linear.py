@@ -7,10 +7,15 @@
 Both halves of the weights lie row by row beside each other, so one product with ``2 BLOCK_N`` columns reads c once and
 leaves both sums of an element in one thread, which keeps one of them. K is walked in steps of a fixed size in a fixed
 order, whatever the tile and however many rows there are.
+
+Instead, a library can multiply by both halves and the kernel only choose. Which is faster is measured once for each
+shape of the weights. A library's product is not the same to the last bit for every number of rows, and in float32 it
+follows ``torch.backends.cuda.matmul``, which the engine sets to true float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,8 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ramp_fast.kernels.common import INTERPRETED, dot, sum_partials, tuned
+from ramp_fast.kernels.choice import fastest
+from ramp_fast.kernels.common import INTERPRETED, device_name, dot, launch_tuned, sum_partials
 from ramp_fast.kernels.norm import block_and_warps, row_statistics
+from ramp_fast.ops._registry import forced_backend
 from ramp_fast.ops.linear import linear_norm_pullback_equation, linear_pullback_equation
 
 # Columns that one partial mass sums over; divides every BLOCK_N.
@@ -28,11 +35,16 @@ MASS_COLUMNS: tl.constexpr = tl.constexpr(64)
 GROUP: tl.constexpr = tl.constexpr(8)
 
 
-def _config(rows: int, columns: int, depth: int, warps: int, stages: int) -> triton.Config:
-    return triton.Config({"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth}, num_warps=warps, num_stages=stages)
+# Whether this Triton has tensor descriptors, by which the copy engine of sm_90 and later loads whole tiles.
+DESCRIPTORS = hasattr(tl, "make_tensor_descriptor") and hasattr(triton, "set_allocator")
 
 
-# One BLOCK_K per dtype: it fixes the order of the sums, so that a choice among these changes no result. None of them
+def _config(rows: int, columns: int, depth: int, warps: int, stages: int, described: bool = False) -> triton.Config:
+    tile = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth, "DESCRIBED": described}
+    return triton.Config(tile, num_warps=warps, num_stages=stages)
+
+
+# One BLOCK_K per dtype: it fixes the order of the sums, so that a choice among these changes no product. None of them
 # spills on sm_80, sm_90 or sm_100; float32 with more columns or rows, or with four warps, does on sm_80.
 CONFIGS = {
     torch.bfloat16: (
@@ -41,11 +53,16 @@ CONFIGS = {
         _config(64, 128, 64, 8, 4),
         _config(128, 64, 64, 8, 4),
         _config(64, 64, 64, 4, 4),
+        *([_config(128, 128, 64, 8, 4, True), _config(128, 64, 64, 8, 4, True)] if DESCRIPTORS else []),
     ),
     torch.float32: (_config(64, 64, 32, 8, 4), _config(64, 64, 32, 8, 3)),
 }
 # bfloat16 products are exact; float32 ones are the sum of three products of tf32 parts.
 PRECISION = {torch.bfloat16: "ieee", torch.float32: "tf32x3"}
+# Where the sums come from a library.
+CHOOSING = _config(32, 64, 16, 8, 1)
+# Of one map, for measuring.
+MEASURED_ROWS = 4096
 if INTERPRETED:
     CONFIGS = dict.fromkeys(CONFIGS, (_config(32, 128, 16, 4, 1),))
 
@@ -67,8 +84,8 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def linear_pullback_kernel(
-    c_ptr,  # [T, rows, K]
-    halves_ptr,  # [I, 2, K]: W+ and W-
+    c_ptr,  # [T, rows, K]; if SUMMED [T, rows, I, 2]: its products with both halves, in float32
+    halves_ptr,  # [I, 2, K]: W+ and W-; not read if SUMMED
     x_ptr,  # [rows, I]
     out_ptr,  # [T, rows, I]
     statistics_ptr,  # [rows, 3]; this and the next three only with NORM
@@ -83,10 +100,12 @@ def linear_pullback_kernel(
     NORM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SUMMED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DESCRIBED: tl.constexpr,  # tiles of the weights, and of c where they are not of two sides, by descriptors
 ):
     TILES_N: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     TILE_ROWS: tl.constexpr = BLOCK_M // SIDES
@@ -115,19 +134,42 @@ def linear_pullback_kernel(
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = inside_rows[:, None] & (column < WIDTH)[None, :]
     half = tl.minimum(tile_n * 2 * BLOCK_N + tl.arange(0, 2 * BLOCK_N), 2 * WIDTH - 1).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    c_tile = c_ptr + c_row[:, None] * DEPTH + k[None, :]
-    w_tile = halves_ptr + half[None, :] * DEPTH + k[:, None]
-
-    sums = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
-    for start in range(0, DEPTH, BLOCK_K):
-        if DEPTH % BLOCK_K == 0:
-            c = tl.load(c_tile + start)
-            w = tl.load(w_tile + start)
+    if SUMMED:
+        sums = tl.load(c_ptr + c_row[:, None] * (2 * WIDTH) + half[None, :])
+    elif DESCRIBED:
+        sums = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+        w_tiles = tl.make_tensor_descriptor(
+            halves_ptr, shape=[2 * WIDTH, DEPTH], strides=[DEPTH, 1], block_shape=[2 * BLOCK_N, BLOCK_K]
+        )
+        if SIDES == 1:
+            c_tiles = tl.make_tensor_descriptor(
+                c_ptr, shape=[MAPS * rows, DEPTH], strides=[DEPTH, 1], block_shape=[BLOCK_M, BLOCK_K]
+            )
+            top = index * rows + tile_m * TILE_ROWS  # rows of the next map are computed and not stored
+            for start in range(0, DEPTH, BLOCK_K):
+                c = c_tiles.load([top, start])
+                w = w_tiles.load([tile_n * 2 * BLOCK_N, start])
+                sums = dot(c, w.T, sums, PRECISION)
         else:
-            c = tl.load(c_tile + start, mask=(start + k < DEPTH)[None, :], other=0.0)
-            w = tl.load(w_tile + start, mask=(start + k < DEPTH)[:, None], other=0.0)
-        sums = dot(c, w, sums, PRECISION)
+            k = tl.arange(0, BLOCK_K)
+            c_tile = c_ptr + c_row[:, None] * DEPTH + k[None, :]
+            for start in range(0, DEPTH, BLOCK_K):
+                c = tl.load(c_tile + start, mask=(start + k < DEPTH)[None, :], other=0.0)
+                w = w_tiles.load([tile_n * 2 * BLOCK_N, start])
+                sums = dot(c, w.T, sums, PRECISION)
+    else:
+        k = tl.arange(0, BLOCK_K)
+        c_tile = c_ptr + c_row[:, None] * DEPTH + k[None, :]
+        w_tile = halves_ptr + half[None, :] * DEPTH + k[:, None]
+        sums = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+        for start in range(0, DEPTH, BLOCK_K):
+            if DEPTH % BLOCK_K == 0:
+                c = tl.load(c_tile + start)
+                w = tl.load(w_tile + start)
+            else:
+                c = tl.load(c_tile + start, mask=(start + k < DEPTH)[None, :], other=0.0)
+                w = tl.load(w_tile + start, mask=(start + k < DEPTH)[:, None], other=0.0)
+            sums = dot(c, w, sums, PRECISION)
     upper, lower = tl.split(sums.reshape(BLOCK_M, BLOCK_N, 2))
 
     x = tl.load(x_ptr + row[:, None] * WIDTH + column[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -187,21 +229,33 @@ def _check(c: Tensor, panels: Tensor, x: Tensor) -> None:
 
 
 def _launch(
-    c: Tensor, panels: Tensor, x: Tensor, out: Tensor, norm: tuple[Any, ...], masses: Tensor | None, sides: int
+    c: Tensor,
+    panels: Tensor,
+    x: Tensor,
+    out: Tensor,
+    norm: tuple[Any, ...],
+    masses: Tensor | None,
+    sides: int,
+    library: bool,
 ) -> None:
     """One call for both operators; ``norm`` is (statistics, weight, bias) or empty."""
     statistics, weight, bias = norm or (None, None, None)
+    # Which a configuration found with other tensors may rely on.
+    c, panels = (t if t.data_ptr() % DESCRIBED_BYTES == 0 else t.clone() for t in (c, panels))
     depth, width = c.shape[-1], x.shape[-1]
     rows, maps = x.numel() // width, c.shape[0] // sides
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (maps * triton.cdiv(rows, meta["BLOCK_M"] // sides) * triton.cdiv(width, meta["BLOCK_N"]),)
 
-    device = "cpu" if c.device.type == "cpu" else torch.cuda.get_device_name(c.device)
-    kernel = tuned(linear_pullback_kernel, CONFIGS[c.dtype], ("DEPTH", "WIDTH", "NORM", "SIDES"), device)
-    with torch.cuda.device_of(c):
-        kernel[grid](
-            c,
+    launch_tuned(
+        linear_pullback_kernel,
+        (CHOOSING,) if library else CONFIGS[c.dtype],
+        ("DEPTH", "WIDTH", "NORM", "SIDES"),
+        fitting,
+        grid,
+        (
+            _products(c, panels) if library else c,
             panels,
             x,
             out,
@@ -210,15 +264,83 @@ def _launch(
             x if bias is None else bias,
             x if masses is None else masses,
             rows,
-            MAPS=maps,
-            SIDES=sides,
-            DEPTH=depth,
-            WIDTH=width,
-            NORM=bool(norm),
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
-            PRECISION=PRECISION[c.dtype],
-        )
+        ),
+        MAPS=maps,
+        SIDES=sides,
+        DEPTH=depth,
+        WIDTH=width,
+        NORM=bool(norm),
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        SUMMED=library,
+        PRECISION=PRECISION[c.dtype],
+    )
+
+
+# Descriptors want addresses and rows that are multiples of this.
+DESCRIBED_BYTES = 16
+
+
+def offered(configs: Iterable[triton.Config], major: int, row: int) -> list[triton.Config]:
+    """Those that exist for a compute capability and rows of so many bytes."""
+    described = major >= 9 and row % DESCRIBED_BYTES == 0
+    return [config for config in configs if described or not config.kwargs["DESCRIBED"]]
+
+
+def fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
+    """Those worth trying: they fit into shared memory and are no wider than the layer; the smallest if none does."""
+    c = arguments["c_ptr"]
+    properties = torch.cuda.get_device_properties(c.device)
+    room = properties.shared_memory_per_block_optin
+    in_flight = 0 if properties.major >= 9 else 1  # before wgmma the tile that is multiplied lies in registers
+
+    def shared(config: triton.Config) -> int:
+        tile = config.kwargs["BLOCK_M"] + 2 * config.kwargs["BLOCK_N"]
+        return int((config.num_stages - in_flight) * tile * config.kwargs["BLOCK_K"] * c.element_size())
+
+    configs = offered(configs, properties.major, constants["DEPTH"] * c.element_size())
+    narrowest = min(config.kwargs["BLOCK_N"] for config in configs)
+    widest = max(narrowest, triton.next_power_of_2(constants["WIDTH"]))
+    kept = [config for config in configs if shared(config) <= room and config.kwargs["BLOCK_N"] <= widest]
+    return kept or [min(configs, key=shared)]
+
+
+def _products(c: Tensor, panels: Tensor) -> Tensor:
+    """``c`` with both halves, [T, ..., I, 2] in float32, from a library."""
+    rows, halves = c.flatten(0, -2), panels.flatten(0, 1).t()
+    if c.dtype == torch.float32:
+        return rows @ halves
+    if c.device.type == "cpu":  # interpreted; torch has no products there that widen
+        return rows.float() @ halves.float()
+    return torch.mm(rows, halves, out_dtype=torch.float32)
+
+
+def _measures(c: Tensor) -> bool:
+    """Whether there is a choice: a backend that was asked for by name runs its own kernel."""
+    return c.device.type != "cpu" and forced_backend() != "triton"
+
+
+def _takes_library(c: Tensor, panels: Tensor, x: Tensor, norm: bool, sides: int, call: Callable[..., object]) -> bool:
+    """Whether a library's product is faster for weights of this shape; ``call(c, x, library)`` is what is measured."""
+    if not _measures(c):
+        return False
+    key = "linear_pullback", device_name(c), c.dtype, x.dtype, tuple(panels.shape), norm, sides
+
+    def draw(like: Tensor, *shape: int) -> Tensor:
+        generator = torch.Generator(like.device).manual_seed(0)  # the caller's random numbers stay as they are
+        return torch.randn(shape, generator=generator, device=like.device).to(like.dtype)
+
+    given: list[Tensor] = []  # drawn only if it is measured
+
+    def way(library: bool) -> Callable[[], object]:
+        def run() -> object:
+            if not given:
+                given.extend([draw(c, sides, 1, MEASURED_ROWS, c.shape[-1]), draw(x, 1, MEASURED_ROWS, x.shape[-1])])
+            return call(*given, library)
+
+        return run
+
+    return fastest(key, {"kernel": way(False), "library": way(True)}) == "library"
 
 
 def linear_pullback(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -226,10 +348,15 @@ def linear_pullback(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) ->
     if panels.dtype == torch.float64:  # tensor cores gain nothing there: the equation serves
         return linear_pullback_equation(c, panels, x, dtype)
     _check(c, panels, x)
-    out = torch.empty((c.shape[0], *x.shape), dtype=dtype, device=c.device)
-    if out.numel():
-        _launch(c.contiguous(), panels.contiguous(), x.contiguous(), out, (), None, 1)
-    return out
+    panels = panels.contiguous()
+
+    def call(c: Tensor, x: Tensor, library: bool) -> Tensor:
+        out = torch.empty((c.shape[0], *x.shape), dtype=dtype, device=c.device)
+        if out.numel():
+            _launch(c.contiguous(), panels, x.contiguous(), out, (), None, 1, library)
+        return out
+
+    return call(c, x, _takes_library(c, panels, x, False, 1, call))
 
 
 def linear_norm_pullback(
@@ -245,15 +372,21 @@ def linear_norm_pullback(
             raise ValueError(f"{name} {list(vector.shape)} must have shape [{width}]")
     if contrast and c.shape[0] % 2:
         raise ValueError(f"c {list(c.shape)}: with contrast the first axis holds P and D rows and must be even")
-    c, x = c.contiguous(), x.contiguous()
-    out = torch.empty((c.shape[0], *x.shape), dtype=torch.float32, device=c.device)
-    slots = triton.cdiv(width, MASS_COLUMNS.value)
-    masses = torch.empty((*out.shape[:-1], slots), dtype=torch.float32, device=c.device)
-    if out.numel():
-        statistics = torch.empty((x.numel() // width, 3), dtype=torch.float32, device=c.device)
-        block, warps = block_and_warps(width)
-        with torch.cuda.device_of(c):
-            statistics_kernel[(len(statistics),)](x, statistics, WIDTH=width, EPS=eps, BLOCK=block, num_warps=warps)
-        norm = (statistics, *[None if v is None else v.contiguous() for v in (weight, bias)])
-        _launch(c, panels.contiguous(), x, out, norm, masses, 2 if contrast else 1)
-    return out, sum_partials(masses.flatten(2))
+    sides = 2 if contrast else 1
+    panels = panels.contiguous()
+    vectors = [None if v is None else v.contiguous() for v in (weight, bias)]
+
+    def call(c: Tensor, x: Tensor, library: bool) -> tuple[Tensor, Tensor]:
+        c, x = c.contiguous(), x.contiguous()
+        out = torch.empty((c.shape[0], *x.shape), dtype=torch.float32, device=c.device)
+        slots = triton.cdiv(width, MASS_COLUMNS.value)
+        masses = torch.empty((*out.shape[:-1], slots), dtype=torch.float32, device=c.device)
+        if out.numel():
+            statistics = torch.empty((x.numel() // width, 3), dtype=torch.float32, device=c.device)
+            block, warps = block_and_warps(width)
+            with torch.cuda.device_of(c):
+                statistics_kernel[(len(statistics),)](x, statistics, WIDTH=width, EPS=eps, BLOCK=block, num_warps=warps)
+            _launch(c, panels, x, out, (statistics, *vectors), masses, sides, library)
+        return out, sum_partials(masses.flatten(2))
+
+    return call(c, x, _takes_library(c, panels, x, True, sides, call))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ramp_fast import graph as g
-from ramp_fast import ops, rules
+from ramp_fast import ops, rules, transfer
 from ramp_fast.capture import capture, static_batch
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.gemm import exact_float32, precision_for
@@ -107,6 +107,9 @@ class Engine:
     may be replaced: a run keeps those it began with). Every thread that attributes has ``torch.get_num_threads()``
     native threads of its own, as for every PyTorch operation: with W of them, ``torch.set_num_threads(cores // W)``
     keeps the processor from being oversubscribed.
+
+    Where the model is on a GPU and the images are not, ``batch_size`` (or ``micro_batch``) lets the copies of one batch
+    run beside the computation of another.
     """
 
     def __init__(
@@ -226,21 +229,25 @@ class Engine:
         logits = torch.empty(images.shape[0], classes, dtype=kind, device=images.device)
         chosen = torch.empty(images.shape[0], wanted.count, dtype=torch.long, device=images.device)
         with torch.no_grad(), on(device), exact_float32(device), torch.autocast(device.type, enabled=False):
-            start = 0
+            ranges: list[slice] = []
             for size in self._sizes(plan, images.shape, wanted, batch_size, device):
-                here = slice(start, start + size)
-                start += size
-                # Contiguous: kernels are chosen by strides too, and results must not depend on the caller's.
-                batch = images[here].detach().to(device, plan.precision.forward).contiguous()
-                given = wanted.operands(here, device)
-                result, out, ids = self._run(plan, (batch, *given), wanted, normalize)
+                start = ranges[-1].stop if ranges else 0
+                ranges.append(slice(start, start + size))
+
+            def attributed(batch: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+                operands, unchecked = wanted.split(given)
+                result, out, ids = self._run(plan, (batch, *operands), wanted, normalize)
                 if not _looks_at(images, check):
                     result = _without(result, ~batch.flatten(1).isfinite().all(1))
-                if wanted.unchecked is not None:
-                    result = _without(result, wanted.unchecked[here].to(result.device))
-                maps[here] = result.to(maps)
-                logits[here] = out.to(logits)
-                chosen[here] = ids.to(chosen)
+                if unchecked is not None:
+                    result = _without(result, unchecked)
+                return result.to(kind), out.to(kind), ids
+
+            given = ((images[here].detach(), *wanted.operands(here)) for here in ranges)
+            results = transfer.batches(given, attributed, device, plan.precision.forward, images.device)
+            for here, parts in zip(ranges, results, strict=True):
+                for whole, part in zip((maps, logits, chosen), parts, strict=True):
+                    whole[here] = part
         if not wanted.several:
             maps, chosen = maps.squeeze(1), chosen.squeeze(1)
         return Attribution(maps, chosen if wanted.given is None else wanted.given, logits)
@@ -420,10 +427,13 @@ class _Target:
         if not looks:
             self.unchecked = (self.ids < 0) | (self.ids >= self.classes)
 
-    def operands(self, here: slice, device: torch.device) -> tuple[Tensor, ...]:
-        """What was given for the images ``here``: seed, classes, or nothing."""
-        given = self.ids if self.given is None else self.given
-        return () if given is None else (given[here].to(device),)
+    def operands(self, here: slice) -> tuple[Tensor, ...]:
+        """What was given for the images ``here``: seed or classes, and which are wrong where nobody has looked yet."""
+        return tuple(t[here] for t in (self.ids if self.given is None else self.given, self.unchecked) if t is not None)
+
+    def split(self, operands: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Operands, on whatever device by now, as seed or classes (or nothing), and which are wrong."""
+        return (operands, None) if self.unchecked is None else (operands[:-1], operands[-1])
 
     def seed(self, logits: Tensor, given: Tensor | None, rule: AbsLRP) -> tuple[Tensor, Tensor]:
         """Classes ``[b, K]`` and coefficients ``[T, b, classes]`` from what was given."""

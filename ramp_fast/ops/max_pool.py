@@ -43,6 +43,7 @@ _max_pool_pullback = register(
     reference=_max_pool_pullback_reference,
     fake=_max_pool_pullback_fake,
     cpu=_max_pool_pullback_cpu,
+    triton="max_pool:max_pool_pullback",
 )
 
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ramp_fast.kernels import activation, attention, common, junction, linear, scaling, softmax
+from ramp_fast.kernels import activation, attention, common, junction, linear, max_pool, scaling, softmax
 from ramp_fast.kernels.norm import norm_pullback_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -133,6 +133,14 @@ def _sources() -> Iterator[Source]:
         one_config(activation.WARPS),
     )
     yield Source(
+        "max_pool_pullback",  # VGG-16's first
+        max_pool.max_pool_pullback_kernel,
+        {"c_ptr": "*bf16", "x_ptr": "*fp32", "out_ptr": "*bf16", "batch": "i32"},
+        {"RHS": 2, "HEIGHT": 224, "WIDTH": 224, "CHANNELS": 64, "KERNEL_HEIGHT": 2, "KERNEL_WIDTH": 2}
+        | {"DIVIDED": False, "COMPUTE": tl.float32, "BLOCK": max_pool.BLOCK},
+        one_config(max_pool.WARPS),
+    )
+    yield Source(
         "softmax_pullback",
         softmax.softmax_pullback_kernel,
         {"scores_ptr": "*fp32", "c_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32"},
@@ -156,10 +164,24 @@ def _sources() -> Iterator[Source]:
             | optional
             | {"rows": "i32"},
             {"MAPS": 1 if norm else 2, "SIDES": 2 if norm else 1, "DEPTH": 3072, "WIDTH": 768, "NORM": norm}
-            | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "PRECISION": linear.PRECISION[dtype]},
-            lambda capability, dtype=dtype: linear.CONFIGS[dtype],
+            | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "SUMMED": False, "PRECISION": linear.PRECISION[dtype]},
+            lambda capability, dtype=dtype: tuple(
+                linear.offered(linear.CONFIGS[dtype], capability // 10, 3072 * dtype.itemsize)
+            ),
             products=True,
             wgmma=True,
+        )
+    for norm in (True, False):
+        optional = dict.fromkeys(("statistics_ptr", "weight_ptr", "bias_ptr", "masses_ptr"), "*fp32")
+        yield Source(
+            f"linear_{'norm_' * norm}pullback, of a library's sums",
+            linear.linear_pullback_kernel,
+            {"c_ptr": "*fp32", "halves_ptr": "*bf16", "x_ptr": "*fp32", "out_ptr": "*fp32" if norm else "*bf16"}
+            | optional
+            | {"rows": "i32"},
+            {"MAPS": 1 if norm else 2, "SIDES": 2 if norm else 1, "DEPTH": 3072, "WIDTH": 768, "NORM": norm}
+            | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "SUMMED": True, "PRECISION": "ieee"},
+            lambda capability: (linear.CHOOSING,),
         )
 
     for dtype, width, gated in itertools.product((torch.bfloat16, torch.float32), (64, 128), (True, False)):
@@ -178,8 +200,7 @@ def _attention(dtype: torch.dtype, width: int, gated: bool) -> Iterator[Source]:
     constants |= {"PARTS": parts, "BLOCK_D": attention.padded(width)}
 
     def config(capability: int) -> tuple[triton.Config, ...]:
-        tile = attention.tiles(capability, width, parts)
-        return (triton.Config({"OWN": tile.own, "OTHER": tile.other}, tile.warps, tile.stages),)
+        return attention.configs(capability, width, parts)
 
     for kernel in (attention.queries_kernel, attention.keys_kernel):
         types = {n: "i32" for n in kernel.arg_names if n not in (*constants, "OWN", "OTHER")} | {"scale": "fp32"}
@@ -213,6 +234,8 @@ class Report:
     registers: int  # of a thread
     stack: int  # bytes of a thread, where registers spill
     shared: int  # bytes
+    tensor_memory: int  # columns; sm_100 and later
+    traps: bool  # what the compiler gives up on may become an instruction that ends the kernel, without an error
 
     def occupancy(self) -> float:
         """Resident warps over those an SM can hold (64 in all three), as far as the kernel's resources decide."""
@@ -239,10 +262,12 @@ def compile_kernel(source: Source, config: triton.Config, capability: int, ones:
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
     resources = _resources(compiled.asm["cubin"])
-    sizes = ["x".join(str(config.kwargs[k]) for k in config.kwargs)] if config.kwargs else []
+    numbers = [str(size) for size in config.kwargs.values() if not isinstance(size, bool)]
+    sizes = ["x".join(numbers)] if numbers else []
+    flags = [name.lower() for name, value in config.kwargs.items() if value is True]
     return Report(
         source.name,
-        ", ".join([*sizes, f"{config.num_warps} warps", *([f"{config.num_stages} stages"] if sizes else [])]),
+        ", ".join([*sizes, f"{config.num_warps} warps", *([f"{config.num_stages} stages"] if sizes else []), *flags]),
         capability,
         f".target sm_{capability}" in compiled.asm["ptx"],
         source.products,
@@ -252,6 +277,8 @@ def compile_kernel(source: Source, config: triton.Config, capability: int, ones:
         resources["REG"],
         resources["STACK"],
         compiled.metadata.shared,
+        getattr(compiled.metadata, "tmem_size", None) or 0,
+        re.search(r"^\s*trap;", compiled.asm["ptx"], re.MULTILINE) is not None,
     )
 
 

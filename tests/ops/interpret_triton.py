@@ -6,7 +6,8 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cases import CASES, DTYPES, Options, as_tuple, batch_axes, in_float64, of_s
 from tolerances import COMPUTE, STORE, assert_close
 
 from ramp_fast import ops
+from ramp_fast.kernels import choice, linear
 
 # Around the block sizes that kernels have here; seeds choose depths and optional arguments.
 ELEMENTWISE = [
@@ -36,6 +38,14 @@ LINEAR = [
     {"batch": 1, "rows": (1,)},
     {"batch": 2, "rows": (3, 33), "zeros": True},
     {"batch": 3, "rows": (11, 131)},
+]
+# Channels of 5 x 8 inputs with windows of 2 x 3 (a line and two columns are left over): blocks of 64 hold several
+# windows of few channels, and a part of one with many.
+MAX_POOL = [
+    {"batch": 0},
+    {"batch": 1, "inner": (1,)},
+    {"batch": 2, "inner": (5, 7), "zeros": True},
+    {"batch": 2, "inner": (70,)},
 ]
 # Heads, queries, keys, head size: tiles are 16 rows of queries or keys by 32 of the other, columns 16, 32, 64 ...
 cases_of_all.ATTENTION[:] = [
@@ -60,6 +70,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "gate": ELEMENTWISE,
     "gelu_factor": ELEMENTWISE,
     "affine_factor": [*ELEMENTWISE[1:4], {"batch": 2, "inner": (3, 4, 5)}, {"batch": 3, "inner": (17, 31, 3)}],
+    "max_pool_pullback": MAX_POOL,
     "softmax_pullback": ELEMENTWISE,
     "norm_pullback": ELEMENTWISE,
     "linear_pullback": LINEAR,
@@ -69,9 +80,11 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
 WITHOUT_CONTRAST = {"norm_pullback", "linear_pullback", "softmax_pullback"}
 
 
-def cases() -> Iterator[tuple[str, Options]]:
-    for name, shapes in SHAPES.items():
-        for seed, (shape, (c_dtype, x_dtype), contrast) in enumerate(itertools.product(shapes, DTYPES, [False, True])):
+def cases(names: Iterable[str] = tuple(SHAPES)) -> Iterator[tuple[str, Options]]:
+    for name in names:
+        for seed, (shape, (c_dtype, x_dtype), contrast) in enumerate(
+            itertools.product(SHAPES[name], DTYPES, [False, True])
+        ):
             if contrast and name in WITHOUT_CONTRAST:
                 continue
             rhs = (2, 4)[seed % 3 == 0] if contrast else (1, 3)[seed % 3 == 0]
@@ -106,6 +119,49 @@ def check_batch(name: str, shape: dict[str, Any]) -> None:
             assert torch.equal(expected.narrow(axis, 1, 1), own), (name, dtype)
 
 
+def check_library_products() -> None:
+    """The ways to multiply agree, and which one is taken is measured once for all batches and kept."""
+    products, used, measured = linear._products, [0], []
+    times = {"kernel": 0.0, "library": 0.0}
+
+    def counted(*args: torch.Tensor) -> torch.Tensor:
+        used[0] += 1
+        return products(*args)
+
+    def milliseconds(call: Callable[[], Any]) -> float:
+        before = used[0]
+        measured.append(tuple(as_tuple(call())[0].shape))
+        return times["library" if used[0] > before else "kernel"]
+
+    linear.MEASURED_ROWS, linear._products = 5, counted
+    linear._measures, choice.milliseconds = lambda c: True, milliseconds
+    for name, sides in (("linear_pullback", 1), ("linear_norm_pullback", 2)):
+        for width, faster, slower in ((33, "kernel", "library"), (34, "library", "kernel")):
+            used[0], times[faster], times[slower] = 0, 1.0, 2.0
+            measured.clear()
+            for batch in (1, 3):
+                check(name, Options(2, batch=batch, rows=(3, width), c_dtype=torch.bfloat16))
+            assert measured == [(sides, 1, 5, width)] * 2, (name, measured)
+            assert used[0] == (3 if faster == "library" else 1), (name, faster, used)  # one of them to measure
+    linear._products = products
+    linear._takes_library = lambda *_: True
+    for name, options in cases(("linear_pullback", "linear_norm_pullback")):
+        if options.batch == LINEAR[-1]["batch"] and options.c_dtype != torch.float64:  # which the equation computes
+            check(name, options)
+
+
+def check_descriptors() -> None:
+    """Tiles that are loaded by descriptors, where rows are multiples of 16 bytes, beyond the edges too."""
+    plain = linear.CONFIGS
+    linear.CONFIGS = dict.fromkeys(plain, (linear._config(32, 128, 16, 4, 1, True),))
+    for name, dtype, contrast in itertools.product(
+        ("linear_pullback", "linear_norm_pullback"), (torch.float32, torch.bfloat16), (False, True)
+    ):
+        shape = {"batch": 3, "rows": (11, 131), "c_dtype": dtype, "contrast": contrast}
+        check(name, Options(2, seed=4, **shape))  # 64 deep
+    linear.CONFIGS = plain
+
+
 def check_refusals() -> None:
     x, c = torch.zeros(2, 4), torch.zeros(2, 2, 5)
     ops.set_backend("reference")
@@ -126,6 +182,9 @@ def check_refusals() -> None:
         ("must have the same shape", lambda: ops.merge(c, c[..., 0], c[..., :3], c[..., 0], False)),
         ("do not fit together", lambda: ops.softmax_pullback(x, c)),
         ("gain [3] and shift [C]", lambda: ops.affine_factor(x, c[0, 0, :3], x[0], False, 0.0, x.dtype)),
+        ("c [2, 1, 1, 2, 3] must have shape [2, 1, 2, 2, 3]", lambda: _max_pool_of(1, 2)),
+        ("must not be empty", lambda: _max_pool_of(2, 2, kernel=0)),
+        ("x must be [B, H, W, C]", lambda: ops.max_pool_pullback(c, x, 2, 2, True)),
         ("must not be negative", lambda: _attention_of(scale=-1.0)),
     ]:
         with pytest.raises(ValueError, match=re.escape(problem)):
@@ -159,6 +218,27 @@ def check_extreme_scores() -> None:
             assert torch.equal(part, torch.zeros_like(part))
 
 
+def check_pooling_at_the_edge() -> None:
+    """Windows that the image is too small for, windows of the whole image, and what is not a number."""
+    for height, width in ((1, 5), (3, 1)):
+        pooled = ops.max_pool_pullback(
+            torch.ones(2, 1, height // 2, width // 2, 3), torch.ones(1, height, width, 3), 2, 2, True
+        )
+        assert torch.equal(pooled, torch.zeros(2, 1, height, width, 3))
+    x = torch.randn(2, 7, 9, 4, generator=torch.Generator().manual_seed(0))
+    pooled = ops.max_pool_pullback(torch.ones(1, 2, 1, 1, 4), x, 7, 9, False)[0]
+    assert torch.equal(pooled, torch.where(x == x.amax((1, 2), keepdim=True), x, 0.0))
+    x = torch.full((1, 2, 2, 2), -torch.inf)
+    x[..., 1, 0, 1] = torch.nan
+    expected = torch.zeros(1, 1, 2, 2, 2)
+    expected[0, 0, 0, 0, 0] = expected[0, 0, 1, 0, 1] = 1
+    assert torch.equal(ops.max_pool_pullback(torch.ones(1, 1, 1, 1, 2), x, 2, 2, True), expected)
+
+
+def _max_pool_of(rows: int, columns: int, kernel: int = 2) -> torch.Tensor:
+    return ops.max_pool_pullback(torch.zeros(2, 1, rows, columns, 3), torch.zeros(1, 4, 4, 3), kernel, kernel, True)
+
+
 def _attention_of(
     keys: tuple[int, ...] = (1, 2, 5, 4), coefficients: tuple[int, ...] = (2, 1, 2, 3, 4), scale: float = 1.0
 ) -> tuple[torch.Tensor, ...]:
@@ -184,7 +264,13 @@ def main() -> None:
         check_batch(name, shapes[-1])
     check_channels_last()
     check_extreme_scores()
+    check_pooling_at_the_edge()
     check_refusals()
+    if linear.DESCRIPTORS:
+        check_descriptors()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        check_library_products()
     print(f"{checked} cases agree")
 
 

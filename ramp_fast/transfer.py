@@ -1,0 +1,137 @@
+"""Images in host memory and a model on a GPU: copies go beside the computation.
+
+While one batch runs, the next one is copied to the device and the results of the one before to the host, each through
+page-locked memory (copies of other memory wait for the device) and on a stream of its own. The host waits for a
+batch's results only after the next batch has been launched, so that the device never waits for the host; what is in
+flight is bounded by that: three batches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, cuda
+
+Batch = tuple[Tensor, ...]
+
+
+def batches(
+    given: Iterable[Batch], run: Callable[..., Batch], device: torch.device, dtype: torch.dtype, home: torch.device
+) -> Iterator[Batch]:
+    """``run(*batch)`` for one batch after the other.
+
+    Parameters
+    ----------
+    given : iterable of tuple of Tensor
+        On any device. The first tensor of each is converted to ``dtype``.
+    run : callable
+        Of contiguous tensors on ``device``, to tensors there. It must not wait for the device.
+    device : torch.device
+        With a stream on which ``run`` computes, the current one.
+    dtype : torch.dtype
+    home : torch.device
+        Where the caller wants the results.
+
+    Yields
+    ------
+    tuple of Tensor
+        On the CPU if that is ``home`` and ``device`` is a GPU, complete and valid until the next ones are asked for;
+        otherwise on ``device``.
+    """
+    if _overlaps(device, home):
+        return _overlapped(given, run, device, dtype)
+    return (run(*(t.to(device, _dtype(i, t, dtype)).contiguous() for i, t in enumerate(batch))) for batch in given)
+
+
+def _overlaps(device: torch.device, home: torch.device) -> bool:
+    return device.type == "cuda" and home.type == "cpu"
+
+
+def _dtype(index: int, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if index == 0 else tensor.dtype
+
+
+@functools.cache
+def _streams(device: torch.device) -> tuple[Any, Any]:
+    """To the device and back. Always the same ones: the allocator keeps memory for every stream apart."""
+    return cuda.Stream(device), cuda.Stream(device)
+
+
+def _page_locked(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """New memory that copies need not wait for; torch hands it out again when the copies it has seen are done."""
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source, non_blocking=True)
+
+
+def _overlapped(
+    given: Iterable[Batch], run: Callable[..., Batch], device: torch.device, dtype: torch.dtype
+) -> Iterator[Batch]:
+    computing = cuda.current_stream(device)
+    outward, homeward = _streams(device)
+    waiting = iter(given)
+    leaving: _Results | None = None
+    coming = next(waiting, None)
+    sent = None if coming is None else _send(coming, device, dtype, outward, computing)
+    while sent is not None:
+        inputs, arrived = sent
+        computing.wait_event(arrived)
+        results = _fetch(run(*inputs), homeward, computing)
+        coming = next(waiting, None)
+        sent = None if coming is None else _send(coming, device, dtype, outward, computing)
+        if leaving is not None:
+            yield leaving.wait()
+        leaving = results
+    if leaving is not None:
+        yield leaving.wait()
+
+
+def _send(batch: Batch, device: torch.device, dtype: torch.dtype, outward: Any, computing: Any) -> tuple[Batch, Any]:
+    """Start copying what is in host memory; the tensors on the device, and the event after which they are there."""
+    moved: list[Tensor] = []
+    for index, tensor in enumerate(batch):
+        wanted = _dtype(index, tensor, dtype)
+        if tensor.device.type != "cpu":
+            moved.append(tensor.to(device, wanted).contiguous())
+            continue
+        source = tensor
+        if tensor.dtype != wanted or not tensor.is_contiguous() or not tensor.is_pinned():
+            source = _page_locked(tensor.shape, wanted)
+            source.copy_(tensor)
+        with cuda.stream(outward):  # its memory too: the computing stream's may be in use until that gets there
+            target = torch.empty(tensor.shape, dtype=wanted, device=device)
+            _copy(target, source)
+        target.record_stream(computing)
+        moved.append(target)
+    return tuple(moved), outward.record_event()
+
+
+@dataclass
+class _Results:
+    """On their way into host memory."""
+
+    values: Batch
+    complete: Any  # the event
+
+    def wait(self) -> Batch:
+        self.complete.synchronize()
+        return self.values
+
+
+def _fetch(results: Batch, homeward: Any, computing: Any) -> _Results:
+    """Start copying to host memory what is computed by now."""
+    homeward.wait_event(computing.record_event())
+    values: list[Tensor] = []
+    for result in results:
+        value = _page_locked(result.shape, result.dtype)
+        with cuda.stream(homeward):
+            _copy(value, result)
+        result.record_stream(homeward)
+        values.append(value)
+    return _Results(tuple(values), homeward.record_event())
