@@ -48,19 +48,19 @@ def paired(width: int, parts: int) -> bool:
 def tiles(capability: int, width: int, parts: int) -> Tiles:
     """Of both passes: among those tried the largest that spill neither gated nor not.
 
-    Blocks of 64 rows are what the tensor cores of compute capability 9.x and 10.x ask for; others take any.
+    Blocks of 64 rows are what the tensor cores of compute capability 9.x and 10.x ask for; others take any. Where float32
+    coefficients would need more tensor memory than there is on 10.x, Triton 3.6 and 3.8 compile a trap, without an error.
     """
     if INTERPRETED:
         return Tiles(16, 32, 4, 1)
     wide = padded(width) > 64
-    if capability // 10 not in (9, 10) or (wide and parts == 3):
+    if capability // 10 not in (9, 10) or (parts == 3 and (wide or capability >= 100)):
         if paired(width, parts):
             return Tiles(32, 32, 4, 2)
         return Tiles(16, 16, 4, 2) if wide and parts == 3 else Tiles(16, 32, 4, 2) if wide else Tiles(32, 16, 4, 2)
     if capability < 100:
         return Tiles(64, 32 if paired(width, parts) else 16, 8, 2)
-    # What is copied ahead there takes tensor memory as well, and Triton 3.8 ends the kernel where that is short.
-    return Tiles(64, 32, 4, 2) if paired(width, parts) else Tiles(64, 16 if parts == 3 else 32, 8, 1)
+    return Tiles(64, 32, 4, 2) if paired(width, parts) else Tiles(64, 32, 8, 1)
 
 
 @functools.cache
@@ -71,12 +71,10 @@ def configs(capability: int, width: int, parts: int) -> tuple[triton.Config, ...
     # Others that neither spill nor ask for more memory than there is.
     if INTERPRETED:
         pass
-    elif tile.own < 64 or (capability >= 100 and paired(width, parts)):
+    elif tile.own < 64:
         ways += [(tile.warps, 3), (8, tile.stages)]
-    elif capability < 100:
+    elif capability < 100 or paired(width, parts):
         ways += [(tile.warps, 3)]
-    elif parts == 3:
-        ways += [(4, tile.stages)]
     return tuple(triton.Config({"OWN": tile.own, "OTHER": tile.other}, *way) for way in ways)
 
 
