@@ -27,7 +27,7 @@ from torchvision import transforms
 from ramp_fast.data import boxes_to_masks
 from ramp_fast.evaluation import Evaluation, evaluate
 
-# Steps and draws are few, so that all of it takes an hour: the errors of twenty images are larger than theirs.
+# Steps and draws are few, so that it takes minutes: the errors of a dozen images are larger than theirs.
 METRICS = {
     "gae": "gae",
     "abpc": "abpc:granularity=patch:{patch},steps={steps}",
