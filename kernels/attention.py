@@ -48,8 +48,9 @@ def paired(width: int, parts: int) -> bool:
 def tiles(capability: int, width: int, parts: int) -> Tiles:
     """Of both passes: among those tried the largest that spill neither gated nor not.
 
-    Blocks of 64 rows are what the tensor cores of compute capability 9.x and 10.x ask for; others take any. Where float32
-    coefficients would need more tensor memory than there is on 10.x, Triton 3.6 and 3.8 compile a trap, without an error.
+    Blocks of 64 rows are what the tensor cores of compute capability 9.x and 10.x ask for; others take any. Where
+    float32 coefficients would need more tensor memory than there is on 10.x, Triton 3.6 and 3.8 compile a trap without
+    an error.
     """
     if INTERPRETED:
         return Tiles(16, 32, 4, 1)
