@@ -49,7 +49,7 @@ def tiles(capability: int, width: int, parts: int) -> Tiles:
     """Of both passes: among those tried the largest that spill neither gated nor not.
 
     Blocks of 64 rows are what the tensor cores of compute capability 9.x and 10.x ask for; others take any. Where
-    float32 coefficients would need more tensor memory than there is on 10.x, Triton 3.6 and 3.8 compile a trap, without
+    float32 coefficients would need more tensor memory than there is on 10.x, Triton 3.6 and 3.8 compile a trap without
     an error.
     """
     if INTERPRETED:
