@@ -173,7 +173,8 @@ def page(results: dict[str, Evaluation]) -> str:
         f"on {platform.machine()}, {os.cpu_count()} cores, PyTorch {torch_version}. They are few: differences "
         "of less than two standard errors mean nothing. Boxes of the objects were drawn by hand; they cover "
         f"{100 * covered:.0f} % of a picture on average, which is what a random map has in them. GAE is 0 where "
-        "faithfulness and robustness add up to nothing positive, or contrastiveness does: a few groups say little of a method.",
+        "faithfulness and robustness add up to nothing positive, or contrastiveness is not: a few groups say little "
+        "of a method.",
     ]
     for name, result in results.items():
         lines += ["", f"## {NETWORKS[name]['title']}", "", result.markdown(), ""]
