@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ramp_fast import graph as g
 from ramp_fast import ops, rules, transfer
+from ramp_fast._checks import finite_samples
 from ramp_fast.capture import capture, static_batch
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.gemm import exact_float32, precision_for
@@ -238,7 +239,7 @@ class Engine:
                 operands, unchecked = wanted.split(given)
                 result, out, ids = self._run(plan, (batch, *operands), wanted, normalize)
                 if not _looks_at(images, check):
-                    result = _without(result, ~batch.flatten(1).isfinite().all(1))
+                    result = _without(result, ~finite_samples(batch))
                 if unchecked is not None:
                     result = _without(result, unchecked)
                 return result.to(kind), out.to(kind), ids
@@ -408,8 +409,8 @@ class _Target:
             if self.contrast:
                 raise InputError('a seed is used as given: pass contrast="none"')
             if not _looks_at(target, self.check):
-                self.unchecked = ~target.isfinite().all(1, keepdim=True)
-            elif not bool(target.isfinite().all()):
+                self.unchecked = ~finite_samples(target).unsqueeze(1)
+            elif not bool(finite_samples(target).all()):
                 raise InputError("the seed has values that are not finite")
             self.given = target
             return
@@ -489,7 +490,7 @@ def _check_images(images: Any, check: bool | None) -> None:
         raise InputError(f"images must be [B, C, H, W], got shape {list(images.shape)}")
     if not images.is_floating_point():
         raise InputError(f"images must be floating point and preprocessed as the model wants them, got {images.dtype}")
-    if _looks_at(images, check) and not bool(images.isfinite().all()):
+    if _looks_at(images, check) and not bool(finite_samples(images).all()):
         raise InputError("images have values that are not finite")
 
 

@@ -81,6 +81,7 @@ _curves: dict[tuple[str, str], np.ndarray] = {}
 @pytest.mark.parametrize("kind", ["masking alone", "resnet18"])
 def test_deletion(benchmark: Any, kind: str, way: str) -> None:
     benchmark.group = f"deletion, {IMAGES} images, {STEPS} steps, {kind}"
+    torch.manual_seed(0)  # both ways get the same weights
     arguments = setting(Still() if kind == "masking alone" else timm.create_model("resnet18").eval())
     rounds = 5 if kind == "masking alone" else 1
     found = benchmark.pedantic(WAYS[way], args=arguments, rounds=rounds, warmup_rounds=int(rounds > 1))

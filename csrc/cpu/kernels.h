@@ -107,13 +107,38 @@ struct MaskStepsArgs {
 // channels_last p channels + c.
 struct MaskedCopiesArgs {
     std::int64_t batch, channels, pixels, first, last;
-    bool shared;           // one step for all channels of a pixel
-    bool shared_baseline;  // one baseline for all images
+    bool shared;            // one step for all channels of a pixel
+    bool shared_baseline;   // one baseline for all images
+    bool uniform_baseline;  // one value for all pixels
     bool channels_last, reveal;
     Operand images;    // [B, channels, pixels]
     Operand masked;    // [B, channels or 1, pixels], int32
-    Operand baseline;  // [B or 1, channels, pixels]
+    Operand baseline;  // [B or 1, channels, pixels or 1]
     Operand out;       // [last - first, B, channels, pixels]
+    int threads;
+};
+
+// order = the entries of an image by their step, those of one step in ascending order; begins[s] = how many
+// have a smaller step than s. Steps are cut to [0, steps].
+struct OrderByStepArgs {
+    std::int64_t batch, count, steps;
+    Operand masked;  // [B, count], int32
+    Operand order;   // [B, count], int32
+    Operand begins;  // [B, steps + 1], int32
+    int threads;
+};
+
+// Copy i of an image, as masked by step first + i, becomes that of step first + i + by: the entries in
+// between take the values of the source.
+struct AdvanceCopiesArgs {
+    std::int64_t copies, batch, channels, pixels, first, by, steps;
+    bool shared;          // entries are pixels, of all channels
+    bool shared_source;   // one for all images
+    bool uniform_source;  // one value for all pixels
+    bool channels_last;
+    Operand source;         // [B or 1, channels, pixels or 1]
+    Operand order, begins;  // [B, channels pixels or pixels], [B, steps + 1]: OrderByStepArgs
+    Operand out;            // [copies, B, channels, pixels]
     int threads;
 };
 
@@ -170,6 +195,8 @@ struct AttentionArgs {
     void max_pool_pullback(const MaxPoolArgs&);    \
     void mask_steps(const MaskStepsArgs&);         \
     void masked_copies(const MaskedCopiesArgs&);   \
+    void order_by_step(const OrderByStepArgs&);    \
+    void advance_copies(const AdvanceCopiesArgs&); \
     void linear_pullback(const LinearArgs&);       \
     void scale_by(const ScaleArgs&);               \
     void gelu_factor(const GeluArgs&);             \

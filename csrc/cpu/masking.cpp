@@ -1,4 +1,4 @@
-// Masking: which step masks an entry, and the masked copies of an image.
+// Masking: which step masks an entry.
 //
 // Of all the ranks only those at the ks matter. The top 16 bits of a key choose its bucket; where a bucket
 // lies between two ks all of its entries have the same step, and only the entries of the others, about one
@@ -178,83 +178,6 @@ void steps_of_image(int64_t b, const void* context, void* memory) {
     }
 }
 
-// Elements of one image that are copied for all steps while they are in the L1 cache.
-constexpr int64_t kSpan = 2048;
-
-template <class Word>
-struct SignedOf;
-template <>
-struct SignedOf<std::uint16_t> {
-    using type = std::int16_t;
-};
-template <>
-struct SignedOf<std::uint32_t> {
-    using type = std::int32_t;
-};
-template <>
-struct SignedOf<std::uint64_t> {
-    using type = std::int64_t;
-};
-
-// Steps at a time: what fits into the narrowest Step.
-constexpr int32_t kMostSteps = 32766;
-
-// Steps relative to `first`, cut to [0, kMostSteps], which no step of the range reaches.
-template <class Step>
-RF_INLINE void relative_steps(const int32_t* __restrict steps, int64_t n, int32_t first,
-                              Step* __restrict out) {
-    RF_SIMD
-    for (int64_t i = 0; i < n; ++i) {
-        const int32_t after = (steps[i] > first ? steps[i] : first) - first;
-        out[i] = static_cast<Step>(after < kMostSteps ? after : kMostSteps);
-    }
-}
-
-// One span of one image. Words are the bits of the elements, which are moved and never computed with; steps
-// are compared in the width of the words.
-template <class Word>
-void copies_of_span(int64_t index, const void* context, void*) {
-    using Step = typename SignedOf<Word>::type;
-    const MaskedCopiesArgs& args = *static_cast<const MaskedCopiesArgs*>(context);
-    const int64_t size = args.channels * args.pixels, spans = ceil_div(size, kSpan);
-    const int64_t b = index / spans, start = index % spans * kSpan, n = min64(kSpan, size - start);
-    const Word* image = static_cast<const Word*>(args.images.data) + b * size + start;
-    const Word* baseline =
-        static_cast<const Word*>(args.baseline.data) + (args.shared_baseline ? 0 : b * size) + start;
-    const Word* __restrict masked = args.reveal ? image : baseline;
-    const Word* __restrict kept = args.reveal ? baseline : image;
-    const int32_t* steps =
-        static_cast<const int32_t*>(args.masked.data) + b * (args.shared ? args.pixels : size);
-    Step relative[kSpan];
-    for (int64_t first = args.first; first < args.last; first += kMostSteps) {
-        const int32_t from = static_cast<int32_t>(first);
-        if (!args.shared || args.channels == 1) {
-            relative_steps(steps + start, n, from, relative);
-        } else if (args.channels_last) {
-            int64_t pixel = start / args.channels, channel = start % args.channels;
-            for (int64_t i = 0; i < n; ++pixel, channel = 0) {
-                Step step;
-                relative_steps(steps + pixel, 1, from, &step);
-                for (; channel < args.channels && i < n; ++channel) relative[i++] = step;
-            }
-        } else {
-            for (int64_t i = 0, run; i < n; i += run) {  // up to the end of a plane
-                const int64_t pixel = (start + i) % args.pixels;
-                run = min64(n - i, args.pixels - pixel);
-                relative_steps(steps + pixel, run, from, relative + i);
-            }
-        }
-        const int64_t last = min64(args.last, first + kMostSteps);
-        for (int64_t s = first; s < last; ++s) {
-            Word* __restrict out =
-                static_cast<Word*>(args.out.data) + ((s - args.first) * args.batch + b) * size + start;
-            const Step step = static_cast<Step>(s - first);
-            RF_SIMD
-            for (int64_t i = 0; i < n; ++i) out[i] = relative[i] <= step ? masked[i] : kept[i];
-        }
-    }
-}
-
 }  // namespace
 
 void mask_steps(const MaskStepsArgs& args) {
@@ -263,15 +186,6 @@ void mask_steps(const MaskStepsArgs& args) {
         wide ? Scratch<std::uint64_t>::bytes(args.count) : Scratch<uint32_t>::bytes(args.count);
     parallel_for(args.batch, args.batch * args.count, args.threads,
                  wide ? steps_of_image<double> : steps_of_image<float>, &args, scratch);
-}
-
-void masked_copies(const MaskedCopiesArgs& args) {
-    const int64_t size = args.channels * args.pixels;
-    const Task task = args.images.dtype == DType::f64   ? copies_of_span<std::uint64_t>
-                      : args.images.dtype == DType::f32 ? copies_of_span<uint32_t>
-                                                        : copies_of_span<std::uint16_t>;
-    parallel_for(args.batch * ceil_div(size, kSpan), args.batch * size * (args.last - args.first),
-                 args.threads, task, &args, 0);
 }
 
 }  // namespace rf::RF_ISA

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ramp_fast._checks import positive
+from ramp_fast._checks import finite_samples, positive
 from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
 from ramp_fast.methods import Method
@@ -21,7 +21,7 @@ from ramp_fast.rules import name_of
 
 # Images that a metric makes at a time (masked copies, perturbed images) take about this many bytes, unless
 # ``batch_size`` says how many go through the model together. On CPUs a model is as fast with few.
-_MEMORY = {"cpu": 16 << 20, "cuda": 256 << 20}
+_MEMORY = {"cpu": 5 << 20, "cuda": 256 << 20}
 
 
 M = TypeVar("M", bound="Metric")
@@ -353,7 +353,7 @@ class Metric:
 
     def finite(self, logits: Tensor) -> Tensor:
         """Logits ``[..., classes]`` as they are, or InputError where some are not finite."""
-        wrong = int((~logits.isfinite().all(-1)).sum())
+        wrong = int((~finite_samples(logits.flatten(0, -2))).sum())
         if wrong:
             raise InputError(
                 f"{self.name}: logits of {wrong} of {logits[..., 0].numel()} images are not finite in batch "
@@ -464,7 +464,7 @@ def checked_maps(maps: Any, images: Tensor, metric: str, method: str, batch: int
     # ranks and sums are those of the maps, whatever the images' precision
     wide = torch.promote_types(torch.promote_types(maps.dtype, images.dtype), torch.float32)
     found = maps.detach().to(images.device, wide)
-    wrong = int((~found.flatten(1).isfinite().all(1)).sum())
+    wrong = int((~finite_samples(found)).sum())
     if wrong:
         raise InputError(f"{metric}: {wrong} of {n} maps of {method} are not finite in batch {batch}")
     return found

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ramp_fast import ops
+from ramp_fast._ranges import ranges
 from ramp_fast.errors import InputError
 
-# images [N, C, H, W], a generator per image -> baseline [N or 1, C, H, W]
+# images [N, C, H, W], a generator per image -> baseline [N or 1, C, H or 1, W or 1]
 _Maker = Callable[[Tensor, list[torch.Generator]], Tensor]
 
 
 def _zero(images: Tensor, generators: list[torch.Generator]) -> Tensor:
-    return images.new_zeros(1, *images.shape[1:])
+    return images.new_zeros(1, images.shape[1], 1, 1)
 
 
 def _mean(images: Tensor, generators: list[torch.Generator]) -> Tensor:
-    return images.mean((2, 3), keepdim=True).expand_as(images).contiguous()
+    return images.mean((2, 3), keepdim=True)
 
 
 def _black(images: Tensor, generators: list[torch.Generator]) -> Tensor:
-    return images.amin((1, 2, 3), keepdim=True).expand_as(images).contiguous()
+    return images.amin((1, 2, 3), keepdim=True).expand(-1, images.shape[1], -1, -1).contiguous()
 
 
 def _white(images: Tensor, generators: list[torch.Generator]) -> Tensor:
-    return images.amax((1, 2, 3), keepdim=True).expand_as(images).contiguous()
+    return images.amax((1, 2, 3), keepdim=True).expand(-1, images.shape[1], -1, -1).contiguous()
 
 
 def _blur(images: Tensor, generators: list[torch.Generator]) -> Tensor:
@@ -60,7 +61,7 @@ BASELINES = (*_FIXED, "road")
 
 
 class Fill:
-    """Masked entries take the values of a baseline ``[N or 1, C, H, W]``."""
+    """Masked entries take the values of a baseline ``[N or 1, C, H, W]`` or ``[N or 1, C, 1, 1]``."""
 
     def __init__(self, baseline: Tensor) -> None:
         self.baseline = baseline
@@ -69,11 +70,15 @@ class Fill:
         """For some of the images: a range, or their numbers, some of them several times."""
         return self if self.baseline.shape[0] == 1 else Fill(self.baseline[image])
 
-    def copies(
-        self, images: Tensor, steps: Tensor, first: int, last: int, *, reveal: bool = False, out: Tensor | None = None
-    ) -> Tensor:
+    def copies(self, images: Tensor, steps: Tensor, first: int, last: int, *, reveal: bool = False) -> Tensor:
         """As :func:`ramp_fast.ops.masked_copies`."""
-        return ops.masked_copies(images, steps, self.baseline, first, last, reveal, out=out)
+        return ops.masked_copies(images, steps, self.baseline, first, last, reveal)
+
+    def in_turn(
+        self, images: Tensor, steps: Tensor, count: int, together: int, *, reveal: bool = False
+    ) -> Iterator[Tensor]:
+        """As :func:`ramp_fast.ops.copies_in_turn`."""
+        return ops.copies_in_turn(images, steps, self.baseline, count, together, reveal)
 
 
 class Impute:
@@ -97,9 +102,7 @@ class Impute:
         """For some of the images: a range, or their numbers, some of them several times."""
         return Impute(self.noise[image])
 
-    def copies(
-        self, images: Tensor, steps: Tensor, first: int, last: int, *, reveal: bool = False, out: Tensor | None = None
-    ) -> Tensor:
+    def copies(self, images: Tensor, steps: Tensor, first: int, last: int, *, reveal: bool = False) -> Tensor:
         """As :func:`ramp_fast.ops.masked_copies`; revealing, what is not revealed yet is imputed."""
         if steps.shape[1] != 1:
             raise InputError('baseline "road" fills in whole pixels: granularity "entry" cannot be')
@@ -107,8 +110,14 @@ class Impute:
         masked = steps.unsqueeze(0) > at if reveal else steps.unsqueeze(0) <= at
         filled = impute(images.expand(last - first, *images.shape).flatten(0, 1), masked.flatten(0, 1))
         filled = filled.unflatten(0, (last - first, -1))
-        result = torch.where(masked, filled + self.noise, images)
-        return result if out is None else out.copy_(result)
+        return torch.where(masked, filled + self.noise, images)
+
+    def in_turn(
+        self, images: Tensor, steps: Tensor, count: int, together: int, *, reveal: bool = False
+    ) -> Iterator[Tensor]:
+        """As :func:`ramp_fast.ops.copies_in_turn`."""
+        for first, last in ranges(count, together):
+            yield self.copies(images, steps, first, last, reveal=reveal)
 
 
 def impute(images: Tensor, masked: Tensor) -> Tensor:
@@ -214,7 +223,7 @@ def filling(
             return Impute(torch.stack(drawn).to(images) * noise)
         return Fill(_FIXED[baseline](images, generators))
     if not isinstance(baseline, Tensor):
-        return Fill(torch.full((1, *images.shape[1:]), float(baseline), dtype=images.dtype, device=images.device))
+        return Fill(torch.full((1, images.shape[1], 1, 1), float(baseline), dtype=images.dtype, device=images.device))
     values = baseline.to(images)
     if values.dim() == 1:
         values = values.view(-1, 1, 1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ramp_fast._checks import positive
+from ramp_fast._ranges import ranges
 from ramp_fast.errors import InputError
 from ramp_fast.metrics.base import Metric, Sample
 from ramp_fast.metrics.baselines import Baseline, Fill, Impute, check_baseline, filling
@@ -106,43 +106,21 @@ class Masking(Metric):
     ) -> Tensor:
         """The same for images, what fills them and steps, each ``[N, ...]``.
 
-        Copies of one image after another go through the model, as many together as fit: they stay in the cache.
+        Many images and few steps go through the model together: the next copies take least from those before.
         """
         size = self.together(images)
-        rows, room = [], None
-        for start, stop in ranges(images.shape[0], max(1, size // count)):
+        rows = []
+        for start, stop in ranges(images.shape[0], size):
             here = slice(start, stop)
-            pieces = []
-            for first, last in ranges(count, max(1, size // (stop - start))):
-                if room is None or room.shape[1] != stop - start or room.shape[0] < last - first:
-                    room = _room(images[here], last - first)
-                copies = fill.of(here).copies(
-                    images[here], steps[here], first, last, reveal=reveal, out=room[: last - first]
-                )
-                with torch.no_grad():
-                    pieces.append(self.model(copies.flatten(0, 1)).unflatten(0, (last - first, stop - start)))
-            rows.append(torch.cat(pieces))
+            turns = fill.of(here).in_turn(images[here], steps[here], count, max(1, size // (stop - start)), reveal=reveal)
+            with torch.no_grad():  # copied, since what a model returns may lie in its input, which is written to again
+                logits = [self.model(copies.flatten(0, 1)).unflatten(0, copies.shape[:2]).clone() for copies in turns]
+            rows.append(torch.cat(logits))
         return self.finite(torch.cat(rows, 1))
 
     def curve(self, sample: Sample, steps: Tensor, count: int, *, reveal: bool = False) -> Tensor:
         """The watched output after every step, ``[N, count]``, float32 or better."""
         return self.watched(self.logits_of_steps(sample, steps, count, reveal=reveal), sample.target).t()
-
-
-def ranges(count: int, size: int) -> list[tuple[int, int]]:
-    """``[0, count)`` in equal ranges of at most ``size``, so that no small rest is left."""
-    pieces = -(-count // size)
-    bounds = [i * count // pieces for i in range(pieces + 1)]
-    return list(pairwise(bounds))
-
-
-def _room(images: Tensor, count: int) -> Tensor:
-    """For copies ``[count, N, C, H, W]``, in the memory layout of the images."""
-    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-    n, channels, height, width = images.shape
-    if last:
-        return images.new_empty((count, n, height, width, channels)).movedim(-1, -3)
-    return images.new_empty((count, *images.shape))
 
 
 def area(curve: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ramp_fast import ops
 from ramp_fast._checks import is_whole, positive
+from ramp_fast._ranges import ranges
 from ramp_fast.errors import InputError
 from ramp_fast.metrics._maps import Sign, checked_sign, pearson, spearman, with_sign
 from ramp_fast.metrics.base import Metric, Result, Sample
 from ramp_fast.metrics.baselines import Baseline
-from ramp_fast.metrics.curves import Masking, ranges
+from ramp_fast.metrics.curves import Masking
 from ramp_fast.metrics.features import Granularity, Superpixels, kind_of_feature
 
 # Streams of random numbers: baselines are drawn from 0 on, one for each repetition.

@@ -156,11 +156,13 @@ class GAE(Metric):
         sign[start.shape[0] :] = -1
         states, outputs, zeroed = [], [], []
         for step in range(self.steps):
-            pieces = [logit_and_product(self.model, images[i], classes[i]) for i in self.slices(images)]
-            scores = _normalized(_wide(torch.cat([product for _, product in pieces])).abs())
+            # both chains start with the same images
+            fresh, of, repeats = (images, classes, 1) if step else (start, y, 2)
+            pieces = [logit_and_product(self.model, fresh[i], of[i]) for i in self.slices(fresh)]
+            scores = _normalized(_wide(torch.cat([product for _, product in pieces] * repeats)).abs())
             scores_sum += scores
             states.append(images)
-            outputs.append(_wide(torch.cat([logit for logit, _ in pieces])))
+            outputs.append(_wide(torch.cat([logit for logit, _ in pieces] * repeats)))
             zeroed.append((images == 0).flatten(1).sum(1).double() / count)
             if step == self.steps - 1:
                 break

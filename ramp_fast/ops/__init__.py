@@ -17,7 +17,7 @@ from ramp_fast.ops.activation import affine_factor, gelu_factor
 from ramp_fast.ops.attention import attention_pullback, softmax_pullback
 from ramp_fast.ops.junction import junction, merge_junction
 from ramp_fast.ops.linear import linear_norm_pullback, linear_pullback, pack_panels
-from ramp_fast.ops.masking import mask_steps, masked_copies
+from ramp_fast.ops.masking import copies_in_turn, mask_steps, masked_copies
 from ramp_fast.ops.max_pool import max_pool_pullback
 from ramp_fast.ops.norm import norm_pullback
 from ramp_fast.ops.scaling import gate, mass, merge, rescale, rescale_parts, scale_by
@@ -26,6 +26,7 @@ __all__ = [
     "BACKENDS",
     "affine_factor",
     "attention_pullback",
+    "copies_in_turn",
     "cpu_isas",
     "forced_backend",
     "gate",

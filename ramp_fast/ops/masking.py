@@ -6,17 +6,20 @@ Step s masks the ``ks[s]`` entries of an image that come first: those with the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, get_num_threads
 
+from ramp_fast._ranges import ranges
 from ramp_fast.errors import InputError
 from ramp_fast.ops._common import C
-from ramp_fast.ops._registry import register
+from ramp_fast.ops._registry import KERNEL_DTYPES, backends_for, register
 
 _INT32_MAX = 2**31 - 1
+# Ordering entries by their step takes as long as writing some copies: it pays from so many ranges on.
+_ORDERED = 8
 
 
 def _current_stream(tensor: Tensor) -> tuple[int, int]:
@@ -103,6 +106,13 @@ def mask_steps(scores: Tensor, ks: Sequence[int], descending: bool) -> Tensor:
     return _mask_steps(scores, ks, descending)  # type: ignore[no-any-return]
 
 
+def _fills(values: Tensor, shape: Sequence[int]) -> bool:
+    """Whether they are values for images ``[B, C, H, W]``: for each or for all, of every pixel or one for all."""
+    if values.ndim != 4 or values.shape[0] not in (shape[0], 1) or values.shape[1] != shape[1]:
+        return False
+    return tuple(values.shape[2:]) in (tuple(shape[2:]), (1, 1))
+
+
 def _check_copies(images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int) -> None:
     if images.ndim != 4 or not images.is_floating_point():
         raise InputError(f"images must be [B, C, H, W], floating point; got {list(images.shape)}, {images.dtype}")
@@ -112,10 +122,10 @@ def _check_copies(images: Tensor, steps: Tensor, baseline: Tensor, first: int, l
             f"steps must be int32 [{batch}, {channels} or 1, {height}, {width}] for images {list(images.shape)}; "
             f"got {list(steps.shape)}, {steps.dtype}"
         )
-    if baseline.dtype != images.dtype or baseline.shape not in (images.shape, (1, channels, height, width)):
+    if baseline.dtype != images.dtype or not _fills(baseline, images.shape):
         raise InputError(
-            f"baseline must be {images.dtype} [{batch} or 1, {channels}, {height}, {width}] as the images are; "
-            f"got {list(baseline.shape)}, {baseline.dtype}"
+            f"baseline must be {images.dtype} [{batch} or 1, {channels}, {height}, {width}] as the images are, or "
+            f"[{batch} or 1, {channels}, 1, 1]; got {list(baseline.shape)}, {baseline.dtype}"
         )
     if not images.device == steps.device == baseline.device:
         raise InputError(
@@ -186,8 +196,9 @@ def _into_cuda(
 ) -> None:
     _check_room(out, images, steps, baseline, first, last)
     inner = _channels_last(images)
-    x, y, z = (_flat(tensor, inner).contiguous() for tensor in (images, steps, baseline))
     batch, channels, height, width = images.shape
+    baseline = baseline.expand(-1, -1, height, width)
+    x, y, z = (_flat(tensor, inner).contiguous() for tensor in (images, steps, baseline))
     C.cuda_masked_copies(
         x.data_ptr(),
         y.data_ptr(),
@@ -251,16 +262,16 @@ def masked_copies(
     images : Tensor [B, C, H, W]
     steps : Tensor [B, C, H, W] or [B, 1, H, W], int32
         When each scalar, or all channels of a pixel, are masked: :func:`mask_steps`.
-    baseline : Tensor [B, C, H, W] or [1, C, H, W]
-        What takes the place of masked entries, in the dtype of the images.
+    baseline : Tensor [B or 1, C, H, W] or [B or 1, C, 1, 1]
+        What takes the place of masked entries, in the dtype of the images: of every image or of all, and of every pixel
+        or of all.
     first, last : int
         The range of steps: as many as fit into memory and make a batch for the model.
     reveal : bool
         Insertion: the baseline, with the entries of the image revealed step by step.
     out : Tensor [last - first, B, C, H, W], optional
-        Where to write, laid out as the result is. On CPUs new memory takes several times as long as writing to it: give
-        one range after another the same, and take few images with many steps rather than many with few, so that it
-        stays in the cache.
+        Where to write, laid out as the result is. On CPUs new memory takes several times as long as writing to it; for
+        ranges one after another see :func:`copies_in_turn`.
 
     Returns
     -------
@@ -277,3 +288,61 @@ def masked_copies(
         return _masked_copies(images, steps, baseline, first, last, reveal)  # type: ignore[no-any-return]
     _masked_copies_into(out, images, steps, baseline, first, last, reveal)
     return out
+
+
+def copies_in_turn(
+    images: Tensor, steps: Tensor, baseline: Tensor, count: int, together: int, reveal: bool = False
+) -> Iterator[Tensor]:
+    """The copies of steps 0 to ``count - 1``, ranges of at most ``together`` steps after one another.
+
+    All ranges lie in the same memory: what is yielded holds until the next one is asked for. On CPUs copies are taken
+    on from the range before, which writes only the entries that change: many images and few steps together are
+    fastest. What wrote to the memory in between is noticed by its version, and everything is written anew.
+
+    Parameters
+    ----------
+    images, steps, baseline, reveal
+        As for :func:`masked_copies`.
+    count : int
+        Steps.
+    together : int
+        At most so many steps are yielded at a time, at least 1; ranges are as equal as they can be.
+
+    Yields
+    ------
+    Tensor [k, B, C, H, W]
+        As :func:`masked_copies` gives them.
+    """
+    _check_copies(images, steps, baseline, 0, count)
+    parts = list(ranges(count, together))
+    with torch.inference_mode(False):  # whose tensors have no version
+        room = _copies(images, parts[0][1] if parts else 0)
+    onward = None
+    if "cpu" in backends_for(images.device.type) and images.dtype in KERNEL_DTYPES and len(parts) >= _ORDERED:
+        onward = _Onward(room, steps, images if reveal else baseline, count)
+    version, before = None, 0
+    for first, last in parts:
+        out = room[: last - first]
+        if onward is None or version != room._version:
+            masked_copies(images, steps, baseline, first, last, reveal, out=out)
+        else:
+            onward.go(before, first, last - first)
+        version, before = room._version, first
+        yield out
+
+
+class _Onward:
+    """Takes copies on from one step to a later one: entries in the order of their steps say which change."""
+
+    def __init__(self, room: Tensor, steps: Tensor, source: Tensor, count: int) -> None:
+        self._inner = _channels_last(room.flatten(0, 1))
+        self._room, self._source = _flat(room, self._inner), _flat(source, self._inner).contiguous()
+        flat = _flat(steps, self._inner).flatten(1).contiguous()
+        self._order = torch.empty_like(flat)
+        self._begins = flat.new_empty(flat.shape[0], count + 1)
+        C.order_by_step(flat, self._order, self._begins, get_num_threads())
+
+    def go(self, before: int, first: int, count: int) -> None:
+        """From ``before`` to ``first``: the steps that the first of ``count`` copies shows."""
+        args = self._source, self._order, self._begins, before, first - before, self._room[:count]
+        C.advance_copies(*args, self._inner, get_num_threads())

@@ -157,6 +157,78 @@ def test_memory_that_is_reused(memory_format: torch.memory_format) -> None:
     torch.library.opcheck(torch.ops.ramp_fast.masked_copies_into.default, args, test_utils=checks)
 
 
+class TestCopiesInTurn:
+    """Ranges of copies in memory that is reused: taken on from the range before, or written anew."""
+
+    @staticmethod
+    def drawn(count: int, shared: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        images, steps, baseline = drawn(shared=shared, dtype=dtype)
+        generator = torch.Generator().manual_seed(2)
+        # some entries are masked before the first step, some after the last
+        steps = torch.randint(-1, count + 2, steps.shape, generator=generator, dtype=torch.int32)
+        return images, steps, baseline
+
+    @on_every_variant
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("shared", [False, True])
+    @pytest.mark.parametrize("reveal", [False, True])
+    def test_are_the_copies(
+        self, reveal: bool, shared: bool, memory_format: torch.memory_format, dtype: torch.dtype
+    ) -> None:
+        images, steps, baseline = self.drawn(23, shared, dtype)
+        images = images.contiguous(memory_format=memory_format)
+        for base in (baseline, baseline[:1]):
+            whole = ops.masked_copies(images, steps, base, 0, 23, reveal)
+            for together in (1, 2, 23, 40):
+                turns = []
+                for part in ops.copies_in_turn(images, steps, base, 23, together, reveal):
+                    assert part.flatten(0, 1).is_contiguous(memory_format=memory_format)
+                    turns.append(part.clone())
+                assert max(len(t) for t in turns) == min(together, 23)
+                assert torch.equal(torch.cat(turns), whole)
+
+    @pytest.mark.parametrize("inference", [False, True])
+    def test_writing_to_them_changes_only_what_was_yielded(self, inference: bool) -> None:
+        images, steps, baseline = self.drawn(30, False)
+        whole = ops.masked_copies(images, steps, baseline, 0, 30)
+        with torch.inference_mode(inference):
+            for step, part in enumerate(ops.copies_in_turn(images, steps, baseline, 30, 1)):
+                assert torch.equal(part[0], whole[step])
+                if step % 3 == 0:
+                    part.flatten(0, 1).relu_()
+
+    @needs_extension
+    def test_entries_that_stay_are_not_written(self) -> None:
+        ops.set_backend("cpu")
+        images, steps, baseline = self.drawn(30, False)
+        turns = ops.copies_in_turn(images, steps, baseline, 30, 1)
+        next(turns).data.fill_(7)  # which changes no version
+        step = next(turns)[0]
+        assert torch.equal(step == 7, steps != 1)
+
+    def test_nothing_to_copy(self) -> None:
+        images, steps, baseline = self.drawn(3, False)
+        assert list(ops.copies_in_turn(images, steps, baseline, 0, 4)) == []
+        (empty,) = ops.copies_in_turn(images[:0], steps[:0], baseline[:1], 3, 4)
+        assert empty.shape == (3, 0, *images.shape[1:])
+        turns = list(ops.copies_in_turn(images[:0], steps[:0], baseline[:1], 30, 1))
+        assert len(turns) == 30
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", ops.cpu_isas())
+def test_entries_in_the_order_of_their_steps(isa: str) -> None:
+    ops.set_cpu_isa(isa)
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(-2, 9, (3, 5000), generator=generator, dtype=torch.int32)
+    order, begins = torch.empty_like(steps), torch.empty(3, 8, dtype=torch.int32)
+    _registry.extension.order_by_step(steps, order, begins, 2)
+    cut = steps.clamp(0, 7)
+    assert torch.equal(order.long(), cut.sort(dim=1, stable=True).indices)
+    assert begins.tolist() == [[int((row < s).sum()) for s in range(8)] for row in cut]
+
+
 def copies(**changed: Any) -> Tensor:
     arguments: dict[str, Any] = {
         "images": torch.ones(2, 3, 4, 5),
@@ -235,3 +307,53 @@ def test_the_extension_refuses_copies_it_would_overrun(changed: dict[int, Any], 
     args = [image, steps, image, 0, 2, False, torch.empty(2, *image.shape), False, 1]
     with pytest.raises(ValueError, match=problem):
         _registry.extension.masked_copies(*[changed.get(i, a) for i, a in enumerate(args)])
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({0: torch.zeros(4, dtype=torch.int32)}, r"must be \[B, N\]"),
+        ({0: torch.zeros(1, 4)}, "steps must be int32"),
+        ({1: torch.zeros(1, 5, dtype=torch.int32)}, "do not fit"),
+        ({2: torch.zeros(2, 5, dtype=torch.int32)}, "do not fit"),
+        ({2: torch.zeros(1, 0, dtype=torch.int32)}, r"must be \[B, steps \+ 1\]"),
+    ],
+)
+def test_the_extension_refuses_to_order_what_does_not_fit(changed: dict[int, Any], problem: str) -> None:
+    args = [torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int32)]
+    args = [*args, torch.zeros(1, 5, dtype=torch.int32), 1]
+    with pytest.raises(ValueError, match=problem):
+        _registry.extension.order_by_step(*[changed.get(i, a) for i, a in enumerate(args)])
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({0: torch.zeros(1, 3, 2, 1)}, "do not fit"),
+        ({0: torch.zeros(1, 3, 2, 2).double()}, "one dtype"),
+        ({1: torch.zeros(1, 5, dtype=torch.int32)}, "an entry for every pixel"),
+        ({2: torch.zeros(2, 5, dtype=torch.int32)}, "do not fit"),
+        ({3: 2}, "from step 2 on"),
+        ({4: 4}, "cannot go 4 of 4"),
+        ({5: torch.empty(4, 1, 3, 2, 2)}, "4 copies"),
+        ({6: True}, "an entry for every pixel"),
+    ],
+)
+def test_the_extension_refuses_to_advance_what_it_would_overrun(changed: dict[int, Any], problem: str) -> None:
+    order, begins = torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, 5, dtype=torch.int32)
+    args = [torch.zeros(1, 3, 2, 2), order, begins, 0, 1, torch.empty(2, 1, 3, 2, 2), False, 1]
+    with pytest.raises(ValueError, match=problem):
+        _registry.extension.advance_copies(*[changed.get(i, a) for i, a in enumerate(args)])
+
+
+@needs_extension
+def test_an_order_that_is_none_writes_nowhere_else() -> None:
+    memory = torch.zeros(3, 12)
+    order = torch.tensor([[-1, 4, 2**31 - 1, 1]], dtype=torch.int32)
+    begins = torch.tensor([[0, -5, 2**31 - 1]], dtype=torch.int32)
+    out = memory[1].view(1, 1, 3, 2, 2)
+    _registry.extension.advance_copies(torch.ones(1, 3, 2, 2), order, begins, 0, 1, out, False, 1)
+    assert memory[1].tolist() == [0, 1, 0, 0] * 3
+    assert not memory[[0, 2]].any()
