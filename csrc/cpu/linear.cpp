@@ -10,7 +10,7 @@
 #include "cpu/mass.h"
 #include "cpu/row_statistics.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -29,6 +29,16 @@ constexpr int kRows = 2, kVectors = 2;
 template <class P>
 constexpr int64_t kTaskRows = 44 / static_cast<int64_t>(sizeof(typename P::Coefficient)) * kRows;
 
+// The larger of 0 and x; NaN stays. (Compilers make a comparison and an `and` of the choice.)
+template <class Vector>
+RF_INLINE Vector not_negative(Vector x) {
+#ifdef __AVX2__
+    if constexpr (sizeof(x) == 32 && sizeof(x[0]) == 4) return (Vector)_mm256_max_ps(__m256{}, (__m256)x);
+    if constexpr (sizeof(x) == 32 && sizeof(x[0]) == 8) return (Vector)_mm256_max_pd(__m256d{}, (__m256d)x);
+#endif
+    return 0 > x ? Vector{} : x;
+}
+
 // One number per element: float or double.
 template <class F>
 struct Number {
@@ -39,19 +49,20 @@ struct Number {
     static constexpr int64_t pack = 1;
     typedef F Vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(F)), may_alias));
     using SumVector = Vector;
-    struct Halves {
-        Vector positive, negative;
-    };
+    // Without mask registers a sign and a maximum are faster than the two halves and blends.
+    using Halves = Vector;
     static RF_INLINE Halves halves(const Element* weights) {
-        const Vector w = *reinterpret_cast<const Vector*>(weights);
-        return {w < 0 ? Vector{} : w, w > 0 ? Vector{} : -w};  // NaN stays
+        return *reinterpret_cast<const Vector*>(weights);
     }
     static RF_INLINE Element element(const Coefficient* row, int64_t step) { return row[step]; }
     static RF_INLINE void multiply_add(SumVector& sum, Vector w, Element c) { sum += w * c; }
 
-    using Mask = decltype(Vector{} > 0);
-    static RF_INLINE Mask mask(const F* gate) { return *reinterpret_cast<const Vector*>(gate) > 0; }
-    static RF_INLINE Vector select(Mask mask, const Halves& w) { return mask ? w.positive : w.negative; }
+    using Mask = decltype(Vector{} > 0);  // the sign bit where the negative half is wanted
+    static RF_INLINE Mask mask(const F* gate) {
+        const Mask sign = (Mask)-Vector{};
+        return *reinterpret_cast<const Vector*>(gate) > 0 ? Mask{} : sign;
+    }
+    static RF_INLINE Vector select(Mask mask, Vector w) { return not_negative((Vector)((Mask)w ^ mask)); }
 };
 
 RF_INLINE std::uint32_t pair(const std::uint16_t* row, int64_t step) {
