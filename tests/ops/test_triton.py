@@ -1,54 +1,18 @@
-"""The Triton kernels without a GPU: interpreted against the reference, and compiled for three architectures.
-
-``TRITON_INTERPRET`` is read when a kernel is decorated, so both run in processes of their own.
-"""
+"""The Triton kernels without a GPU: interpreted against the reference, and compiled for three architectures."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from triton_processes import SHARED, Process, output, start
 
 pytest.importorskip("triton", reason="triton exists for Linux on x86_64 and aarch64 only")
 
-HERE = Path(__file__).parent
-# Bytes of shared memory that one block may use.
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Columns of tensor memory of sm_100: a launch that asks for more fails.
 TENSOR_MEMORY = 512
-
-
-def start(script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAMP_FAST_", "TRITON_"))} | environment
-    env["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, str(HERE / script), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-
-def output(process: subprocess.Popen[str]) -> str:
-    out, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return out
-
-
-@pytest.fixture(scope="module")
-def side_by_side(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """Both take a minute on one core: started together."""
-    folder = str(tmp_path_factory.mktemp("triton"))
-    processes = {
-        "interpreted": start("interpret_triton.py", TRITON_INTERPRET="1"),
-        "compiled": start("compile_triton.py", *map(str, SHARED), TRITON_CACHE_DIR=folder),
-    }
-    yield processes
-    for process in processes.values():
-        process.kill()
-        process.communicate()
 
 
 def checked(lines: str) -> list[dict[str, Any]]:
@@ -65,12 +29,17 @@ def checked(lines: str) -> list[dict[str, Any]]:
     return reports
 
 
-def test_interpreted(side_by_side: dict[str, subprocess.Popen[str]]) -> None:
-    assert output(side_by_side["interpreted"]).strip() == "685 cases agree"
+def test_interpreted(triton: dict[str, Process]) -> None:
+    assert output(triton["interpreted"]).strip() == "229 cases agree"
 
 
-def test_compiles(side_by_side: dict[str, subprocess.Popen[str]]) -> None:
-    reports = checked(output(side_by_side["compiled"]))
+@pytest.mark.compile
+def test_every_case_interpreted() -> None:
+    assert output(start("interpret_triton.py", "--all", TRITON_INTERPRET="1")).strip() == "685 cases agree"
+
+
+def test_compiles(triton: dict[str, Process]) -> None:
+    reports = checked(output(triton["compiled"]))
     kernels = {report["kernel"] for report in reports}
     names = {
         "sum_partials",
@@ -98,10 +67,9 @@ def test_compiles(side_by_side: dict[str, subprocess.Popen[str]]) -> None:
     assert {(r["kernel"], r["capability"]) for r in reports} == {(k, c) for k in names for c in SHARED}
 
 
-def test_compiles_where_every_integer_is_one(tmp_path: Path) -> None:
+def test_compiles_where_every_integer_is_one(triton: dict[str, Process]) -> None:
     # a launch makes constants of them: one image, one token
-    lines = output(start("compile_triton.py", "--ones", "90", TRITON_CACHE_DIR=str(tmp_path))).splitlines()
-    assert len(lines) > 15
+    assert len(output(triton["of ones"]).splitlines()) > 15
 
 
 @pytest.mark.compile
