@@ -4,7 +4,7 @@
 
 FOLDER holds ``load.py`` with ``vit_small_tin200()`` (ViT-S/14, 112 px, Tiny ImageNet) and ``resnet50()`` (ImageNet), as
 for the tests marked ``models``. The photographs are the twenty ImageNet images of PyPI's ``foolbox`` 3.3.4. Some
-fifteen minutes on two cores. Results of a network are kept in bench/results/evaluation/; the page is made from those.
+fifty minutes on two cores. Results of a network are kept in bench/results/evaluation/; the page is made from those.
 """
 
 from __future__ import annotations

@@ -97,6 +97,14 @@ class Masking:
     def all_images_at_a_time(self) -> Tensor:
         return self.ranges(MASKED, 4)
 
+    def in_turn_eight_images_at_a_time(self) -> Tensor:
+        masked = ops.mask_steps(self.scores, KS, True).view_as(self.images)
+        for first in range(0, MASKED, 8):
+            here = slice(first, first + 8)
+            for copies in ops.copies_in_turn(self.images[here], masked[here], self.baseline, STEPS, 1):
+                last = copies[-1, -1]
+        return last
+
     def numpy_step_by_step(self) -> Tensor:
         """A copy of the last step's images, the entries of this step set: the loop of Quantus' PixelFlipping."""
         order = np.argsort(-self.scores.numpy(), axis=1)

@@ -100,6 +100,18 @@ def masked_copies(
     threads: _Threads,
     /,
 ) -> None: ...
+def order_by_step(steps: Tensor, order: Tensor, begins: Tensor, threads: _Threads, /) -> None: ...
+def advance_copies(
+    source: Tensor,
+    order: Tensor,
+    begins: Tensor,
+    first: int,
+    by: int,
+    out: Tensor,
+    channels_last: bool,
+    threads: _Threads,
+    /,
+) -> None: ...
 def affine_factor(
     x: Tensor,
     gain: Tensor,

@@ -111,8 +111,8 @@ class Masking(Metric):
         size = self.together(images)
         rows = []
         for start, stop in ranges(images.shape[0], size):
-            here = slice(start, stop)
-            turns = fill.of(here).in_turn(images[here], steps[here], count, max(1, size // (stop - start)), reveal=reveal)
+            here, together = slice(start, stop), max(1, size // (stop - start))
+            turns = fill.of(here).in_turn(images[here], steps[here], count, together, reveal=reveal)
             with torch.no_grad():  # copied, since what a model returns may lie in its input, which is written to again
                 logits = [self.model(copies.flatten(0, 1)).unflatten(0, copies.shape[:2]).clone() for copies in turns]
             rows.append(torch.cat(logits))

@@ -101,6 +101,24 @@ def test_copies(reveal: bool, shared: bool, memory_format: torch.memory_format) 
 
 
 @on_every_variant
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_baseline_of_one_value_a_channel(
+    dtype: torch.dtype, shared: bool, memory_format: torch.memory_format
+) -> None:
+    images, steps, _ = drawn(shared=shared, dtype=dtype)
+    images = images.contiguous(memory_format=memory_format)
+    for values in (torch.arange(6).view(2, 3, 1, 1).to(dtype), torch.arange(3).view(1, 3, 1, 1).to(dtype)):
+        for reveal in (False, True):
+            whole = ops.masked_copies(images, steps, values.expand_as(images), 0, 7, reveal)
+            assert torch.equal(ops.masked_copies(images, steps, values, 0, 7, reveal), whole)
+        late = steps + 9  # enough steps for copies to be taken on
+        turns = [part.clone() for part in ops.copies_in_turn(images, late, values, 17, 2)]
+        assert torch.equal(torch.cat(turns)[9:16], ops.masked_copies(images, steps, values, 0, 7))
+
+
+@on_every_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_ranges_together_are_the_whole(dtype: torch.dtype) -> None:
     images, steps, baseline = drawn(dtype=dtype)
