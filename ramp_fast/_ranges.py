@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 def ranges(count: int, most: int) -> Iterator[tuple[int, int]]:
-    """``[0, count)`` in ranges of at most ``most``: as equal as can be, so that no small rest is left, the larger first.
+    """``[0, count)`` in ranges of at most ``most``: as equal as can be, no small rest, larger ones first.
 
     Parameters
     ----------
