@@ -229,6 +229,38 @@ def test_channels_last_images(model: nn.Module, images: Tensor, maps: Tensor) ->
         same(actual, expected)
 
 
+class Careless(nn.Module):
+    """Writes to its input, or returns a part of it."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.writes, self.weight = writes, nn.Parameter(normal(CLASSES, seed=3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = x.flatten(1)[:, :CLASSES]
+        if not self.writes:
+            return part
+        logits = part * self.weight + x.flatten(1).sum(1, keepdim=True)
+        x.mul_(2).add_(1)
+        return logits
+
+
+@pytest.mark.parametrize("metric", [Deletion, Insertion])
+@pytest.mark.parametrize("writes", [False, True])
+def test_models_may_do_with_copies_what_they_like(
+    images: Tensor, maps: Tensor, metric: type[Deletion | Insertion], writes: bool
+) -> None:
+    model, target = Careless(writes).eval(), torch.arange(images.shape[0]) % CLASSES
+    curves = []
+    for size in (1, 3, 1000):  # one step of one image, of some, and everything at a time
+        values = metric(model, steps=24, batch_size=size, output="logit").update(
+            images.clone(), target, None, maps=maps
+        )
+        curves.append(values["curve"])
+    for curve in curves[:-1]:
+        torch.testing.assert_close(curve, curves[-1], rtol=1e-12, atol=1e-12)
+
+
 def generators(count: int = 4) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(count)]
 
