@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ramp_fast._checks import is_whole, positive
 from ramp_fast.data.boxes import boxes_to_masks
 from ramp_fast.data.classes import ClassNames
 from ramp_fast.data.files import ImageItem, Problem, find_images
@@ -180,9 +181,8 @@ def batches(dataset: Dataset, batch_size: int = 8, workers: int | None = None) -
         A number is out of range.
     """
     threads = usual_workers() if workers is None else workers
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
-    if not isinstance(threads, int) or threads < 0:
+    positive("batches", "batch_size", batch_size)
+    if not is_whole(threads, 0):
         raise InputError(f"workers must be a number of threads, 0 or more, got {workers!r}")
     return _batches(dataset, batch_size, threads)
 
