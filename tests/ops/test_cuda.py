@@ -28,6 +28,7 @@ def newest(nvcc: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"release (\d+)\.(\d+)", text)[0]))
 
 
+@pytest.mark.compile
 @pytest.mark.skipif(NVCC is None, reason="compiles with nvcc")
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

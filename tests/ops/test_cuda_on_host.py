@@ -23,9 +23,12 @@ from ramp_fast import ops
 from ramp_fast.ops import masking
 
 pybind11 = pytest.importorskip("pybind11", reason="compiles bindings")
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("c++") is None, reason="compiles with c++ and uses ucontext"
-)
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(
+        sys.platform != "linux" or shutil.which("c++") is None, reason="compiles with c++ and uses ucontext"
+    ),
+]
 
 SOURCES = Path(__file__).parent / "cuda_on_host"
 ORDERS = [0, 1, 7]  # threads ascending, descending, shuffled

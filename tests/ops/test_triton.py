@@ -1,4 +1,7 @@
-"""The Triton kernels without a GPU: interpreted against the reference, and compiled for three architectures."""
+"""The Triton kernels without a GPU: interpreted against the reference, and compiled.
+
+By default a third of the cases and the first configurations for sm_90; with ``-m compile`` all for three architectures.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ def test_compiles(triton: dict[str, Process]) -> None:
     names |= {f"{n}, {dtype}" for n in ("linear_pullback", "linear_norm_pullback") for dtype in ("bf16", "float32")}
     names |= {f"{n}, of a library's sums" for n in ("linear_pullback", "linear_norm_pullback")}
     assert kernels == names
-    assert {(r["kernel"], r["capability"]) for r in reports} == {(k, c) for k in names for c in SHARED}
+    assert {r["capability"] for r in reports} == {90}
 
 
 def test_compiles_where_every_integer_is_one(triton: dict[str, Process]) -> None:
@@ -75,4 +78,7 @@ def test_compiles_where_every_integer_is_one(triton: dict[str, Process]) -> None
 @pytest.mark.compile
 def test_every_configuration_compiles(tmp_path: Path) -> None:
     command = "compile_triton.py", "--all", *map(str, SHARED)
-    assert len(checked(output(start(*command, TRITON_CACHE_DIR=str(tmp_path))))) == 221
+    reports = checked(output(start(*command, TRITON_CACHE_DIR=str(tmp_path))))
+    assert len(reports) == 221
+    kernels = {report["kernel"] for report in reports}
+    assert {(r["kernel"], r["capability"]) for r in reports} == {(k, c) for k in kernels for c in SHARED}

@@ -40,7 +40,7 @@ class Processes:
         compiles, ones = (str(Path(self._folder.name) / name) for name in ("compiled", "ones"))
         self.started = {
             "interpreted": start("interpret_triton.py", TRITON_INTERPRET="1"),
-            "compiled": start("compile_triton.py", *map(str, SHARED), TRITON_CACHE_DIR=compiles),
+            "compiled": start("compile_triton.py", "90", TRITON_CACHE_DIR=compiles),
             "of ones": start("compile_triton.py", "--ones", "90", TRITON_CACHE_DIR=ones),
         }
 
