@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -258,21 +258,18 @@ class Engine:
         data: Data,
         metrics: Sequence[str | Metric] | Mapping[str, str | Metric] = ("gae", "deletion", "insertion"),
         methods: Sequence[str] | Mapping[str, str | Method | Engine] = (),
-        *,
-        batch_size: int = 16,
-        seed: int = 0,
-        explain: str = "label",
-        strict: bool = False,
-        progress: Callable[[int], None] | None = None,
+        **options: Any,
     ) -> Evaluation:
         """Metrics of this engine's maps, and of other methods beside it.
 
         Parameters
         ----------
-        data, metrics, batch_size, seed, explain, strict, progress
+        data, metrics
             As for :func:`ramp_fast.evaluation.evaluate`.
         methods
             As there: further methods. The engine comes first, under its rule's name, unless it is among them.
+        **options
+            As there: batch_size, seed, explain, strict, progress.
 
         Returns
         -------
@@ -292,17 +289,7 @@ class Engine:
             if own in named:
                 raise InputError(f"the engine is called {own!r} itself: give the method of that name another label")
             named = {own: self, **named}
-        return evaluate(
-            self.model,
-            data,
-            metrics,
-            named,
-            batch_size=batch_size,
-            seed=seed,
-            explain=explain,
-            strict=strict,
-            progress=progress,
-        )
+        return evaluate(self.model, data, metrics, named, **options)
 
     def _run(self, plan: Plan, operands: tuple[Tensor, ...], wanted: _Target, normalize: str) -> tuple[Tensor, ...]:
         """Maps ``[B, K, C, H, W]``, logits and classes of what goes through the model together."""

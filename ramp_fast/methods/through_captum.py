@@ -38,8 +38,29 @@ def captum_attr() -> Any:
         raise RampFastError(f"this needs captum ({error}): pip install 'ramp_fast[captum]'") from error
 
 
+class _OneByOne:
+    """What methods share that explain one image after another, so that maps do not depend on their batch."""
+
+    __name__: ClassVar[str]
+
+    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        """Maps ``[N, C, H, W]``, of occlusion ``[N, 1, H, W]``; arguments and errors as for :func:`gradient`."""
+        images, target = checked(self.__name__, model, images, target)
+        method = self._method(model)
+        maps = [self._map(method, image, label) for image, label in one_by_one(images, target)]
+        return torch.cat(maps).detach().to(images)  # captum's occlusion is float32
+
+    def _method(self, model: nn.Module) -> Any:
+        """Captum's."""
+        raise NotImplementedError
+
+    def _map(self, method: Any, image: Tensor, label: Tensor) -> Tensor:
+        """Of one image ``[1, C, H, W]``."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class IntegratedGradients:
+class IntegratedGradients(_OneByOne):
     """Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) from a constant picture.
 
     Parameters
@@ -70,25 +91,21 @@ class IntegratedGradients:
         _number(self.__name__, "baseline", self.baseline)
         captum_attr()
 
-    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-        """Maps ``[N, C, H, W]``; arguments and errors as for :func:`gradient`."""
-        images, target = checked(self.__name__, model, images, target)
-        method = captum_attr().IntegratedGradients(model)
-        maps = [
-            method.attribute(
-                image,
-                baselines=float(self.baseline),
-                target=label,
-                n_steps=self.steps,
-                internal_batch_size=self.batch_size,
-            )
-            for image, label in one_by_one(images, target)
-        ]
-        return torch.cat(maps).detach()
+    def _method(self, model: nn.Module) -> Any:
+        return captum_attr().IntegratedGradients(model)
+
+    def _map(self, method: Any, image: Tensor, label: Tensor) -> Tensor:
+        return method.attribute(  # type: ignore[no-any-return]
+            image,
+            baselines=float(self.baseline),
+            target=label,
+            n_steps=self.steps,
+            internal_batch_size=self.batch_size,
+        )
 
 
 @dataclass(frozen=True)
-class SmoothGrad:
+class SmoothGrad(_OneByOne):
     """SmoothGrad (Smilkov et al. 2017, arXiv 1706.03825): the mean signed gradient over noisy copies of an image.
 
     Noise is a function of the seed and the image's values, on one kind of device; the caller's random state is left as
@@ -129,30 +146,25 @@ class SmoothGrad:
         checked_seed(self.__name__, self.seed)
         captum_attr()
 
-    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-        """Maps ``[N, C, H, W]``; arguments and errors as for :func:`gradient`."""
-        images, target = checked(self.__name__, model, images, target)
+    def _method(self, model: nn.Module) -> Any:
         attr = captum_attr()
-        tunnel = attr.NoiseTunnel(attr.Saliency(model))
-        maps = []
-        for image, label in one_by_one(images, target):
-            with _seeded(seed_of(image[0], self.seed), image.device):
-                maps.append(
-                    tunnel.attribute(
-                        image,
-                        nt_type="smoothgrad",
-                        nt_samples=self.samples,
-                        nt_samples_batch_size=self.batch_size,
-                        stdevs=self.noise * float(image.max() - image.min()),
-                        target=label,
-                        abs=False,
-                    )
-                )
-        return torch.cat(maps).detach()
+        return attr.NoiseTunnel(attr.Saliency(model))
+
+    def _map(self, method: Any, image: Tensor, label: Tensor) -> Tensor:
+        with _seeded(seed_of(image[0], self.seed), image.device):
+            return method.attribute(  # type: ignore[no-any-return]
+                image,
+                nt_type="smoothgrad",
+                nt_samples=self.samples,
+                nt_samples_batch_size=self.batch_size,
+                stdevs=self.noise * float(image.max() - image.min()),
+                target=label,
+                abs=False,
+            )
 
 
 @dataclass(frozen=True)
-class Occlusion:
+class Occlusion(_OneByOne):
     """How much the target logit falls when a window is covered (Zeiler & Fergus 2014, arXiv 1311.2901).
 
     Windows that reach over the border are cut there; a pixel gets the mean over the windows that cover it.
@@ -195,16 +207,11 @@ class Occlusion:
         _number(self.__name__, "baseline", self.baseline)
         captum_attr()
 
-    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-        """Maps ``[N, 1, H, W]``; arguments and errors as for :func:`gradient`.
+    def _method(self, model: nn.Module) -> Any:
+        return captum_attr().Occlusion(model)
 
-        Raises
-        ------
-        InputError
-            The window is larger than the images, or smaller than the stride.
-        """
-        images, target = checked(self.__name__, model, images, target)
-        channels, height, width = images.shape[1:]
+    def _map(self, method: Any, image: Tensor, label: Tensor) -> Tensor:
+        channels, height, width = image.shape[1:]
         window = self.window or max(1, min(height, width) // 7)
         stride = self.stride or max(1, window // 2)
         if window > min(height, width) or stride > window:
@@ -212,19 +219,15 @@ class Occlusion:
                 f"{self.__name__}: window {window}, stride {stride} for images of {height} x {width}: a window must "
                 "fit into the image, and a stride into the window"
             )
-        method = captum_attr().Occlusion(model)
-        maps = [
-            method.attribute(
-                image,
-                sliding_window_shapes=(channels, window, window),
-                strides=(channels, stride, stride),
-                baselines=float(self.baseline),
-                target=label,
-                perturbations_per_eval=self.batch_size,
-            )[:, :1]  # a window covers all channels: each has the same map
-            for image, label in one_by_one(images, target)
-        ]
-        return torch.cat(maps).to(images)  # captum returns float32
+        found: Tensor = method.attribute(
+            image,
+            sliding_window_shapes=(channels, window, window),
+            strides=(channels, stride, stride),
+            baselines=float(self.baseline),
+            target=label,
+            perturbations_per_eval=self.batch_size,
+        )
+        return found[:, :1]  # a window covers all channels: each has the same map
 
 
 @dataclass(frozen=True)

@@ -128,12 +128,14 @@ def area(curve: Tensor) -> Tensor:
     return torch.trapezoid(curve, dx=1 / (curve.shape[1] - 1), dim=1)
 
 
-class _Shares(Masking):
+class Shares(Masking):
     """Steps that mask equal shares, from none to all."""
+
+    least_steps: ClassVar[int] = 1
 
     def __init__(self, model: nn.Module, *, steps: int = 100, **masking: Any) -> None:
         super().__init__(model, **masking)
-        positive(self.name, "steps", steps)
+        positive(self.name, "steps", steps, self.least_steps)
         self.steps = steps
 
     def settings(self) -> dict[str, Any]:
@@ -144,7 +146,7 @@ class _Shares(Masking):
         return {"label": "share masked", "values": shares, "curves": ["curve"]}
 
 
-class Deletion(_Shares):
+class Deletion(Shares):
     """Deletion: the area under the curve of the class's probability while the most important features are masked.
 
     Petsiuk et al. 2018, RISE, arXiv 1806.07421. With ``granularity="entry"`` it is pixel flipping (Bach et al. 2015,
@@ -172,7 +174,7 @@ class Deletion(_Shares):
         return {self.name: area(curve), "curve": curve}
 
 
-class Insertion(_Shares):
+class Insertion(Shares):
     """Insertion: the area under the curve of the class's probability while the most important features are revealed.
 
     Petsiuk et al. 2018, RISE, arXiv 1806.07421, which reveals a blurred image. ``insertion`` in [0, 1] for
@@ -199,7 +201,7 @@ class Insertion(_Shares):
         return {self.name: area(curve), "curve": curve}
 
 
-class ABPC(_Shares):
+class ABPC(Shares):
     """Area between perturbation curves, also symmetric relevance gain (SRG): masking least important features first
     should change the output little, most important ones first much.
 

@@ -18,7 +18,7 @@ from ramp_fast.errors import InputError
 from ramp_fast.metrics._maps import Sign, checked_sign, pearson, spearman, with_sign
 from ramp_fast.metrics.base import Metric, Result, Sample
 from ramp_fast.metrics.baselines import Baseline
-from ramp_fast.metrics.curves import Masking
+from ramp_fast.metrics.curves import Masking, Shares
 from ramp_fast.metrics.features import Granularity, Superpixels, kind_of_feature
 
 # Streams of random numbers: baselines are drawn from 0 on, one for each repetition.
@@ -301,7 +301,7 @@ class Infidelity(Masking):
         return torch.stack([size, place // columns, place % columns], 1)
 
 
-class Monotonicity(Masking):
+class Monotonicity(Shares):
     """Monotonicity: whether the output never falls while features are revealed, those with the smallest map first.
 
     ``monotonicity`` is 1 where it rises or stays at every step, else 0; ``rising`` is the share of steps at which it
@@ -327,23 +327,21 @@ class Monotonicity(Masking):
     name = "monotonicity"
     higher_is_better = True
     usual_baseline = "black"
+    least_steps = 2
 
     def __init__(
         self, model: nn.Module, *, steps: int = 100, sign: Sign = "absolute", tolerance: float = 1e-6, **masking: Any
     ) -> None:
-        super().__init__(model, **masking)
-        positive(self.name, "steps", steps, least=2)
+        super().__init__(model, steps=steps, **masking)
         if not 0 <= tolerance < math.inf:
             raise InputError(f"{self.name}: tolerance must be 0 or more, got {tolerance!r}")
-        self.steps, self.sign, self.tolerance = steps, checked_sign(self.name, sign), tolerance
+        self.sign, self.tolerance = checked_sign(self.name, sign), tolerance
 
     def settings(self) -> dict[str, Any]:
-        own = {"steps": self.steps, "sign": self.sign, "tolerance": self.tolerance}
-        return {**super().settings(), **own}
+        return {**super().settings(), "sign": self.sign, "tolerance": self.tolerance}
 
     def axis(self) -> dict[str, Any]:
-        shares = [s / self.steps for s in range(self.steps + 1)]
-        return {"label": "share revealed", "values": shares, "curves": ["curve"]}
+        return {**super().axis(), "label": "share revealed"}
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         features = self.granularity.of(sample.images, with_sign(sample.maps, self.sign))

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, get_num_threads
 
+from ramp_fast._checks import positive
 from ramp_fast._ranges import ranges
 from ramp_fast.errors import InputError
 from ramp_fast.ops._common import C
@@ -312,14 +313,25 @@ def copies_in_turn(
     ------
     Tensor [k, B, C, H, W]
         As :func:`masked_copies` gives them.
+
+    Raises
+    ------
+    InputError
+        As for :func:`masked_copies`, or nothing may be together. At the call, before the first range.
     """
     _check_copies(images, steps, baseline, 0, count)
-    parts = list(ranges(count, together))
+    positive("copies_in_turn", "together", together)
+    return _in_turn(images, steps, baseline, list(ranges(count, together)), reveal)
+
+
+def _in_turn(
+    images: Tensor, steps: Tensor, baseline: Tensor, parts: list[tuple[int, int]], reveal: bool
+) -> Iterator[Tensor]:
     with torch.inference_mode(False):  # whose tensors have no version
         room = _copies(images, parts[0][1] if parts else 0)
     onward = None
     if "cpu" in backends_for(images.device.type) and images.dtype in KERNEL_DTYPES and len(parts) >= _ORDERED:
-        onward = _Onward(room, steps, images if reveal else baseline, count)
+        onward = _Onward(room, steps, images if reveal else baseline, parts[-1][1])
     version, before = None, 0
     for first, last in parts:
         out = room[: last - first]

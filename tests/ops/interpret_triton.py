@@ -259,7 +259,7 @@ def main() -> None:
     # The interpreter truncates to bfloat16; compiled kernels round to nearest.
     STORE[torch.bfloat16] *= 2
     COMPUTE["attention_pullback", torch.bfloat16] *= 2
-    # a third, each operator with every pair of dtypes: neither 5 nor the number of shapes goes into it
+    # every third meets each operator with every pair of dtypes
     chosen = list(cases())[:: 1 if "--all" in sys.argv[1:] else 3]
     for name, options in chosen:
         check(name, options)

@@ -225,6 +225,13 @@ class TestCopiesInTurn:
         step = next(turns)[0]
         assert torch.equal(step == 7, steps != 1)
 
+    def test_refused_at_the_call(self) -> None:
+        images, steps, baseline = self.drawn(3, False)
+        with pytest.raises(InputError, match="together must be a positive integer, got 0"):
+            ops.copies_in_turn(images, steps, baseline, 3, 0)
+        with pytest.raises(InputError, match="steps must be int32"):
+            ops.copies_in_turn(images, steps.long(), baseline, 3, 1)
+
     def test_nothing_to_copy(self) -> None:
         images, steps, baseline = self.drawn(3, False)
         assert list(ops.copies_in_turn(images, steps, baseline, 0, 4)) == []
