@@ -2,12 +2,30 @@
 
 #include <atomic>
 #include <stdexcept>
+#ifdef RF_HAVE_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace rf {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16"};
-constexpr Isa kIsas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16};  // slowest first
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
+constexpr Isa kIsas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16,
+                         Isa::amx};  // slowest first
+
+#ifdef RF_HAVE_AMX
+// Linux gives a process the tile registers (8 KB a thread) when it asks for them.
+bool has_tiles() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
 
 bool runs_here(Isa isa) {
 #ifdef RF_HAVE_AVX2
@@ -20,7 +38,11 @@ bool runs_here(Isa isa) {
     if (isa == Isa::avx512) return avx512;
 #endif
 #ifdef RF_HAVE_AVX512BF16
-    if (isa == Isa::avx512bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+    const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (isa == Isa::avx512bf16) return avx512bf16;
+#endif
+#ifdef RF_HAVE_AMX
+    if (isa == Isa::amx) return avx512bf16 && has_tiles();
 #endif
     return isa == Isa::generic;
 }

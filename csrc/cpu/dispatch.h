@@ -8,7 +8,7 @@
 
 namespace rf {
 
-enum class Isa { generic, avx2, avx512, avx512bf16 };
+enum class Isa { generic, avx2, avx512, avx512bf16, amx };
 
 // Those compiled in that this processor runs, slowest first.
 std::vector<std::string> supported_isas();
@@ -23,6 +23,7 @@ Isa current_isa();
 #ifdef RF_HAVE_AVX2
 #define RF_CALL(kernel, args)          \
     switch (rf::current_isa()) {       \
+        case rf::Isa::amx:             \
         case rf::Isa::avx512bf16:      \
         case rf::Isa::avx512:          \
             rf::avx512::kernel(args);  \
@@ -40,12 +41,22 @@ Isa current_isa();
 
 // For kernels that multiply bfloat16.
 #ifdef RF_HAVE_AVX512BF16
-#define RF_CALL_BF16(kernel, args)                  \
+#define RF_CALL_VECTORS(kernel, args)               \
     if (rf::current_isa() == rf::Isa::avx512bf16) { \
         rf::avx512bf16::kernel(args);               \
     } else {                                        \
         RF_CALL(kernel, args);                      \
     }
 #else
-#define RF_CALL_BF16(kernel, args) RF_CALL(kernel, args)
+#define RF_CALL_VECTORS(kernel, args) RF_CALL(kernel, args)
+#endif
+#ifdef RF_HAVE_AMX
+#define RF_CALL_BF16(kernel, args)           \
+    if (rf::current_isa() == rf::Isa::amx) { \
+        rf::amx::kernel(args);               \
+    } else {                                 \
+        RF_CALL_VECTORS(kernel, args);       \
+    }
+#else
+#define RF_CALL_BF16(kernel, args) RF_CALL_VECTORS(kernel, args)
 #endif

@@ -215,4 +215,9 @@ void attention_pullback(const AttentionArgs&);
 void linear_pullback(const LinearArgs&);
 }  // namespace avx512bf16
 
+namespace amx {
+void attention_pullback(const AttentionArgs&);
+void linear_pullback(const LinearArgs&);
+}  // namespace amx
+
 }  // namespace rf

@@ -13,6 +13,9 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+#ifdef __AMX_BF16__
+#include "cpu/tiles.h"
+#endif
 
 namespace rf::RF_ISA {
 namespace {
@@ -243,10 +246,13 @@ template <class F>
 struct Linear {
     const LinearArgs& args;
     int64_t panels, chunks;     // chunks: groups of rows of one sample
+    int64_t chunk_rows;
+    int64_t task_panels;
     int64_t groups, sides;      // right-hand sides t and t + groups go together
     Statistics<F>* statistics;  // [B, rows], of the LayerNorm's input
     F *weight, *bias;           // [width], of the LayerNorm
-    double* partials;           // [tasks, T]
+    double* partials;           // [B, chunks, panels, T]
+    const char* left;           // of the kernel on tiles: [T, B, groups of rows] left tiles; null: c itself
 };
 
 // The signs that select, and what the sums are multiplied by, for `n` columns of a row of x.
@@ -271,59 +277,236 @@ RF_INLINE void prepare_row(const Linear<F>& job, const F* __restrict x, int64_t 
     for (int64_t i = 0; i < n; ++i) factor[i] = gate[i] > 0 || gate[i] < 0 ? factor[i] : F(0);
 }
 
+// Some rows of a sample, the columns of a panel.
+struct Place {
+    int64_t sample, begin, end;
+    int64_t panel, column, columns;
+    double* masses;  // [T]
+};
+
+template <class F>
+RF_INLINE Place place_of(const Linear<F>& job, int64_t sample, int64_t chunk, int64_t panel) {
+    Place at;
+    at.sample = sample;
+    at.begin = chunk * job.chunk_rows;
+    at.end = min64(at.begin + job.chunk_rows, job.args.rows);
+    at.panel = panel;
+    at.column = panel * kLinearColumns;
+    at.columns = min64(kLinearColumns, job.args.width - at.column);
+    at.masses = job.partials + ((sample * job.chunks + chunk) * job.panels + panel) * job.args.rhs;
+    for (int64_t t = 0; t < job.args.rhs; ++t) at.masses[t] = 0;
+    return at;
+}
+
+// Scales and stores a row of sums of group t, and adds its masses.
+template <class F>
+RF_INLINE void finish_row(const Linear<F>& job, int64_t row, const Place& at, const F* x,
+                          const F* __restrict factor, F* __restrict first, F* __restrict second,
+                          F* __restrict buffer, double* mass) {
+    const LinearArgs& args = job.args;
+    const int64_t n = at.columns, side_rows = job.groups * args.batch * args.rows;
+    for (int64_t s = 0; s < job.sides; ++s) {
+        const int64_t offset = (row + s * side_rows) * args.width + at.column;
+        F* __restrict sum = s == 0 ? first : second;
+        F* __restrict out = target(args.out, offset, buffer);
+        RF_SIMD
+        for (int64_t i = 0; i < n; ++i) out[i] = sum[i] *= factor[i];
+        commit(args.out, offset, n, out);
+    }
+    if (args.mass.data == nullptr) return;
+    double* second_mass = mass + job.groups;
+    if (args.contrast) {
+        add_mass<F, true>(x, first, second, n, mass, second_mass);
+    } else {
+        add_mass<F, false>(x, first, nullptr, n, mass, nullptr);
+        if (job.sides == 2) add_mass<F, false>(x, second, nullptr, n, second_mass, nullptr);
+    }
+}
+
 template <class P>
 void linear_task(int64_t index, const void* context, void*) {
     using F = typename P::Sum;
     using Coefficient = typename P::Coefficient;
     const Linear<F>& job = *static_cast<const Linear<F>*>(context);
     const LinearArgs& args = job.args;
-    const int64_t panel = index % job.panels, column = panel * kLinearColumns;
-    const int64_t n = min64(kLinearColumns, args.width - column);
-    const int64_t chunk = index / job.panels % job.chunks, b = index / job.panels / job.chunks;
-    const int64_t begin = chunk * kTaskRows<P>, end = min64(begin + kTaskRows<P>, args.rows);
+    const Place at =
+        place_of(job, index / job.panels / job.chunks, index / job.panels % job.chunks, index % job.panels);
     const int64_t side_rows = job.groups * args.batch * args.rows;
     const int64_t steps = ceil_div(args.depth, P::pack);
     const Coefficient* c = static_cast<const Coefficient*>(args.c.data);
     const typename P::Element* weights =
-        static_cast<const typename P::Element*>(args.panels.data) + panel * steps * kLinearColumns;
-    double* masses = job.partials + index * args.rhs;
-    for (int64_t t = 0; t < args.rhs; ++t) masses[t] = 0;
+        static_cast<const typename P::Element*>(args.panels.data) + at.panel * steps * kLinearColumns;
 
     F x_buffer[kRows][kLinearColumns], factor[kRows][kLinearColumns], gate[kRows][kLinearColumns];
     F sums[2][kRows][kLinearColumns], buffer[kLinearColumns];
-    for (int64_t row = begin; row < end; row += kRows) {
-        const int64_t count = min64(kRows, end - row);
+    for (int64_t row = at.begin; row < at.end; row += kRows) {
+        const int64_t count = min64(kRows, at.end - row);
         const F* x[kRows];
         for (int64_t r = 0; r < count; ++r) {
-            const int64_t x_row = b * args.rows + row + r;
-            x[r] = load(args.x, x_row * args.width + column, n, x_buffer[r]);
-            prepare_row(job, x[r], x_row, column, n, gate[r], factor[r]);
+            const int64_t x_row = at.sample * args.rows + row + r;
+            x[r] = load(args.x, x_row * args.width + at.column, at.columns, x_buffer[r]);
+            prepare_row(job, x[r], x_row, at.column, at.columns, gate[r], factor[r]);
         }
         for (int64_t t = 0; t < job.groups; ++t) {
-            const int64_t first = (t * args.batch + b) * args.rows + row;
+            const int64_t first = (t * args.batch + at.sample) * args.rows + row;
             panel_of<P>(job.sides, count, c + first * args.depth, side_rows * args.depth, args.depth, weights,
                         gate[0], sums[0][0]);
-            for (int64_t r = 0; r < count; ++r) {
-                for (int64_t s = 0; s < job.sides; ++s) {
-                    const int64_t offset = (first + s * side_rows + r) * args.width + column;
-                    F* __restrict sum = sums[s][r];
-                    F* __restrict out = target(args.out, offset, buffer);
-                    RF_SIMD
-                    for (int64_t i = 0; i < n; ++i) out[i] = sum[i] *= factor[r][i];
-                    commit(args.out, offset, n, out);
-                }
-                if (args.mass.data == nullptr) continue;
-                double *mass_p = masses + t, *mass_d = mass_p + job.groups;
-                if (args.contrast) {
-                    add_mass<F, true>(x[r], sums[0][r], sums[1][r], n, mass_p, mass_d);
-                } else {
-                    add_mass<F, false>(x[r], sums[0][r], nullptr, n, mass_p, nullptr);
-                    if (job.sides == 2) add_mass<F, false>(x[r], sums[1][r], nullptr, n, mass_d, nullptr);
-                }
-            }
+            for (int64_t r = 0; r < count; ++r)
+                finish_row(job, first + r, at, x[r], factor[r], sums[0][r], sums[1][r], buffer,
+                           at.masses + t);
         }
     }
 }
+
+#ifdef __AMX_BF16__
+// The same on tile registers, which multiply by both halves sooner than a vector could choose one. The sums of
+// both right-hand sides over both halves of 16 columns are four tiles. Coefficients and weights are bfloat16,
+// or float in three parts. The depth is taken in blocks, whose right tiles stay in a 48 KB L1 cache; left
+// tiles of a task stay in a 2 MB L2 cache, or half of them do.
+constexpr int64_t kLeftBytes = 1 << 19;
+constexpr int64_t kTaskGroups = 16;  // of rows
+constexpr int64_t kTaskPanels = 4;
+
+template <int parts>
+constexpr int64_t kBlockSteps = parts == 1 ? 16 : 10;
+
+using TileSums = float[2][2][kTileRows][kLinearColumns];  // [side, W+ | W-, row, column]
+
+template <int parts>
+RF_INLINE void store_halves(char* to, const __m512i (&w)[parts]) {
+    // The highest part has the sign. A negative bfloat16 is a negative 16-bit integer.
+    const __mmask32 positive = _mm512_cmpgt_epi16_mask(w[0], _mm512_setzero_si512());
+    const __mmask32 negative = _mm512_movepi16_mask(w[0]);
+    for (int p = 0; p < parts; ++p) {
+        const __m512i flipped = _mm512_xor_si512(w[p], _mm512_set1_epi32(static_cast<int>(0x80008000u)));
+        _mm512_store_si512(to + 2 * p * kTileBytes, _mm512_maskz_mov_epi16(positive, w[p]));
+        _mm512_store_si512(to + (2 * p + 1) * kTileBytes, _mm512_maskz_mov_epi16(negative, flipped));
+    }
+}
+
+// Right tiles of 16 columns of W+ and W- for steps [begin, end): [step, part, W+ | W-]. `panel` points at the
+// first of the columns.
+template <int parts>
+void split_panel(const float* panel, int64_t depth, int64_t begin, int64_t end, char* to) {
+    for (int64_t pair = begin * kTileRows; pair < end * kTileRows; ++pair) {
+        __m512i w[parts] = {};
+        if constexpr (parts == 1) {
+            if (2 * pair < depth) w[0] = _mm512_loadu_si512(panel + pair * kLinearColumns);
+        } else if (2 * pair < depth) {
+            const float* row = panel + 2 * pair * kLinearColumns;
+            const bool last = 2 * pair + 1 == depth;
+            __m512i first[3], second[3];
+            split_float(_mm512_loadu_ps(row), first);
+            split_float(last ? _mm512_setzero_ps() : _mm512_loadu_ps(row + kLinearColumns), second);
+            for (int p = 0; p < 3; ++p) w[p] = pair_rows(first[p], second[p]);
+        }
+        const int64_t step = pair / kTileRows - begin;
+        store_halves<parts>(to + step * 2 * kStepBytes<parts> + pair % kTileRows * 64, w);
+    }
+}
+
+// Adds steps [begin, end) to the sums of a panel, of the right-hand sides of group t.
+template <int parts, bool both>
+void sum_tiles(const Linear<float>& job, const Place& at, int64_t t, int64_t begin, int64_t end,
+               TileRegisters& tiles, char* weights, TileSums* sums) {
+    const LinearArgs& args = job.args;
+    const int64_t steps = ceil_div(args.depth, kTileDepth), row_groups = ceil_div(args.rows, kTileRows);
+    const int64_t element = parts == 1 ? 2 : 4, lines = parts == 1 ? ceil_div(args.depth, 2) : args.depth;
+    const int64_t samples[2] = {t * args.batch + at.sample, (t + job.groups) * args.batch + at.sample};
+    const auto left = [&](int64_t side, int64_t row) {
+        if (job.left != nullptr) {
+            const int64_t group = samples[side] * row_groups + row / kTileRows;
+            return LeftTiles{job.left + (group * steps + begin) * kStepBytes<parts>, 64, kStepBytes<parts>};
+        }
+        const char* c = static_cast<const char*>(args.c.data);
+        const int64_t first = (samples[side] * args.rows + row) * args.depth + begin * kTileDepth;
+        return LeftTiles{c + first * element, args.depth * element, kTileDepth * element};
+    };
+    const float* panel = static_cast<const float*>(args.panels.data) + at.panel * lines * kLinearColumns;
+    constexpr int64_t stride = kLinearColumns * sizeof(float);
+    for (int64_t column = 0; column < kLinearColumns; column += kTileColumns) {
+        split_panel<parts>(panel + column, args.depth, begin, end, weights);
+        for (int64_t row = at.begin; row < at.end; row += kTileRows) {
+            const int64_t count = min64(kTileRows, at.end - row);
+            TileSums& to = sums[(row - at.begin) / kTileRows];
+            tiles.set(count, both ? count : 0);
+            if (begin == 0) {
+                clear_sums();
+            } else {
+                _tile_loadd(0, &to[0][0][0][column], stride);
+                _tile_loadd(1, &to[0][1][0][column], stride);
+                if (both) _tile_loadd(2, &to[1][0][0][column], stride);
+                if (both) _tile_loadd(3, &to[1][1][0][column], stride);
+            }
+            add_products<parts, both>(left(0, row), left(both ? 1 : 0, row), {weights}, end - begin);
+            _tile_stored(0, &to[0][0][0][column], stride);
+            _tile_stored(1, &to[0][1][0][column], stride);
+            if (both) _tile_stored(2, &to[1][0][0][column], stride);
+            if (both) _tile_stored(3, &to[1][1][0][column], stride);
+        }
+    }
+}
+
+// Chooses from the sums of a panel and finishes its rows.
+RF_INLINE void finish_tiles(const Linear<float>& job, const Place& at, int64_t t, TileSums* sums) {
+    const LinearArgs& args = job.args;
+    float x_buffer[kLinearColumns], gate[kLinearColumns], factor[kLinearColumns], buffer[kLinearColumns];
+    for (int64_t row = at.begin; row < at.end; ++row) {
+        const int64_t x_row = at.sample * args.rows + row;
+        const float* x = load(args.x, x_row * args.width + at.column, at.columns, x_buffer);
+        prepare_row(job, x, x_row, at.column, at.columns, gate, factor);
+        TileSums& of_row = sums[(row - at.begin) / kTileRows];
+        const int64_t r = (row - at.begin) % kTileRows;
+        for (int64_t s = 0; s < job.sides; ++s) {
+            float* __restrict positive = of_row[s][0][r];
+            const float* __restrict negative = of_row[s][1][r];
+            RF_SIMD
+            for (int64_t i = 0; i < kLinearColumns; ++i) positive[i] = gate[i] > 0 ? positive[i] : negative[i];
+        }
+        finish_row(job, (t * args.batch + at.sample) * args.rows + row, at, x, factor, of_row[0][0][r],
+                   of_row[1][0][r], buffer, at.masses + t);
+    }
+}
+
+// Some rows of a sample and some panels. Scratch: right tiles, then the sums of every panel.
+template <int parts>
+void tiles_task(int64_t index, const void* context, void* scratch) {
+    const Linear<float>& job = *static_cast<const Linear<float>*>(context);
+    const int64_t steps = ceil_div(job.args.depth, kTileDepth), row_groups = job.chunk_rows / kTileRows;
+    const int64_t panel_groups = ceil_div(job.panels, job.task_panels);
+    const int64_t chunk = index / panel_groups % job.chunks, sample = index / panel_groups / job.chunks;
+    const int64_t first = index % panel_groups * job.task_panels;
+    const int64_t count = min64(job.task_panels, job.panels - first);
+    char* weights = static_cast<char*>(scratch);
+    TileSums* sums = reinterpret_cast<TileSums*>(weights + kBlockSteps<parts> * 2 * kStepBytes<parts>);
+    Place places[kTaskPanels];
+    for (int64_t i = 0; i < count; ++i) places[i] = place_of(job, sample, chunk, first + i);
+    // Left tiles of a range of steps stay in a 2 MB L2 cache beside the sums while the panels pass by.
+    int64_t range = kLeftBytes / (row_groups * 2 * kStepBytes<parts>) / kBlockSteps<parts>;
+    range = (range < 1 ? 1 : range) * kBlockSteps<parts>;
+    for (int64_t t = 0; t < job.groups; ++t) {
+        TileRegisters tiles;
+        for (int64_t start = 0; start < steps; start += range)
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t begin = start; begin < min64(start + range, steps); begin += kBlockSteps<parts>)
+                    (job.sides == 2 ? sum_tiles<parts, true> : sum_tiles<parts, false>)(
+                        job, places[i], t, begin, min64(begin + kBlockSteps<parts>, steps), tiles, weights,
+                        sums + i * row_groups);
+        for (int64_t i = 0; i < count; ++i) finish_tiles(job, places[i], t, sums + i * row_groups);
+    }
+}
+
+// Left tiles of a group of rows.
+template <int parts>
+void left_task(int64_t index, const void* context, void*) {
+    const Linear<float>& job = *static_cast<const Linear<float>*>(context);
+    const LinearArgs& args = job.args;
+    const int64_t groups = ceil_div(args.rows, kTileRows), group = index % groups, sample = index / groups;
+    const int64_t first = sample * args.rows + group * kTileRows;
+    pack_left<parts>(args.c.data, first, min64(kTileRows, args.rows - group * kTileRows), args.depth,
+                     const_cast<char*>(job.left) + index * ceil_div(args.depth, kTileDepth) * kStepBytes<parts>);
+}
+#endif
 
 template <class F>
 void statistics_task(int64_t row, const void* context, void* scratch) {
@@ -333,21 +516,40 @@ void statistics_task(int64_t row, const void* context, void* scratch) {
     job.statistics[row] = row_statistics(x, width, job.args.eps);
 }
 
-template <class P>
-void run(const LinearArgs& args) {
-    using F = typename P::Sum;
-    const int64_t panels = ceil_div(args.width, kLinearColumns), chunks = ceil_div(args.rows, kTaskRows<P>);
-    const int64_t tasks = args.batch * chunks * panels, rows = args.batch * args.rows;
+// How a kernel splits the work.
+struct Kernel {
+    int64_t chunk_rows, task_panels;
+    Task task;
+    std::size_t scratch_bytes;
+    Task pack;  // of left tiles, or null
+    int64_t left_bytes;
+};
+
+template <class F>
+void run(const LinearArgs& args, const Kernel& kernel) {
+    const int64_t panels = ceil_div(args.width, kLinearColumns);
+    const int64_t chunks = ceil_div(args.rows, kernel.chunk_rows);
+    const int64_t tasks = args.batch * chunks * ceil_div(panels, kernel.task_panels);
+    const int64_t rows = args.batch * args.rows;
     const bool pairs = args.rhs % 2 == 0;
     static_assert(sizeof(Statistics<F>) <= 3 * sizeof(double), "Partials holds them");
-    Partials partials(tasks * args.rhs), statistics(args.norm ? 3 * rows : 0);
+    Partials partials(args.batch * chunks * panels * args.rhs), statistics(args.norm ? 3 * rows : 0);
     Partials parameters(args.norm ? 2 * args.width : 0);
     F* weight = reinterpret_cast<F*>(parameters.data());
-    const Linear<F> job{args,           panels,
-                        chunks,         pairs ? args.rhs / 2 : args.rhs,
-                        pairs ? 2 : 1,  reinterpret_cast<Statistics<F>*>(statistics.data()),
-                        weight,         weight + args.width,
-                        partials.data()};
+    const Scratch left(static_cast<std::size_t>(kernel.left_bytes));
+    const Linear<F> job{args,
+                        panels,
+                        chunks,
+                        kernel.chunk_rows,
+                        kernel.task_panels,
+                        pairs ? args.rhs / 2 : args.rhs,
+                        pairs ? 2 : 1,
+                        reinterpret_cast<Statistics<F>*>(statistics.data()),
+                        weight,
+                        weight + args.width,
+                        partials.data(),
+                        left.data()};
+    const int64_t work = args.rhs * rows * args.width * args.depth;
     if (args.norm) {
         for (int64_t i = 0; i < args.width; ++i) {
             job.weight[i] = args.weight.data ? load_one<F>(args.weight, i) : F(1);
@@ -356,15 +558,45 @@ void run(const LinearArgs& args) {
         parallel_for(rows, rows * args.width, args.threads, statistics_task<F>, &job,
                      static_cast<std::size_t>(args.width) * sizeof(F));
     }
-    parallel_for(tasks, args.rhs * rows * args.width * args.depth, args.threads, linear_task<P>, &job, 0);
+    if (kernel.pack != nullptr)
+        parallel_for(args.rhs * args.batch * ceil_div(args.rows, 16), args.rhs * rows * args.depth, args.threads,
+                     kernel.pack, &job, 0);
+    parallel_for(tasks, work, args.threads, kernel.task, &job, kernel.scratch_bytes);
     if (args.mass.data)
         store_masses(args.mass, 0, args.rhs, args.batch, job.partials, chunks * panels, args.rhs);
 }
+
+template <class P>
+void run(const LinearArgs& args) {
+    run<typename P::Sum>(args, {kTaskRows<P>, 1, linear_task<P>, 0, nullptr, 0});
+}
+
+#ifdef __AMX_BF16__
+template <int parts>
+void run_on_tiles(const LinearArgs& args) {
+    if (args.rows == 0 || args.depth == 0) return run<Pair512>(args);
+    const int64_t steps = ceil_div(args.depth, kTileDepth), groups = ceil_div(args.rows, kTileRows);
+    const int64_t chunk = ceil_div(groups, ceil_div(groups, kTaskGroups));
+    const int64_t panels = ceil_div(args.width, kLinearColumns), chunks = ceil_div(groups, chunk);
+    // As many panels as leave every thread four tasks.
+    int64_t task_panels = args.batch * chunks * panels / (4 * (args.threads > 1 ? args.threads : 1));
+    task_panels = task_panels < 1 ? 1 : min64(task_panels, kTaskPanels);
+    const bool as_is = parts == 1 && args.depth % kTileDepth == 0;
+    const int64_t scratch = kBlockSteps<parts> * 2 * kStepBytes<parts> +
+                            task_panels * chunk * static_cast<int64_t>(sizeof(TileSums));
+    run<float>(args, {chunk * kTileRows, task_panels, tiles_task<parts>, static_cast<std::size_t>(scratch),
+                      as_is ? nullptr : left_task<parts>,
+                      as_is ? 0 : args.rhs * args.batch * groups * steps * kStepBytes<parts>});
+}
+#endif
 
 }  // namespace
 
 void linear_pullback(const LinearArgs& args) {
     if (args.panels.dtype == DType::f64) return run<Number<double>>(args);
+#ifdef __AMX_BF16__
+    return args.panels.dtype == DType::bf16 ? run_on_tiles<1>(args) : run_on_tiles<3>(args);
+#endif
 #ifdef __AVX512BF16__
     if (args.panels.dtype == DType::bf16) return run<Pair512>(args);
 #else

@@ -109,6 +109,15 @@ void parallel_for(std::int64_t count, std::int64_t work, int threads, Task task,
         gomp_parallel(run, &loop, static_cast<unsigned>(threads), 0);
 }
 
+Scratch::Scratch(std::size_t bytes)
+    : data_(bytes == 0 ? nullptr : static_cast<char*>(::operator new(bytes, std::align_val_t(kAlignment)))) {
+    if (bytes > 0 && poisons_scratch) std::memset(data_, 0xff, bytes);
+}
+
+Scratch::~Scratch() {
+    ::operator delete(data_, std::align_val_t(kAlignment));
+}
+
 Partials::Partials(std::int64_t count) : data_(new double[count]) {
     for (std::int64_t i = 0; i < count; ++i) data_[i] = std::numeric_limits<double>::quiet_NaN();
 }

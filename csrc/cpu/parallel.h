@@ -35,6 +35,19 @@ constexpr std::size_t kGuard = 0;
 #endif
 void guard(char* begin, char* end);
 
+// Scratch that all tasks share, uninitialised (or NaN) and aligned to 64.
+class Scratch {
+  public:
+    explicit Scratch(std::size_t bytes);
+    ~Scratch();
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    char* data() const { return data_; }
+
+  private:
+    char* data_;
+};
+
 // Scratch for partial sums, full of NaN: a slot that was never written shows in the result.
 class Partials {
   public:

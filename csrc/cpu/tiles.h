@@ -1,0 +1,171 @@
+// Products of bfloat16 on tile registers (AMX): one micro-kernel, and float32 operands as three bfloat16 parts.
+//
+// x = high + middle + low, each the rest rounded to bfloat16, is exact. Of the nine products of parts of two
+// numbers the three smallest, together below 2^-25 of the whole, are left out; the six others are summed in
+// float32.
+//
+// The sums are those of a float32 product within float32's own rounding. Numbers below 2^-126 count as zero.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/block.h"
+
+namespace rf::RF_ISA {
+namespace {
+
+constexpr int64_t kTileRows = 16;    // of sums and of the left operand
+constexpr int64_t kTileColumns = 16;  // of sums and of the right operand
+constexpr int64_t kTileDepth = 32;    // summed in one step
+constexpr int64_t kTileBytes = 1024;
+
+template <int parts>
+constexpr int64_t kStepBytes = parts* kTileBytes;
+
+// Left tiles of one group of up to 16 rows: rows `stride` bytes apart, part p of step s at
+// data + s step + p kTileBytes.
+struct LeftTiles {
+    const char* data;
+    int64_t stride, step;
+};
+
+// Right tiles of two groups of 16 columns, 64 bytes a row: part p of group g of step s at
+// data + ((s parts + p) 2 + g) kTileBytes.
+struct RightTiles {
+    const char* data;
+};
+
+// The tile registers while a task runs: 0 to 3 sums [left group][right group], 4 and 5 left, 6 and 7 right.
+class TileRegisters {
+  public:
+    TileRegisters() { set(kTileRows, kTileRows); }
+    ~TileRegisters() { _tile_release(); }
+    TileRegisters(const TileRegisters&) = delete;
+    TileRegisters& operator=(const TileRegisters&) = delete;
+
+    // Rows of the two left groups, 0 to 16.
+    void set(int64_t first, int64_t second) {
+        if (first == rows_[0] && second == rows_[1]) return;
+        rows_[0] = first;
+        rows_[1] = second;
+        alignas(64) unsigned char config[64] = {1};
+        const int64_t rows[8] = {first, first, second, second, first, second, kTileRows, kTileRows};
+        for (int i = 0; i < 8; ++i) {
+            config[16 + 2 * i] = 64;                                              // bytes of a row
+            config[48 + i] = static_cast<unsigned char>(rows[i] > 0 ? rows[i] : 1);
+        }
+        _tile_loadconfig(config);
+    }
+
+  private:
+    int64_t rows_[2] = {-1, -1};
+};
+
+template <bool both, int part>
+RF_INLINE void load_left(const LeftTiles& first, const LeftTiles& second, int64_t s) {
+    _tile_loadd(4, first.data + s * first.step + part * kTileBytes, first.stride);
+    if (both) _tile_loadd(5, second.data + s * second.step + part * kTileBytes, second.stride);
+}
+
+template <int parts, int part>
+RF_INLINE void load_right(const RightTiles& right, int64_t s) {
+    const char* at = right.data + (s * parts + part) * 2 * kTileBytes;
+    _tile_loadd(6, at, 64);
+    _tile_loadd(7, at + kTileBytes, 64);
+}
+
+template <bool both>
+RF_INLINE void multiply_tiles() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (both) {
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+// Adds the products of `steps` steps to the sums; `both` groups of rows, or the first.
+template <int parts, bool both>
+RF_INLINE void add_products(const LeftTiles& first, const LeftTiles& second, const RightTiles& right,
+                            int64_t steps) {
+    static_assert(parts == 1 || parts == 3);
+    for (int64_t s = 0; s < steps; ++s) {
+        if constexpr (parts == 3) {
+            load_left<both, 2>(first, second, s);
+            load_right<3, 0>(right, s);
+            multiply_tiles<both>();
+            load_left<both, 1>(first, second, s);
+            multiply_tiles<both>();
+            load_right<3, 1>(right, s);
+            multiply_tiles<both>();
+            load_left<both, 0>(first, second, s);
+            multiply_tiles<both>();
+            load_right<3, 2>(right, s);
+            multiply_tiles<both>();
+            load_right<3, 0>(right, s);
+            multiply_tiles<both>();
+        } else {
+            load_left<both, 0>(first, second, s);
+            load_right<1, 0>(right, s);
+            multiply_tiles<both>();
+        }
+    }
+}
+
+RF_INLINE void clear_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+RF_INLINE __m512 widen(__m512i high_halves) { return (__m512)high_halves; }
+
+// The parts of 16 numbers, each in the high half of 32 bits. What rounds to infinity has no other parts.
+RF_INLINE void split_float(__m512 x, __m512i parts[3]) {
+    constexpr int infinite = 0x08 | 0x10 | 0x01 | 0x80;  // infinities and NaN
+    for (int p = 0; p < 3; ++p) {
+        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
+        parts[p] = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+        x = _mm512_sub_ps(x, widen(parts[p]));
+        x = _mm512_mask_mov_ps(x, _mm512_fpclass_ps_mask(widen(parts[p]), infinite), _mm512_setzero_ps());
+    }
+}
+
+// Two rows of a right tile as one: the low half of 32 bits is the first row's number.
+RF_INLINE __m512i pair_rows(__m512i first, __m512i second) {
+    return _mm512_or_si512(_mm512_srli_epi32(first, 16), second);
+}
+
+// The two halves of a row of a left tile.
+RF_INLINE void store_left(char* to, __m512i low, __m512i high) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(low, 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16)));
+}
+
+// Left tiles of `count` <= 16 rows from row `first` of data [rows, depth] on, zero where there is no number:
+// bfloat16, or with three parts float.
+template <int parts>
+void pack_left(const void* data, int64_t first, int64_t count, int64_t depth, char* to) {
+    const int64_t steps = ceil_div(depth, kTileDepth);
+    for (int64_t r = 0; r < count; ++r)
+        for (int64_t s = 0; s < steps; ++s) {
+            const int64_t at = (first + r) * depth + s * kTileDepth;
+            const auto mask =
+                static_cast<std::uint32_t>((std::uint64_t{1} << min64(depth - s * kTileDepth, kTileDepth)) - 1);
+            char* row = to + s * kStepBytes<parts> + r * 64;
+            if constexpr (parts == 1) {
+                const auto* from = static_cast<const std::uint16_t*>(data) + at;
+                _mm512_storeu_si512(row, _mm512_maskz_loadu_epi16(mask, from));
+            } else {
+                const float* from = static_cast<const float*>(data) + at;
+                __m512i low[3], high[3];
+                split_float(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from), low);
+                split_float(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + 16), high);
+                for (int p = 0; p < 3; ++p) store_left(row + p * kTileBytes, low[p], high[p]);
+            }
+        }
+}
+
+}  // namespace
+}  // namespace rf::RF_ISA
