@@ -152,7 +152,13 @@ class Matrix:
         dtype = str(weight.dtype).removeprefix("torch.")
         self.packed = _onednn(weight)
         self.nbytes = weight.numel() * weight.element_size()
-        if self.packed:
+        self.width = weight.shape[0]
+        self.tiles: Tensor | None = None
+        if self.packed and ops.has_tiles():
+            self.tiles = ops.pack_tiles(weight)
+            self.nbytes = self.tiles.numel() * self.tiles.element_size()
+            self.kernel = f"product-{dtype}"
+        elif self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
             self.kernel = f"onednn-{dtype}"
         else:
@@ -160,6 +166,8 @@ class Matrix:
             self.kernel = f"aten-{dtype}"
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.tiles is not None:
+            return ops.product(x, self.tiles, self.bias, self.width)
         if self.packed and x.numel():
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return y

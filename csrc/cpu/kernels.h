@@ -69,6 +69,16 @@ struct LinearArgs {
     int threads;
 };
 
+// out[r, i] = sum_k x[r, k] W[i, k] + bias[i], sums in float; W in tiles, zero where there is no number (tiles.h)
+struct ProductArgs {
+    std::int64_t rows, depth, width;
+    Operand x;      // [rows, depth], bfloat16 or float
+    Operand tiles;  // [panels, steps, parts, 2, 16, 32], bfloat16: one part, or three for float x
+    Operand bias;   // [width], float, or absent
+    Operand out;    // [rows, width], bfloat16 or float
+    int threads;
+};
+
 // out = c * factor; with `gate` 2 c where factor > 0, else 0
 // With n_scale the rows are pairs (P, D = P - N), and N is multiplied by it as well.
 struct ScaleArgs {
@@ -218,6 +228,7 @@ void linear_pullback(const LinearArgs&);
 namespace amx {
 void attention_pullback(const AttentionArgs&);
 void linear_pullback(const LinearArgs&);
+void product(const ProductArgs&);  // there is no other
 }  // namespace amx
 
 }  // namespace rf

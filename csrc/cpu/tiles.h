@@ -84,12 +84,20 @@ RF_INLINE void multiply_tiles() {
     }
 }
 
+// Lines of memory to fetch into the L2 cache while products run, some in every step.
+struct Ahead {
+    const char *at, *end;
+    int64_t step;  // bytes
+};
+
 // Adds the products of `steps` steps to the sums; `both` groups of rows, or the first.
 template <int parts, bool both>
 RF_INLINE void add_products(const LeftTiles& first, const LeftTiles& second, const RightTiles& right,
-                            int64_t steps) {
+                            int64_t steps, Ahead ahead = {}) {
     static_assert(parts == 1 || parts == 3);
     for (int64_t s = 0; s < steps; ++s) {
+        const char* until = ahead.at + ahead.step < ahead.end ? ahead.at + ahead.step : ahead.end;
+        for (; ahead.at < until; ahead.at += 64) _mm_prefetch(ahead.at, _MM_HINT_T1);
         if constexpr (parts == 3) {
             load_left<both, 2>(first, second, s);
             load_right<3, 0>(right, s);

@@ -16,7 +16,7 @@ from ramp_fast.ops._registry import BACKENDS, forced_backend, set_backend, unava
 from ramp_fast.ops.activation import affine_factor, gelu_factor
 from ramp_fast.ops.attention import attention_pullback, softmax_pullback
 from ramp_fast.ops.junction import junction, merge_junction
-from ramp_fast.ops.linear import linear_norm_pullback, linear_pullback, pack_panels
+from ramp_fast.ops.linear import has_tiles, linear_norm_pullback, linear_pullback, pack_panels, pack_tiles, product
 from ramp_fast.ops.masking import copies_in_turn, mask_steps, masked_copies
 from ramp_fast.ops.max_pool import max_pool_pullback
 from ramp_fast.ops.norm import norm_pullback
@@ -31,6 +31,7 @@ __all__ = [
     "forced_backend",
     "gate",
     "gelu_factor",
+    "has_tiles",
     "junction",
     "linear_norm_pullback",
     "linear_pullback",
@@ -42,6 +43,8 @@ __all__ = [
     "merge_junction",
     "norm_pullback",
     "pack_panels",
+    "pack_tiles",
+    "product",
     "rescale",
     "rescale_parts",
     "scale_by",

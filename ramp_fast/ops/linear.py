@@ -180,3 +180,92 @@ def linear_norm_pullback(
         As :func:`ramp_fast.ops.mass` of (x, c).
     """
     return _linear_norm_pullback(c, panels, x, weight, bias, eps, contrast)  # type: ignore[no-any-return]
+
+
+def has_tiles() -> bool:
+    """Whether :func:`product` has a kernel here: the processor has tile registers (AMX) and nothing forbids them."""
+    return "cpu" in backends_for("cpu") and C.active_isa() == "amx"
+
+
+# Rows and columns of a tile of bfloat16: 16 pairs of rows, 16 columns of pairs.
+_PAIRS, _TILE = 16, 16
+_STEP = 2 * _PAIRS
+
+
+def pack_tiles(weight: Tensor) -> Tensor:
+    """Weights ``[I, K]`` (outputs, inputs), float32 or bfloat16, for :func:`product`.
+
+    Returns
+    -------
+    Tensor [ceil(I / 32), ceil(K / 32), 1 or 3, 2, 16, 32], bfloat16
+        Panels of 32 outputs, steps of 32 inputs; of float32 three parts, whose sum is the weight; two halves of the
+        outputs; pairs of inputs side by side. Zero where there is no weight.
+    """
+    width, depth = weight.shape
+    rest = F.pad(weight, (0, -depth % _STEP, 0, -width % COLUMNS))
+    parts = []
+    for _ in range(1 if weight.dtype == torch.bfloat16 else 3):
+        parts.append(rest.to(torch.bfloat16))
+        rest = rest - parts[-1]
+        rest = torch.where(parts[-1].isfinite(), rest, 0)  # what rounds to infinity has no other parts
+    panels, steps = rest.shape[0] // COLUMNS, rest.shape[1] // _STEP
+    stacked = torch.stack(parts).view(len(parts), panels, 2, _TILE, steps, _PAIRS, 2)
+    return stacked.permute(1, 4, 0, 2, 5, 3, 6).reshape(panels, steps, len(parts), 2, _PAIRS, 2 * _TILE)
+
+
+def unpack_tiles(tiles: Tensor, depth: int, width: int) -> Tensor:
+    """The weights ``[I, K]`` in ``tiles``, as float32."""
+    panels, steps = tiles.shape[:2]
+    weight = tiles.float().flip(2).sum(2).view(panels, steps, 2, _PAIRS, _TILE, 2)  # the parts' sum is exact
+    return weight.permute(0, 2, 4, 1, 3, 5).reshape(panels * COLUMNS, steps * _STEP)[:width, :depth]
+
+
+def product_equation(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    return F.linear(x.float(), unpack_tiles(tiles, x.shape[-1], width), bias).to(x.dtype)
+
+
+def _product_fake(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], width))
+
+
+def _product_cpu(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    if not has_tiles() or x.numel() == 0 or width == 0:
+        return product_equation(x, tiles, bias, width)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty((rows.shape[0], width), dtype=x.dtype)
+    bias = None if bias is None else bias.contiguous()
+    C.product(rows, tiles.contiguous(), bias, out, get_num_threads())
+    return out.view(*x.shape[:-1], width)
+
+
+_product = register(
+    "product(Tensor x, Tensor tiles, Tensor? bias, int width) -> Tensor",
+    reference=product_equation,
+    fake=_product_fake,
+    cpu=_product_cpu,
+)
+
+
+def product(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    """``x W^T + bias`` on tile registers (AMX), which multiply bfloat16 and sum in float32.
+
+    float32 operands are split into three bfloat16 parts and the six largest products of parts summed, which is exact to
+    float32's own rounding. A row's result does not depend on the other rows.
+
+    Parameters
+    ----------
+    x : Tensor [..., K]
+        float32 or bfloat16.
+    tiles : Tensor
+        ``pack_tiles`` of the weight [I, K] in the dtype of ``x``.
+    bias : Tensor [I], optional
+        float32.
+    width : int
+        I.
+
+    Returns
+    -------
+    Tensor [..., I]
+        In the dtype of ``x``.
+    """
+    return _product(x, tiles, bias, width)  # type: ignore[no-any-return]

@@ -1,0 +1,149 @@
+// y = x W^T + b on tile registers. Operands are bfloat16, or float in three bfloat16 parts (tiles.h): faster than
+// float arithmetic on vectors and as exact. Only compiled where there are tile registers.
+//
+// A sum takes ranges of the depth in order, whatever task or tile it is in.
+#include "cpu/tiles.h"
+
+namespace rf::RF_ISA {
+namespace {
+
+constexpr int64_t kPairRows = 2 * kTileRows;  // of sums that the tile registers hold, 32 x 32
+constexpr int64_t kTaskPairs = 13;  // at most
+constexpr int64_t kTaskPanels = 4;
+// Of left tiles, which stay in a 2 MB L2 cache while the panels of a task pass by.
+constexpr int64_t kLeftBytes = 1 << 20;
+
+using Sums = float[kPairRows][kLinearColumns];
+
+struct Job {
+    const ProductArgs& args;
+    int64_t steps, groups, panels;  // groups of 16 rows
+    int64_t task_pairs, range;      // pairs of groups of rows of a task, and steps that it takes at a time
+    char* left;                             // [groups, steps, part, 16, 32]; null: x itself
+};
+
+template <int parts>
+void pack_task(int64_t group, const void* context, void*) {
+    const Job& job = *static_cast<const Job*>(context);
+    const int64_t first = group * kTileRows;
+    pack_left<parts>(job.args.x.data, first, min64(kTileRows, job.args.rows - first), job.args.depth,
+                     job.left + group * job.steps * kStepBytes<parts>);
+}
+
+template <int parts>
+RF_INLINE LeftTiles left_tiles(const Job& job, int64_t row, int64_t step) {
+    if (job.left != nullptr)
+        return {job.left + (row / kTileRows * job.steps + step) * kStepBytes<parts>, 64, kStepBytes<parts>};
+    const auto* x = static_cast<const std::uint16_t*>(job.args.x.data);
+    return {reinterpret_cast<const char*>(x + row * job.args.depth + step * kTileDepth), 2 * job.args.depth,
+            2 * kTileDepth};
+}
+
+template <int parts>
+RF_INLINE RightTiles right_tiles(const Job& job, int64_t panel, int64_t step) {
+    return {static_cast<const char*>(job.args.tiles.data) + (panel * job.steps + step) * 2 * kStepBytes<parts>};
+}
+
+// Steps [begin, end) of a panel.
+struct Stretch {
+    int64_t panel, begin, end;
+};
+
+// Adds a stretch to the sums of its panel and a pair of groups of rows.
+template <int parts>
+RF_INLINE void add_range(const Job& job, TileRegisters& tiles, int64_t row, const Stretch& at, Sums& sums,
+                         const Ahead& ahead) {
+    const int64_t count = min64(kPairRows, job.args.rows - row);
+    const bool both = count > kTileRows;
+    tiles.set(min64(count, kTileRows), both ? count - kTileRows : 0);
+    constexpr int64_t stride = sizeof(sums[0]);
+    if (at.begin == 0) {
+        clear_sums();
+    } else {
+        _tile_loadd(0, &sums[0][0], stride);
+        _tile_loadd(1, &sums[0][kTileColumns], stride);
+        if (both) _tile_loadd(2, &sums[kTileRows][0], stride);
+        if (both) _tile_loadd(3, &sums[kTileRows][kTileColumns], stride);
+    }
+    const LeftTiles first = left_tiles<parts>(job, row, at.begin);
+    const RightTiles right = right_tiles<parts>(job, at.panel, at.begin);
+    if (both)
+        add_products<parts, true>(first, left_tiles<parts>(job, row + kTileRows, at.begin), right,
+                                  at.end - at.begin, ahead);
+    else
+        add_products<parts, false>(first, first, right, at.end - at.begin, ahead);
+    _tile_stored(0, &sums[0][0], stride);
+    _tile_stored(1, &sums[0][kTileColumns], stride);
+    if (both) _tile_stored(2, &sums[kTileRows][0], stride);
+    if (both) _tile_stored(3, &sums[kTileRows][kTileColumns], stride);
+}
+
+template <int parts>
+void product_task(int64_t index, const void* context, void* scratch) {
+    const Job& job = *static_cast<const Job*>(context);
+    const ProductArgs& args = job.args;
+    const int64_t panel_groups = ceil_div(job.panels, kTaskPanels);
+    const int64_t first = index % panel_groups * kTaskPanels, last = min64(first + kTaskPanels, job.panels);
+    const int64_t top = index / panel_groups * job.task_pairs * kPairRows;
+    const int64_t bottom = min64(top + job.task_pairs * kPairRows, args.rows);
+    const int64_t pairs = ceil_div(bottom - top, kPairRows);
+    Sums* sums = static_cast<Sums*>(scratch);
+    TileRegisters tiles;
+    for (Stretch now{first, 0, min64(job.range, job.steps)}; now.begin < job.steps;) {
+        // The next stretch is fetched meanwhile: another panel, or the first one further on.
+        Stretch next{now.panel + 1, now.begin, now.end};
+        if (next.panel == last) next = {first, now.end, min64(now.end + job.range, job.steps)};
+        const char* at = right_tiles<parts>(job, next.panel, next.begin).data;
+        const char* end = at + (next.end - next.begin) * 2 * kStepBytes<parts>;
+        const int64_t lines = ceil_div(ceil_div((end - at) / 64, pairs), now.end - now.begin);
+        for (int64_t pair = 0; pair < pairs; ++pair) {
+            const Ahead ahead{at + pair * lines * 64 * (now.end - now.begin), end, lines * 64};
+            add_range<parts>(job, tiles, top + pair * kPairRows, now,
+                             sums[(now.panel - first) * job.task_pairs + pair], ahead);
+        }
+        now = next;
+    }
+    for (int64_t panel = first; panel < last; ++panel) {
+        const int64_t column = panel * kLinearColumns, n = min64(kLinearColumns, args.width - column);
+        float bias[kLinearColumns] = {}, buffer[kLinearColumns];
+        if (args.bias.data != nullptr)
+            for (int64_t i = 0; i < n; ++i) bias[i] = static_cast<const float*>(args.bias.data)[column + i];
+        for (int64_t row = top; row < bottom; ++row) {
+            const int64_t pair = (row - top) / kPairRows;
+            const float* __restrict sum =
+                sums[(panel - first) * job.task_pairs + pair][(row - top) % kPairRows];
+            float* __restrict out = target(args.out, row * args.width + column, buffer);
+            RF_SIMD
+            for (int64_t i = 0; i < n; ++i) out[i] = sum[i] + bias[i];
+            commit(args.out, row * args.width + column, n, out);
+        }
+    }
+}
+
+template <int parts>
+void run(const ProductArgs& args) {
+    Job job{args,
+            ceil_div(args.depth, kTileDepth),
+            ceil_div(args.rows, kTileRows),
+            ceil_div(args.width, kLinearColumns),
+            1,
+            1,
+            nullptr};
+    const int64_t pairs = ceil_div(args.rows, kPairRows), chunks = ceil_div(pairs, kTaskPairs);
+    if (chunks > 0) job.task_pairs = ceil_div(pairs, chunks);
+    job.range = kLeftBytes / (2 * job.task_pairs * kStepBytes<parts>);
+    const bool as_is = parts == 1 && args.depth % kTileDepth == 0;
+    const Scratch left(as_is ? 0 : static_cast<std::size_t>(job.groups * job.steps * kStepBytes<parts>));
+    job.left = left.data();
+    if (!as_is) parallel_for(job.groups, args.rows * args.depth, args.threads, pack_task<parts>, &job, 0);
+    parallel_for(chunks * ceil_div(job.panels, kTaskPanels), args.rows * args.depth * args.width, args.threads,
+                 product_task<parts>, &job, kTaskPanels * static_cast<std::size_t>(job.task_pairs) * sizeof(Sums));
+}
+
+}  // namespace
+
+void product(const ProductArgs& args) {
+    args.x.dtype == DType::bf16 ? run<1>(args) : run<3>(args);
+}
+
+}  // namespace rf::RF_ISA
