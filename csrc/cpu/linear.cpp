@@ -363,7 +363,6 @@ void linear_task(int64_t index, const void* context, void*) {
 // both right-hand sides over both halves of 16 columns are four tiles. Coefficients and weights are bfloat16,
 // or float in three parts. The depth is taken in blocks, whose right tiles stay in a 48 KB L1 cache; left
 // tiles of a task stay in a 2 MB L2 cache, or half of them do.
-constexpr int64_t kLeftBytes = 1 << 19;
 constexpr int64_t kTaskGroups = 16;  // of rows
 constexpr int64_t kTaskPanels = 4;
 
@@ -405,21 +404,26 @@ void split_panel(const float* panel, int64_t depth, int64_t begin, int64_t end, 
     }
 }
 
+// The steps that come after these, and which share of their left tiles to fetch meanwhile.
+struct Next {
+    int64_t begin, end, index, count;
+};
+
 // Adds steps [begin, end) to the sums of a panel, of the right-hand sides of group t.
 template <int parts, bool both>
 void sum_tiles(const Linear<float>& job, const Place& at, int64_t t, int64_t begin, int64_t end,
-               TileRegisters& tiles, char* weights, TileSums* sums) {
+               const Next& next, TileRegisters& tiles, char* weights, TileSums* sums) {
     const LinearArgs& args = job.args;
     const int64_t steps = ceil_div(args.depth, kTileDepth), row_groups = ceil_div(args.rows, kTileRows);
     const int64_t element = parts == 1 ? 2 : 4, lines = parts == 1 ? ceil_div(args.depth, 2) : args.depth;
     const int64_t samples[2] = {t * args.batch + at.sample, (t + job.groups) * args.batch + at.sample};
-    const auto left = [&](int64_t side, int64_t row) {
+    const auto left = [&](int64_t side, int64_t row, int64_t step) {
         if (job.left != nullptr) {
             const int64_t group = samples[side] * row_groups + row / kTileRows;
-            return LeftTiles{job.left + (group * steps + begin) * kStepBytes<parts>, 64, kStepBytes<parts>};
+            return LeftTiles{job.left + (group * steps + step) * kStepBytes<parts>, 64, kStepBytes<parts>};
         }
         const char* c = static_cast<const char*>(args.c.data);
-        const int64_t first = (samples[side] * args.rows + row) * args.depth + begin * kTileDepth;
+        const int64_t first = (samples[side] * args.rows + row) * args.depth + step * kTileDepth;
         return LeftTiles{c + first * element, args.depth * element, kTileDepth * element};
     };
     const float* panel = static_cast<const float*>(args.panels.data) + at.panel * lines * kLinearColumns;
@@ -438,7 +442,13 @@ void sum_tiles(const Linear<float>& job, const Place& at, int64_t t, int64_t beg
                 if (both) _tile_loadd(2, &to[1][0][0][column], stride);
                 if (both) _tile_loadd(3, &to[1][1][0][column], stride);
             }
-            add_products<parts, both>(left(0, row), left(both ? 1 : 0, row), {weights}, end - begin);
+            // P's rows for the next range are fetched beside one half of the columns, D's beside the other.
+            const LeftTiles then = left(both && column > 0 ? 1 : 0, row, next.begin);
+            const bool packed = job.left != nullptr;
+            const Ahead ahead(then.data, packed ? 1 : count, (next.end - next.begin) * then.step, then.stride,
+                              next.index, next.count);
+            add_products<parts, both>(left(0, row, begin), left(both ? 1 : 0, row, begin), {weights}, end - begin,
+                                      ahead, {});
             _tile_stored(0, &to[0][0][0][column], stride);
             _tile_stored(1, &to[0][1][0][column], stride);
             if (both) _tile_stored(2, &to[1][0][0][column], stride);
@@ -482,16 +492,16 @@ void tiles_task(int64_t index, const void* context, void* scratch) {
     Place places[kTaskPanels];
     for (int64_t i = 0; i < count; ++i) places[i] = place_of(job, sample, chunk, first + i);
     // Left tiles of a range of steps stay in a 2 MB L2 cache beside the sums while the panels pass by.
-    int64_t range = kLeftBytes / (row_groups * 2 * kStepBytes<parts>) / kBlockSteps<parts>;
-    range = (range < 1 ? 1 : range) * kBlockSteps<parts>;
+    const int64_t range = kBlockSteps<parts>;
     for (int64_t t = 0; t < job.groups; ++t) {
         TileRegisters tiles;
-        for (int64_t start = 0; start < steps; start += range)
-            for (int64_t i = 0; i < count; ++i)
-                for (int64_t begin = start; begin < min64(start + range, steps); begin += kBlockSteps<parts>)
-                    (job.sides == 2 ? sum_tiles<parts, true> : sum_tiles<parts, false>)(
-                        job, places[i], t, begin, min64(begin + kBlockSteps<parts>, steps), tiles, weights,
-                        sums + i * row_groups);
+        for (int64_t begin = 0; begin < steps; begin += range)
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t end = min64(begin + range, steps), then = end % steps;
+                (job.sides == 2 ? sum_tiles<parts, true> : sum_tiles<parts, false>)(
+                    job, places[i], t, begin, end, {then, min64(then + range, steps), i, count}, tiles, weights,
+                    sums + i * row_groups);
+            }
         for (int64_t i = 0; i < count; ++i) finish_tiles(job, places[i], t, sums + i * row_groups);
     }
 }

@@ -8,9 +8,9 @@ namespace rf::RF_ISA {
 namespace {
 
 constexpr int64_t kPairRows = 2 * kTileRows;  // of sums that the tile registers hold, 32 x 32
-constexpr int64_t kTaskPairs = 13;  // at most
-constexpr int64_t kTaskPanels = 4;
-// Of left tiles, which stay in a 2 MB L2 cache while the panels of a task pass by.
+constexpr int64_t kTaskPairs = 7;  // at most
+constexpr int64_t kTaskPanels = 16;
+// Of left tiles: they stay in a 2 MB L2 cache while the panels of a task pass by, and the next ones come.
 constexpr int64_t kLeftBytes = 1 << 20;
 
 using Sums = float[kPairRows][kLinearColumns];
@@ -49,10 +49,20 @@ struct Stretch {
     int64_t panel, begin, end;
 };
 
+// Share `index` of `count` of the left tiles of a pair of groups of rows.
+template <int parts>
+RF_INLINE Ahead left_ahead(const Job& job, int64_t row, const Stretch& at, int64_t index, int64_t count) {
+    if (job.steps <= job.range) return {};  // they stay where they are
+    const LeftTiles tiles = left_tiles<parts>(job, row, at.begin);
+    const int64_t rows = min64(kPairRows, job.args.rows - row), bytes = (at.end - at.begin) * tiles.step;
+    if (job.left == nullptr) return {tiles.data, rows, bytes, tiles.stride, index, count};
+    return {tiles.data, ceil_div(rows, kTileRows), bytes, job.steps * kStepBytes<parts>, index, count};
+}
+
 // Adds a stretch to the sums of its panel and a pair of groups of rows.
 template <int parts>
 RF_INLINE void add_range(const Job& job, TileRegisters& tiles, int64_t row, const Stretch& at, Sums& sums,
-                         const Ahead& ahead) {
+                         const Ahead& next_left, const Ahead& next_right) {
     const int64_t count = min64(kPairRows, job.args.rows - row);
     const bool both = count > kTileRows;
     tiles.set(min64(count, kTileRows), both ? count - kTileRows : 0);
@@ -69,9 +79,9 @@ RF_INLINE void add_range(const Job& job, TileRegisters& tiles, int64_t row, cons
     const RightTiles right = right_tiles<parts>(job, at.panel, at.begin);
     if (both)
         add_products<parts, true>(first, left_tiles<parts>(job, row + kTileRows, at.begin), right,
-                                  at.end - at.begin, ahead);
+                                  at.end - at.begin, next_left, next_right);
     else
-        add_products<parts, false>(first, first, right, at.end - at.begin, ahead);
+        add_products<parts, false>(first, first, right, at.end - at.begin, next_left, next_right);
     _tile_stored(0, &sums[0][0], stride);
     _tile_stored(1, &sums[0][kTileColumns], stride);
     if (both) _tile_stored(2, &sums[kTileRows][0], stride);
@@ -90,16 +100,20 @@ void product_task(int64_t index, const void* context, void* scratch) {
     Sums* sums = static_cast<Sums*>(scratch);
     TileRegisters tiles;
     for (Stretch now{first, 0, min64(job.range, job.steps)}; now.begin < job.steps;) {
-        // The next stretch is fetched meanwhile: another panel, or the first one further on.
         Stretch next{now.panel + 1, now.begin, now.end};
         if (next.panel == last) next = {first, now.end, min64(now.end + job.range, job.steps)};
-        const char* at = right_tiles<parts>(job, next.panel, next.begin).data;
-        const char* end = at + (next.end - next.begin) * 2 * kStepBytes<parts>;
-        const int64_t lines = ceil_div(ceil_div((end - at) / 64, pairs), now.end - now.begin);
+        // Meanwhile the next stretch is fetched, and the left tiles of the next range while the panels pass by;
+        // after the last one, what the next task of this thread probably begins with.
+        const Stretch start{(first + args.threads * kTaskPanels) % job.panels, 0, min64(job.range, job.steps)};
+        const Stretch then = next.begin == job.steps ? start : next;
+        const Stretch range{first, now.end % job.steps, min64(now.end % job.steps + job.range, job.steps)};
+        const char* right = right_tiles<parts>(job, then.panel, then.begin).data;
         for (int64_t pair = 0; pair < pairs; ++pair) {
-            const Ahead ahead{at + pair * lines * 64 * (now.end - now.begin), end, lines * 64};
-            add_range<parts>(job, tiles, top + pair * kPairRows, now,
-                             sums[(now.panel - first) * job.task_pairs + pair], ahead);
+            const int64_t row = top + pair * kPairRows;
+            add_range<parts>(
+                job, tiles, row, now, sums[(now.panel - first) * job.task_pairs + pair],
+                left_ahead<parts>(job, row, range, now.panel - first, last - first),
+                Ahead(right, 1, (then.end - then.begin) * 2 * kStepBytes<parts>, 0, pair, pairs));
         }
         now = next;
     }
@@ -131,7 +145,9 @@ void run(const ProductArgs& args) {
             nullptr};
     const int64_t pairs = ceil_div(args.rows, kPairRows), chunks = ceil_div(pairs, kTaskPairs);
     if (chunks > 0) job.task_pairs = ceil_div(pairs, chunks);
-    job.range = kLeftBytes / (2 * job.task_pairs * kStepBytes<parts>);
+    // Left tiles that fit in one go are not taken in ranges.
+    const int64_t step_bytes = 2 * job.task_pairs * kStepBytes<parts>;
+    job.range = job.steps * step_bytes <= 2 * kLeftBytes ? job.steps : kLeftBytes / step_bytes;
     const bool as_is = parts == 1 && args.depth % kTileDepth == 0;
     const Scratch left(as_is ? 0 : static_cast<std::size_t>(job.groups * job.steps * kStepBytes<parts>));
     job.left = left.data();

@@ -84,20 +84,48 @@ RF_INLINE void multiply_tiles() {
     }
 }
 
-// Lines of memory to fetch into the L2 cache while products run, some in every step.
-struct Ahead {
-    const char *at, *end;
-    int64_t step;  // bytes
+// Memory to fetch into the L2 cache while products run: share `index` of `count` of rows `stride` bytes apart.
+// Reading a line from further away takes as long as a few products, and nothing else hides it: tiles are read
+// from several places at a time.
+class Ahead {
+  public:
+    Ahead() = default;
+    Ahead(const char* data, int64_t rows, int64_t row_bytes, int64_t stride, int64_t index, int64_t count)
+        : row_(ceil_div(row_bytes, 64)), skip_(stride - 64 * row_) {
+        const int64_t lines = rows * row_, first = lines * index / count;
+        left_ = lines * (index + 1) / count - first;
+        if (left_ == 0) return;
+        in_row_ = row_ - first % row_;
+        at_ = data + first / row_ * stride + first % row_ * 64;
+    }
+    int64_t lines() const { return left_; }
+    void fetch(int64_t lines) {
+        for (int64_t n = min64(lines, left_); n > 0; --n) {
+            _mm_prefetch(at_, _MM_HINT_T1);
+            at_ += 64;
+            --left_;
+            if (--in_row_ == 0) {
+                at_ += skip_;
+                in_row_ = row_;
+            }
+        }
+    }
+
+  private:
+    const char* at_ = nullptr;
+    int64_t row_ = 0, skip_ = 0, left_ = 0, in_row_ = 0;
 };
 
 // Adds the products of `steps` steps to the sums; `both` groups of rows, or the first.
 template <int parts, bool both>
 RF_INLINE void add_products(const LeftTiles& first, const LeftTiles& second, const RightTiles& right,
-                            int64_t steps, Ahead ahead = {}) {
+                            int64_t steps, Ahead next_left, Ahead next_right) {
     static_assert(parts == 1 || parts == 3);
+    const int64_t left_lines = ceil_div(next_left.lines(), steps);
+    const int64_t right_lines = ceil_div(next_right.lines(), steps);
     for (int64_t s = 0; s < steps; ++s) {
-        const char* until = ahead.at + ahead.step < ahead.end ? ahead.at + ahead.step : ahead.end;
-        for (; ahead.at < until; ahead.at += 64) _mm_prefetch(ahead.at, _MM_HINT_T1);
+        next_left.fetch(left_lines);
+        next_right.fetch(right_lines);
         if constexpr (parts == 3) {
             load_left<both, 2>(first, second, s);
             load_right<3, 0>(right, s);
