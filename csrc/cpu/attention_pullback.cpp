@@ -3,18 +3,23 @@
 //
 // Products run on register tiles of kRows x kVectors vectors. An operand element is one number, or where the
 // processor multiplies bfloat16 and the coefficients are bfloat16, a pair of them along the summed axis.
-// Scores and softmax are always float (double).
+// Scores and softmax are always float (double). With tile registers those of pairs run on them.
 #include "cpu/mass.h"
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+#ifdef __AMX_BF16__
+#include "cpu/tiles.h"
 #endif
 
 namespace rf::RF_ISA {
 namespace {
 
 // Accumulators, one row of the right operand and a broadcast fill the vector registers.
-#if defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+constexpr int kRows = 8, kVectors = 3;  // as many rows as divide those of TilePair
+#elif defined(__AVX512F__)
 constexpr int kRows = 6, kVectors = 4;
 #elif defined(__AVX__)
 constexpr int kRows = 6, kVectors = 2;
@@ -38,6 +43,9 @@ struct Single {
     using ElementVector = SumVector;
     static constexpr int64_t lanes = kVectorBytes / sizeof(F);
     static constexpr int64_t pack = 1;
+    static constexpr int64_t rows = kRows;   // of queries at a time
+    static constexpr int64_t align = lanes;  // of depths and widths
+    static constexpr bool tiled = false;
 
     static RF_INLINE void multiply_add(SumVector& sum, Element a, ElementVector b) { sum += b * a; }
     // Elements along a row of n numbers.
@@ -59,6 +67,9 @@ struct Pair {
     typedef std::uint32_t ElementVector __attribute__((vector_size(kVectorBytes), may_alias));
     static constexpr int64_t lanes = kVectorBytes / 4;
     static constexpr int64_t pack = 2;
+    static constexpr int64_t rows = kRows;
+    static constexpr int64_t align = lanes;
+    static constexpr bool tiled = false;
 
     static RF_INLINE void multiply_add(SumVector& sum, Element a, ElementVector b) {
         sum = (SumVector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
@@ -80,6 +91,53 @@ struct Pair {
         }
     }
 };
+#endif
+
+#ifdef __AMX_BF16__
+struct TilePair : Pair {
+    static constexpr int64_t rows = 2 * kTileRows;
+    static constexpr int64_t align = kTileDepth;
+    static constexpr bool tiled = true;
+};
+
+// out [rows, width] = or += left [rows, pairs] right [pairs, width] on tile registers: whole tiles.
+template <bool add>
+void tile_product(int64_t rows, int64_t width, int64_t pairs, const std::uint32_t* left, int64_t left_stride,
+                  const std::uint32_t* right, int64_t stride, float* out, int64_t out_stride) {
+    const int64_t out_bytes = 4 * out_stride, left_bytes = 4 * left_stride, bytes = 4 * stride;
+    for (int64_t r = 0; r < rows; r += 2 * kTileRows) {
+        const bool rows_2 = r + kTileRows < rows;
+        for (int64_t j = 0; j < width; j += 2 * kTileColumns) {
+            const bool columns_2 = j + kTileColumns < width;
+            float* to = out + r * out_stride + j;
+            float* below = to + kTileRows * out_stride;
+            if (add) {
+                _tile_loadd(0, to, out_bytes);
+                if (columns_2) _tile_loadd(1, to + kTileColumns, out_bytes);
+                if (rows_2) _tile_loadd(2, below, out_bytes);
+                if (rows_2 && columns_2) _tile_loadd(3, below + kTileColumns, out_bytes);
+            } else {
+                clear_sums();
+            }
+            for (int64_t k = 0; k < pairs; k += kTileRows) {
+                const std::uint32_t* a = left + r * left_stride + k;
+                const std::uint32_t* b = right + k * stride + j;
+                _tile_loadd(4, a, left_bytes);
+                if (rows_2) _tile_loadd(5, a + kTileRows * left_stride, left_bytes);
+                _tile_loadd(6, b, bytes);
+                if (columns_2) _tile_loadd(7, b + kTileColumns, bytes);
+                _tile_dpbf16ps(0, 4, 6);
+                if (columns_2) _tile_dpbf16ps(1, 4, 7);
+                if (rows_2) _tile_dpbf16ps(2, 5, 6);
+                if (rows_2 && columns_2) _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, to, out_bytes);
+            if (columns_2) _tile_stored(1, to + kTileColumns, out_bytes);
+            if (rows_2) _tile_stored(2, below, out_bytes);
+            if (rows_2 && columns_2) _tile_stored(3, below + kTileColumns, out_bytes);
+        }
+    }
+}
 #endif
 
 // Element (row r, place k along the summed axis) is at data[r row + k step].
@@ -129,6 +187,10 @@ __attribute__((noinline)) void tile(Left<P> left, const typename P::Element* rig
 template <class P, bool add>
 void product(int64_t rows, int64_t width, int64_t depth, Left<P> left, const typename P::Element* right,
              int64_t stride, typename P::Sum* out, int64_t out_stride) {
+#ifdef __AMX_BF16__
+    if constexpr (P::tiled)
+        return tile_product<add>(rows, width, depth, left.data, left.row, right, stride, out, out_stride);
+#endif
     for (int64_t r = 0; r < rows; r += kRows) {
         const Left<P> group{left.data + r * left.row, left.row, left.step};
         typename P::Sum* to = out + r * out_stride;
@@ -149,7 +211,7 @@ void product(int64_t rows, int64_t width, int64_t depth, Left<P> left, const typ
 struct Job {
     const AttentionArgs& args;
     int64_t sides;     // right-hand sides of one group: P and D, or one
-    int64_t depth;     // D padded to whole vectors
+    int64_t depth;     // D padded to whole vectors (tiles)
     int64_t parts;     // columns of [K+], or [K+ | K-]
     int64_t keys;      // M padded to whole vectors and tiles
     int64_t key_rows;  // M padded to whole tiles
@@ -160,13 +222,13 @@ struct Job {
 template <class P>
 Job plan(const AttentionArgs& args, double* partials) {
     Job job{args, args.contrast ? 2 : 1, 0, 0, 0, 0, 0, partials};
-    job.depth = round_up(args.width, P::lanes);
+    job.depth = round_up(args.width, P::align);
     job.parts = args.gated ? job.depth : 2 * job.depth;
-    job.key_rows = round_up(args.keys, kRows);
-    job.keys = round_up(job.key_rows, P::lanes);
+    job.key_rows = round_up(args.keys, P::rows);
+    job.keys = round_up(job.key_rows, P::align);
     const int64_t rows = kBlockScores / (job.keys > 0 ? job.keys : 1);
-    const int64_t blocks = ceil_div(args.queries, rows > 4 * kRows ? rows : 4 * kRows);
-    job.block = round_up(ceil_div(args.queries, blocks > 0 ? blocks : 1), kRows);
+    const int64_t blocks = ceil_div(args.queries, rows > 4 * P::rows ? rows : 4 * P::rows);
+    job.block = round_up(ceil_div(args.queries, blocks > 0 ? blocks : 1), P::rows);
     return job;
 }
 
@@ -179,15 +241,15 @@ struct Scratch {
     F* keys_t;     // [D, keys]                K^T
     E* values_t;   // [depth / pack, keys]     2 V+^T
     E* key_parts;  // [keys / pack, parts]     K+ | K-
-    F* raw;        // [kRows, depth]           rows as they are loaded
-    F* rows;       // [kRows, parts]           rows being prepared
-    F* query;      // [kRows, depth]           scale q
-    E* gated;      // [kRows, depth / pack]    g, along rows
-    F* weights;    // [kRows, keys]            S, then A
-    F* factors;    // [kRows, keys]            sign(S) A + softmax(|S|)
-    F* c_a;        // [sides, kRows, keys]
-    E* c_s;        // [kRows, keys / pack]     along rows
-    F* c_query;    // [sides, kRows, parts]
+    F* raw;        // [rows, depth]           rows as they are loaded
+    F* rows;       // [rows, parts]           rows being prepared
+    F* query;      // [rows, depth]           scale q
+    E* gated;      // [rows, depth / pack]    g, along rows
+    F* weights;    // [rows, keys]            S, then A
+    F* factors;    // [rows, keys]            sign(S) A + softmax(|S|)
+    F* c_a;        // [sides, rows, keys]
+    E* c_s;        // [rows, keys / pack]     along rows
+    F* c_query;    // [sides, rows, parts]
     F* out_row;    // [sides, depth]
     // Blocks of query rows, elements across rows.
     E* a_block;    // [block / pack, keys]
@@ -196,21 +258,25 @@ struct Scratch {
     E* q_block;    // [block / pack, parts]    Qs+ | Qs-
     F* sum_v;      // [T, key_rows, depth]
     F* sum_k;      // [T, key_rows, parts]
+    // On tiles, whose left operands have elements along rows.
+    E* turned;     // [parts, block / pack]
+    F* sum_v_t;      // [T, depth, keys]         c_V^T
+    F* sum_k_t;     // [T, parts, keys]         c_K^T
 
     Scratch(char* base, const Job& job) {
         const int64_t rhs = job.args.rhs, block = job.block / P::pack;
         take(base, keys_t, job.args.width * job.keys);
         take(base, values_t, job.depth / P::pack * job.keys);
         take(base, key_parts, job.keys / P::pack * job.parts);
-        take(base, raw, kRows * job.depth);
-        take(base, rows, kRows * job.parts);
-        take(base, query, kRows * job.depth);
-        take(base, gated, kRows * job.depth / P::pack);
-        take(base, weights, kRows * job.keys);
-        take(base, factors, kRows * job.keys);
-        take(base, c_a, job.sides * kRows * job.keys);
-        take(base, c_s, kRows * job.keys / P::pack);
-        take(base, c_query, job.sides * kRows * job.parts);
+        take(base, raw, P::rows * job.depth);
+        take(base, rows, P::rows * job.parts);
+        take(base, query, P::rows * job.depth);
+        take(base, gated, P::rows * job.depth / P::pack);
+        take(base, weights, P::rows * job.keys);
+        take(base, factors, P::rows * job.keys);
+        take(base, c_a, job.sides * P::rows * job.keys);
+        take(base, c_s, P::rows * job.keys / P::pack);
+        take(base, c_query, job.sides * P::rows * job.parts);
         take(base, out_row, job.sides * job.depth);
         take(base, a_block, block * job.keys);
         take(base, c_s_block, rhs * block * job.keys);
@@ -218,6 +284,9 @@ struct Scratch {
         take(base, q_block, block * job.parts);
         take(base, sum_v, rhs * job.key_rows * job.depth);
         take(base, sum_k, rhs * job.key_rows * job.parts);
+        take(base, turned, P::tiled ? job.parts * block : 0);
+        take(base, sum_v_t, P::tiled ? rhs * job.depth * job.keys : 0);
+        take(base, sum_k_t, P::tiled ? rhs * job.parts * job.keys : 0);
     }
 
   private:
@@ -259,10 +328,57 @@ RF_INLINE void split_parts(const F* __restrict x, int64_t n, F factor, int64_t d
     }
 }
 
+#ifdef __AVX512F__
+// The transpose of 16 x 16 elements of 32 bits: pairs of rows, then fours, then quarters of vectors.
+inline void transpose_16(const void* in, int64_t stride, void* out, int64_t out_stride) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+        a[i] = _mm512_loadu_si512(static_cast<const std::uint32_t*>(in) + i * stride);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        std::uint32_t* to = static_cast<std::uint32_t*>(out) + i * out_stride;
+        _mm512_storeu_si512(to, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512(to + 4 * out_stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_storeu_si512(to + 8 * out_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        _mm512_storeu_si512(to + 12 * out_stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
+#endif
+
 // out [columns, out_stride] = the transpose of columns of in [count, stride]
 template <class E>
 RF_INLINE void transpose(const E* __restrict in, int64_t count, int64_t stride, int64_t columns,
                          E* __restrict out, int64_t out_stride) {
+#ifdef __AVX512F__
+    if constexpr (sizeof(E) == 4) {
+        if (count % 16 == 0 && columns % 16 == 0) {
+            for (int64_t c = 0; c < columns; c += 16)
+                for (int64_t r = 0; r < count; r += 16)
+                    transpose_16(in + r * stride + c, stride, out + c * out_stride + r, out_stride);
+            return;
+        }
+    }
+#endif
     for (int64_t c = 0; c < columns; ++c)
         for (int64_t r = 0; r < count; ++r) out[c * out_stride + r] = in[r * stride + c];
 }
@@ -271,8 +387,8 @@ template <class P>
 void prepare_keys(const Job& job, const Scratch<P>& at, int64_t b, int64_t h) {
     using F = typename P::Sum;
     const AttentionArgs& args = job.args;
-    for (int64_t start = 0; start < job.keys; start += kRows) {
-        const int64_t padded = min64(kRows, job.keys - start);
+    for (int64_t start = 0; start < job.keys; start += P::rows) {
+        const int64_t padded = min64(P::rows, job.keys - start);
         for (int64_t r = 0; r < padded; ++r) {
             F* to = at.raw + r * job.depth;
             clear(to, job.depth);
@@ -404,7 +520,7 @@ RF_INLINE void finish_row(const Job& job, const StridedOperand& out, const F* x,
     add_mass<F, contrast>(x, results[0], results[1], args.width, masses + t, masses + t + args.rhs / 2);
 }
 
-// kRows rows of queries from `first` on: scores, their coefficients, c_Q, and the operands that c_K and c_V
+// P::rows rows of queries from `first` on: scores, their coefficients, c_Q, and the operands that c_K and c_V
 // need, at `row` of the block.
 template <class P, bool contrast>
 void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int64_t first, int64_t row,
@@ -412,10 +528,10 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
     using F = typename P::Sum;
     using E = typename P::Element;
     const AttentionArgs& args = job.args;
-    const int64_t count = min64(kRows, args.queries - first);
+    const int64_t count = min64(P::rows, args.queries - first);
     const int64_t depth = job.depth, keys = job.keys, parts = job.parts, half = args.rhs / 2;
     const F scale = static_cast<F>(args.scale);
-    for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t r = 0; r < P::rows; ++r) {
         F* query = at.query + r * depth;
         clear(query, depth);
         clear(at.rows + r * parts, parts);
@@ -425,12 +541,12 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
         for (int64_t i = 0; i < args.width; ++i) query[i] = scale * q[i];
         split_parts(q, args.width, scale, depth, parts, at.rows + r * parts);
     }
-    for (int64_t r = 0; r < kRows; r += P::pack)
+    for (int64_t r = 0; r < P::rows; r += P::pack)
         P::across_rows(at.rows + r * parts, parts, parts, at.q_block + (row + r) / P::pack * parts);
 
     F* scores = at.c_a;
-    product<Single<F>, false>(kRows, keys, args.width, {at.query, depth, 1}, at.keys_t, keys, scores, keys);
-    for (int64_t r = 0; r < kRows; ++r) {
+    product<Single<F>, false>(P::rows, keys, args.width, {at.query, depth, 1}, at.keys_t, keys, scores, keys);
+    for (int64_t r = 0; r < P::rows; ++r) {
         F *weight = at.weights + r * keys, *factor = at.factors + r * keys;
         if (r < count) {
             softmax_row(scores + r * keys, args.keys, keys, weight, factor);
@@ -439,13 +555,13 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
             clear(factor, keys);
         }
     }
-    for (int64_t r = 0; r < kRows; r += P::pack)
+    for (int64_t r = 0; r < P::rows; r += P::pack)
         P::across_rows(at.weights + r * keys, keys, keys, at.a_block + (row + r) / P::pack * keys);
 
     for (int64_t t = 0; t < (contrast ? half : args.rhs); ++t) {
         for (int64_t side = 0; side < job.sides; ++side) {
             const int64_t rhs = t + side * half;
-            for (int64_t r = 0; r < kRows; ++r) {
+            for (int64_t r = 0; r < P::rows; ++r) {
                 F* g = at.rows + r * depth;
                 clear(g, depth);
                 if (r >= count) continue;
@@ -461,38 +577,67 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
                 }
             }
             E* g_block = at.g_block + (rhs * job.block + row) / P::pack * depth;
-            for (int64_t r = 0; r < kRows; ++r) {
+            for (int64_t r = 0; r < P::rows; ++r) {
                 P::along_row(at.rows + r * depth, depth, at.gated + r * depth / P::pack);
                 if (r % P::pack == 0)
                     P::across_rows(at.rows + r * depth, depth, depth, g_block + r / P::pack * depth);
             }
-            product<P, false>(kRows, keys, depth / P::pack, {at.gated, depth / P::pack, 1}, at.values_t, keys,
-                              at.c_a + side * kRows * keys, keys);
+            product<P, false>(P::rows, keys, depth / P::pack, {at.gated, depth / P::pack, 1}, at.values_t, keys,
+                              at.c_a + side * P::rows * keys, keys);
         }
         for (int64_t r = 0; r < count; ++r) {
             F* p = at.c_a + r * keys;
-            scores_row<F, contrast>(at.weights + r * keys, at.factors + r * keys, keys, p, p + kRows * keys,
+            scores_row<F, contrast>(at.weights + r * keys, at.factors + r * keys, keys, p, p + P::rows * keys,
                                     masses + t, masses + t + half);
         }
         for (int64_t side = 0; side < job.sides; ++side) {
-            const F* c_s = at.c_a + side * kRows * keys;
+            const F* c_s = at.c_a + side * P::rows * keys;
             E* block = at.c_s_block + ((t + side * half) * job.block + row) / P::pack * keys;
-            for (int64_t r = 0; r < kRows; r += P::pack)
+            for (int64_t r = 0; r < P::rows; r += P::pack)
                 P::across_rows(c_s + r * keys, keys, keys, block + r / P::pack * keys);
             const E* left = block;
             if (P::pack > 1) {
-                for (int64_t r = 0; r < kRows; ++r)
+                for (int64_t r = 0; r < P::rows; ++r)
                     P::along_row(c_s + r * keys, keys, at.c_s + r * keys / P::pack);
                 left = at.c_s;
             }
-            product<P, false>(kRows, parts, keys / P::pack, {left, keys / P::pack, 1}, at.key_parts, parts,
-                              at.c_query + side * kRows * parts, parts);
+            product<P, false>(P::rows, parts, keys / P::pack, {left, keys / P::pack, 1}, at.key_parts, parts,
+                              at.c_query + side * P::rows * parts, parts);
         }
         for (int64_t r = 0; r < count; ++r) {
             const F* q = load(args.q.operand, offset(args.q, 0, b, h, first + r), args.width, at.raw);
             finish_row<F, contrast>(job, args.c_q, q, scale < 0 ? F(-1) : F(1), 2 * scale,
-                                    at.c_query + r * parts, kRows * parts, !args.gated, t, b, h, first + r,
+                                    at.c_query + r * parts, P::rows * parts, !args.gated, t, b, h, first + r,
                                     at.raw + depth, at.out_row, masses + 2 * args.rhs);
+        }
+    }
+}
+
+// The sums of a block for c_V and c_K.
+template <class P>
+RF_INLINE void add_block(const Job& job, const Scratch<P>& at, int64_t rows) {
+    const int64_t pairs = job.block / P::pack;
+    if constexpr (P::tiled) {
+        // c_V^T = g^T A and c_K^T = Q^T c_S: A and c_S lie as right operands.
+        const auto turn = [&](const typename P::Element* block, int64_t width) {
+            transpose(block, rows / P::pack, width, width, at.turned, pairs);
+            return Left<P>{at.turned, pairs, 1};
+        };
+        for (int64_t t = 0; t < job.args.rhs; ++t)
+            product<P, true>(job.depth, job.keys, rows / P::pack, turn(at.g_block + t * pairs * job.depth, job.depth),
+                             at.a_block, job.keys, at.sum_v_t + t * job.depth * job.keys, job.keys);
+        const Left<P> queries = turn(at.q_block, job.parts);
+        for (int64_t t = 0; t < job.args.rhs; ++t)
+            product<P, true>(job.parts, job.keys, rows / P::pack, queries, at.c_s_block + t * pairs * job.keys, job.keys,
+                             at.sum_k_t + t * job.parts * job.keys, job.keys);
+    } else {
+        for (int64_t t = 0; t < job.args.rhs; ++t) {
+            product<P, true>(job.key_rows, job.depth, rows / P::pack, {at.a_block, 1, job.keys},
+                             at.g_block + t * pairs * job.depth, job.depth,
+                             at.sum_v + t * job.key_rows * job.depth, job.depth);
+            product<P, true>(job.key_rows, job.parts, rows / P::pack,
+                             {at.c_s_block + t * pairs * job.keys, 1, job.keys}, at.q_block, job.parts,
+                             at.sum_k + t * job.key_rows * job.parts, job.parts);
         }
     }
 }
@@ -507,20 +652,29 @@ void head(int64_t index, const void* context, void* scratch) {
     double* masses = job.partials + index * kMasses * args.rhs;
     for (int64_t i = 0; i < kMasses * args.rhs; ++i) masses[i] = 0;
 
+#ifdef __AMX_BF16__
+    const TileRegisters tiles;
+#endif
     prepare_keys(job, at, b, h);
-    clear(at.sum_v, args.rhs * job.key_rows * job.depth);
-    clear(at.sum_k, args.rhs * job.key_rows * job.parts);
+    if (P::tiled) {
+        clear(at.sum_v_t, args.rhs * job.keys * job.depth);
+        clear(at.sum_k_t, args.rhs * job.keys * job.parts);
+    } else {
+        clear(at.sum_v, args.rhs * job.key_rows * job.depth);
+        clear(at.sum_k, args.rhs * job.key_rows * job.parts);
+    }
     for (int64_t start = 0; start < args.queries; start += job.block) {
-        const int64_t rows = round_up(min64(job.block, args.queries - start), kRows);
-        for (int64_t row = 0; row < rows; row += kRows)
+        const int64_t rows = round_up(min64(job.block, args.queries - start), P::rows);
+        for (int64_t row = 0; row < rows; row += P::rows)
             query_rows<P, contrast>(job, at, b, h, start + row, row, masses);
+        add_block(job, at, rows);
+    }
+    if (P::tiled) {
         for (int64_t t = 0; t < args.rhs; ++t) {
-            product<P, true>(job.key_rows, job.depth, rows / P::pack, {at.a_block, 1, job.keys},
-                             at.g_block + t * job.block / P::pack * job.depth, job.depth,
-                             at.sum_v + t * job.key_rows * job.depth, job.depth);
-            product<P, true>(job.key_rows, job.parts, rows / P::pack,
-                             {at.c_s_block + t * job.block / P::pack * job.keys, 1, job.keys}, at.q_block,
-                             job.parts, at.sum_k + t * job.key_rows * job.parts, job.parts);
+            transpose(at.sum_v_t + t * job.depth * job.keys, job.depth, job.keys, job.key_rows,
+                      at.sum_v + t * job.key_rows * job.depth, job.depth);
+            transpose(at.sum_k_t + t * job.parts * job.keys, job.parts, job.keys, job.key_rows,
+                      at.sum_k + t * job.key_rows * job.parts, job.parts);
         }
     }
     for (int64_t j = 0; j < args.keys; ++j) {
@@ -559,7 +713,10 @@ void attention_pullback(const AttentionArgs& args) {
     bool wide = false;
     for (DType dtype : dtypes) wide = wide || dtype == DType::f64;
     if (wide) run<Single<double>>(args);
-#ifdef __AVX512BF16__
+#if defined(__AMX_BF16__)
+    else if (args.c.operand.dtype == DType::bf16)
+        run<TilePair>(args);
+#elif defined(__AVX512BF16__)
     else if (args.c.operand.dtype == DType::bf16)
         run<Pair>(args);
 #endif

@@ -29,7 +29,7 @@ def choose(variant: str) -> None:
 
 
 def multiplies_bfloat16() -> bool:
-    return ops.forced_backend() == "cpu" and _registry.extension.active_isa() == "avx512bf16"
+    return ops.forced_backend() == "cpu" and _registry.extension.active_isa() in ("avx512bf16", "amx")
 
 
 def check(name: str, o: Options) -> tuple[torch.Tensor, ...]:
