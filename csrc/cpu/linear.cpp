@@ -404,9 +404,11 @@ void split_panel(const float* panel, int64_t depth, int64_t begin, int64_t end, 
     }
 }
 
-// The steps that come after these, and which share of their left tiles to fetch meanwhile.
+// What comes next and is fetched meanwhile: a share of the left tiles of steps [begin, end), and all weights of
+// a panel from a step on.
 struct Next {
     int64_t begin, end, index, count;
+    int64_t panel, panel_begin;
 };
 
 // Adds steps [begin, end) to the sums of a panel, of the right-hand sides of group t.
@@ -427,7 +429,13 @@ void sum_tiles(const Linear<float>& job, const Place& at, int64_t t, int64_t beg
         return LeftTiles{c + first * element, args.depth * element, kTileDepth * element};
     };
     const float* panel = static_cast<const float*>(args.panels.data) + at.panel * lines * kLinearColumns;
+    constexpr int64_t step_lines = parts == 1 ? kTileDepth / 2 : kTileDepth;
+    const int64_t next_line = next.panel_begin * step_lines;
+    const int64_t next_lines = min64(kBlockSteps<parts> * step_lines, lines - next_line);
+    const float* next_panel =
+        static_cast<const float*>(args.panels.data) + (next.panel * lines + next_line) * kLinearColumns;
     constexpr int64_t stride = kLinearColumns * sizeof(float);
+    int64_t index = 0;
     for (int64_t column = 0; column < kLinearColumns; column += kTileColumns) {
         split_panel<parts>(panel + column, args.depth, begin, end, weights);
         for (int64_t row = at.begin; row < at.end; row += kTileRows) {
@@ -447,8 +455,10 @@ void sum_tiles(const Linear<float>& job, const Place& at, int64_t t, int64_t beg
             const bool packed = job.left != nullptr;
             const Ahead ahead(then.data, packed ? 1 : count, (next.end - next.begin) * then.step, then.stride,
                               next.index, next.count);
+            const Ahead panel_ahead(reinterpret_cast<const char*>(next_panel), 1, next_lines * kLinearColumns * 4, 0,
+                                    index++, 2 * ceil_div(at.end - at.begin, kTileRows));
             add_products<parts, both>(left(0, row, begin), left(both ? 1 : 0, row, begin), {weights}, end - begin,
-                                      ahead, {});
+                                      ahead, panel_ahead);
             _tile_stored(0, &to[0][0][0][column], stride);
             _tile_stored(1, &to[0][1][0][column], stride);
             if (both) _tile_stored(2, &to[1][0][0][column], stride);
@@ -498,9 +508,11 @@ void tiles_task(int64_t index, const void* context, void* scratch) {
         for (int64_t begin = 0; begin < steps; begin += range)
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t end = min64(begin + range, steps), then = end % steps;
+                const bool turn = i + 1 == count;
+                const Next next{then, min64(then + range, steps), i, count, first + (turn ? 0 : i + 1),
+                                turn ? then : begin};
                 (job.sides == 2 ? sum_tiles<parts, true> : sum_tiles<parts, false>)(
-                    job, places[i], t, begin, end, {then, min64(then + range, steps), i, count}, tiles, weights,
-                    sums + i * row_groups);
+                    job, places[i], t, begin, end, next, tiles, weights, sums + i * row_groups);
             }
         for (int64_t i = 0; i < count; ++i) finish_tiles(job, places[i], t, sums + i * row_groups);
     }

@@ -221,6 +221,7 @@ def unpack_tiles(tiles: Tensor, depth: int, width: int) -> Tensor:
 
 
 def product_equation(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    bias = None if bias is None else bias.float()
     return F.linear(x.float(), unpack_tiles(tiles, x.shape[-1], width), bias).to(x.dtype)
 
 
@@ -233,7 +234,7 @@ def _product_cpu(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> T
         return product_equation(x, tiles, bias, width)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty((rows.shape[0], width), dtype=x.dtype)
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
     C.product(rows, tiles.contiguous(), bias, out, get_num_threads())
     return out.view(*x.shape[:-1], width)
 
@@ -259,7 +260,7 @@ def product(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor
     tiles : Tensor
         ``pack_tiles`` of the weight [I, K] in the dtype of ``x``.
     bias : Tensor [I], optional
-        float32.
+        float32 or bfloat16.
     width : int
         I.
 
