@@ -64,7 +64,8 @@ void linear_norm_pullback(py::handle c_, py::handle panels_, py::handle x_, py::
 void product(py::handle x_, py::handle tiles_, py::handle bias_, py::handle out_, int threads) {
     const TensorView x(x_, "x"), tiles(tiles_, "tiles"), out(out_, "out");
     const auto bias = optional_view(bias_, "bias");
-    if (x.ndim() != 2 || out.ndim() != 2) fail("x and out must be matrices: " + x.describe() + ", " + out.describe());
+    if (x.ndim() != 2 || out.ndim() != 2)
+        fail("x and out must be matrices: " + x.describe() + ", " + out.describe());
     out.matches(0, x, 0, 1);
     ProductArgs args{};
     args.rows = x.size(0);
@@ -72,9 +73,10 @@ void product(py::handle x_, py::handle tiles_, py::handle bias_, py::handle out_
     args.width = out.size(1);
     if (x.dtype() == DType::f64 || out.dtype() == DType::f64 || tiles.dtype() != DType::bf16 ||
         (bias && bias->dtype() != DType::f32))
-        fail("x and out must be float32 or bfloat16, bias float32 and tiles bfloat16: " + x.describe() + ", " +
-             out.describe() + ", " + tiles.describe());
-    tiles.shaped({(args.width + 31) / 32, (args.depth + 31) / 32, x.dtype() == DType::bf16 ? 1 : 3, 2, 16, 32});
+        fail("x and out must be float32 or bfloat16, bias float32 and tiles bfloat16: " + x.describe() +
+             ", " + out.describe() + ", " + tiles.describe());
+    tiles.shaped(
+        {(args.width + 31) / 32, (args.depth + 31) / 32, x.dtype() == DType::bf16 ? 1 : 3, 2, 16, 32});
     if (bias) bias->shaped({args.width}).contiguous();
     args.x = x.contiguous().operand();
     args.tiles = tiles.contiguous().operand();

@@ -259,9 +259,9 @@ struct Scratch {
     F* sum_v;      // [T, key_rows, depth]
     F* sum_k;      // [T, key_rows, parts]
     // On tiles, whose left operands have elements along rows.
-    E* turned;     // [parts, block / pack]
-    F* sum_v_t;      // [T, depth, keys]         c_V^T
-    F* sum_k_t;     // [T, parts, keys]         c_K^T
+    E* turned;   // [parts, block / pack]
+    F* sum_v_t;  // [T, depth, keys]         c_V^T
+    F* sum_k_t;  // [T, parts, keys]         c_K^T
 
     Scratch(char* base, const Job& job) {
         const int64_t rhs = job.args.rhs, block = job.block / P::pack;
@@ -582,8 +582,8 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
                 if (r % P::pack == 0)
                     P::across_rows(at.rows + r * depth, depth, depth, g_block + r / P::pack * depth);
             }
-            product<P, false>(P::rows, keys, depth / P::pack, {at.gated, depth / P::pack, 1}, at.values_t, keys,
-                              at.c_a + side * P::rows * keys, keys);
+            product<P, false>(P::rows, keys, depth / P::pack, {at.gated, depth / P::pack, 1}, at.values_t,
+                              keys, at.c_a + side * P::rows * keys, keys);
         }
         for (int64_t r = 0; r < count; ++r) {
             F* p = at.c_a + r * keys;
@@ -624,11 +624,13 @@ RF_INLINE void add_block(const Job& job, const Scratch<P>& at, int64_t rows) {
             return Left<P>{at.turned, pairs, 1};
         };
         for (int64_t t = 0; t < job.args.rhs; ++t)
-            product<P, true>(job.depth, job.keys, rows / P::pack, turn(at.g_block + t * pairs * job.depth, job.depth),
-                             at.a_block, job.keys, at.sum_v_t + t * job.depth * job.keys, job.keys);
+            product<P, true>(job.depth, job.keys, rows / P::pack,
+                             turn(at.g_block + t * pairs * job.depth, job.depth), at.a_block, job.keys,
+                             at.sum_v_t + t * job.depth * job.keys, job.keys);
         const Left<P> queries = turn(at.q_block, job.parts);
         for (int64_t t = 0; t < job.args.rhs; ++t)
-            product<P, true>(job.parts, job.keys, rows / P::pack, queries, at.c_s_block + t * pairs * job.keys, job.keys,
+            product<P, true>(job.parts, job.keys, rows / P::pack, queries,
+                             at.c_s_block + t * pairs * job.keys, job.keys,
                              at.sum_k_t + t * job.parts * job.keys, job.keys);
     } else {
         for (int64_t t = 0; t < job.args.rhs; ++t) {

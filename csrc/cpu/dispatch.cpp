@@ -12,8 +12,7 @@ namespace rf {
 namespace {
 
 constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
-constexpr Isa kIsas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16,
-                         Isa::amx};  // slowest first
+constexpr Isa kIsas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx};  // slowest first
 
 #ifdef RF_HAVE_AMX
 // Linux gives a process the tile registers (8 KB a thread) when it asks for them.

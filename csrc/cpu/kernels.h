@@ -69,7 +69,8 @@ struct LinearArgs {
     int threads;
 };
 
-// out[r, i] = sum_k x[r, k] W[i, k] + bias[i], sums in float; W in tiles, zero where there is no number (tiles.h)
+// out[r, i] = sum_k x[r, k] W[i, k] + bias[i], sums in float; W in tiles, zero where there is no number
+// (tiles.h)
 struct ProductArgs {
     std::int64_t rows, depth, width;
     Operand x;      // [rows, depth], bfloat16 or float

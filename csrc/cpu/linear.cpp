@@ -245,7 +245,7 @@ RF_INLINE void panel_of(int64_t sides, int64_t count, const typename P::Coeffici
 template <class F>
 struct Linear {
     const LinearArgs& args;
-    int64_t panels, chunks;     // chunks: groups of rows of one sample
+    int64_t panels, chunks;  // chunks: groups of rows of one sample
     int64_t chunk_rows;
     int64_t task_panels;
     int64_t groups, sides;      // right-hand sides t and t + groups go together
@@ -359,10 +359,10 @@ void linear_task(int64_t index, const void* context, void*) {
 }
 
 #ifdef __AMX_BF16__
-// The same on tile registers, which multiply by both halves sooner than a vector could choose one. The sums of
-// both right-hand sides over both halves of 16 columns are four tiles. Coefficients and weights are bfloat16,
-// or float in three parts. The depth is taken in blocks, whose right tiles stay in a 48 KB L1 cache; left
-// tiles of a task stay in a 2 MB L2 cache, or half of them do.
+// The same on tile registers, which multiply by both halves sooner than a vector could choose one. The sums
+// of both right-hand sides over both halves of 16 columns are four tiles. Coefficients and weights are
+// bfloat16, or float in three parts. The depth is taken in blocks, whose right tiles stay in a 48 KB L1
+// cache; left tiles of a task stay in a 2 MB L2 cache, or half of them do.
 constexpr int64_t kTaskGroups = 16;  // of rows
 constexpr int64_t kTaskPanels = 4;
 
@@ -404,8 +404,8 @@ void split_panel(const float* panel, int64_t depth, int64_t begin, int64_t end, 
     }
 }
 
-// What comes next and is fetched meanwhile: a share of the left tiles of steps [begin, end), and all weights of
-// a panel from a step on.
+// What comes next and is fetched meanwhile: a share of the left tiles of steps [begin, end), and all weights
+// of a panel from a step on.
 struct Next {
     int64_t begin, end, index, count;
     int64_t panel, panel_begin;
@@ -455,10 +455,11 @@ void sum_tiles(const Linear<float>& job, const Place& at, int64_t t, int64_t beg
             const bool packed = job.left != nullptr;
             const Ahead ahead(then.data, packed ? 1 : count, (next.end - next.begin) * then.step, then.stride,
                               next.index, next.count);
-            const Ahead panel_ahead(reinterpret_cast<const char*>(next_panel), 1, next_lines * kLinearColumns * 4, 0,
-                                    index++, 2 * ceil_div(at.end - at.begin, kTileRows));
-            add_products<parts, both>(left(0, row, begin), left(both ? 1 : 0, row, begin), {weights}, end - begin,
-                                      ahead, panel_ahead);
+            const Ahead panel_ahead(reinterpret_cast<const char*>(next_panel), 1,
+                                    next_lines * kLinearColumns * 4, 0, index++,
+                                    2 * ceil_div(at.end - at.begin, kTileRows));
+            add_products<parts, both>(left(0, row, begin), left(both ? 1 : 0, row, begin), {weights},
+                                      end - begin, ahead, panel_ahead);
             _tile_stored(0, &to[0][0][0][column], stride);
             _tile_stored(1, &to[0][1][0][column], stride);
             if (both) _tile_stored(2, &to[1][0][0][column], stride);
@@ -481,7 +482,8 @@ RF_INLINE void finish_tiles(const Linear<float>& job, const Place& at, int64_t t
             float* __restrict positive = of_row[s][0][r];
             const float* __restrict negative = of_row[s][1][r];
             RF_SIMD
-            for (int64_t i = 0; i < kLinearColumns; ++i) positive[i] = gate[i] > 0 ? positive[i] : negative[i];
+            for (int64_t i = 0; i < kLinearColumns; ++i)
+                positive[i] = gate[i] > 0 ? positive[i] : negative[i];
         }
         finish_row(job, (t * args.batch + at.sample) * args.rows + row, at, x, factor, of_row[0][0][r],
                    of_row[1][0][r], buffer, at.masses + t);
@@ -509,10 +511,11 @@ void tiles_task(int64_t index, const void* context, void* scratch) {
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t end = min64(begin + range, steps), then = end % steps;
                 const bool turn = i + 1 == count;
-                const Next next{then, min64(then + range, steps), i, count, first + (turn ? 0 : i + 1),
-                                turn ? then : begin};
-                (job.sides == 2 ? sum_tiles<parts, true> : sum_tiles<parts, false>)(
-                    job, places[i], t, begin, end, next, tiles, weights, sums + i * row_groups);
+                const Next next{then,  min64(then + range, steps), i,
+                                count, first + (turn ? 0 : i + 1), turn ? then : begin};
+                (job.sides == 2 ? sum_tiles<parts, true> : sum_tiles<parts, false>)(job, places[i], t, begin,
+                                                                                    end, next, tiles, weights,
+                                                                                    sums + i * row_groups);
             }
         for (int64_t i = 0; i < count; ++i) finish_tiles(job, places[i], t, sums + i * row_groups);
     }
@@ -525,8 +528,9 @@ void left_task(int64_t index, const void* context, void*) {
     const LinearArgs& args = job.args;
     const int64_t groups = ceil_div(args.rows, kTileRows), group = index % groups, sample = index / groups;
     const int64_t first = sample * args.rows + group * kTileRows;
-    pack_left<parts>(args.c.data, first, min64(kTileRows, args.rows - group * kTileRows), args.depth,
-                     const_cast<char*>(job.left) + index * ceil_div(args.depth, kTileDepth) * kStepBytes<parts>);
+    pack_left<parts>(
+        args.c.data, first, min64(kTileRows, args.rows - group * kTileRows), args.depth,
+        const_cast<char*>(job.left) + index * ceil_div(args.depth, kTileDepth) * kStepBytes<parts>);
 }
 #endif
 
@@ -581,8 +585,8 @@ void run(const LinearArgs& args, const Kernel& kernel) {
                      static_cast<std::size_t>(args.width) * sizeof(F));
     }
     if (kernel.pack != nullptr)
-        parallel_for(args.rhs * args.batch * ceil_div(args.rows, 16), args.rhs * rows * args.depth, args.threads,
-                     kernel.pack, &job, 0);
+        parallel_for(args.rhs * args.batch * ceil_div(args.rows, 16), args.rhs * rows * args.depth,
+                     args.threads, kernel.pack, &job, 0);
     parallel_for(tasks, work, args.threads, kernel.task, &job, kernel.scratch_bytes);
     if (args.mass.data)
         store_masses(args.mass, 0, args.rhs, args.batch, job.partials, chunks * panels, args.rhs);

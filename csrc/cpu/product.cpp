@@ -1,5 +1,5 @@
-// y = x W^T + b on tile registers. Operands are bfloat16, or float in three bfloat16 parts (tiles.h): faster than
-// float arithmetic on vectors and as exact. Only compiled where there are tile registers.
+// y = x W^T + b on tile registers. Operands are bfloat16, or float in three bfloat16 parts (tiles.h): faster
+// than float arithmetic on vectors and as exact. Only compiled where there are tile registers.
 //
 // A sum takes ranges of the depth in order, whatever task or tile it is in.
 #include "cpu/tiles.h"
@@ -8,7 +8,7 @@ namespace rf::RF_ISA {
 namespace {
 
 constexpr int64_t kPairRows = 2 * kTileRows;  // of sums that the tile registers hold, 32 x 32
-constexpr int64_t kTaskPairs = 7;  // at most
+constexpr int64_t kTaskPairs = 7;             // at most
 constexpr int64_t kTaskPanels = 16;
 // Of left tiles: they stay in a 2 MB L2 cache while the panels of a task pass by, and the next ones come.
 constexpr int64_t kLeftBytes = 1 << 20;
@@ -19,7 +19,7 @@ struct Job {
     const ProductArgs& args;
     int64_t steps, groups, panels;  // groups of 16 rows
     int64_t task_pairs, range;      // pairs of groups of rows of a task, and steps that it takes at a time
-    char* left;                             // [groups, steps, part, 16, 32]; null: x itself
+    char* left;                     // [groups, steps, part, 16, 32]; null: x itself
 };
 
 template <int parts>
@@ -41,7 +41,8 @@ RF_INLINE LeftTiles left_tiles(const Job& job, int64_t row, int64_t step) {
 
 template <int parts>
 RF_INLINE RightTiles right_tiles(const Job& job, int64_t panel, int64_t step) {
-    return {static_cast<const char*>(job.args.tiles.data) + (panel * job.steps + step) * 2 * kStepBytes<parts>};
+    return {static_cast<const char*>(job.args.tiles.data) +
+            (panel * job.steps + step) * 2 * kStepBytes<parts>};
 }
 
 // Steps [begin, end) of a panel.
@@ -102,9 +103,10 @@ void product_task(int64_t index, const void* context, void* scratch) {
     for (Stretch now{first, 0, min64(job.range, job.steps)}; now.begin < job.steps;) {
         Stretch next{now.panel + 1, now.begin, now.end};
         if (next.panel == last) next = {first, now.end, min64(now.end + job.range, job.steps)};
-        // Meanwhile the next stretch is fetched, and the left tiles of the next range while the panels pass by;
-        // after the last one, what the next task of this thread probably begins with.
-        const Stretch start{(first + args.threads * kTaskPanels) % job.panels, 0, min64(job.range, job.steps)};
+        // Meanwhile the next stretch is fetched, and the left tiles of the next range while the panels pass
+        // by; after the last one, what the next task of this thread probably begins with.
+        const Stretch start{(first + args.threads * kTaskPanels) % job.panels, 0,
+                            min64(job.range, job.steps)};
         const Stretch then = next.begin == job.steps ? start : next;
         const Stretch range{first, now.end % job.steps, min64(now.end % job.steps + job.range, job.steps)};
         const char* right = right_tiles<parts>(job, then.panel, then.begin).data;
@@ -152,8 +154,9 @@ void run(const ProductArgs& args) {
     const Scratch left(as_is ? 0 : static_cast<std::size_t>(job.groups * job.steps * kStepBytes<parts>));
     job.left = left.data();
     if (!as_is) parallel_for(job.groups, args.rows * args.depth, args.threads, pack_task<parts>, &job, 0);
-    parallel_for(chunks * ceil_div(job.panels, kTaskPanels), args.rows * args.depth * args.width, args.threads,
-                 product_task<parts>, &job, kTaskPanels * static_cast<std::size_t>(job.task_pairs) * sizeof(Sums));
+    parallel_for(chunks * ceil_div(job.panels, kTaskPanels), args.rows * args.depth * args.width,
+                 args.threads, product_task<parts>, &job,
+                 kTaskPanels * static_cast<std::size_t>(job.task_pairs) * sizeof(Sums));
 }
 
 }  // namespace

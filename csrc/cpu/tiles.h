@@ -1,4 +1,5 @@
-// Products of bfloat16 on tile registers (AMX): one micro-kernel, and float32 operands as three bfloat16 parts.
+// Products of bfloat16 on tile registers (AMX): one micro-kernel, and float32 operands as three bfloat16
+// parts.
 //
 // x = high + middle + low, each the rest rounded to bfloat16, is exact. Of the nine products of parts of two
 // numbers the three smallest, together below 2^-25 of the whole, are left out; the six others are summed in
@@ -14,13 +15,13 @@
 namespace rf::RF_ISA {
 namespace {
 
-constexpr int64_t kTileRows = 16;    // of sums and of the left operand
+constexpr int64_t kTileRows = 16;     // of sums and of the left operand
 constexpr int64_t kTileColumns = 16;  // of sums and of the right operand
 constexpr int64_t kTileDepth = 32;    // summed in one step
 constexpr int64_t kTileBytes = 1024;
 
 template <int parts>
-constexpr int64_t kStepBytes = parts* kTileBytes;
+constexpr int64_t kStepBytes = parts * kTileBytes;
 
 // Left tiles of one group of up to 16 rows: rows `stride` bytes apart, part p of step s at
 // data + s step + p kTileBytes.
@@ -51,7 +52,7 @@ class TileRegisters {
         alignas(64) unsigned char config[64] = {1};
         const int64_t rows[8] = {first, first, second, second, first, second, kTileRows, kTileRows};
         for (int i = 0; i < 8; ++i) {
-            config[16 + 2 * i] = 64;                                              // bytes of a row
+            config[16 + 2 * i] = 64;  // bytes of a row
             config[48 + i] = static_cast<unsigned char>(rows[i] > 0 ? rows[i] : 1);
         }
         _tile_loadconfig(config);
@@ -84,9 +85,9 @@ RF_INLINE void multiply_tiles() {
     }
 }
 
-// Memory to fetch into the L2 cache while products run: share `index` of `count` of rows `stride` bytes apart.
-// Reading a line from further away takes as long as a few products, and nothing else hides it: tiles are read
-// from several places at a time.
+// Memory to fetch into the L2 cache while products run: share `index` of `count` of rows `stride` bytes
+// apart. Reading a line from further away takes as long as a few products, and nothing else hides it: tiles
+// are read from several places at a time.
 class Ahead {
   public:
     Ahead() = default;
@@ -155,7 +156,9 @@ RF_INLINE void clear_sums() {
     _tile_zero(3);
 }
 
-RF_INLINE __m512 widen(__m512i high_halves) { return (__m512)high_halves; }
+RF_INLINE __m512 widen(__m512i high_halves) {
+    return (__m512)high_halves;
+}
 
 // The parts of 16 numbers, each in the high half of 32 bits. What rounds to infinity has no other parts.
 RF_INLINE void split_float(__m512 x, __m512i parts[3]) {
@@ -176,7 +179,8 @@ RF_INLINE __m512i pair_rows(__m512i first, __m512i second) {
 // The two halves of a row of a left tile.
 RF_INLINE void store_left(char* to, __m512i low, __m512i high) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(low, 16)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16)));
 }
 
 // Left tiles of `count` <= 16 rows from row `first` of data [rows, depth] on, zero where there is no number:
@@ -187,8 +191,8 @@ void pack_left(const void* data, int64_t first, int64_t count, int64_t depth, ch
     for (int64_t r = 0; r < count; ++r)
         for (int64_t s = 0; s < steps; ++s) {
             const int64_t at = (first + r) * depth + s * kTileDepth;
-            const auto mask =
-                static_cast<std::uint32_t>((std::uint64_t{1} << min64(depth - s * kTileDepth, kTileDepth)) - 1);
+            const auto mask = static_cast<std::uint32_t>(
+                (std::uint64_t{1} << min64(depth - s * kTileDepth, kTileDepth)) - 1);
             char* row = to + s * kStepBytes<parts> + r * 64;
             if constexpr (parts == 1) {
                 const auto* from = static_cast<const std::uint16_t*>(data) + at;
