@@ -221,8 +221,9 @@ def unpack_tiles(tiles: Tensor, depth: int, width: int) -> Tensor:
 
 
 def product_equation(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
-    bias = None if bias is None else bias.float()
-    return F.linear(x.float(), unpack_tiles(tiles, x.shape[-1], width), bias).to(x.dtype)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = unpack_tiles(tiles, x.shape[-1], width).to(dtype)
+    return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 def _product_fake(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
@@ -230,7 +231,7 @@ def _product_fake(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> 
 
 
 def _product_cpu(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
-    if not has_tiles() or x.numel() == 0 or width == 0:
+    if not has_tiles() or x.dtype == torch.float64 or x.numel() == 0 or width == 0:
         return product_equation(x, tiles, bias, width)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty((rows.shape[0], width), dtype=x.dtype)
@@ -256,7 +257,7 @@ def product(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor
     Parameters
     ----------
     x : Tensor [..., K]
-        float32 or bfloat16.
+        float32 or bfloat16. (float64, and processors without tile registers, run the equation.)
     tiles : Tensor
         ``pack_tiles`` of the weight [I, K] in the dtype of ``x``.
     bias : Tensor [I], optional

@@ -13,7 +13,7 @@ from torch import Tensor
 from ramp_fast import ops
 from ramp_fast.ops import _registry
 from ramp_fast.ops._common import mass_equation, rescale_equation
-from ramp_fast.ops.linear import unpack_panels
+from ramp_fast.ops.linear import unpack_panels, unpack_tiles
 
 EPS = 1e-6
 
@@ -148,7 +148,7 @@ def _in_float64(a: Any) -> Any:
 def of_sample(args: tuple[Any, ...], name: str, first: int, last: int) -> tuple[Any, ...]:
     """The same call with samples [first, last) only."""
     coefficients = {"c", "first", "second", "first_scale", "second_scale", "scale", "n_scale"}
-    parameters = {"weight", "bias", "gain", "shift", "panels"}
+    parameters = {"weight", "bias", "gain", "shift", "panels", "tiles"}
     schema = getattr(torch.ops.ramp_fast, name).default._schema
     parts: list[Any] = []
     for argument, value in zip(schema.arguments, args, strict=True):
@@ -164,7 +164,7 @@ def of_sample(args: tuple[Any, ...], name: str, first: int, last: int) -> tuple[
 
 def batch_axes(name: str, outputs: int) -> list[int]:
     """The axis of samples of each output."""
-    axes = [0 if name in ("gelu_factor", "affine_factor", "mask_steps") else 1] * outputs
+    axes = [0 if name in ("gelu_factor", "affine_factor", "mask_steps", "product") else 1] * outputs
     if name == "attention_pullback":
         axes[-1] = 2  # masses are [4, T, B]
     return axes
@@ -268,6 +268,19 @@ def _linear(o: Options) -> tuple[Any, ...]:
 def _linear_magnitude(c: Tensor, panels: Tensor, x: Tensor) -> Tensor:
     weight = unpack_panels(panels, c.shape[-1], x.shape[-1])
     return c.abs() @ weight.abs()
+
+
+def _product(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    width, dtype = o.rows[-1], o.c_dtype
+    weight = d.normal(width, _depth(o), dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    bias = d.normal(width, dtype=dtype) if o.seed % 2 else None
+    return d.normal(o.batch, *o.rows[:-1], _depth(o), dtype=dtype), ops.pack_tiles(weight), bias, width
+
+
+def _product_magnitude(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> tuple[Tensor, ...]:
+    weight = unpack_tiles(tiles, x.shape[-1], width).double()
+    return (torch.nn.functional.linear(x.abs(), weight.abs(), None if bias is None else bias.abs()),)
 
 
 def _linear_norm(o: Options) -> tuple[Any, ...]:
@@ -436,6 +449,7 @@ CASES = {
         ),
         Case("norm_pullback", _norm, lambda c, x, w, eps: (_norm_factor_magnitude(x, w) * c.abs(),)),
         Case("linear_pullback", _linear, lambda c, panels, x, _: (_linear_magnitude(c, panels, x),)),
+        Case("product", _product, _product_magnitude),
         Case("linear_norm_pullback", _linear_norm, _linear_norm_magnitude),
         Case("scale_by", _scale_by, lambda c, f, n: (_n_scaled_magnitude(c, n) * f.abs(),)),
         Case("gate", _scale_by, lambda c, x, n: (2 * _n_scaled_magnitude(c, n),)),

@@ -161,7 +161,6 @@ def test_matrices_use_tiles_and_other_instruction_sets_give_the_same() -> None:
     [
         (torch.zeros(2, 40), ops.pack_tiles(torch.zeros(7, 70)), r"tiles .* must have shape \[1, 2, 3, 2, 16, 32\]"),
         (torch.zeros(2, 40).bfloat16(), ops.pack_tiles(torch.zeros(7, 40)), r"must have shape \[1, 2, 1, 2, 16, 32\]"),
-        (torch.zeros(2, 40).double(), ops.pack_tiles(torch.zeros(7, 40)), "must be float32 or bfloat16"),
     ],
 )
 def test_wrong_operands(x: Tensor, tiles: Tensor, problem: str) -> None:

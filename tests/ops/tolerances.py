@@ -37,6 +37,9 @@ COMPUTE = {
     # up to 64 terms summed one after another; products of bfloat16 are exact
     ("linear_pullback", torch.float32): 4e-6,
     ("linear_pullback", torch.float64): 8e-15,
+    # the same, of three parts of each operand
+    ("product", torch.float32): 1e-6,
+    ("product", torch.float64): 8e-15,
     # the same, the norm's factor and a mass
     ("linear_norm_pullback", torch.float32): 1e-5,
     ("linear_norm_pullback", torch.float64): 1e-13,
