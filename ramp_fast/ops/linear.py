@@ -252,7 +252,7 @@ def product(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor
     """``x W^T + bias`` on tile registers (AMX), which multiply bfloat16 and sum in float32.
 
     float32 operands are split into three bfloat16 parts and the six largest products of parts summed, which is exact to
-    float32's own rounding. A row's result does not depend on the other rows.
+    float32's own rounding. A row's result does not depend on the other rows. Operands that are not finite give NaN.
 
     Parameters
     ----------

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -104,6 +105,12 @@ class Draw:
     def scale(self, *shape: int) -> Tensor:
         dtype = torch.float64 if self.o.arithmetic == torch.float64 else torch.float32
         return self.normal(self.o.rhs, self.o.batch, *shape, dtype=dtype)
+
+
+def need_kernel(name: str, isa: str) -> None:
+    """Skip where an operator has no kernel for an instruction set: its equation runs, by a library's products."""
+    if name == "product" and isa != "amx":
+        pytest.skip("product has a kernel for tile registers (AMX) only")
 
 
 def poison_memory(enabled: bool) -> None:

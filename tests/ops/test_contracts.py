@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, LARGE, Options, as_tuple, batch_axes, of_sample
+from cases import CASES, LARGE, Options, as_tuple, batch_axes, need_kernel, of_sample
 from torch import Tensor
 
 from ramp_fast import ops
@@ -29,6 +29,7 @@ def test_opcheck(name: str, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("isa", ops.cpu_isas())
 @pytest.mark.parametrize("name", CASES)
 def test_threads_do_not_matter(name: str, isa: str) -> None:
+    need_kernel(name, isa)
     ops.set_backend("cpu")
     ops.set_cpu_isa(isa)
     args = CASES[name].arguments(LARGE)
@@ -44,6 +45,7 @@ def test_threads_do_not_matter(name: str, isa: str) -> None:
 @pytest.mark.parametrize("isa", ops.cpu_isas())
 @pytest.mark.parametrize("name", CASES)
 def test_the_rest_of_the_batch_does_not_matter(name: str, isa: str) -> None:
+    need_kernel(name, isa)
     ops.set_backend("cpu")
     ops.set_cpu_isa(isa)
     args = CASES[name].arguments(LARGE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,13 +25,10 @@ SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def tiles() -> Iterator[None]:
+def _on_tiles() -> None:
     torch.manual_seed(0)
     if "amx" in ops.cpu_isas():
-        ops.set_cpu_isa("amx")
-    yield
-    if ops.cpu_isas():
-        ops.set_cpu_isa(ops.cpu_isas()[-1])
+        ops.set_cpu_isa("amx")  # conftest.py puts it back
 
 
 def wide(*shape: int) -> Tensor:
