@@ -3,8 +3,10 @@
 A weighted layer needs two linear maps: the forward one, ``W x + b``, and the pull-back of coefficients,
 ``2 W+^T c`` alone or together with ``2 W-^T c``. Both are built once per set of weights.
 
-On CPUs the routines are oneDNN's with weights packed ahead: float32 there is arithmetic in float32, and about
-a third faster than the default route; results do not depend on the number of rows.
+On CPUs the routines are oneDNN's with weights packed ahead: float32 there is arithmetic in float32, where MKL does not
+know the processor about a third faster than the default route; results do not depend on the number of rows. With tile
+registers (AMX) matrices are :func:`ramp_fast.ops.product`'s, whose float32 is exact to float32's rounding too: oneDNN's
+bfloat16 products there give a row other bits in another batch.
 """
 
 from __future__ import annotations
@@ -145,7 +147,7 @@ class Map(Packed, Protocol):
 
 
 class Matrix:
-    """``x @ weight.T + bias`` over the last axis; ``weight`` is ``[out, in]``."""
+    """``x @ weight.T + bias`` over the last axis; ``weight`` is ``[out, in]``. See the module for what runs it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.bias = bias

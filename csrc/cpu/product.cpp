@@ -13,8 +13,6 @@ constexpr int64_t kTaskPanels = 16;
 // Of left tiles: they stay in a 2 MB L2 cache while the panels of a task pass by, and the next ones come.
 constexpr int64_t kLeftBytes = 1 << 20;
 
-using Sums = float[kPairRows][kLinearColumns];
-
 struct Job {
     const ProductArgs& args;
     int64_t steps, groups, panels;  // groups of 16 rows
@@ -60,21 +58,31 @@ RF_INLINE Ahead left_ahead(const Job& job, int64_t row, const Stretch& at, int64
     return {tiles.data, ceil_div(rows, kTileRows), bytes, job.steps * kStepBytes<parts>, index, count};
 }
 
-// Adds a stretch to the sums of its panel and a pair of groups of rows.
+// Sums of a pair of groups of rows and a panel, rows `stride` numbers apart.
+struct Sums {
+    float* data;
+    int64_t stride;
+};
+
+// Adds a stretch to them; the first one to the bias.
 template <int parts>
-RF_INLINE void add_range(const Job& job, TileRegisters& tiles, int64_t row, const Stretch& at, Sums& sums,
-                         const Ahead& next_left, const Ahead& next_right) {
+RF_INLINE void add_stretch(const Job& job, TileRegisters& tiles, int64_t row, const Stretch& at,
+                           const Sums& sums, const float* bias, const Ahead& next_left,
+                           const Ahead& next_right) {
     const int64_t count = min64(kPairRows, job.args.rows - row);
     const bool both = count > kTileRows;
     tiles.set(min64(count, kTileRows), both ? count - kTileRows : 0);
-    constexpr int64_t stride = sizeof(sums[0]);
-    if (at.begin == 0) {
-        clear_sums();
-    } else {
-        _tile_loadd(0, &sums[0][0], stride);
-        _tile_loadd(1, &sums[0][kTileColumns], stride);
-        if (both) _tile_loadd(2, &sums[kTileRows][0], stride);
-        if (both) _tile_loadd(3, &sums[kTileRows][kTileColumns], stride);
+    const int64_t bytes = sums.stride * static_cast<int64_t>(sizeof(float));
+    float* below = sums.data + kTileRows * sums.stride;
+    const bool resumed = at.begin > 0;  // else every row starts with the same numbers
+    const int64_t from_bytes = resumed ? bytes : 0;
+    const float* from = resumed ? sums.data : bias;
+    _tile_loadd(0, from, from_bytes);
+    _tile_loadd(1, from + kTileColumns, from_bytes);
+    if (both) {
+        from = resumed ? below : bias;
+        _tile_loadd(2, from, from_bytes);
+        _tile_loadd(3, from + kTileColumns, from_bytes);
     }
     const LeftTiles first = left_tiles<parts>(job, row, at.begin);
     const RightTiles right = right_tiles<parts>(job, at.panel, at.begin);
@@ -83,12 +91,13 @@ RF_INLINE void add_range(const Job& job, TileRegisters& tiles, int64_t row, cons
                                   at.end - at.begin, next_left, next_right);
     else
         add_products<parts, false>(first, first, right, at.end - at.begin, next_left, next_right);
-    _tile_stored(0, &sums[0][0], stride);
-    _tile_stored(1, &sums[0][kTileColumns], stride);
-    if (both) _tile_stored(2, &sums[kTileRows][0], stride);
-    if (both) _tile_stored(3, &sums[kTileRows][kTileColumns], stride);
+    _tile_stored(0, sums.data, bytes);
+    _tile_stored(1, sums.data + kTileColumns, bytes);
+    if (both) _tile_stored(2, below, bytes);
+    if (both) _tile_stored(3, below + kTileColumns, bytes);
 }
 
+// Sums of float results are where these belong, if the panel is whole; others in the scratch.
 template <int parts>
 void product_task(int64_t index, const void* context, void* scratch) {
     const Job& job = *static_cast<const Job*>(context);
@@ -98,7 +107,21 @@ void product_task(int64_t index, const void* context, void* scratch) {
     const int64_t top = index / panel_groups * job.task_pairs * kPairRows;
     const int64_t bottom = min64(top + job.task_pairs * kPairRows, args.rows);
     const int64_t pairs = ceil_div(bottom - top, kPairRows);
-    Sums* sums = static_cast<Sums*>(scratch);
+    const auto in_place = [&](int64_t panel) {
+        return args.out.dtype == DType::f32 && (panel + 1) * kLinearColumns <= args.width;
+    };
+    const auto sums_of = [&](int64_t panel, int64_t row) -> Sums {
+        if (in_place(panel))
+            return {static_cast<float*>(args.out.data) + row * args.width + panel * kLinearColumns,
+                    args.width};
+        const int64_t rows = (panel - first) * job.task_pairs * kPairRows + row - top;
+        return {static_cast<float*>(scratch) + rows * kLinearColumns, kLinearColumns};
+    };
+    alignas(64) float bias[kTaskPanels][kLinearColumns] = {};
+    if (args.bias.data != nullptr)
+        for (int64_t i = first * kLinearColumns; i < min64(last * kLinearColumns, args.width); ++i)
+            bias[i / kLinearColumns - first][i % kLinearColumns] =
+                static_cast<const float*>(args.bias.data)[i];
     TileRegisters tiles;
     for (Stretch now{first, 0, min64(job.range, job.steps)}; now.begin < job.steps;) {
         Stretch next{now.panel + 1, now.begin, now.end};
@@ -112,26 +135,25 @@ void product_task(int64_t index, const void* context, void* scratch) {
         const char* right = right_tiles<parts>(job, then.panel, then.begin).data;
         for (int64_t pair = 0; pair < pairs; ++pair) {
             const int64_t row = top + pair * kPairRows;
-            add_range<parts>(
-                job, tiles, row, now, sums[(now.panel - first) * job.task_pairs + pair],
+            add_stretch<parts>(
+                job, tiles, row, now, sums_of(now.panel, row), bias[now.panel - first],
                 left_ahead<parts>(job, row, range, now.panel - first, last - first),
                 Ahead(right, 1, (then.end - then.begin) * 2 * kStepBytes<parts>, 0, pair, pairs));
         }
         now = next;
     }
     for (int64_t panel = first; panel < last; ++panel) {
+        if (in_place(panel)) continue;
         const int64_t column = panel * kLinearColumns, n = min64(kLinearColumns, args.width - column);
-        float bias[kLinearColumns] = {}, buffer[kLinearColumns];
-        if (args.bias.data != nullptr)
-            for (int64_t i = 0; i < n; ++i) bias[i] = static_cast<const float*>(args.bias.data)[column + i];
         for (int64_t row = top; row < bottom; ++row) {
-            const int64_t pair = (row - top) / kPairRows;
-            const float* __restrict sum =
-                sums[(panel - first) * job.task_pairs + pair][(row - top) % kPairRows];
-            float* __restrict out = target(args.out, row * args.width + column, buffer);
-            RF_SIMD
-            for (int64_t i = 0; i < n; ++i) out[i] = sum[i] + bias[i];
-            commit(args.out, row * args.width + column, n, out);
+            const float* __restrict sum = sums_of(panel, row).data;
+            if (args.out.dtype == DType::f32) {
+                float* __restrict out = static_cast<float*>(args.out.data) + row * args.width + column;
+                RF_SIMD
+                for (int64_t i = 0; i < n; ++i) out[i] = sum[i];
+            } else {
+                commit(args.out, row * args.width + column, n, sum);
+            }
         }
     }
 }
@@ -154,9 +176,10 @@ void run(const ProductArgs& args) {
     const Scratch left(as_is ? 0 : static_cast<std::size_t>(job.groups * job.steps * kStepBytes<parts>));
     job.left = left.data();
     if (!as_is) parallel_for(job.groups, args.rows * args.depth, args.threads, pack_task<parts>, &job, 0);
-    parallel_for(chunks * ceil_div(job.panels, kTaskPanels), args.rows * args.depth * args.width,
-                 args.threads, product_task<parts>, &job,
-                 kTaskPanels * static_cast<std::size_t>(job.task_pairs) * sizeof(Sums));
+    parallel_for(
+        chunks * ceil_div(job.panels, kTaskPanels), args.rows * args.depth * args.width, args.threads,
+        product_task<parts>, &job,
+        sizeof(float) * static_cast<std::size_t>(kTaskPanels * job.task_pairs * kPairRows * kLinearColumns));
 }
 
 }  // namespace
