@@ -361,8 +361,8 @@ void linear_task(int64_t index, const void* context, void*) {
 #ifdef __AMX_BF16__
 // The same on tile registers, which multiply by both halves sooner than a vector could choose one. The sums
 // of both right-hand sides over both halves of 16 columns are four tiles. Coefficients and weights are
-// bfloat16, or float in three parts. The depth is taken in blocks, whose right tiles stay in a 48 KB L1
-// cache; left tiles of a task stay in a 2 MB L2 cache, or half of them do.
+// bfloat16, or float in three parts. The depth is taken in blocks: right tiles of a block lie in the L1
+// cache, its left tiles stay in the L2 cache beside the sums while the panels of a task pass by.
 constexpr int64_t kTaskGroups = 16;  // of rows
 constexpr int64_t kTaskPanels = 4;
 
@@ -417,6 +417,7 @@ void sum_tiles(const Linear<float>& job, const Place& at, int64_t t, int64_t beg
                const Next& next, TileRegisters& tiles, char* weights, TileSums* sums) {
     const LinearArgs& args = job.args;
     const int64_t steps = ceil_div(args.depth, kTileDepth), row_groups = ceil_div(args.rows, kTileRows);
+    // A line of a panel is kLinearColumns numbers of 32 bits: pairs of bfloat16, or float.
     const int64_t element = parts == 1 ? 2 : 4, lines = parts == 1 ? ceil_div(args.depth, 2) : args.depth;
     const int64_t samples[2] = {t * args.batch + at.sample, (t + job.groups) * args.batch + at.sample};
     const auto left = [&](int64_t side, int64_t row, int64_t step) {
@@ -450,7 +451,7 @@ void sum_tiles(const Linear<float>& job, const Place& at, int64_t t, int64_t beg
                 if (both) _tile_loadd(2, &to[1][0][0][column], stride);
                 if (both) _tile_loadd(3, &to[1][1][0][column], stride);
             }
-            // P's rows for the next range are fetched beside one half of the columns, D's beside the other.
+            // P's rows for the next block are fetched beside one half of the columns, D's beside the other.
             const LeftTiles then = left(both && column > 0 ? 1 : 0, row, next.begin);
             const bool packed = job.left != nullptr;
             const Ahead ahead(then.data, packed ? 1 : count, (next.end - next.begin) * then.step, then.stride,
@@ -503,15 +504,14 @@ void tiles_task(int64_t index, const void* context, void* scratch) {
     TileSums* sums = reinterpret_cast<TileSums*>(weights + kBlockSteps<parts> * 2 * kStepBytes<parts>);
     Place places[kTaskPanels];
     for (int64_t i = 0; i < count; ++i) places[i] = place_of(job, sample, chunk, first + i);
-    // Left tiles of a range of steps stay in a 2 MB L2 cache beside the sums while the panels pass by.
-    const int64_t range = kBlockSteps<parts>;
+    constexpr int64_t block = kBlockSteps<parts>;
     for (int64_t t = 0; t < job.groups; ++t) {
         TileRegisters tiles;
-        for (int64_t begin = 0; begin < steps; begin += range)
+        for (int64_t begin = 0; begin < steps; begin += block)
             for (int64_t i = 0; i < count; ++i) {
-                const int64_t end = min64(begin + range, steps), then = end % steps;
+                const int64_t end = min64(begin + block, steps), then = end % steps;
                 const bool turn = i + 1 == count;
-                const Next next{then,  min64(then + range, steps), i,
+                const Next next{then,  min64(then + block, steps), i,
                                 count, first + (turn ? 0 : i + 1), turn ? then : begin};
                 (job.sides == 2 ? sum_tiles<parts, true> : sum_tiles<parts, false>)(job, places[i], t, begin,
                                                                                     end, next, tiles, weights,
@@ -548,7 +548,7 @@ struct Kernel {
     Task task;
     std::size_t scratch_bytes;
     Task pack;  // of left tiles, or null
-    int64_t left_bytes;
+    int64_t pack_tasks, left_bytes;
 };
 
 template <class F>
@@ -575,7 +575,6 @@ void run(const LinearArgs& args, const Kernel& kernel) {
                         weight + args.width,
                         partials.data(),
                         left.data()};
-    const int64_t work = args.rhs * rows * args.width * args.depth;
     if (args.norm) {
         for (int64_t i = 0; i < args.width; ++i) {
             job.weight[i] = args.weight.data ? load_one<F>(args.weight, i) : F(1);
@@ -585,22 +584,22 @@ void run(const LinearArgs& args, const Kernel& kernel) {
                      static_cast<std::size_t>(args.width) * sizeof(F));
     }
     if (kernel.pack != nullptr)
-        parallel_for(args.rhs * args.batch * ceil_div(args.rows, 16), args.rhs * rows * args.depth,
-                     args.threads, kernel.pack, &job, 0);
-    parallel_for(tasks, work, args.threads, kernel.task, &job, kernel.scratch_bytes);
+        parallel_for(kernel.pack_tasks, args.rhs * rows * args.depth, args.threads, kernel.pack, &job, 0);
+    parallel_for(tasks, args.rhs * rows * args.width * args.depth, args.threads, kernel.task, &job,
+                 kernel.scratch_bytes);
     if (args.mass.data)
         store_masses(args.mass, 0, args.rhs, args.batch, job.partials, chunks * panels, args.rhs);
 }
 
 template <class P>
 void run(const LinearArgs& args) {
-    run<typename P::Sum>(args, {kTaskRows<P>, 1, linear_task<P>, 0, nullptr, 0});
+    run<typename P::Sum>(args, {kTaskRows<P>, 1, linear_task<P>, 0, nullptr, 0, 0});
 }
 
 #ifdef __AMX_BF16__
 template <int parts>
 void run_on_tiles(const LinearArgs& args) {
-    if (args.rows == 0 || args.depth == 0) return run<Pair512>(args);
+    if (args.rows == 0 || args.depth == 0) return run<Pair512>(args);  // nothing to multiply
     const int64_t steps = ceil_div(args.depth, kTileDepth), groups = ceil_div(args.rows, kTileRows);
     const int64_t chunk = ceil_div(groups, ceil_div(groups, kTaskGroups));
     const int64_t panels = ceil_div(args.width, kLinearColumns), chunks = ceil_div(groups, chunk);
@@ -610,9 +609,10 @@ void run_on_tiles(const LinearArgs& args) {
     const bool as_is = parts == 1 && args.depth % kTileDepth == 0;
     const int64_t scratch = kBlockSteps<parts> * 2 * kStepBytes<parts> +
                             task_panels * chunk * static_cast<int64_t>(sizeof(TileSums));
-    run<float>(args, {chunk * kTileRows, task_panels, tiles_task<parts>, static_cast<std::size_t>(scratch),
-                      as_is ? nullptr : left_task<parts>,
-                      as_is ? 0 : args.rhs * args.batch * groups * steps * kStepBytes<parts>});
+    const int64_t pack_tasks = as_is ? 0 : args.rhs * args.batch * groups;
+    run<float>(args,
+               {chunk * kTileRows, task_panels, tiles_task<parts>, static_cast<std::size_t>(scratch),
+                as_is ? nullptr : left_task<parts>, pack_tasks, pack_tasks * steps * kStepBytes<parts>});
 }
 #endif
 
