@@ -180,7 +180,7 @@ class Bookkeeping:
 
 
 # Coefficients that `Bookkeeping.centred` looks at, about, per right-hand side and sample.
-_CENTRE_SAMPLE = 8192
+_CENTRE_SAMPLE = 2048
 
 
 def total(masses: Iterable[Tensor]) -> Tensor:
