@@ -176,7 +176,7 @@ def attention_pullback(
     Notes
     -----
     The CPU kernel rounds operands of products (g, V+, A, c_S, K+, Q+; not those of S) to bfloat16 where c is bfloat16
-    and the processor multiplies bfloat16 (the instruction set "avx512bf16").
+    and the processor multiplies bfloat16 (the instruction sets "avx512bf16" and "amx").
     """
     packed, masses = _attention_pullback(q, k, v, o, c, scale, gated, contrast)
     return *output_views(packed, q, k), masses
