@@ -454,13 +454,17 @@ void sum_tiles(const Linear<float>& job, const Place& at, int64_t t, int64_t beg
             // P's rows for the next block are fetched beside one half of the columns, D's beside the other.
             const LeftTiles then = left(both && column > 0 ? 1 : 0, row, next.begin);
             const bool packed = job.left != nullptr;
-            const Ahead ahead(then.data, packed ? 1 : count, (next.end - next.begin) * then.step, then.stride,
-                              next.index, next.count);
-            const Ahead panel_ahead(reinterpret_cast<const char*>(next_panel), 1,
-                                    next_lines * kLinearColumns * 4, 0, index++,
-                                    2 * ceil_div(at.end - at.begin, kTileRows));
+            Ahead ahead(then.data, packed ? 1 : count, (next.end - next.begin) * then.step, then.stride,
+                        next.index, next.count);
+            Ahead panel_ahead(reinterpret_cast<const char*>(next_panel), 1, next_lines * kLinearColumns * 4,
+                              0, index++, 2 * ceil_div(at.end - at.begin, kTileRows));
+            const int64_t slots = (end - begin) * kSlots<parts>, ahead_lines = ceil_div(ahead.lines(), slots),
+                          panel_lines = ceil_div(panel_ahead.lines(), slots);
             add_products<parts, both>(left(0, row, begin), left(both ? 1 : 0, row, begin), {weights},
-                                      end - begin, ahead, panel_ahead);
+                                      end - begin, [&] {
+                                          ahead.fetch(ahead_lines);
+                                          panel_ahead.fetch(panel_lines);
+                                      });
             _tile_stored(0, &to[0][0][0][column], stride);
             _tile_stored(1, &to[0][1][0][column], stride);
             if (both) _tile_stored(2, &to[1][0][0][column], stride);

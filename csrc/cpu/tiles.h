@@ -117,34 +117,39 @@ class Ahead {
     int64_t row_ = 0, skip_ = 0, left_ = 0, in_row_ = 0;
 };
 
-// Adds the products of `steps` steps to the sums; `both` groups of rows, or the first.
-template <int parts, bool both>
+// Products of four tiles in a step.
+template <int parts>
+constexpr int64_t kSlots = parts == 3 ? 6 : 1;
+
+// Adds the products of `steps` steps to the sums; `both` groups of rows, or the first. `beside` is called in
+// every slot: what it does there runs in units that the products leave idle, a little at a time.
+template <int parts, bool both, class Beside>
 RF_INLINE void add_products(const LeftTiles& first, const LeftTiles& second, const RightTiles& right,
-                            int64_t steps, Ahead next_left, Ahead next_right) {
+                            int64_t steps, const Beside& beside) {
     static_assert(parts == 1 || parts == 3);
-    const int64_t left_lines = ceil_div(next_left.lines(), steps);
-    const int64_t right_lines = ceil_div(next_right.lines(), steps);
+    const auto multiply = [&] {
+        multiply_tiles<both>();
+        beside();
+    };
     for (int64_t s = 0; s < steps; ++s) {
-        next_left.fetch(left_lines);
-        next_right.fetch(right_lines);
         if constexpr (parts == 3) {
             load_left<both, 2>(first, second, s);
             load_right<3, 0>(right, s);
-            multiply_tiles<both>();
+            multiply();
             load_left<both, 1>(first, second, s);
-            multiply_tiles<both>();
+            multiply();
             load_right<3, 1>(right, s);
-            multiply_tiles<both>();
+            multiply();
             load_left<both, 0>(first, second, s);
-            multiply_tiles<both>();
+            multiply();
             load_right<3, 2>(right, s);
-            multiply_tiles<both>();
+            multiply();
             load_right<3, 0>(right, s);
-            multiply_tiles<both>();
+            multiply();
         } else {
             load_left<both, 0>(first, second, s);
             load_right<1, 0>(right, s);
-            multiply_tiles<both>();
+            multiply();
         }
     }
 }
