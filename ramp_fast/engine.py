@@ -22,7 +22,7 @@ from ramp_fast.passes import canonicalize
 from ramp_fast.plan import Plan
 from ramp_fast.replay import Recordings, on, records
 from ramp_fast.rules.abslrp import AbsLRP, RelativeStabilizer
-from ramp_fast.runtime import GROUP, Groups, run
+from ramp_fast.runtime import GROUP, Groups, keep_freed_memory, run
 
 if TYPE_CHECKING:
     from ramp_fast.evaluation import Data, Evaluation
@@ -349,7 +349,10 @@ class Engine:
         return plan
 
     def _prepared(self, graph: Graph) -> Plan:
-        plan = Plan(graph, self.rule, precision_for(self.precision, _device(self.model)))
+        device = _device(self.model)
+        if device.type == "cpu":
+            keep_freed_memory()
+        plan = Plan(graph, self.rule, precision_for(self.precision, device))
         plan.prepare()
         return plan
 
