@@ -10,6 +10,8 @@ namespace {
 constexpr int64_t kPairRows = 2 * kTileRows;  // of sums that the tile registers hold, 32 x 32
 constexpr int64_t kTaskPairs = 7;             // at most
 constexpr int64_t kTaskPanels = 16;
+// Of the last rows: small tasks at the end leave the threads less to wait for.
+constexpr int64_t kLastTaskPanels = 4;
 // Of left tiles: they stay in a 2 MB L2 cache while the panels of a task pass by, and the next ones come.
 constexpr int64_t kLeftBytes = 1 << 20;
 // A result of more bytes for each thread does not wait in its L2 cache for whoever reads it.
@@ -18,7 +20,8 @@ constexpr int64_t kStreamBytes = 3 << 20;
 struct Job {
     const ProductArgs& args;
     int64_t steps, groups, panels;  // groups of 16 rows
-    int64_t task_pairs, range;      // pairs of groups of rows of a task, and steps that it takes at a time
+    int64_t chunks;                 // of rows
+    int64_t task_pairs, range;      // pairs of groups of rows of a chunk, and steps that are taken at a time
     char* left;                     // [groups, steps, part, 16, 32]; null: x itself
     bool stream;                    // the result past the caches
 };
@@ -67,8 +70,16 @@ struct Part {
 
 RF_INLINE Part part_of(const Job& job, int64_t index) {
     const int64_t panel_groups = ceil_div(job.panels, kTaskPanels), rows = job.task_pairs * kPairRows;
-    const int64_t first = index % panel_groups * kTaskPanels, top = index / panel_groups * rows;
-    return {first, min64(first + kTaskPanels, job.panels), top, min64(top + rows, job.args.rows)};
+    const int64_t before = (job.chunks - 1) * panel_groups;  // the last rows
+    const bool last = index >= before;
+    const int64_t panels = last ? kLastTaskPanels : kTaskPanels;
+    const int64_t chunk = last ? job.chunks - 1 : index / panel_groups;
+    const int64_t first = (last ? index - before : index % panel_groups) * panels, top = chunk * rows;
+    return {first, min64(first + panels, job.panels), top, min64(top + rows, job.args.rows)};
+}
+
+RF_INLINE int64_t count_parts(const Job& job) {
+    return (job.chunks - 1) * ceil_div(job.panels, kTaskPanels) + ceil_div(job.panels, kLastTaskPanels);
 }
 
 using PairSums = float[kPairRows][kLinearColumns];
@@ -157,8 +168,10 @@ void product_task(int64_t index, const void* context, void* scratch) {
     const ProductArgs& args = job.args;
     const auto [first, last, top, bottom] = part_of(job, index);
     const int64_t pairs = ceil_div(bottom - top, kPairRows);
-    // Probably the next task of this thread.
-    const Part coming = part_of(job, index + args.threads);
+    // Probably the next task of this thread; after the last one, none.
+    const int64_t then_index = index + args.threads;
+    const Part coming =
+        then_index < count_parts(job) ? part_of(job, then_index) : Part{first, last, top, top};
     PairSums* finished = static_cast<PairSums*>(scratch);
     PairSums* unfinished = finished + 1;
     alignas(64) float bias[kTaskPanels][kLinearColumns] = {};
@@ -210,16 +223,18 @@ void product_task(int64_t index, const void* context, void* scratch) {
 
 template <int parts>
 void run(const ProductArgs& args) {
+    const int64_t pairs = ceil_div(args.rows, kPairRows);
+    const int64_t chunks = pairs > kTaskPairs ? ceil_div(pairs, kTaskPairs) : 1;
+    const int64_t number = args.out.dtype == DType::bf16 ? 2 : 4;
     Job job{args,
             ceil_div(args.depth, kTileDepth),
             ceil_div(args.rows, kTileRows),
             ceil_div(args.width, kLinearColumns),
-            1,
+            chunks,
+            pairs > 0 ? ceil_div(pairs, chunks) : 1,
             1,
             nullptr,
-            args.rows * args.width * (args.out.dtype == DType::bf16 ? 2 : 4) > args.threads * kStreamBytes};
-    const int64_t pairs = ceil_div(args.rows, kPairRows), chunks = ceil_div(pairs, kTaskPairs);
-    if (chunks > 0) job.task_pairs = ceil_div(pairs, chunks);
+            args.rows * args.width * number > args.threads * kStreamBytes};
     // Left tiles that fit in one go are not taken in ranges.
     const int64_t step_bytes = 2 * job.task_pairs * kStepBytes<parts>;
     job.range = job.steps * step_bytes <= 2 * kLeftBytes ? job.steps : kLeftBytes / step_bytes;
@@ -227,10 +242,10 @@ void run(const ProductArgs& args) {
     const Scratch left(as_is ? 0 : static_cast<std::size_t>(job.groups * job.steps * kStepBytes<parts>));
     job.left = left.data();
     if (!as_is) parallel_for(job.groups, args.rows * args.depth, args.threads, pack_task<parts>, &job, 0);
-    parallel_for(chunks * ceil_div(job.panels, kTaskPanels), args.rows * args.depth * args.width,
-                 args.threads, product_task<parts>, &job,
-                 sizeof(PairSums) * static_cast<std::size_t>(
-                                        1 + (job.range < job.steps ? kTaskPanels * job.task_pairs : 0)));
+    parallel_for(
+        count_parts(job), args.rows * args.depth * args.width, args.threads, product_task<parts>, &job,
+        sizeof(PairSums) *
+            static_cast<std::size_t>(1 + (job.range < job.steps ? kTaskPanels * job.task_pairs : 0)));
 }
 
 }  // namespace
