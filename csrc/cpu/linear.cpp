@@ -394,7 +394,7 @@ void split_panel(const float* panel, int64_t depth, int64_t begin, int64_t end, 
         } else if (2 * pair < depth) {
             const float* row = panel + 2 * pair * kLinearColumns;
             const bool last = 2 * pair + 1 == depth;
-            __m512i first[3], second[3];
+            __m256i first[3], second[3];
             split_float(_mm512_loadu_ps(row), first);
             split_float(last ? _mm512_setzero_ps() : _mm512_loadu_ps(row + kLinearColumns), second);
             for (int p = 0; p < 3; ++p) w[p] = pair_rows(first[p], second[p]);

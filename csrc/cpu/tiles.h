@@ -161,31 +161,30 @@ RF_INLINE void clear_sums() {
     _tile_zero(3);
 }
 
-RF_INLINE __m512 widen(__m512i high_halves) {
-    return (__m512)high_halves;
+RF_INLINE __m512 widen(__m256i numbers) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
 }
 
-// The parts of 16 numbers, each in the high half of 32 bits. What rounds to infinity has no other parts.
-RF_INLINE void split_float(__m512 x, __m512i parts[3]) {
+// The parts of 16 numbers. What rounds to infinity, and NaN, has no other parts.
+RF_INLINE void split_float(__m512 x, __m256i parts[3]) {
     constexpr int infinite = 0x08 | 0x10 | 0x01 | 0x80;  // infinities and NaN
-    for (int p = 0; p < 3; ++p) {
-        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
-        parts[p] = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
-        x = _mm512_sub_ps(x, widen(parts[p]));
-        x = _mm512_mask_mov_ps(x, _mm512_fpclass_ps_mask(widen(parts[p]), infinite), _mm512_setzero_ps());
-    }
+    parts[0] = (__m256i)_mm512_cvtneps_pbh(x);
+    const __m512 high = widen(parts[0]);
+    const __m512 rest = _mm512_maskz_sub_ps(_mm512_knot(_mm512_fpclass_ps_mask(high, infinite)), x, high);
+    parts[1] = (__m256i)_mm512_cvtneps_pbh(rest);
+    parts[2] = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(rest, widen(parts[1])));
 }
 
-// Two rows of a right tile as one: the low half of 32 bits is the first row's number.
-RF_INLINE __m512i pair_rows(__m512i first, __m512i second) {
-    return _mm512_or_si512(_mm512_srli_epi32(first, 16), second);
+RF_INLINE __m512i join(__m256i low, __m256i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
-// The two halves of a row of a left tile.
-RF_INLINE void store_left(char* to, __m512i low, __m512i high) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(low, 16)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32),
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16)));
+// Two rows of a right tile as one, which has their numbers in turn.
+RF_INLINE __m512i pair_rows(__m256i first, __m256i second) {
+    alignas(64) static constexpr std::uint16_t in_turn[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                              21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                              11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(in_turn), join(first, second));
 }
 
 // Left tiles of `count` <= 16 rows from row `first` of data [rows, depth] on, zero where there is no number:
@@ -204,10 +203,10 @@ void pack_left(const void* data, int64_t first, int64_t count, int64_t depth, ch
                 _mm512_storeu_si512(row, _mm512_maskz_loadu_epi16(mask, from));
             } else {
                 const float* from = static_cast<const float*>(data) + at;
-                __m512i low[3], high[3];
+                __m256i low[3], high[3];
                 split_float(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from), low);
                 split_float(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + 16), high);
-                for (int p = 0; p < 3; ++p) store_left(row + p * kTileBytes, low[p], high[p]);
+                for (int p = 0; p < 3; ++p) _mm512_storeu_si512(row + p * kTileBytes, join(low[p], high[p]));
             }
         }
 }
