@@ -9,6 +9,9 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
+#ifdef __AVX512BF16__
+#include "cpu/in_turn.h"
+#endif
 #ifdef __AMX_BF16__
 #include "cpu/tiles.h"
 #endif
@@ -85,9 +88,9 @@ struct Pair {
     static RF_INLINE void across_rows(const float* __restrict rows, int64_t stride, int64_t n,
                                       Element* __restrict out) {
         for (int64_t i = 0; i < n; i += lanes) {
-            const ElementVector low = __builtin_convertvector(rounded(rows + i), ElementVector);
-            const ElementVector high = __builtin_convertvector(rounded(rows + stride + i), ElementVector);
-            *reinterpret_cast<ElementVector*>(out + i) = low | (high << 16);
+            const __m512i both =
+                (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(rows + stride + i), _mm512_load_ps(rows + i));
+            _mm512_store_si512(out + i, in_turn(both));
         }
     }
 };
@@ -383,6 +386,22 @@ RF_INLINE void transpose(const E* __restrict in, int64_t count, int64_t stride, 
         for (int64_t r = 0; r < count; ++r) out[c * out_stride + r] = in[r * stride + c];
 }
 
+// Fetches row n, if there is one, into the L2 cache: rows of a head lie apart, and nothing foresees them.
+RF_INLINE void fetch_row(const Job& job, const StridedOperand& x, int64_t rows, int64_t t, int64_t b,
+                         int64_t h, int64_t n) {
+    if (n >= rows) return;
+    const int64_t element = x.operand.dtype == DType::bf16 ? 2 : x.operand.dtype == DType::f32 ? 4 : 8;
+    const char* row = static_cast<const char*>(x.operand.data) + offset(x, t, b, h, n) * element;
+    for (int64_t at = 0; at < job.args.width * element; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
+RF_INLINE void fetch_query(const Job& job, int64_t b, int64_t h, int64_t n) {
+    const AttentionArgs& args = job.args;
+    fetch_row(job, args.q, args.queries, 0, b, h, n);
+    if (args.gated) fetch_row(job, args.o, args.queries, 0, b, h, n);
+    for (int64_t t = 0; t < args.rhs; ++t) fetch_row(job, args.c, args.queries, t, b, h, n);
+}
+
 template <class P>
 void prepare_keys(const Job& job, const Scratch<P>& at, int64_t b, int64_t h) {
     using F = typename P::Sum;
@@ -392,6 +411,9 @@ void prepare_keys(const Job& job, const Scratch<P>& at, int64_t b, int64_t h) {
         for (int64_t r = 0; r < padded; ++r) {
             F* to = at.raw + r * job.depth;
             clear(to, job.depth);
+            fetch_row(job, args.k, args.keys, 0, b, h, start + P::rows + r);
+            fetch_row(job, args.v, args.keys, 0, b, h, start + P::rows + r);
+            if (start == 0) fetch_query(job, b, h, r);
             if (start + r >= args.keys) continue;
             const F* k = load(args.k.operand, offset(args.k, 0, b, h, start + r), args.width, to);
             if (k != to) RF_SIMD
@@ -548,6 +570,7 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
     product<Single<F>, false>(P::rows, keys, args.width, {at.query, depth, 1}, at.keys_t, keys, scores, keys);
     for (int64_t r = 0; r < P::rows; ++r) {
         F *weight = at.weights + r * keys, *factor = at.factors + r * keys;
+        fetch_query(job, b, h, first + P::rows + r);
         if (r < count) {
             softmax_row(scores + r * keys, args.keys, keys, weight, factor);
         } else {

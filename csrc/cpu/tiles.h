@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #include "cpu/block.h"
+#include "cpu/in_turn.h"
 
 namespace rf::RF_ISA {
 namespace {
@@ -181,10 +182,7 @@ RF_INLINE __m512i join(__m256i low, __m256i high) {
 
 // Two rows of a right tile as one, which has their numbers in turn.
 RF_INLINE __m512i pair_rows(__m256i first, __m256i second) {
-    alignas(64) static constexpr std::uint16_t in_turn[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                              21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                              11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return _mm512_permutexvar_epi16(_mm512_load_si512(in_turn), join(first, second));
+    return in_turn(join(first, second));
 }
 
 // Left tiles of `count` <= 16 rows from row `first` of data [rows, depth] on, zero where there is no number:
