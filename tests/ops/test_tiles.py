@@ -99,6 +99,23 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads(dtype: torch.dtype) -
 
 
 @needs_tiles
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_results_are_written_past_the_caches_with_the_same_bits(dtype: torch.dtype) -> None:
+    # Rows of 4000 bytes: every second one begins amid a cache line.
+    width = 1000 if dtype == torch.float32 else 2000
+    x, weight, bias = wide(900, 40).to(dtype), wide(width, 40).to(dtype), wide(width)
+    tiles = ops.pack_tiles(weight)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # 3.6 MB, more than a thread's caches keep
+        y = ops.product(x, tiles, bias, width)
+        for first, last in ((0, 100), (100, 500), (500, 900)):
+            assert torch.equal(ops.product(x[first:last], tiles, bias, width), y[first:last])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_tiles
 def test_leading_axes_strides_and_nothing() -> None:
     x, weight = torch.randn(3, 40, 5), torch.randn(7, 40)
     tiles = ops.pack_tiles(weight)
