@@ -146,13 +146,14 @@ def _groups_pay(plan: Plan, shape: torch.Size, sides: int, contrast: bool) -> bo
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Lets freed memory stay with the process, up to 64 MiB more than glibc keeps at first.
+    """Lets freed blocks of up to 32 MiB stay in the heap.
 
-    What is free at the end of the heap goes back to the system if it is more than twice the largest mapped block that
-    was ever freed (or 128 KiB), and the next image gets it again page by page, each cleared first: a tenth of the
-    time of a ResNet. So a block of the largest size that counts, just under 32 MiB, is mapped and freed without having
-    been written. Settings of the user's (``MALLOC_TRIM_THRESHOLD_``, ``mallopt``) stay in force, and then this has no
-    effect; nor has it with other allocators.
+    glibc maps blocks for themselves, and unmaps them when they are freed, if they are larger than any such block that
+    was freed before, or 128 KiB; and it gives the free end of the heap back beyond twice that size. The next image
+    then gets its memory page by page, each cleared first: a tenth of the time of a ResNet. So a block of the largest
+    size that counts, just under 32 MiB, is mapped and freed without having been written. Settings of the user's
+    (``MALLOC_TRIM_THRESHOLD_``, ``mallopt``) stay in force, and then this has no effect; nor has it with other
+    allocators.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
