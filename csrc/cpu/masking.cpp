@@ -1,9 +1,11 @@
 // Masking: which step masks an entry.
 //
-// Of all the ranks only those at the ks matter. The top 16 bits of a key choose its bucket; where a bucket
-// lies between two ks all of its entries have the same step, and only the entries of the others, about one
-// bucket for every k, are sorted. Sorting is stable and entries come by index, so the first of equals is
-// masked first.
+// Of all the ranks only those at the ks matter. Entries are counted in buckets of neighbouring scores; where
+// a bucket lies between two ks all of its entries have the same step, and only the entries of the others,
+// about one bucket for every k, are sorted. Sorting is stable and entries come by index, so the first of
+// equals is masked first. Buckets are even parts of the range of the scores, so few that the L1 cache holds
+// them; where that leaves too many entries to be sorted (a few scores far from the others, many ks), the top
+// 16 bits of the keys choose.
 #include "cpu/block.h"
 #include "ordered.h"
 
@@ -15,6 +17,9 @@ using std::uint32_t;
 
 constexpr int kBucketBits = 16, kDigitBits = 8;
 constexpr int64_t kBuckets = int64_t(1) << kBucketBits, kDigits = int64_t(1) << kDigitBits;
+constexpr int64_t kEvenBuckets = 4096;
+// Even buckets are given up if more than this part of the entries would have to be sorted.
+constexpr int64_t kSortedPart = 8;
 // Fewer entries than this are sorted as a whole: counting buckets would take longer.
 constexpr int64_t kFewEntries = 4096;
 // Up to this many entries are sorted by insertion.
@@ -118,64 +123,141 @@ struct Scratch {
     }
 };
 
-// One image.
+// The entries of one image.
 template <class F>
-void steps_of_image(int64_t b, const void* context, void* memory) {
+struct Image {
     using Key = typename KeyOf<F>::type;
-    constexpr int bits = 8 * sizeof(Key);
-    const MaskStepsArgs& args = *static_cast<const MaskStepsArgs*>(context);
-    const int64_t count = args.count;
-    int32_t* out = static_cast<int32_t*>(args.out.data) + b * count;
-    const Scratch<Key> scratch(static_cast<char*>(memory), count);
-    F buffer[kBlock];
-    const auto for_each_key = [&](const auto& visit) {
-        for (int64_t start = 0; start < count; start += kBlock) {
-            const int64_t n = min64(kBlock, count - start);
-            const F* scores = load(args.scores, b * count + start, n, buffer);
-            for (int64_t i = 0; i < n; ++i)
-                visit(static_cast<int32_t>(start + i),
-                      ordered_key<F>(bits_of<Key>(scores[i]), args.descending));
-        }
-    };
-    Ranks ranks(args);
-    if (count < kFewEntries) {
-        for_each_key([&](int32_t i, Key key) {
-            scratch.entries.keys[i] = key;
-            scratch.entries.indices[i] = i;
-        });
-        return number_group(scratch.entries, scratch.spare, count, bits, 0, ranks, out);
-    }
+    const MaskStepsArgs& args;
+    int64_t first;
 
-    constexpr int shift = bits - kBucketBits;
+    int32_t* out() const { return static_cast<int32_t*>(args.out.data) + first; }
+    Key key(F score) const { return ordered_key<F>(bits_of<Key>(score), args.descending); }
+
+    // visit(place of the first, scores, how many)
+    template <class Visit>
+    RF_INLINE void for_each_block(const Visit& visit) const {
+        F buffer[kBlock];
+        for (int64_t start = 0; start < args.count; start += kBlock) {
+            const int64_t n = min64(kBlock, args.count - start);
+            visit(start, load(args.scores, first + start, n, buffer), n);
+        }
+    }
+};
+
+// Even parts of the range of the scores; `parts` is 0 if it has none.
+template <class F>
+struct EvenBuckets {
+    F least = 0, parts = 0;  // parts in a unit of the score
+    bool descending = false;
+
+    explicit EvenBuckets(const Image<F>& image) : descending(image.args.descending) {
+        F low = __builtin_inf(), high = -low, strange = 0;
+        image.for_each_block([&](int64_t, const F* __restrict scores, int64_t n) {
+            F least_here = low, greatest_here = high, sum = 0;
+            RF_PRAGMA(omp simd reduction(min : least_here) reduction(max : greatest_here) reduction(+ : sum))
+            for (int64_t i = 0; i < n; ++i) {
+                least_here = scores[i] < least_here ? scores[i] : least_here;
+                greatest_here = scores[i] > greatest_here ? scores[i] : greatest_here;
+                sum += scores[i] - scores[i];  // 0, or NaN for what is not finite
+            }
+            low = least_here;
+            high = greatest_here;
+            strange += sum;
+        });
+        const F scale = F(kEvenBuckets) / (high - low);
+        if (strange == 0 && scale > 0 && scale < __builtin_inf() && high - low < __builtin_inf()) {
+            least = low;
+            parts = scale;
+        }
+    }
+    RF_INLINE void operator()(const F* __restrict scores, int64_t n, uint32_t* __restrict buckets) const {
+        // Differences and products round in order.
+        RF_SIMD
+        for (int64_t i = 0; i < n; ++i) {
+            const int32_t part = static_cast<int32_t>((scores[i] - least) * parts);
+            const int32_t bucket = part < kEvenBuckets ? part : static_cast<int32_t>(kEvenBuckets) - 1;
+            buckets[i] = static_cast<uint32_t>(descending ? kEvenBuckets - 1 - bucket : bucket);
+        }
+    }
+};
+
+template <class F>
+struct KeyBuckets {
+    const Image<F>& image;
+    static constexpr int shift = 8 * sizeof(typename KeyOf<F>::type) - kBucketBits;
+    RF_INLINE void operator()(const F* __restrict scores, int64_t n, uint32_t* __restrict buckets) const {
+        RF_SIMD
+        for (int64_t i = 0; i < n; ++i) buckets[i] = static_cast<uint32_t>(image.key(scores[i]) >> shift);
+    }
+};
+
+// Writes the steps, or nothing and returns false, if more than `most` entries would have to be sorted, by the
+// lowest `bits` of their keys.
+template <class F, class Buckets>
+bool steps_by_buckets(const Image<F>& image, const Scratch<typename KeyOf<F>::type>& scratch,
+                      const Buckets& buckets_of, int64_t count, int bits, int64_t most) {
+    using Key = typename KeyOf<F>::type;
     uint32_t* sizes = scratch.sizes;
-    int32_t* steps = scratch.steps;
-    for (int64_t i = 0; i < kBuckets; ++i) sizes[i] = 0;
-    for_each_key([&](int32_t, Key key) { ++sizes[key >> shift]; });
+    int32_t *steps = scratch.steps, *out = image.out();
+    uint32_t buckets[kBlock];
+    for (int64_t i = 0; i < count; ++i) sizes[i] = 0;
+    image.for_each_block([&](int64_t, const F* scores, int64_t n) {
+        buckets_of(scores, n, buckets);
+        for (int64_t i = 0; i < n; ++i) ++sizes[buckets[i]];
+    });
     int32_t place = 0;
-    Ranks whole(args);
-    for (int64_t bucket = 0, before = 0; bucket < kBuckets; before += sizes[bucket++]) {
+    Ranks whole(image.args);
+    for (int64_t bucket = 0, before = 0; bucket < count; before += sizes[bucket++]) {
         if (sizes[bucket] == 0) continue;
         const int32_t first = whole.step(before), last = whole.step(before + sizes[bucket] - 1);
         steps[bucket] = first == last ? first : ~place;
         if (first != last) place += static_cast<int32_t>(sizes[bucket]);
     }
-    for_each_key([&](int32_t i, Key key) {
-        const int32_t step = steps[key >> shift];
-        if (step >= 0) {
-            out[i] = step;
-        } else {
-            scratch.entries.keys[~step] = key;
-            scratch.entries.indices[~step] = i;
-            steps[key >> shift] = step - 1;
+    if (place > most) return false;
+    image.for_each_block([&](int64_t start, const F* scores, int64_t n) {
+        buckets_of(scores, n, buckets);
+        for (int64_t i = 0; i < n; ++i) {
+            const int32_t step = steps[buckets[i]];
+            out[start + i] = step;
+            if (step >= 0) continue;
+            scratch.entries.keys[~step] = image.key(scores[i]);
+            scratch.entries.indices[~step] = static_cast<int32_t>(start + i);
+            steps[buckets[i]] = step - 1;
         }
     });
-    for (int64_t bucket = 0, before = 0; bucket < kBuckets; before += sizes[bucket++]) {
+    Ranks ranks(image.args);
+    for (int64_t bucket = 0, before = 0; bucket < count; before += sizes[bucket++]) {
         if (sizes[bucket] == 0 || steps[bucket] >= 0) continue;
         const int64_t size = sizes[bucket], begin = ~steps[bucket] - size;
         number_group<Key>({scratch.entries.keys + begin, scratch.entries.indices + begin},
-                          {scratch.spare.keys + begin, scratch.spare.indices + begin}, size, shift, before,
+                          {scratch.spare.keys + begin, scratch.spare.indices + begin}, size, bits, before,
                           ranks, out);
     }
+    return true;
+}
+
+template <class F>
+void steps_of_image(int64_t b, const void* context, void* memory) {
+    using Key = typename KeyOf<F>::type;
+    constexpr int bits = 8 * sizeof(Key);
+    const MaskStepsArgs& args = *static_cast<const MaskStepsArgs*>(context);
+    const Image<F> image{args, b * args.count};
+    const Scratch<Key> scratch(static_cast<char*>(memory), args.count);
+    if (args.count < kFewEntries) {
+        image.for_each_block([&](int64_t start, const F* scores, int64_t n) {
+            for (int64_t i = 0; i < n; ++i) {
+                scratch.entries.keys[start + i] = image.key(scores[i]);
+                scratch.entries.indices[start + i] = static_cast<int32_t>(start + i);
+            }
+        });
+        Ranks ranks(args);
+        return number_group(scratch.entries, scratch.spare, args.count, bits, 0, ranks, image.out());
+    }
+    const EvenBuckets<F> even(image);
+    if (even.parts > 0 &&
+        steps_by_buckets(image, scratch, even, kEvenBuckets, bits, args.count / kSortedPart))
+        return;
+    steps_by_buckets(image, scratch, KeyBuckets<F>{image}, kBuckets, KeyBuckets<F>::shift, args.count);
 }
 
 }  // namespace

@@ -54,6 +54,12 @@ def _scores() -> dict[str, Tensor]:
         "all equal": torch.zeros(2, 9001),
         "ten values": (2 * normal).round(),
         "one bucket": 1 + normal.abs() * 1e-6,
+        "not finite": torch.where(normal > 2, INF, torch.where(normal < -2, -INF, normal)).where(
+            normal.abs() > 0.1, NAN
+        ),
+        "wider than float32": normal.clamp(-3, 3) * 1e38,
+        "narrower than float32": normal * 1e-43,
+        "one far from the others": torch.where(torch.arange(9001) == 77, 1e9, normal),
         "ascending": torch.arange(9001.0).expand(2, -1),
         "segments": normal[:, :97],
     }
