@@ -115,9 +115,9 @@ def test_the_plan_prints_operations_modules_shapes_kernels_and_bytes() -> None:
 def test_weight_bytes_are_those_of_the_packed_weights() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7)).eval()
     plan = Engine(model, precision="float32", input_shape=(3, 2, 2)).plan
-    # float32: forward (on tile registers three parts of two tiles), and for the pull-back one panel of 32 columns, of
-    # which 12 are used
-    forward = 3 * 2 * 16 * 32 * 2 if ops.has_tiles() else 12 * 7 * 4
+    # float32: forward (on tile registers three tiles of digits and a block of scales), and for the pull-back one panel
+    # of 32 columns, of which 12 are used
+    forward = (3 + 1) * 1024 if ops.has_tiles() else 12 * 7 * 4
     assert plan.weight_bytes == forward + 32 * 7 * 4
 
 

@@ -62,7 +62,9 @@ void linear_norm_pullback(py::handle c_, py::handle panels_, py::handle x_, py::
 }
 
 void product(py::handle x_, py::handle tiles_, py::handle bias_, py::handle out_, int threads) {
-    const TensorView x(x_, "x"), tiles(tiles_, "tiles"), out(out_, "out");
+    const TensorView x(x_, "x"), out(out_, "out");
+    const bool bytes = x.dtype() == DType::f32;
+    const TensorView tiles(tiles_, "tiles", bytes ? Elements::int32 : Elements::floating);
     const auto bias = optional_view(bias_, "bias");
     if (x.ndim() != 2 || out.ndim() != 2)
         fail("x and out must be matrices: " + x.describe() + ", " + out.describe());
@@ -71,12 +73,19 @@ void product(py::handle x_, py::handle tiles_, py::handle bias_, py::handle out_
     args.rows = x.size(0);
     args.depth = x.size(1);
     args.width = out.size(1);
-    if (x.dtype() == DType::f64 || out.dtype() == DType::f64 || tiles.dtype() != DType::bf16 ||
-        (bias && bias->dtype() != DType::f32))
-        fail("x and out must be float32 or bfloat16, bias float32 and tiles bfloat16: " + x.describe() +
-             ", " + out.describe() + ", " + tiles.describe());
-    tiles.shaped(
-        {(args.width + 31) / 32, (args.depth + 31) / 32, x.dtype() == DType::bf16 ? 1 : 3, 2, 16, 32});
+    if (x.dtype() == DType::f64 || out.dtype() != x.dtype() || (bias && bias->dtype() != DType::f32) ||
+        (!bytes && tiles.dtype() != DType::bf16))
+        fail(
+            "x and out must both be float32 or bfloat16, bias float32, and tiles int32 for float32 x, else "
+            "bfloat16: " +
+            x.describe() + ", " + out.describe() + ", " + tiles.describe());
+    if (args.depth < 1 || (bytes && args.depth > kDigitDepth))
+        fail("x must have at least one column, and of float32 at most " + std::to_string(kDigitDepth) + ": " +
+             x.describe());
+    if (bytes)
+        tiles.shaped({(args.width + 15) / 16, 3 * ((args.depth + 63) / 64) + 1, 16, 16});
+    else
+        tiles.shaped({(args.width + 31) / 32, (args.depth + 31) / 32, 2, 16, 32});
     if (bias) bias->shaped({args.width}).contiguous();
     args.x = x.contiguous().operand();
     args.tiles = tiles.contiguous().operand();

@@ -69,14 +69,20 @@ struct LinearArgs {
     int threads;
 };
 
-// out[r, i] = sum_k x[r, k] W[i, k] + bias[i], sums in float; W in tiles, zero where there is no number
-// (tiles.h)
+// Of a matrix product in whole numbers (digits.h): three products of digits, each up to 2^14, for every
+// number of a row keep the sums below 2^31.
+constexpr std::int64_t kDigitDepth = 1 << 15;
+
+// out[r, i] = sum_k x[r, k] W[i, k] + bias[i]; x, out: bfloat16 or float
 struct ProductArgs {
-    std::int64_t rows, depth, width;
-    Operand x;      // [rows, depth], bfloat16 or float
-    Operand tiles;  // [panels, steps, parts, 2, 16, 32], bfloat16: one part, or three for float x
-    Operand bias;   // [width], float, or absent
-    Operand out;    // [rows, width], bfloat16 or float
+    std::int64_t rows, depth, width;  // depth is 1 or more, for float up to kDigitDepth
+    Operand x;                        // [rows, depth]
+    Operand tiles;  // of W, zero where there is no number. For bfloat16 [panels, steps, 2, 16, 32], panels of
+                    // 32 columns and steps of 32; for float bytes [panels, 3 steps + 1, 16, 64], panels of 16
+                    // columns, steps of 64 in three digits, and a block that begins with 16 floats: what a
+                    // unit of each column stands for
+    Operand bias;  // [width], float, or absent
+    Operand out;   // [rows, width]
     int threads;
 };
 
@@ -230,6 +236,10 @@ namespace amx {
 void attention_pullback(const AttentionArgs&);
 void linear_pullback(const LinearArgs&);
 void product(const ProductArgs&);  // there is no other
+// Parts of the last two.
+void linear_pullback_on_tiles(const LinearArgs&);
+void linear_pullback_of_digits(const LinearArgs&);
+void product_of_digits(const ProductArgs&);
 }  // namespace amx
 
 }  // namespace rf

@@ -1,7 +1,7 @@
-// y = x W^T + b on tile registers. Operands are bfloat16, or float in three bfloat16 parts (tiles.h): faster
-// than float arithmetic on vectors and as exact. Only compiled where there are tile registers.
+// y = x W^T + b of bfloat16 on tile registers. Only compiled where there are some.
 //
 // A sum takes ranges of the depth in order, whatever task or tile it is in.
+#include "cpu/product_tasks.h"
 #include "cpu/tiles.h"
 
 namespace rf::RF_ISA {
@@ -10,43 +10,37 @@ namespace {
 constexpr int64_t kPairRows = 2 * kTileRows;  // of sums that the tile registers hold, 32 x 32
 constexpr int64_t kTaskPairs = 7;             // at most
 constexpr int64_t kTaskPanels = 16;
-// Of the last rows: small tasks at the end leave the threads less to wait for.
 constexpr int64_t kLastTaskPanels = 4;
 // Of left tiles: they stay in a 2 MB L2 cache while the panels of a task pass by, and the next ones come.
 constexpr int64_t kLeftBytes = 1 << 20;
-// A result of more bytes for each thread does not wait in its L2 cache for whoever reads it.
-constexpr int64_t kStreamBytes = 3 << 20;
 
 struct Job {
     const ProductArgs& args;
     int64_t steps, groups, panels;  // groups of 16 rows
-    int64_t chunks;                 // of rows
-    int64_t task_pairs, range;      // pairs of groups of rows of a chunk, and steps that are taken at a time
-    char* left;                     // [groups, steps, part, 16, 32]; null: x itself
+    ProductTasks tasks;             // in pairs of groups, and panels
+    int64_t range;                  // steps that are taken at a time
+    char* left;                     // [groups, steps, 16, 32]; null: x itself
     bool stream;                    // the result past the caches
 };
 
-template <int parts>
 void pack_task(int64_t group, const void* context, void*) {
     const Job& job = *static_cast<const Job*>(context);
     const int64_t first = group * kTileRows;
-    pack_left<parts>(job.args.x.data, first, min64(kTileRows, job.args.rows - first), job.args.depth,
-                     job.left + group * job.steps * kStepBytes<parts>);
+    pack_left(static_cast<const std::uint16_t*>(job.args.x.data), first,
+              min64(kTileRows, job.args.rows - first), job.args.depth,
+              job.left + group * job.steps * kTileBytes);
 }
 
-template <int parts>
 RF_INLINE LeftTiles left_tiles(const Job& job, int64_t row, int64_t step) {
     if (job.left != nullptr)
-        return {job.left + (row / kTileRows * job.steps + step) * kStepBytes<parts>, 64, kStepBytes<parts>};
+        return {job.left + (row / kTileRows * job.steps + step) * kTileBytes, 64, kTileBytes};
     const auto* x = static_cast<const std::uint16_t*>(job.args.x.data);
     return {reinterpret_cast<const char*>(x + row * job.args.depth + step * kTileDepth), 2 * job.args.depth,
             2 * kTileDepth};
 }
 
-template <int parts>
 RF_INLINE RightTiles right_tiles(const Job& job, int64_t panel, int64_t step) {
-    return {static_cast<const char*>(job.args.tiles.data) +
-            (panel * job.steps + step) * 2 * kStepBytes<parts>};
+    return {static_cast<const char*>(job.args.tiles.data) + (panel * job.steps + step) * 2 * kTileBytes};
 }
 
 // Steps [begin, end) of a panel.
@@ -55,31 +49,11 @@ struct Stretch {
 };
 
 // Share `index` of `count` of the left tiles of a pair of groups of rows.
-template <int parts>
 RF_INLINE Ahead fetch_left(const Job& job, int64_t row, const Stretch& at, int64_t index, int64_t count) {
-    const LeftTiles tiles = left_tiles<parts>(job, row, at.begin);
+    const LeftTiles tiles = left_tiles(job, row, at.begin);
     const int64_t rows = min64(kPairRows, job.args.rows - row), bytes = (at.end - at.begin) * tiles.step;
     if (job.left == nullptr) return {tiles.data, rows, bytes, tiles.stride, index, count};
-    return {tiles.data, ceil_div(rows, kTileRows), bytes, job.steps * kStepBytes<parts>, index, count};
-}
-
-// What a task sums: panels and rows.
-struct Part {
-    int64_t first, last, top, bottom;
-};
-
-RF_INLINE Part part_of(const Job& job, int64_t index) {
-    const int64_t panel_groups = ceil_div(job.panels, kTaskPanels), rows = job.task_pairs * kPairRows;
-    const int64_t before = (job.chunks - 1) * panel_groups;  // the last rows
-    const bool last = index >= before;
-    const int64_t panels = last ? kLastTaskPanels : kTaskPanels;
-    const int64_t chunk = last ? job.chunks - 1 : index / panel_groups;
-    const int64_t first = (last ? index - before : index % panel_groups) * panels, top = chunk * rows;
-    return {first, min64(first + panels, job.panels), top, min64(top + rows, job.args.rows)};
-}
-
-RF_INLINE int64_t count_parts(const Job& job) {
-    return (job.chunks - 1) * ceil_div(job.panels, kTaskPanels) + ceil_div(job.panels, kLastTaskPanels);
+    return {tiles.data, ceil_div(rows, kTileRows), bytes, job.steps * kTileBytes, index, count};
 }
 
 using PairSums = float[kPairRows][kLinearColumns];
@@ -89,34 +63,23 @@ using PairSums = float[kPairRows][kLinearColumns];
 class Drain {
   public:
     Drain() = default;
-    Drain(const PairSums& sums, const ProductArgs& args, bool stream, int64_t row, int64_t column)
+    Drain(const PairSums& sums, const Job& job, int64_t row, int64_t column)
         : sums_(sums[0]),
-          bfloat_(args.out.dtype == DType::bf16),
-          bytes_(bfloat_ ? 2 : 4),
-          out_(static_cast<char*>(args.out.data) + (row * args.width + column) * bytes_),
-          stride_(args.width * bytes_),
-          rows_(min64(kPairRows, args.rows - row)),
-          mask_(static_cast<std::uint32_t>((std::uint64_t{1} << min64(kLinearColumns, args.width - column)) -
-                                           1)),
-          stream_(stream && mask_ == ~std::uint32_t{0}) {}
+          out_(static_cast<std::uint16_t*>(job.args.out.data) + row * job.args.width + column),
+          stride_(job.args.width),
+          rows_(min64(kPairRows, job.args.rows - row)),
+          mask_(static_cast<std::uint32_t>(
+              (std::uint64_t{1} << min64(kLinearColumns, job.args.width - column)) - 1)),
+          stream_(job.stream && mask_ == ~std::uint32_t{0}) {}
     int64_t rows() const { return rows_; }
     void write(int64_t rows) {
         for (int64_t n = min64(rows, rows_); n > 0; --n) {
-            const __m512 low = _mm512_load_ps(sums_), high = _mm512_load_ps(sums_ + 16);
-            const auto low_mask = static_cast<__mmask16>(mask_);
-            const auto high_mask = static_cast<__mmask16>(mask_ >> 16);
-            const bool stream = stream_ && reinterpret_cast<std::uintptr_t>(out_) % 64 == 0;
-            if (bfloat_) {
-                const __m512i numbers = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-                stream ? _mm512_stream_si512(reinterpret_cast<__m512i*>(out_), numbers)
-                       : _mm512_mask_storeu_epi16(out_, mask_, numbers);
-            } else if (stream) {
-                _mm512_stream_ps(reinterpret_cast<float*>(out_), low);
-                _mm512_stream_ps(reinterpret_cast<float*>(out_) + 16, high);
-            } else {
-                _mm512_mask_storeu_ps(out_, low_mask, low);
-                _mm512_mask_storeu_ps(out_ + 64, high_mask, high);
-            }
+            const auto numbers =
+                (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sums_ + kTileColumns), _mm512_load_ps(sums_));
+            if (stream_ && reinterpret_cast<std::uintptr_t>(out_) % 64 == 0)
+                _mm512_stream_si512(reinterpret_cast<__m512i*>(out_), numbers);
+            else
+                _mm512_mask_storeu_epi16(out_, mask_, numbers);
             sums_ += kLinearColumns;
             out_ += stride_;
             --rows_;
@@ -125,9 +88,7 @@ class Drain {
 
   private:
     const float* sums_ = nullptr;
-    bool bfloat_ = false;
-    int64_t bytes_ = 0;
-    char* out_ = nullptr;
+    std::uint16_t* out_ = nullptr;
     int64_t stride_ = 0, rows_ = 0;
     std::uint32_t mask_ = 0;  // of columns
     bool stream_ = false;     // past the caches
@@ -135,25 +96,25 @@ class Drain {
 
 // Loads the sums of a pair of groups of rows, `stride` bytes apart (0: every row starts with the same
 // numbers), adds a stretch to them and stores them.
-template <int parts, class Beside>
+template <class Beside>
 RF_INLINE void add_stretch(const Job& job, TileRegisters& tiles, int64_t row, const Stretch& at,
                            const float* from, int64_t stride, PairSums& to, const Beside& beside) {
     const int64_t count = min64(kPairRows, job.args.rows - row);
     const bool both = count > kTileRows;
     tiles.set(min64(count, kTileRows), both ? count - kTileRows : 0);
     const float* below = from + kTileRows * stride / static_cast<int64_t>(sizeof(float));
+    settle();
     _tile_loadd(0, from, stride);
     _tile_loadd(1, from + kTileColumns, stride);
     if (both) _tile_loadd(2, below, stride);
     if (both) _tile_loadd(3, below + kTileColumns, stride);
-    const LeftTiles first = left_tiles<parts>(job, row, at.begin);
-    const RightTiles right = right_tiles<parts>(job, at.panel, at.begin);
+    const LeftTiles first = left_tiles(job, row, at.begin);
+    const RightTiles right = right_tiles(job, at.panel, at.begin);
     const int64_t steps = at.end - at.begin;
     if (both)
-        add_products<parts, true>(first, left_tiles<parts>(job, row + kTileRows, at.begin), right, steps,
-                                  beside);
+        add_products<true>(first, left_tiles(job, row + kTileRows, at.begin), right, steps, beside);
     else
-        add_products<parts, false>(first, first, right, steps, beside);
+        add_products<false>(first, first, right, steps, beside);
     constexpr int64_t to_bytes = sizeof(to[0]);
     _tile_stored(0, to[0], to_bytes);
     _tile_stored(1, to[0] + kTileColumns, to_bytes);
@@ -161,59 +122,64 @@ RF_INLINE void add_stretch(const Job& job, TileRegisters& tiles, int64_t row, co
     if (both) _tile_stored(3, to[kTileRows] + kTileColumns, to_bytes);
 }
 
+// What is fetched while the rows of a task meet a stretch: the next stretch of weights, and a share of the
+// left tiles of rows [top, bottom) that follow, of the next range or task.
+struct Fetched {
+    Stretch right, left;
+    int64_t top, bottom;
+};
+
+RF_INLINE Fetched fetched(const Job& job, const Part& part, const Part& coming, const Stretch& now,
+                          const Stretch& next) {
+    const Stretch start{coming.first, 0, min64(job.range, job.steps)};
+    const Stretch& right = next.begin < job.steps ? next : start;
+    if (now.end == job.steps) {
+        const bool stays = coming.top == part.top;
+        return {right, start, coming.top * kPairRows, stays ? 0 : coming.bottom * kPairRows};
+    }
+    const Stretch range{part.first, now.end, min64(now.end + job.range, job.steps)};
+    return {right, range, part.top * kPairRows, part.bottom * kPairRows};
+}
+
 // Scratch: the finished sums of a pair, and where the depth is taken in ranges those of every pair and panel.
-template <int parts>
 void product_task(int64_t index, const void* context, void* scratch) {
     const Job& job = *static_cast<const Job*>(context);
     const ProductArgs& args = job.args;
-    const auto [first, last, top, bottom] = part_of(job, index);
-    const int64_t pairs = ceil_div(bottom - top, kPairRows);
-    // Probably the next task of this thread; after the last one, none.
-    const int64_t then_index = index + args.threads;
-    const Part coming =
-        then_index < count_parts(job) ? part_of(job, then_index) : Part{first, last, top, top};
+    const Part part = job.tasks.part(index), coming = job.tasks.after(index, args.threads);
+    const int64_t panels = part.last - part.first, pairs = part.bottom - part.top;
     PairSums* finished = static_cast<PairSums*>(scratch);
     PairSums* unfinished = finished + 1;
     alignas(64) float bias[kTaskPanels][kLinearColumns] = {};
     if (args.bias.data != nullptr)
-        for (int64_t i = first * kLinearColumns; i < min64(last * kLinearColumns, args.width); ++i)
-            bias[i / kLinearColumns - first][i % kLinearColumns] =
+        for (int64_t i = part.first * kLinearColumns; i < min64(part.last * kLinearColumns, args.width); ++i)
+            bias[i / kLinearColumns - part.first][i % kLinearColumns] =
                 static_cast<const float*>(args.bias.data)[i];
     TileRegisters tiles;
     Drain drain;
-    for (Stretch now{first, 0, min64(job.range, job.steps)}; now.begin < job.steps;) {
+    for (Stretch now{part.first, 0, min64(job.range, job.steps)}; now.begin < job.steps;) {
         Stretch next{now.panel + 1, now.begin, now.end};
-        if (next.panel == last) next = {first, now.end, min64(now.end + job.range, job.steps)};
+        if (next.panel == part.last) next = {part.first, now.end, min64(now.end + job.range, job.steps)};
         const bool resumed = now.begin > 0, finishes = now.end == job.steps;
-        // Meanwhile the next stretch of weights is fetched, and while the panels pass by the left tiles of
-        // the next range or task.
-        const Stretch then =
-            next.begin < job.steps ? next : Stretch{coming.first, 0, min64(job.range, job.steps)};
-        const Stretch range{first, finishes ? 0 : now.end,
-                            min64(finishes ? job.range : now.end + job.range, job.steps)};
-        const int64_t range_top = finishes ? coming.top : top;
-        const int64_t range_bottom = finishes ? (coming.top == top ? 0 : coming.bottom) : bottom;
-        const char* right = right_tiles<parts>(job, then.panel, then.begin).data;
-        const int64_t slots = (now.end - now.begin) * kSlots<parts>;
+        const Fetched then = fetched(job, part, coming, now, next);
+        const int64_t slots = now.end - now.begin, panel = now.panel - part.first;
+        const char* right = right_tiles(job, then.right.panel, then.right.begin).data;
+        const int64_t right_bytes = (then.right.end - then.right.begin) * 2 * kTileBytes;
         for (int64_t pair = 0; pair < pairs; ++pair) {
-            const int64_t row = top + pair * kPairRows;
-            const int64_t range_row = range_top + pair * kPairRows;
-            Ahead left_ahead;
-            if (range_row < range_bottom)
-                left_ahead = fetch_left<parts>(job, range_row, range, now.panel - first, last - first);
-            Ahead right_ahead(right, 1, (then.end - then.begin) * 2 * kStepBytes<parts>, 0, pair, pairs);
+            const int64_t row = (part.top + pair) * kPairRows, then_row = then.top + pair * kPairRows;
+            Ahead left_ahead, right_ahead(right, 1, right_bytes, 0, pair, pairs);
+            if (then_row < then.bottom) left_ahead = fetch_left(job, then_row, then.left, panel, panels);
             const int64_t left_lines = ceil_div(left_ahead.lines(), slots),
                           right_lines = ceil_div(right_ahead.lines(), slots),
                           drained = ceil_div(drain.rows(), slots);
-            PairSums& between = unfinished[(now.panel - first) * job.task_pairs + pair];
-            PairSums& to = finishes ? *finished : between;
-            add_stretch<parts>(job, tiles, row, now, resumed ? between[0] : bias[now.panel - first],
-                               resumed ? sizeof(between[0]) : 0, to, [&] {
-                                   left_ahead.fetch(left_lines);
-                                   right_ahead.fetch(right_lines);
-                                   drain.write(drained);
-                               });
-            if (finishes) drain = Drain(to, args, job.stream, row, now.panel * kLinearColumns);
+            const int64_t place = panel * job.tasks.task_rows() + pair;
+            PairSums& to = finishes ? *finished : unfinished[place];
+            add_stretch(job, tiles, row, now, resumed ? unfinished[place][0] : bias[panel],
+                        resumed ? sizeof(PairSums) / kPairRows : 0, to, [&] {
+                            left_ahead.fetch(left_lines);
+                            right_ahead.fetch(right_lines);
+                            drain.write(drained);
+                        });
+            if (finishes) drain = Drain(to, job, row, now.panel * kLinearColumns);
         }
         now = next;
     }
@@ -221,37 +187,29 @@ void product_task(int64_t index, const void* context, void* scratch) {
     _mm_sfence();
 }
 
-template <int parts>
-void run(const ProductArgs& args) {
-    const int64_t pairs = ceil_div(args.rows, kPairRows);
-    const int64_t chunks = pairs > kTaskPairs ? ceil_div(pairs, kTaskPairs) : 1;
-    const int64_t number = args.out.dtype == DType::bf16 ? 2 : 4;
-    Job job{args,
-            ceil_div(args.depth, kTileDepth),
-            ceil_div(args.rows, kTileRows),
-            ceil_div(args.width, kLinearColumns),
-            chunks,
-            pairs > 0 ? ceil_div(pairs, chunks) : 1,
-            1,
-            nullptr,
-            args.rows * args.width * number > args.threads * kStreamBytes};
-    // Left tiles that fit in one go are not taken in ranges.
-    const int64_t step_bytes = 2 * job.task_pairs * kStepBytes<parts>;
-    job.range = job.steps * step_bytes <= 2 * kLeftBytes ? job.steps : kLeftBytes / step_bytes;
-    const bool as_is = parts == 1 && args.depth % kTileDepth == 0;
-    const Scratch left(as_is ? 0 : static_cast<std::size_t>(job.groups * job.steps * kStepBytes<parts>));
-    job.left = left.data();
-    if (!as_is) parallel_for(job.groups, args.rows * args.depth, args.threads, pack_task<parts>, &job, 0);
-    parallel_for(
-        count_parts(job), args.rows * args.depth * args.width, args.threads, product_task<parts>, &job,
-        sizeof(PairSums) *
-            static_cast<std::size_t>(1 + (job.range < job.steps ? kTaskPanels * job.task_pairs : 0)));
-}
-
 }  // namespace
 
 void product(const ProductArgs& args) {
-    args.x.dtype == DType::bf16 ? run<1>(args) : run<3>(args);
+    if (args.x.dtype == DType::f32) return product_of_digits(args);
+    const int64_t panels = ceil_div(args.width, kLinearColumns);
+    Job job{args,
+            ceil_div(args.depth, kTileDepth),
+            ceil_div(args.rows, kTileRows),
+            panels,
+            {ceil_div(args.rows, kPairRows), panels, kTaskPairs, kTaskPanels, kLastTaskPanels},
+            1,
+            nullptr,
+            args.rows * args.width * 2 > args.threads * kStreamBytes};
+    // Left tiles that fit in one go are not taken in ranges.
+    const int64_t step_bytes = 2 * job.tasks.task_rows() * kTileBytes;
+    job.range = job.steps * step_bytes <= 2 * kLeftBytes ? job.steps : kLeftBytes / step_bytes;
+    const bool as_is = args.depth % kTileDepth == 0;
+    const Scratch left(as_is ? 0 : static_cast<std::size_t>(job.groups * job.steps * kTileBytes));
+    job.left = left.data();
+    if (!as_is) parallel_for(job.groups, args.rows * args.depth, args.threads, pack_task, &job, 0);
+    const int64_t unfinished = job.range < job.steps ? kTaskPanels * job.tasks.task_rows() : 0;
+    parallel_for(job.tasks.count(), args.rows * args.depth * args.width, args.threads, product_task, &job,
+                 sizeof(PairSums) * static_cast<std::size_t>(1 + unfinished));
 }
 
 }  // namespace rf::RF_ISA

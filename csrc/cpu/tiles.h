@@ -1,43 +1,36 @@
-// Products of bfloat16 on tile registers (AMX): one micro-kernel, and float32 operands as three bfloat16
-// parts.
-//
-// x = high + middle + low, each the rest rounded to bfloat16, is exact. Of the nine products of parts of two
-// numbers the three smallest, together below 2^-25 of the whole, are left out; the six others are summed in
-// float32.
-//
-// The sums are those of a float32 product within float32's own rounding. Numbers below 2^-126 count as zero.
+// Tile registers (AMX): their configuration, what runs beside their products, and the product of bfloat16.
 #pragma once
 
 #include <immintrin.h>
 
 #include "cpu/block.h"
-#include "cpu/in_turn.h"
 
 namespace rf::RF_ISA {
 namespace {
 
 constexpr int64_t kTileRows = 16;     // of sums and of the left operand
 constexpr int64_t kTileColumns = 16;  // of sums and of the right operand
-constexpr int64_t kTileDepth = 32;    // summed in one step
+constexpr int64_t kTileDepth = 32;    // numbers of bfloat16 summed in one step
 constexpr int64_t kTileBytes = 1024;
 
-template <int parts>
-constexpr int64_t kStepBytes = parts * kTileBytes;
-
-// Left tiles of one group of up to 16 rows: rows `stride` bytes apart, part p of step s at
-// data + s step + p kTileBytes.
+// Left tiles of one group of up to 16 rows: rows `stride` bytes apart, step s at data + s step.
 struct LeftTiles {
     const char* data;
     int64_t stride, step;
 };
 
-// Right tiles of two groups of 16 columns, 64 bytes a row: part p of group g of step s at
-// data + ((s parts + p) 2 + g) kTileBytes.
+// Right tiles of two groups of 16 columns, 64 bytes a row: group g of step s at data + (2 s + g) kTileBytes.
 struct RightTiles {
     const char* data;
 };
 
-// The tile registers while a task runs: 0 to 3 sums [left group][right group], 4 and 5 left, 6 and 7 right.
+// Stores before it are done before tiles are loaded. The intrinsics do not say what memory they read (GCC
+// 12), so a compiler could keep a number in a register, or drop it.
+RF_INLINE void settle() {
+    __asm__ volatile("" ::: "memory");
+}
+
+// The tile registers while a task runs.
 class TileRegisters {
   public:
     TileRegisters() { set(kTileRows, kTileRows); }
@@ -45,7 +38,8 @@ class TileRegisters {
     TileRegisters(const TileRegisters&) = delete;
     TileRegisters& operator=(const TileRegisters&) = delete;
 
-    // Rows of the two left groups, 0 to 16.
+    // For 0 to 3 as sums [left group][right group], 4 and 5 left and 6 and 7 right, with 0 to 16 rows in
+    // either left group.
     void set(int64_t first, int64_t second) {
         if (first == rows_[0] && second == rows_[1]) return;
         rows_[0] = first;
@@ -56,25 +50,13 @@ class TileRegisters {
             config[16 + 2 * i] = 64;  // bytes of a row
             config[48 + i] = static_cast<unsigned char>(rows[i] > 0 ? rows[i] : 1);
         }
+        settle();
         _tile_loadconfig(config);
     }
 
   private:
     int64_t rows_[2] = {-1, -1};
 };
-
-template <bool both, int part>
-RF_INLINE void load_left(const LeftTiles& first, const LeftTiles& second, int64_t s) {
-    _tile_loadd(4, first.data + s * first.step + part * kTileBytes, first.stride);
-    if (both) _tile_loadd(5, second.data + s * second.step + part * kTileBytes, second.stride);
-}
-
-template <int parts, int part>
-RF_INLINE void load_right(const RightTiles& right, int64_t s) {
-    const char* at = right.data + (s * parts + part) * 2 * kTileBytes;
-    _tile_loadd(6, at, 64);
-    _tile_loadd(7, at + kTileBytes, 64);
-}
 
 template <bool both>
 RF_INLINE void multiply_tiles() {
@@ -118,40 +100,18 @@ class Ahead {
     int64_t row_ = 0, skip_ = 0, left_ = 0, in_row_ = 0;
 };
 
-// Products of four tiles in a step.
-template <int parts>
-constexpr int64_t kSlots = parts == 3 ? 6 : 1;
-
 // Adds the products of `steps` steps to the sums; `both` groups of rows, or the first. `beside` is called in
-// every slot: what it does there runs in units that the products leave idle, a little at a time.
-template <int parts, bool both, class Beside>
+// every step: what it does there runs in units that the products leave idle, a little at a time.
+template <bool both, class Beside>
 RF_INLINE void add_products(const LeftTiles& first, const LeftTiles& second, const RightTiles& right,
                             int64_t steps, const Beside& beside) {
-    static_assert(parts == 1 || parts == 3);
-    const auto multiply = [&] {
+    for (int64_t s = 0; s < steps; ++s) {
+        _tile_loadd(4, first.data + s * first.step, first.stride);
+        if (both) _tile_loadd(5, second.data + s * second.step, second.stride);
+        _tile_loadd(6, right.data + 2 * s * kTileBytes, 64);
+        _tile_loadd(7, right.data + (2 * s + 1) * kTileBytes, 64);
         multiply_tiles<both>();
         beside();
-    };
-    for (int64_t s = 0; s < steps; ++s) {
-        if constexpr (parts == 3) {
-            load_left<both, 2>(first, second, s);
-            load_right<3, 0>(right, s);
-            multiply();
-            load_left<both, 1>(first, second, s);
-            multiply();
-            load_right<3, 1>(right, s);
-            multiply();
-            load_left<both, 0>(first, second, s);
-            multiply();
-            load_right<3, 2>(right, s);
-            multiply();
-            load_right<3, 0>(right, s);
-            multiply();
-        } else {
-            load_left<both, 0>(first, second, s);
-            load_right<1, 0>(right, s);
-            multiply();
-        }
     }
 }
 
@@ -162,50 +122,16 @@ RF_INLINE void clear_sums() {
     _tile_zero(3);
 }
 
-RF_INLINE __m512 widen(__m256i numbers) {
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
-}
-
-// The parts of 16 numbers. What rounds to infinity, and NaN, has no other parts.
-RF_INLINE void split_float(__m512 x, __m256i parts[3]) {
-    constexpr int infinite = 0x08 | 0x10 | 0x01 | 0x80;  // infinities and NaN
-    parts[0] = (__m256i)_mm512_cvtneps_pbh(x);
-    const __m512 high = widen(parts[0]);
-    const __m512 rest = _mm512_maskz_sub_ps(_mm512_knot(_mm512_fpclass_ps_mask(high, infinite)), x, high);
-    parts[1] = (__m256i)_mm512_cvtneps_pbh(rest);
-    parts[2] = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(rest, widen(parts[1])));
-}
-
-RF_INLINE __m512i join(__m256i low, __m256i high) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
-
-// Two rows of a right tile as one, which has their numbers in turn.
-RF_INLINE __m512i pair_rows(__m256i first, __m256i second) {
-    return in_turn(join(first, second));
-}
-
-// Left tiles of `count` <= 16 rows from row `first` of data [rows, depth] on, zero where there is no number:
-// bfloat16, or with three parts float.
-template <int parts>
-void pack_left(const void* data, int64_t first, int64_t count, int64_t depth, char* to) {
+// Left tiles of `count` <= 16 rows of bfloat16 from row `first` of data [rows, depth] on, zero where there is
+// no number.
+RF_INLINE void pack_left(const std::uint16_t* data, int64_t first, int64_t count, int64_t depth, char* to) {
     const int64_t steps = ceil_div(depth, kTileDepth);
     for (int64_t r = 0; r < count; ++r)
         for (int64_t s = 0; s < steps; ++s) {
-            const int64_t at = (first + r) * depth + s * kTileDepth;
             const auto mask = static_cast<std::uint32_t>(
                 (std::uint64_t{1} << min64(depth - s * kTileDepth, kTileDepth)) - 1);
-            char* row = to + s * kStepBytes<parts> + r * 64;
-            if constexpr (parts == 1) {
-                const auto* from = static_cast<const std::uint16_t*>(data) + at;
-                _mm512_storeu_si512(row, _mm512_maskz_loadu_epi16(mask, from));
-            } else {
-                const float* from = static_cast<const float*>(data) + at;
-                __m256i low[3], high[3];
-                split_float(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from), low);
-                split_float(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + 16), high);
-                for (int p = 0; p < 3; ++p) _mm512_storeu_si512(row + p * kTileBytes, join(low[p], high[p]));
-            }
+            _mm512_store_si512(to + s * kTileBytes + r * 64,
+                               _mm512_maskz_loadu_epi16(mask, data + (first + r) * depth + s * kTileDepth));
         }
 }
 

@@ -16,14 +16,16 @@ from ramp_fast.ops._registry import BACKENDS, forced_backend, set_backend, unava
 from ramp_fast.ops.activation import affine_factor, gelu_factor
 from ramp_fast.ops.attention import attention_pullback, softmax_pullback
 from ramp_fast.ops.junction import junction, merge_junction
-from ramp_fast.ops.linear import has_tiles, linear_norm_pullback, linear_pullback, pack_panels, pack_tiles, product
+from ramp_fast.ops.linear import linear_norm_pullback, linear_pullback, pack_panels
 from ramp_fast.ops.masking import copies_in_turn, mask_steps, masked_copies
 from ramp_fast.ops.max_pool import max_pool_pullback
 from ramp_fast.ops.norm import norm_pullback
 from ramp_fast.ops.scaling import gate, mass, merge, rescale, rescale_parts, scale_by
+from ramp_fast.ops.tiles import DIGIT_DEPTH, has_tiles, pack_tiles, product
 
 __all__ = [
     "BACKENDS",
+    "DIGIT_DEPTH",
     "affine_factor",
     "attention_pullback",
     "copies_in_turn",

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import COMPUTE
 from torch import Tensor
 
 from ramp_fast import ops
 from ramp_fast.ops import _registry
 from ramp_fast.ops._common import mass_equation, rescale_equation
-from ramp_fast.ops.linear import unpack_panels, unpack_tiles
+from ramp_fast.ops.linear import unpack_panels
+from ramp_fast.ops.tiles import unpack_tiles
 
 EPS = 1e-6
 
@@ -286,8 +288,13 @@ def _product(o: Options) -> tuple[Any, ...]:
 
 
 def _product_magnitude(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> tuple[Tensor, ...]:
-    weight = unpack_tiles(tiles, x.shape[-1], width).double()
-    return (torch.nn.functional.linear(x.abs(), weight.abs(), None if bias is None else bias.abs()),)
+    weight, x = unpack_tiles(tiles, x.shape[-1], width).double().abs(), x.abs()
+    magnitude = torch.nn.functional.linear(x, weight, None if bias is None else bias.abs())
+    if tiles.dtype == torch.int32 and x.numel():
+        # Whole numbers of 24 bits lose as much of every row's largest; this is in units of tolerances.COMPUTE.
+        largest = x.amax(-1, keepdim=True) * weight.sum(-1) + weight.amax(-1) * x.sum(-1, keepdim=True)
+        magnitude = magnitude + largest * (2**-24 / COMPUTE["product", torch.float32])
+    return (magnitude,)
 
 
 def _linear_norm(o: Options) -> tuple[Any, ...]:

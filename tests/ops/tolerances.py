@@ -37,7 +37,7 @@ COMPUTE = {
     # up to 64 terms summed one after another; products of bfloat16 are exact
     ("linear_pullback", torch.float32): 4e-6,
     ("linear_pullback", torch.float64): 8e-15,
-    # the same, of three parts of each operand
+    # of bfloat16 the same; float32's whole numbers are in Case.magnitude
     ("product", torch.float32): 1e-6,
     ("product", torch.float64): 8e-15,
     # the same, the norm's factor and a mass

@@ -1,0 +1,157 @@
+"""Matrix products on tile registers (AMX), which multiply bfloat16, and bytes twice as fast.
+
+float32 is multiplied as whole numbers in three digits of a byte (csrc/cpu/digits.h), after Ootomo, Ozaki and Yokota,
+"DGEMM on integer matrix multiplication unit", 2024 (arXiv 2306.11975).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, get_num_threads
+
+from ramp_fast.ops._common import C
+from ramp_fast.ops._registry import backends_for, register
+from ramp_fast.ops.linear import COLUMNS
+
+
+def has_tiles() -> bool:
+    """Whether :func:`product` has a kernel here: the processor has tile registers (AMX) and nothing forbids them."""
+    return "cpu" in backends_for("cpu") and C.active_isa() == "amx"
+
+
+# A tile of bfloat16: 16 pairs of inputs, 16 outputs; one of bytes: 16 quadruples of inputs (kTileRows, kTileColumns,
+# kTileDepth and kByteDepth in csrc/cpu).
+_TILE = 16
+_PAIR, _QUAD = 2, 4
+# The largest magnitude of a row as a whole number, and the least that is scaled to it (kLargest and kSmallest in
+# csrc/cpu/digits.h).
+_LARGEST, _SMALLEST = 8355000.0, 1e-30
+_PLACES = (16, 8, 0)  # of the digits
+_CENTRE = sum(128 << place for place in _PLACES)  # added, digits from -128 to 127 are bytes
+# More inputs of float32 could leave the range of the sums (kDigitDepth in csrc/cpu/kernels.h).
+DIGIT_DEPTH = 1 << 15
+
+
+def pack_tiles(weight: Tensor) -> Tensor:
+    """Weights ``[I, K]`` (outputs, inputs) for :func:`product`.
+
+    Parameters
+    ----------
+    weight : Tensor [I, K]
+        bfloat16, or float32 with K up to 2^15.
+
+    Returns
+    -------
+    Tensor [ceil(I / 32), ceil(K / 32), 2, 16, 32], bfloat16
+        Of bfloat16: panels of 32 outputs, steps of 32 inputs, two halves of the outputs; pairs of inputs side by side.
+    Tensor [ceil(I / 16), 3 ceil(K / 64) + 1, 16, 16], int32
+        Of float32: panels of 16 outputs; steps of 64 inputs in three digits, the highest first, each number four bytes
+        that belong to neighbouring inputs. A last block begins with 16 float32: what 1 stands for in each output's
+        whole numbers.
+
+    Zero where there is no weight.
+    """
+    if weight.dtype == torch.bfloat16:
+        return _pack_pairs(weight)
+    if weight.dtype != torch.float32:
+        raise ValueError(f"weights must be float32 or bfloat16, not {weight.dtype}")
+    if weight.shape[1] > DIGIT_DEPTH:
+        raise ValueError(f"weights have {weight.shape[1]} inputs; tiles of float32 take up to {DIGIT_DEPTH}")
+    return _pack_digits(weight)
+
+
+def _pack_pairs(weight: Tensor) -> Tensor:
+    step = _PAIR * _TILE
+    padded = F.pad(weight, (0, -weight.shape[1] % step, 0, -weight.shape[0] % COLUMNS))
+    panels, steps = padded.shape[0] // COLUMNS, padded.shape[1] // step
+    tiles = padded.view(panels, 2, _TILE, steps, _TILE, _PAIR).permute(0, 3, 1, 4, 2, 5)
+    return tiles.reshape(panels, steps, 2, _TILE, _PAIR * _TILE)
+
+
+def _pack_digits(weight: Tensor) -> Tensor:
+    width, depth = weight.shape
+    most = weight.abs().amax(1) if depth else weight.new_zeros(width)
+    scales = most.clamp_min(_SMALLEST) / _LARGEST
+    whole = (weight.double() / scales.double().unsqueeze(1)).round().nan_to_num(0, 0, 0)  # then the scale has it
+    scales = torch.where(scales.isfinite(), scales, torch.nan)
+    step = _QUAD * _TILE
+    places = F.pad(whole, (0, -depth % step, 0, -width % _TILE)).int() + _CENTRE
+    digits = torch.stack([(places >> place & 255).sub(128).to(torch.int8) for place in _PLACES])
+    panels, steps = places.shape[0] // _TILE, places.shape[1] // step
+    tiles = digits.view(len(_PLACES), panels, _TILE, steps, _TILE, _QUAD).permute(1, 3, 0, 4, 2, 5)
+    packed = torch.zeros((panels, len(_PLACES) * steps + 1, _TILE, _TILE), dtype=torch.int32)
+    packed[:, :-1] = tiles.contiguous().view(torch.int32).view(panels, len(_PLACES) * steps, _TILE, _TILE)
+    packed[:, -1, 0] = F.pad(scales, (0, -width % _TILE)).view(torch.int32).view(panels, _TILE)
+    return packed
+
+
+def unpack_tiles(tiles: Tensor, depth: int, width: int) -> Tensor:
+    """The weights ``[I, K]`` that ``tiles`` stand for: exact, float64 of whole numbers, else in their dtype."""
+    panels = tiles.shape[0]
+    if tiles.is_floating_point():
+        pairs = tiles.unflatten(-1, (_TILE, _PAIR)).permute(0, 2, 4, 1, 3, 5)
+        return pairs.reshape(panels * COLUMNS, tiles.shape[1] * _PAIR * _TILE)[:width, :depth]
+    scales = tiles[:, -1, 0].contiguous().view(torch.float32).view(-1, 1)
+    blocks = tiles[:, :-1].contiguous().view(torch.int8).double()
+    digits = blocks.unflatten(-1, (_TILE, _QUAD)).unflatten(1, (tiles.shape[1] // len(_PLACES), len(_PLACES)))
+    whole = sum(digits[:, :, i] * 2.0**place for i, place in enumerate(_PLACES))
+    rows = torch.as_tensor(whole).permute(0, 3, 1, 2, 4).reshape(panels * _TILE, digits.shape[1] * _QUAD * _TILE)
+    return (rows * scales.double())[:width, :depth]
+
+
+def product_equation(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = unpack_tiles(tiles, x.shape[-1], width).to(dtype)
+    return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+def _product_fake(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], width))
+
+
+def _product_cpu(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    if not has_tiles() or x.dtype == torch.float64 or x.numel() == 0 or width == 0:
+        return product_equation(x, tiles, bias, width)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty((rows.shape[0], width), dtype=x.dtype)
+    bias = None if bias is None else bias.float().contiguous()
+    C.product(rows, tiles.contiguous(), bias, out, get_num_threads())
+    return out.view(*x.shape[:-1], width)
+
+
+_product = register(
+    "product(Tensor x, Tensor tiles, Tensor? bias, int width) -> Tensor",
+    reference=product_equation,
+    fake=_product_fake,
+    cpu=_product_cpu,
+)
+
+
+def product(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    """``x W^T + bias`` on tile registers (AMX).
+
+    bfloat16 is summed in float32. float32 rows of x and of W are scaled, each by its largest magnitude, and rounded to
+    whole numbers of 24 bits, whose products are summed exactly. So the error of an element is at most about 2^-24
+    (max|x| sum|w| + max|w| sum|x|), over its row of x and its row w of W, and the rounding of the result: usually less
+    than that of sums in float32; but numbers a thousand times smaller than the largest of their row have ten bits less.
+
+    A row's result does not depend on the other rows. A row that holds infinity or NaN gives NaN.
+
+    Parameters
+    ----------
+    x : Tensor [..., K]
+        float32 or bfloat16. (float64, and processors without tile registers, run the equation.)
+    tiles : Tensor
+        ``pack_tiles`` of the weight [I, K] in the dtype of ``x``.
+    bias : Tensor [I], optional
+        float32 or bfloat16.
+    width : int
+        I.
+
+    Returns
+    -------
+    Tensor [..., I]
+        In the dtype of ``x``.
+    """
+    return _product(x, tiles, bias, width)  # type: ignore[no-any-return]
