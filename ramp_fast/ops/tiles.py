@@ -90,10 +90,10 @@ def unpack_tiles(tiles: Tensor, depth: int, width: int) -> Tensor:
     """The weights ``[I, K]`` that ``tiles`` stand for: exact, float64 of whole numbers, else in their dtype."""
     panels = tiles.shape[0]
     if tiles.is_floating_point():
-        pairs = tiles.unflatten(-1, (_TILE, _PAIR)).permute(0, 2, 4, 1, 3, 5)
+        pairs: Tensor = tiles.unflatten(-1, (_TILE, _PAIR)).permute(0, 2, 4, 1, 3, 5)
         return pairs.reshape(panels * COLUMNS, tiles.shape[1] * _PAIR * _TILE)[:width, :depth]
     scales = tiles[:, -1, 0].contiguous().view(torch.float32).view(-1, 1)
-    blocks = tiles[:, :-1].contiguous().view(torch.int8).double()
+    blocks: Tensor = tiles[:, :-1].contiguous().view(torch.int8).double()
     digits = blocks.unflatten(-1, (_TILE, _QUAD)).unflatten(1, (tiles.shape[1] // len(_PLACES), len(_PLACES)))
     whole = sum(digits[:, :, i] * 2.0**place for i, place in enumerate(_PLACES))
     rows = torch.as_tensor(whole).permute(0, 3, 1, 2, 4).reshape(panels * _TILE, digits.shape[1] * _QUAD * _TILE)
