@@ -4,9 +4,10 @@ A weighted layer needs two linear maps: the forward one, ``W x + b``, and the pu
 ``2 W+^T c`` alone or together with ``2 W-^T c``. Both are built once per set of weights.
 
 On CPUs the routines are oneDNN's with weights packed ahead: float32 there is arithmetic in float32, where MKL does not
-know the processor about a third faster than the default route; results do not depend on the number of rows. With tile
-registers (AMX) matrices are :func:`ramp_fast.ops.product`'s: float32 in whole numbers of 24 bits is faster than
-oneDNN's and its errors are smaller, and oneDNN's bfloat16 products there give a row other bits in another batch.
+know the processor about a third faster than the default route; from eight rows on results do not depend on their
+number. With tile registers (AMX) matrices are :func:`ramp_fast.ops.product`'s: float32 in whole numbers of 24 bits is
+faster than oneDNN's and its errors are smaller, and oneDNN's bfloat16 products there give a row other bits in another
+batch.
 """
 
 from __future__ import annotations

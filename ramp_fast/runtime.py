@@ -155,7 +155,7 @@ def keep_freed_memory() -> None:
     (``MALLOC_TRIM_THRESHOLD_``, ``mallopt``) stay in force, and then this has no effect; nor has it with other
     allocators.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
 
 def _joined(operation: Parts, parts: dict[int, Contribution], kept: Any) -> Flow | None:

@@ -21,7 +21,8 @@ class Statistics(ctypes.Structure):
 mallinfo = ctypes.CDLL(None).mallinfo2
 mallinfo.restype = Statistics
 if {keep}:
-    keep_freed_memory()
+    with torch.device("meta"):  # the default one for new tensors, which the user may have set
+        keep_freed_memory()
 before = mallinfo().hblkhd
 block = torch.empty(20 * 2**20, dtype=torch.uint8)
 print(mallinfo().hblkhd - before)

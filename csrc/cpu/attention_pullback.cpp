@@ -49,6 +49,7 @@ struct Single {
     static constexpr int64_t rows = kRows;   // of queries at a time
     static constexpr int64_t align = lanes;  // of depths and widths
     static constexpr bool tiled = false;
+    struct Registers {};
 
     static RF_INLINE void multiply_add(SumVector& sum, Element a, ElementVector b) { sum += b * a; }
     // Elements along a row of n numbers.
@@ -73,6 +74,7 @@ struct Pair {
     static constexpr int64_t rows = kRows;
     static constexpr int64_t align = lanes;
     static constexpr bool tiled = false;
+    struct Registers {};
 
     static RF_INLINE void multiply_add(SumVector& sum, Element a, ElementVector b) {
         sum = (SumVector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
@@ -101,24 +103,25 @@ struct TilePair : Pair {
     static constexpr int64_t rows = 2 * kTileRows;
     static constexpr int64_t align = kTileDepth;
     static constexpr bool tiled = true;
+    using Registers = TileRegisters;
 };
 
-// out [rows, width] = or += left [rows, pairs] right [pairs, width] on tile registers: whole tiles.
+// out [rows, width] = or += left [rows, pairs] right [pairs, width] on tile registers. Rows, width and twice
+// the pairs are multiples of 32.
 template <bool add>
 void tile_product(int64_t rows, int64_t width, int64_t pairs, const std::uint32_t* left, int64_t left_stride,
                   const std::uint32_t* right, int64_t stride, float* out, int64_t out_stride) {
     const int64_t out_bytes = 4 * out_stride, left_bytes = 4 * left_stride, bytes = 4 * stride;
+    settle();
     for (int64_t r = 0; r < rows; r += 2 * kTileRows) {
-        const bool rows_2 = r + kTileRows < rows;
         for (int64_t j = 0; j < width; j += 2 * kTileColumns) {
-            const bool columns_2 = j + kTileColumns < width;
             float* to = out + r * out_stride + j;
             float* below = to + kTileRows * out_stride;
             if (add) {
                 _tile_loadd(0, to, out_bytes);
-                if (columns_2) _tile_loadd(1, to + kTileColumns, out_bytes);
-                if (rows_2) _tile_loadd(2, below, out_bytes);
-                if (rows_2 && columns_2) _tile_loadd(3, below + kTileColumns, out_bytes);
+                _tile_loadd(1, to + kTileColumns, out_bytes);
+                _tile_loadd(2, below, out_bytes);
+                _tile_loadd(3, below + kTileColumns, out_bytes);
             } else {
                 clear_sums();
             }
@@ -126,18 +129,15 @@ void tile_product(int64_t rows, int64_t width, int64_t pairs, const std::uint32_
                 const std::uint32_t* a = left + r * left_stride + k;
                 const std::uint32_t* b = right + k * stride + j;
                 _tile_loadd(4, a, left_bytes);
-                if (rows_2) _tile_loadd(5, a + kTileRows * left_stride, left_bytes);
+                _tile_loadd(5, a + kTileRows * left_stride, left_bytes);
                 _tile_loadd(6, b, bytes);
-                if (columns_2) _tile_loadd(7, b + kTileColumns, bytes);
-                _tile_dpbf16ps(0, 4, 6);
-                if (columns_2) _tile_dpbf16ps(1, 4, 7);
-                if (rows_2) _tile_dpbf16ps(2, 5, 6);
-                if (rows_2 && columns_2) _tile_dpbf16ps(3, 5, 7);
+                _tile_loadd(7, b + kTileColumns, bytes);
+                multiply_tiles<true>();
             }
             _tile_stored(0, to, out_bytes);
-            if (columns_2) _tile_stored(1, to + kTileColumns, out_bytes);
-            if (rows_2) _tile_stored(2, below, out_bytes);
-            if (rows_2 && columns_2) _tile_stored(3, below + kTileColumns, out_bytes);
+            _tile_stored(1, to + kTileColumns, out_bytes);
+            _tile_stored(2, below, out_bytes);
+            _tile_stored(3, below + kTileColumns, out_bytes);
         }
     }
 }
@@ -677,9 +677,7 @@ void head(int64_t index, const void* context, void* scratch) {
     double* masses = job.partials + index * kMasses * args.rhs;
     for (int64_t i = 0; i < kMasses * args.rhs; ++i) masses[i] = 0;
 
-#ifdef __AMX_BF16__
-    const TileRegisters tiles;
-#endif
+    [[maybe_unused]] const typename P::Registers registers;
     prepare_keys(job, at, b, h);
     if (P::tiled) {
         clear(at.sum_v_t, args.rhs * job.keys * job.depth);

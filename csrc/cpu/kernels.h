@@ -81,8 +81,8 @@ struct ProductArgs {
                     // 32 columns and steps of 32; for float bytes [panels, 3 steps + 1, 16, 64], panels of 16
                     // columns, steps of 64 in three digits, and a block that begins with 16 floats: what a
                     // unit of each column stands for
-    Operand bias;  // [width], float, or absent
-    Operand out;   // [rows, width]
+    Operand bias;   // [width], float, or absent
+    Operand out;    // [rows, width]
     int threads;
 };
 

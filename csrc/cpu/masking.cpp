@@ -171,7 +171,7 @@ struct EvenBuckets {
         }
     }
     RF_INLINE void operator()(const F* __restrict scores, int64_t n, uint32_t* __restrict buckets) const {
-        // Differences and products round in order.
+        // Rounding is monotonic: a larger score never has a smaller bucket.
         RF_SIMD
         for (int64_t i = 0; i < n; ++i) {
             const int32_t part = static_cast<int32_t>((scores[i] - least) * parts);

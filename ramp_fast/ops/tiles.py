@@ -136,7 +136,7 @@ def product(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor
     (max|x| sum|w| + max|w| sum|x|), over its row of x and its row w of W, and the rounding of the result: usually less
     than that of sums in float32; but numbers a thousand times smaller than the largest of their row have ten bits less.
 
-    A row's result does not depend on the other rows. A row that holds infinity or NaN gives NaN.
+    On tile registers a row's result does not depend on the other rows, and a row that holds infinity or NaN gives NaN.
 
     Parameters
     ----------

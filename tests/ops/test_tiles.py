@@ -163,7 +163,7 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads(dtype: torch.dtype) -
 
 @needs_tiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_results_are_written_past_the_caches_with_the_same_bits(dtype: torch.dtype) -> None:
+def test_large_results_have_the_same_bits(dtype: torch.dtype) -> None:
     # Rows of 4000 bytes: every second one begins amid a cache line.
     width = 1000 if dtype == torch.float32 else 2000
     x, weight, bias = wide(900, 40).to(dtype), wide(width, 40).to(dtype), wide(width)
