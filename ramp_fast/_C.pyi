@@ -57,6 +57,23 @@ def merge_junction(
     threads: _Threads,
     /,
 ) -> None: ...
+def residual_pullback(
+    first: Tensor | None,
+    first_scale: Tensor | None,
+    second: Tensor | None,
+    second_scale: Tensor | None,
+    z: Tensor | None,
+    b: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    c_x: Tensor,
+    c_b: Tensor,
+    mass_y: Tensor,
+    mass_b: Tensor,
+    contrast: bool,
+    threads: _Threads,
+    /,
+) -> None: ...
 def norm_pullback(
     c: Tensor, x: Tensor, weight: Tensor | None, eps: float, out: Tensor, threads: _Threads, /
 ) -> None: ...
@@ -85,8 +102,38 @@ def max_pool_pullback(
     threads: _Threads,
     /,
 ) -> None: ...
+def unpool(
+    c: Tensor,
+    indices: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    out: Tensor,
+    threads: _Threads,
+    /,
+) -> None: ...
 def scale_by(
-    c: Tensor, factor: Tensor, n_scale: Tensor | None, out: Tensor, gate: bool, threads: _Threads, /
+    c: Tensor,
+    factor: Tensor,
+    n_scale: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    out: Tensor,
+    gate: bool,
+    threads: _Threads,
+    /,
+) -> None: ...
+def centring(
+    c: Tensor | None,
+    factor: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    gate: bool,
+    runs: int,
+    step: int,
+    out: Tensor,
+    threads: _Threads,
+    /,
 ) -> None: ...
 def mask_steps(scores: Tensor, ks: Sequence[int], descending: bool, out: Tensor, threads: _Threads, /) -> None: ...
 def masked_copies(

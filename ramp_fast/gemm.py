@@ -261,6 +261,10 @@ class Geometry:
     dilation: list[int]
     groups: int
 
+    def pixels(self, weight: Tensor) -> bool:
+        """Whether the windows are single pixels."""
+        return weight.dim() == 4 and weight.shape[2:] == (1, 1) and self.groups == 1 and not any(self.padding)
+
     def tiles(self, weight: Tensor, height: int, width: int) -> bool:
         """Whether the windows tile the image exactly."""
         kh, kw = weight.shape[-2:]
@@ -276,11 +280,51 @@ class Geometry:
         )
 
 
-class ConvForward:
-    """``conv(x, weight) + bias``, channels last on CPUs."""
+class PixelForward:
+    """A convolution of single pixels: one matrix product over their channels, channels last.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
-        self.bias, self.geometry = bias, geometry
+    Options and arguments as for :class:`ConvForward`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: list[int], relu: bool = False) -> None:
+        self.stride, self.relu = stride, relu
+        self.matrix = Matrix(weight.flatten(1), bias)
+        self.kernel, self.nbytes = self.matrix.kernel, self.matrix.nbytes
+
+    def __call__(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        down, right = self.stride
+        rows = x[:, :, ::down, ::right].permute(0, 2, 3, 1).contiguous()
+        y = self.matrix(rows).permute(0, 3, 1, 2)
+        if addend is not None:
+            y += addend
+        return y.relu_() if self.relu else y
+
+
+# Of float32 and single pixels: from here on a product on tiles takes two thirds of the time of oneDNN's convolution,
+# and below, or of bfloat16, not less (bench/NOTES.md).
+_PIXEL_CHANNELS = 128
+
+
+def convolution(
+    weight: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool = False
+) -> PixelForward | ConvForward:
+    """:class:`ConvForward`, or what is faster."""
+    pixels = geometry.pixels(weight) and weight.dtype == torch.float32
+    if pixels and ops.has_tiles() and _PIXEL_CHANNELS <= weight.shape[1] <= ops.DIGIT_DEPTH:
+        return PixelForward(weight, bias, geometry.stride, relu)
+    return ConvForward(weight, bias, geometry, relu)
+
+
+def fuses_convolutions(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether what follows a convolution of images is computed in its own pass: by oneDNN on CPUs."""
+    return ops.cpu_kernels(device) and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+class ConvForward:
+    """``conv(x, weight) + bias + addend``, with ``relu`` no less than zero; channels last on CPUs."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool = False) -> None:
+        self.bias, self.geometry, self.relu = bias, geometry, relu
         dtype = str(weight.dtype).removeprefix("torch.")
         self.packed = _onednn(weight) and weight.dim() == 4
         self.kernel = f"{'onednn' if self.packed else 'aten'}-{dtype}"
@@ -300,15 +344,24 @@ class ConvForward:
             cached = self.reordered = (key, weight)
         return cached[1]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         g = self.geometry
-        if self.packed and x.numel():
-            x = x.contiguous(memory_format=torch.channels_last)
-            y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-                x, self._weight_for(x), self.bias, g.padding, g.stride, g.dilation, g.groups, "none", [], ""
-            )
-            return y
-        return torch.convolution(x, self.weight, self.bias, g.stride, g.padding, g.dilation, False, [0], g.groups)
+        where = g.padding, g.stride, g.dilation, g.groups
+        unary = "relu" if self.relu else "none"
+        y: Tensor
+        if not (self.packed and x.numel()):
+            y = torch.convolution(x, self.weight, self.bias, g.stride, g.padding, g.dilation, False, [0], g.groups)
+            y = y if addend is None else y + addend
+            return y.relu() if self.relu else y
+        x = x.contiguous(memory_format=torch.channels_last)
+        pointwise = torch.ops.mkldnn._convolution_pointwise
+        if addend is None:
+            y = pointwise(x, self._weight_for(x), self.bias, *where, unary, [], "")
+        else:
+            addend = addend.contiguous(memory_format=torch.channels_last)
+            last = (unary, [], "") if self.relu else (None, [], None)
+            y = pointwise.binary(x, addend, self._weight_for(x), self.bias, *where, "add", 1.0, *last)
+        return y
 
 
 class ConvPullback:
@@ -321,13 +374,13 @@ class ConvPullback:
         spatial = weight.shape[2:]
         plain = all(s == 1 for s in geometry.stride) and weight.dim() == 4
         inner = [d * (k - 1) - p for d, k, p in zip(geometry.dilation, spatial, geometry.padding, strict=True)]
-        self.direct: ConvForward | None = None
-        if plain and all(p >= 0 for p in inner):
-            # With stride one the transpose is a convolution with the flipped, transposed weight.
+        self.direct: PixelForward | ConvForward | None = None
+        self.apart = geometry.pixels(weight) and not plain
+        if self.apart or (plain and all(p >= 0 for p in inner)):
+            # With stride one the transpose is a convolution with the flipped, transposed weight; of single pixels with
+            # any stride, which then lie apart.
             turned = weight.unflatten(0, (geometry.groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
-            self.direct = ConvForward(
-                turned, None, Geometry(geometry.stride, inner, geometry.dilation, geometry.groups)
-            )
+            self.direct = convolution(turned, None, Geometry([1, 1], inner, geometry.dilation, geometry.groups))
             self.kernel = self.direct.kernel
         else:
             self.weight = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
@@ -351,7 +404,7 @@ class ConvPullback:
 
     def __call__(self, c: Tensor) -> Tensor:
         if self.direct is not None:
-            return self.direct(c)
+            return self._apart(self.direct(c)) if self.apart else self.direct(c)
         g = self.geometry
         if self.packed and c.numel():
             c = c.contiguous(memory_format=torch.channels_last)
@@ -379,6 +432,14 @@ class ConvPullback:
         return torch.convolution(
             c, self.weight, None, g.stride, g.padding, g.dilation, True, self.output_padding, g.groups
         )
+
+
+    def _apart(self, pixels: Tensor) -> Tensor:
+        shape = (*pixels.shape[:2], *self.size)
+        out = torch.empty(shape, dtype=pixels.dtype, device=pixels.device, memory_format=torch.channels_last)
+        down, right = self.geometry.stride
+        out.zero_()[:, :, ::down, ::right] = pixels
+        return out
 
 
 @dataclass

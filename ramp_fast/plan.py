@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from ramp_fast import graph as g
-from ramp_fast.gemm import Precision
+from ramp_fast.gemm import Geometry, Precision, fuses_convolutions
 from ramp_fast.graph import Graph, Node
 from ramp_fast.rules.abslrp import AbsLRP, plain_sum
 from ramp_fast.rules.base import Facts, Operation
@@ -52,6 +53,7 @@ class Plan:
         self._static = _static_constants(graph)
         self.steps: list[Step] = []
         residual = any(n.kind == g.ADD and len(n.sources) == 2 for n in graph.nodes)
+        self._convolutions = self._fused_convolutions(users)
         for node in graph.nodes:
             if node.kind in (g.INPUT, g.PARAM) or node in self._static:
                 continue
@@ -68,6 +70,12 @@ class Plan:
         if node.kind in g.WEIGHTED:
             facts.positive_input = self._positive(node.operands[0], users)
             facts.norm = self._norm_below(node, users)
+            if node in self._convolutions:
+                facts.batch_norm, total = self._convolutions[node]
+                last = total or facts.batch_norm
+                facts.relu = next((u for u in users[last] if self._absorbed(u, users)), None)
+                if total is not None:
+                    facts.addend = next(n for n in total.operands if n is not facts.batch_norm)
         elif node.kind == g.LAYER_NORM:
             facts.above = any(u in carries and self._norm_below(u, users) is node for u in users[node])
         elif node.kind in (g.ADD, g.BATCH_NORM):
@@ -76,6 +84,8 @@ class Plan:
                 # The branch is what only this sum reads; the shortcut has other readers as well.
                 single = [n for n in node.operands if len(users[n]) == 1]
                 facts.branch = single[0] if len(single) == 1 else node.operands[1]
+            inside = [c for c, (norm, total) in self._convolutions.items() if node in (norm, total)]
+            facts.computed_in = inside[0] if inside else None
         elif node.kind == g.ACTIVATION:
             facts.absorbed = self._absorbed(node, users)
         elif node.kind in (g.MAX_POOL, g.EXTREME):
@@ -96,6 +106,43 @@ class Plan:
             and not self._positive(norm, users)
         )
         return norm if fuses else None
+
+    def _fused_convolutions(self, users: dict[Node, list[Node]]) -> dict[Node, tuple[Node, Node | None]]:
+        """Convolutions whose step computes the BatchNorm behind them as well, and with some the residual sum.
+
+        Then only the result is kept, and the pull-backs tell from it what they need. From a sum with its ReLU a
+        BatchNorm is found as the difference to the other operand, wherever relevance arrives.
+        """
+        found: dict[Node, tuple[Node, Node | None]] = {}
+        position = {node: i for i, node in enumerate(self.graph.nodes)}
+        for norm in self.graph.nodes:
+            if norm.kind != g.BATCH_NORM or norm.constant:
+                continue
+            conv = norm.operands[0]
+            if conv.kind != g.CONV or users[conv] != [norm] or not self._fuses(conv):
+                continue
+            readers = users[norm]
+            if any(self._absorbed(u, users) and u.params["cap"] < math.inf for u in readers):
+                continue  # from a value that was cut nothing is told
+            found[conv] = norm, None
+            total = readers[0] if len(readers) == 1 else norm
+            if total.kind != g.ADD or not plain_sum(total):
+                continue
+            other = next(n for n in total.operands if n is not norm)
+            relu = next((u for u in users[total] if self._absorbed(u, users)), None)
+            there = position[other] < position[conv]
+            if there and relu is not None and relu.params["cap"] == math.inf:
+                found[conv] = norm, total
+        return found
+
+    def _fuses(self, conv: Node) -> bool:
+        weight, p = conv.params["weight"], conv.params
+        if weight.kind != g.PARAM or len(weight.example) != 4 or not conv.batch.leading:
+            return False
+        geometry = Geometry(p["stride"], p["padding"], p["dilation"], p["groups"])
+        tensor = weight.params["tensor"]
+        tiles = geometry.tiles(tensor, *conv.operands[0].example[2:])
+        return not tiles and fuses_convolutions(self.precision.forward, tensor.device)
 
     def _absorbed(self, node: Node, users: dict[Node, list[Node]]) -> bool:
         """Whether ``node`` is a ReLU that the step below computes in its own pass: a BatchNorm, or a residual sum.

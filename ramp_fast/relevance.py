@@ -120,6 +120,13 @@ class Bookkeeping:
         gated = ops.gate(c, flat, self._centring(c, flat, gate=True))
         return Contribution(rows.back(gated, part.c), part.target, centred=True)
 
+    def affine(self, part: Contribution, y: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> Contribution:
+        """:func:`ramp_fast.ops.affine_pullback` at ``y`` ``[B, C, H, W]``, centred."""
+        c, y = part.c.movedim(2, -1).contiguous(), y.movedim(1, -1).contiguous()
+        n_scale = ops.centring(c, y, gain, shift, relu) if self.contrast else None
+        pulled = ops.affine_pullback(c, y, gain, shift, relu, n_scale)
+        return Contribution(pulled.movedim(-1, 2), part.target, centred=True)
+
     def merge(self, x: Tensor, parts: list[Contribution], axis: BatchAxis) -> Contribution:
         """Relevance from several readers adds; each part has its target mass first."""
         if len(parts) == 1:
@@ -165,22 +172,7 @@ class Bookkeeping:
 
     def _centring(self, c: Tensor, factor: Tensor | None = None, gate: bool = False) -> Tensor | None:
         """What N of ``factor * c`` (``[factor > 0] c``) has to be multiplied by, ``[T / 2, B]``; rows as of `Rows`."""
-        if not self.contrast or c.numel() == 0:
-            return None
-        stride = max(1, c.shape[-1] // _CENTRE_SAMPLE)
-        wide = torch.promote_types(c.dtype, torch.float32)
-        p, d = c[..., ::stride].to(wide).chunk(2)
-        of_p, of_n = p.abs(), (p - d).abs()
-        if factor is not None:
-            sample = factor[..., ::stride]
-            weight = (sample > 0 if gate else sample.abs()).to(wide)
-            of_p, of_n = of_p * weight, of_n * weight
-        alpha = of_p.sum(-1) / of_n.sum(-1)
-        return alpha.masked_fill_(~((alpha > 0) & (alpha < torch.inf)), 1.0)  # one of the two is zero here
-
-
-# Coefficients that `Bookkeeping.centred` looks at, about, per right-hand side and sample.
-_CENTRE_SAMPLE = 2048
+        return ops.centring(c, factor, gate=gate) if self.contrast else None
 
 
 def total(masses: Iterable[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_models import FAMILIES, images
 
-from ramp_fast import Engine, gemm
+from ramp_fast import Engine, gemm, ops
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(1, [1, 1, 1]), (7, [1, 1, 1]), (8, [3])])
@@ -35,3 +35,26 @@ def test_the_head_sees_one_sample_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     heads = [shape for shape in seen if len(shape) == 2]  # class token only
     assert heads
     assert all(shape[0] == 1 for shape in heads)
+
+
+@pytest.mark.skipif(not ops.has_tiles(), reason="products on tile registers (AMX) only")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_of_pixels_are_products(stride: int) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(5, 130, 1, 1), torch.randn(5), torch.randn(2, 130, 7, 6)
+    geometry = gemm.Geometry([stride, stride], [0, 0], [1, 1], 1)
+    forward = gemm.convolution(weight, bias, geometry)
+    assert forward.kernel == "product-float32"
+    expected = torch.nn.functional.conv2d(x, weight, bias, stride)
+    for batch in (x, x.contiguous(memory_format=torch.channels_last)):
+        y = forward(batch)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+
+    other = gemm.Geometry([stride, stride], [1, 0], [1, 1], 1)  # padded
+    assert gemm.convolution(weight, bias, other).kernel == "onednn-float32"
+    assert gemm.convolution(weight[:, :100], bias, geometry).kernel == "onednn-float32"  # few channels
+    assert gemm.convolution(weight.bfloat16(), bias, geometry).kernel == "onednn-bfloat16"
+    pull = gemm.ConvPullback(torch.randn(130, 3, 1, 1), gemm.Geometry([1, 1], [0, 0], [1, 1], 1), (7, 6))
+    assert pull.kernel == "product-float32"
+    assert pull(x).shape == (2, 3, 7, 6)

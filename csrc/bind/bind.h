@@ -34,6 +34,9 @@ void check_coefficient(const TensorView& c, bool contrast);
 // Checks a scale [T, B] that belongs to c.
 void check_per_sample(const TensorView& scale, const TensorView& c);
 
+// Checks gain and shift [C] of c [T, B, ..., C], which is contiguous from axis 1 on.
+void check_channels(const TensorView& gain, const TensorView& shift, const TensorView& c);
+
 // Checks a mass [T, B] of c, which is written in float32 or float64.
 void check_mass(const TensorView& mass, const TensorView& c);
 

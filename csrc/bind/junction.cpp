@@ -1,4 +1,4 @@
-// Bindings: mass, rescale, rescale_parts, merge, junction, merge_junction.
+// Bindings: mass, rescale, rescale_parts, merge, junction, merge_junction, residual_pullback.
 #include "bind/bind.h"
 #include "cpu/dispatch.h"
 
@@ -122,6 +122,53 @@ void merge_junction(py::handle first_, py::handle first_scale_, py::handle secon
     split(args, first, a, b, c_a, c_b, mass_a, mass_b);
 }
 
+void residual_pullback(py::handle first_, py::handle first_scale_, py::handle second_,
+                       py::handle second_scale_, py::handle z_, py::handle b_, py::handle gain_,
+                       py::handle shift_, py::handle c_x_, py::handle c_b_, py::handle mass_y_,
+                       py::handle mass_b_, bool contrast, int threads) {
+    const TensorView first(first_, "first"), z(z_, "z"), b(b_, "b"), gain(gain_, "gain"), shift(shift_, "shift");
+    const TensorView c_x(c_x_, "c_x"), c_b(c_b_, "c_b"), mass_y(mass_y_, "mass_y"), mass_b(mass_b_, "mass_b");
+    const auto second = optional_view(second_, "second");
+    const auto first_scale = optional_view(first_scale_, "first_scale");
+    const auto second_scale = optional_view(second_scale_, "second_scale");
+    if (first_scale.has_value() != second.has_value() || second_scale.has_value() != second.has_value())
+        fail("second and the scales belong together");
+    check_coefficient(first, contrast);
+    check_channels(gain, shift, first);
+    z.contiguous();
+    b.contiguous().same_shape(z);
+    first.matches(1, z, 0, z.ndim());
+    for (const TensorView* like : {&c_x, &c_b}) like->contiguous().same_shape(first);
+    if (second) {
+        second->contiguous().same_shape(first);
+        check_per_sample(*first_scale, first);
+        check_per_sample(*second_scale, first);
+    }
+    check_mass(mass_y, first);
+    check_mass(mass_b, first);
+    ResidualArgs args{};
+    args.rhs = first.size(0);
+    args.batch = first.size(1);
+    args.inner = first.product(2, first.ndim());
+    args.channels = gain.size(0);
+    args.contrast = contrast;
+    args.first = first.contiguous().operand();
+    args.second = operand_or_null(second);
+    args.first_scale = operand_or_null(first_scale);
+    args.second_scale = operand_or_null(second_scale);
+    args.z = z.operand();
+    args.b = b.operand();
+    args.gain = gain.operand();
+    args.shift = shift.operand();
+    args.c_x = c_x.operand();
+    args.c_b = c_b.operand();
+    args.mass_y = mass_y.operand();
+    args.mass_b = mass_b.operand();
+    args.threads = threads;
+    py::gil_scoped_release release;
+    RF_CALL(residual_pullback, args);
+}
+
 }  // namespace
 
 void register_junction(py::module_& m) {
@@ -131,6 +178,7 @@ void register_junction(py::module_& m) {
     m.def("merge", &merge);
     m.def("junction", &junction);
     m.def("merge_junction", &merge_junction);
+    m.def("residual_pullback", &residual_pullback);
 }
 
 }  // namespace rf

@@ -1,4 +1,4 @@
-// Binding: max_pool_pullback.
+// Bindings: max_pool_pullback, unpool.
 #include "bind/bind.h"
 #include "cpu/dispatch.h"
 
@@ -35,10 +35,47 @@ void max_pool_pullback(py::handle c_, py::handle x_, std::int64_t kernel_height,
     RF_CALL(max_pool_pullback, args);
 }
 
+using Pair = std::pair<std::int64_t, std::int64_t>;
+
+void unpool(py::handle c_, py::handle indices_, Pair kernel, Pair stride, Pair padding, py::handle out_,
+            int threads) {
+    const TensorView c(c_, "c"), indices(indices_, "indices", Elements::int32), out(out_, "out");
+    check_coefficient(c, false);
+    if (indices.ndim() != 4 || c.ndim() != 5 || out.ndim() != 5)
+        fail("indices must be [B, h, w, C], c [T, B, h, w, C] and out [T, B, H, W, C]: " +
+             indices.describe() + ", " + c.describe() + ", " + out.describe());
+    indices.matches(0, c, 1, 4);
+    out.matches(0, c, 0, 2).matches(4, c, 4, 1);
+    UnpoolArgs args{};
+    args.rhs = c.size(0);
+    args.batch = c.size(1);
+    args.rows = c.size(2);
+    args.columns = c.size(3);
+    args.channels = c.size(4);
+    args.height = out.size(2);
+    args.width = out.size(3);
+    const std::int64_t numbers[3][2] = {
+        {kernel.first, kernel.second}, {stride.first, stride.second}, {padding.first, padding.second}};
+    for (int axis = 0; axis < 2; ++axis) {
+        args.kernel[axis] = numbers[0][axis];
+        args.stride[axis] = numbers[1][axis];
+        args.padding[axis] = numbers[2][axis];
+        if (args.kernel[axis] < 1 || args.stride[axis] < 1 || args.padding[axis] < 0)
+            fail("windows need a positive size and stride, and padding that is not negative");
+    }
+    args.c = c.contiguous().operand();
+    args.indices = indices.contiguous().operand();
+    args.out = out.contiguous().operand();
+    args.threads = threads;
+    py::gil_scoped_release release;
+    RF_CALL(unpool, args);
+}
+
 }  // namespace
 
 void register_max_pool(py::module_& m) {
     m.def("max_pool_pullback", &max_pool_pullback);
+    m.def("unpool", &unpool);
 }
 
 }  // namespace rf

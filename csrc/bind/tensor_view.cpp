@@ -201,4 +201,11 @@ void check_mass(const TensorView& mass, const TensorView& c) {
     if (mass.dtype() == DType::bf16) fail(mass.describe() + " is written as float32 or float64");
 }
 
+void check_channels(const TensorView& gain, const TensorView& shift, const TensorView& c) {
+    c.contiguous();
+    if (c.ndim() < 3) fail(c.describe() + " must be [T, B, ..., C]");
+    gain.contiguous().shaped({c.size(-1)});
+    shift.contiguous().shaped({c.size(-1)});
+}
+
 }  // namespace rf

@@ -87,12 +87,46 @@ struct ProductArgs {
 };
 
 // out = c * factor; with `gate` 2 c where factor > 0, else 0
+// With gain and shift `factor` is the output y = g x + h of a BatchNorm, by channel the innermost axis, and
+// |g| (1 + sign(y - h)) is what it multiplies by, with `gate` 2 [y > 0] times that.
 // With n_scale the rows are pairs (P, D = P - N), and N is multiplied by it as well.
 struct ScaleArgs {
     std::int64_t rhs, batch, inner;  // T, B, the rest
-    bool gate;                       // 2 [factor > 0] is the factor
-    Operand c, factor, out;          // [T, B, inner], [B, inner], [T, B, inner]
-    Operand n_scale;                 // [T / 2, B] or absent
+    bool gate;
+    Operand c, factor, out;    // [T, B, inner], [B, inner], [T, B, inner]
+    Operand n_scale;           // [T / 2, B] or absent
+    std::int64_t channels;     // with gain and shift
+    Operand gain, shift;       // [channels], absent or float, or double if anything is
+    int threads;
+};
+
+// n_scale = sum |P| w / sum |P - D| w over a sample of every row (1 where that is 0 or not finite), w being 1
+// or what ScaleArgs multiplies by: what N has to be multiplied by to become as large as P. The sample is
+// `runs` times 32 elements in a row, `step` apart, or the whole row of `inner` where runs is 0.
+struct CentringArgs {
+    std::int64_t rhs, batch, inner;
+    std::int64_t runs, step;
+    bool gate;
+    Operand c, factor;      // [T, B, inner], [B, inner] or absent
+    std::int64_t channels;  // as for ScaleArgs
+    Operand gain, shift;
+    Operand out;  // [T / 2, B]
+    int threads;
+};
+
+// The pull-back of z = relu(y + b), y = g x + h being a BatchNorm by channel, which is the innermost axis:
+//   c = rescale(first, first_scale) + rescale(second, second_scale)      (as in CombineArgs)
+//   c_y = 4 [z > 0] [y > 0] c,  c_b = 4 [z > 0] [b > 0] c and their masses, y = z - b;
+//   c_x = |g| (1 + sign(y - h)) c_y
+struct ResidualArgs {
+    std::int64_t rhs, batch, inner, channels;
+    bool contrast;
+    Operand first, second;              // [T, B, inner]; second may be absent
+    Operand first_scale, second_scale;  // [T, B]; absent without second
+    Operand z, b;                       // [B, inner]
+    Operand gain, shift;                // [channels], as for ScaleArgs
+    Operand c_x, c_b;                   // [T, B, inner]
+    Operand mass_y, mass_b;             // [T, B]
     int threads;
 };
 
@@ -105,6 +139,17 @@ struct MaxPoolArgs {
     Operand c;    // [T, B, height / kernel_height, width / kernel_width, channels]
     Operand x;    // [B, height, width, channels]
     Operand out;  // [T, B, height, width, channels]
+    int threads;
+};
+
+// out = the sum of c over the windows whose largest input this is; windows may overlap, channels are innermost.
+struct UnpoolArgs {
+    std::int64_t rhs, batch, height, width, channels;  // of the input
+    std::int64_t rows, columns;                        // of windows
+    std::int64_t kernel[2], stride[2], padding[2];
+    Operand c;        // [T, B, rows, columns, channels]
+    Operand indices;  // [B, rows, columns, channels], int32: y width + x of a window's largest input
+    Operand out;      // [T, B, height, width, channels]
     int threads;
 };
 
@@ -208,8 +253,11 @@ struct AttentionArgs {
 #define RF_DECLARE_KERNELS(isa)                    \
     namespace isa {                                \
     void combine(const CombineArgs&);              \
+    void residual_pullback(const ResidualArgs&);   \
+    void centring(const CentringArgs&);            \
     void norm_pullback(const NormArgs&);           \
     void max_pool_pullback(const MaxPoolArgs&);    \
+    void unpool(const UnpoolArgs&);                \
     void mask_steps(const MaskStepsArgs&);         \
     void masked_copies(const MaskedCopiesArgs&);   \
     void order_by_step(const OrderByStepArgs&);    \

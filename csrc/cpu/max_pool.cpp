@@ -1,6 +1,6 @@
-// The pull-back of max-pooling over windows that tile the image, channels innermost: the largest input of a
-// window, the first of equals, gets the window's coefficient (times its value if not `divided`), the others
-// 0.
+// The pull-back of max-pooling, channels innermost: the largest input of a window gets the window's
+// coefficient. Windows that tile the image find it again, the first of equals (the coefficient is multiplied
+// by its value if not `divided`); of others `unpool` is told where it is.
 #include "cpu/block.h"
 
 namespace rf::RF_ISA {
@@ -70,7 +70,57 @@ void pool_row(int64_t index, const void* context, void*) {
     }
 }
 
+// One line of one sample of the input.
+template <class F>
+void unpool_line(int64_t index, const void* context, void*) {
+    const UnpoolArgs& args = *static_cast<const UnpoolArgs*>(context);
+    const int64_t channels = args.channels, b = index / args.height, y = index % args.height;
+    // The windows that see coordinate `at`: [from, to).
+    const auto from = [&](int axis, int64_t at) {
+        const int64_t past = at + args.padding[axis] - args.kernel[axis];
+        return past < 0 ? int64_t(0) : past / args.stride[axis] + 1;
+    };
+    const auto to = [&](int axis, int64_t at, int64_t windows) {
+        return min64(windows, (at + args.padding[axis]) / args.stride[axis] + 1);
+    };
+    const int64_t top = from(0, y), bottom = to(0, y, args.rows);
+    const std::int32_t* const indices = static_cast<const std::int32_t*>(args.indices.data);
+    F in[kBlock], sum[kBlock];
+    for (int64_t x = 0; x < args.width; ++x) {
+        const int64_t left = from(1, x), right = to(1, x, args.columns);
+        const std::int32_t here = static_cast<std::int32_t>(y * args.width + x);
+        for (int64_t start = 0; start < channels; start += kBlock) {
+            const int64_t n = min64(kBlock, channels - start);
+            for (int64_t t = 0; t < args.rhs; ++t) {
+                const int64_t sample = t * args.batch + b;
+                for (int64_t i = 0; i < n; ++i) sum[i] = F(0);
+                for (int64_t row = top; row < bottom; ++row)
+                    for (int64_t column = left; column < right; ++column) {
+                        const int64_t window = row * args.columns + column;
+                        const int64_t windows = args.rows * args.columns;
+                        const std::int32_t* __restrict winner =
+                            indices + (b * windows + window) * channels + start;
+                        const F* __restrict c =
+                            load(args.c, (sample * windows + window) * channels + start, n, in);
+                        RF_SIMD
+                        for (int64_t i = 0; i < n; ++i) sum[i] += winner[i] == here ? c[i] : F(0);
+                    }
+                const int64_t at = ((sample * args.height + y) * args.width + x) * channels + start;
+                F* __restrict out = target(args.out, at, sum);
+                if (out != sum)
+                    for (int64_t i = 0; i < n; ++i) out[i] = sum[i];
+                commit(args.out, at, n, sum);
+            }
+        }
+    }
+}
+
 }  // namespace
+
+void unpool(const UnpoolArgs& args) {
+    parallel_for(args.batch * args.height, args.rhs * args.batch * args.height * args.width * args.channels,
+                 args.threads, args.c.dtype == DType::f64 ? unpool_line<double> : unpool_line<float>, &args, 0);
+}
 
 void max_pool_pullback(const MaxPoolArgs& args) {
     const bool wide = args.c.dtype == DType::f64 || args.x.dtype == DType::f64;

@@ -10,25 +10,30 @@ other samples of the batch. `RAMP_FAST_BACKEND` forces a backend, which then nev
 
 from __future__ import annotations
 
+import torch
+
 from ramp_fast.errors import BackendError
 from ramp_fast.ops import _registry
 from ramp_fast.ops._registry import BACKENDS, forced_backend, set_backend, unavailable
 from ramp_fast.ops.activation import affine_factor, gelu_factor
 from ramp_fast.ops.attention import attention_pullback, softmax_pullback
-from ramp_fast.ops.junction import junction, merge_junction
+from ramp_fast.ops.junction import junction, merge_junction, residual_pullback
 from ramp_fast.ops.linear import linear_norm_pullback, linear_pullback, pack_panels
 from ramp_fast.ops.masking import copies_in_turn, mask_steps, masked_copies
-from ramp_fast.ops.max_pool import max_pool_pullback
+from ramp_fast.ops.max_pool import max_pool_pullback, unpool
 from ramp_fast.ops.norm import norm_pullback
-from ramp_fast.ops.scaling import gate, mass, merge, rescale, rescale_parts, scale_by
+from ramp_fast.ops.scaling import affine_pullback, centring, gate, mass, merge, rescale, rescale_parts, scale_by
 from ramp_fast.ops.tiles import DIGIT_DEPTH, has_tiles, pack_tiles, product
 
 __all__ = [
     "BACKENDS",
     "DIGIT_DEPTH",
     "affine_factor",
+    "affine_pullback",
     "attention_pullback",
+    "centring",
     "copies_in_turn",
+    "cpu_kernels",
     "cpu_isas",
     "forced_backend",
     "gate",
@@ -49,17 +54,24 @@ __all__ = [
     "product",
     "rescale",
     "rescale_parts",
+    "residual_pullback",
     "scale_by",
     "set_backend",
     "set_cpu_isa",
     "softmax_pullback",
     "unavailable",
+    "unpool",
 ]
 
 
 def cpu_isas() -> list[str]:
     """Instruction sets that the C++ kernels can use here, slowest first; empty without the extension."""
     return list(_registry.extension.supported_isas()) if _registry.extension is not None else []
+
+
+def cpu_kernels(device: torch.device) -> bool:
+    """Whether tensors there go to the C++ kernels or the equations, not to a forced backend that lacks an operator."""
+    return device.type == "cpu" and forced_backend() in (None, "cpu", "reference")
 
 
 def set_cpu_isa(name: str) -> None:

@@ -16,6 +16,7 @@ from ramp_fast.ops._common import (
     same_layout,
 )
 from ramp_fast.ops._registry import register
+from ramp_fast.ops.scaling import affine_factor_from
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # c_a, c_b, mass_a, mass_b
 
@@ -199,4 +200,116 @@ def merge_junction(
     """
     return _merge_junction(  # type: ignore[no-any-return]
         first, first_scale, second, second_scale, a, b, contrast, b_dtype, relu
+    )
+
+
+def _residual_pullback_reference(
+    first: Tensor,
+    first_scale: Tensor | None,
+    second: Tensor | None,
+    second_scale: Tensor | None,
+    z: Tensor,
+    b: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    contrast: bool,
+    x_dtype: torch.dtype | None = None,
+) -> Parts:
+    dtype = compute_dtype(first, first_scale, second, second_scale, z, b, gain, shift)
+    c = first.to(dtype)
+    if second is not None and first_scale is not None and second_scale is not None:
+        c = rescale_equation(c, first_scale.to(dtype), contrast)
+        c = c + rescale_equation(second.to(dtype), second_scale.to(dtype), contrast)
+    z, b = z.to(dtype), b.to(dtype)
+    y = z - b
+    zero = torch.zeros((), dtype=dtype, device=c.device)
+    c_y, c_b = (torch.where((z > 0) & (x > 0), 4 * c, zero) for x in (y, b))
+    c_x = c_y * affine_factor_from(y, gain.to(dtype), shift.to(dtype), False)
+    mass_y, mass_b = mass_equation(y, c_y, contrast), mass_equation(b, c_b, contrast)
+    out = first.dtype if second is None else torch.promote_types(first.dtype, second.dtype)
+    return c_x.to(x_dtype or out).contiguous(), c_b.to(out).contiguous(), mass_y, mass_b
+
+
+def _residual_pullback_fake(
+    first: Tensor,
+    first_scale: Tensor | None,
+    second: Tensor | None,
+    second_scale: Tensor | None,
+    z: Tensor,
+    b: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    contrast: bool,
+    x_dtype: torch.dtype | None = None,
+) -> Parts:
+    mass_dtype = compute_dtype(first, first_scale, second, second_scale, z, b, gain, shift)
+    out = first.dtype if second is None else torch.promote_types(first.dtype, second.dtype)
+    return _parts(first.contiguous(), x_dtype or out, out, mass_dtype)
+
+
+def _residual_pullback_cpu(
+    first: Tensor,
+    first_scale: Tensor | None,
+    second: Tensor | None,
+    second_scale: Tensor | None,
+    z: Tensor,
+    b: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    contrast: bool,
+    x_dtype: torch.dtype | None = None,
+) -> Parts:
+    operands = first, first_scale, second, second_scale, z, b, gain, shift
+    parts = _residual_pullback_fake(*operands, contrast, x_dtype)
+    C.residual_pullback(*(None if t is None else t.contiguous() for t in operands), *parts, contrast, get_num_threads())
+    return parts
+
+
+_residual_pullback = register(
+    "residual_pullback(Tensor first, Tensor? first_scale, Tensor? second, Tensor? second_scale, Tensor z, Tensor b,"
+    " Tensor gain, Tensor shift, bool contrast, ScalarType? x_dtype=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_residual_pullback_reference,
+    fake=_residual_pullback_fake,
+    cpu=_residual_pullback_cpu,
+)
+
+
+def residual_pullback(
+    first: Tensor,
+    first_scale: Tensor | None,
+    second: Tensor | None,
+    second_scale: Tensor | None,
+    z: Tensor,
+    b: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    contrast: bool,
+    x_dtype: torch.dtype | None = None,
+) -> Parts:
+    """Pull coefficients through ``z = relu(y + b)`` with a BatchNorm ``y = gain x + shift``, from z and b alone.
+
+    ``junction`` with its ReLU, then :func:`ramp_fast.ops.affine_pullback` at y, which is ``z - b`` wherever z is
+    positive and nothing elsewhere.
+
+    Parameters
+    ----------
+    first, second : Tensor [T, B, ..., C]
+        What one or two readers of z say, channels innermost; None: there is no second one.
+    first_scale, second_scale : Tensor [T, B] or None
+        As for :func:`merge_junction`; None without second.
+    z, b : Tensor [B, ..., C]
+    gain, shift : Tensor [C]
+    contrast : bool
+    x_dtype : torch.dtype, optional
+        What c_x is stored in; the promoted dtype of first and second by default, which is that of c_b.
+
+    Returns
+    -------
+    c_x, c_b : Tensor [T, B, ..., C]
+        Coefficients of the BatchNorm's input and of b.
+    mass_y, mass_b : Tensor [T, B]
+        Masses of y and b.
+    """
+    return _residual_pullback(  # type: ignore[no-any-return]
+        first, first_scale, second, second_scale, z, b, gain, shift, contrast, x_dtype
     )

@@ -1,4 +1,4 @@
-"""Max-pooling over windows that tile the image: the largest input of a window gets the window's relevance."""
+"""Max-pooling: the largest input of a window gets the window's relevance."""
 
 from __future__ import annotations
 
@@ -65,3 +65,66 @@ def max_pool_pullback(c: Tensor, x: Tensor, kernel_height: int, kernel_width: in
     Tensor [T, B, H, W, C] in the dtype of c
     """
     return _max_pool_pullback(c, x, kernel_height, kernel_width, divided)  # type: ignore[no-any-return]
+
+
+Pair = list[int]  # rows and columns
+
+
+def _unpool_reference(
+    c: Tensor, indices: Tensor, height: int, width: int, kernel: Pair, stride: Pair, padding: Pair
+) -> Tensor:
+    dtype = compute_dtype(c)
+    out = torch.zeros((*c.shape[:2], height * width, c.shape[-1]), dtype=dtype, device=c.device)
+    # One window after the other for every input, in the kernel's order, which fixes the rounding of the sums.
+    where = indices.long().flatten(1, 2).expand(*c.shape[:2], -1, -1)
+    for window in range(where.shape[2]):
+        out.scatter_add_(2, where[:, :, window : window + 1], c.flatten(2, 3)[:, :, window : window + 1].to(dtype))
+    return out.unflatten(2, (height, width)).to(c.dtype)
+
+
+def _unpool_fake(
+    c: Tensor, indices: Tensor, height: int, width: int, kernel: Pair, stride: Pair, padding: Pair
+) -> Tensor:
+    return c.new_empty((*c.shape[:2], height, width, c.shape[-1]))
+
+
+def _unpool_cpu(
+    c: Tensor, indices: Tensor, height: int, width: int, kernel: Pair, stride: Pair, padding: Pair
+) -> Tensor:
+    out = _unpool_fake(c, indices, height, width, kernel, stride, padding)
+    windows = tuple(kernel), tuple(stride), tuple(padding)
+    C.unpool(c.contiguous(), indices.contiguous(), *windows, out, get_num_threads())
+    return out
+
+
+_unpool = register(
+    "unpool(Tensor c, Tensor indices, int height, int width, int[] kernel, int[] stride, int[] padding) -> Tensor",
+    reference=_unpool_reference,
+    fake=_unpool_fake,
+    cpu=_unpool_cpu,
+)
+
+
+def unpool(
+    c: Tensor, indices: Tensor, height: int, width: int, kernel: Pair, stride: Pair, padding: Pair
+) -> Tensor:
+    """Pull coefficients through a max-pooling whose windows may overlap, from where their largest inputs are.
+
+    Parameters
+    ----------
+    c : Tensor [T, B, h, w, C]
+        Channels innermost.
+    indices : Tensor [B, h, w, C]
+        int32: the largest input of a window lies at row ``i // width``, column ``i % width``, as
+        :func:`torch.nn.functional.max_pool2d` with ``return_indices`` says.
+    height, width : int
+        Of the input.
+    kernel, stride, padding : list of two int
+        Windows are not dilated.
+
+    Returns
+    -------
+    Tensor [T, B, height, width, C] in the dtype of c
+        Sums over the windows of an input.
+    """
+    return _unpool(c, indices, height, width, kernel, stride, padding)  # type: ignore[no-any-return]

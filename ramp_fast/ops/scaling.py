@@ -1,4 +1,4 @@
-"""Masses and scalings of coefficients: ``mass``, ``rescale``, ``rescale_parts``, ``merge``, ``scale_by``, ``gate``.
+"""Masses and scalings of coefficients: ``mass``, ``rescale``, ``merge``, ``scale_by``, ``gate`` and their like.
 
 With ``contrast`` the leading axis of a coefficient holds T/2 rows P (positive) and then T/2 rows D = P - N, and
 that of masses and scales the values of P and then of N.
@@ -218,7 +218,7 @@ def _diagonal_cpu(c: Tensor, factor: Tensor, n_scale: Tensor | None, gate: bool)
     c, factor = same_layout((c,), (factor,))
     out = torch.empty_like(c)
     n_scale = None if n_scale is None else n_scale.contiguous()
-    C.scale_by(c, factor, n_scale, out, gate, get_num_threads())
+    C.scale_by(c, factor, n_scale, None, None, out, gate, get_num_threads())
     return out
 
 
@@ -287,3 +287,171 @@ def gate(c: Tensor, x: Tensor, n_scale: Tensor | None = None) -> Tensor:
     Tensor [T, B, ...] in the dtype of c
     """
     return _gate(c, x, n_scale)  # type: ignore[no-any-return]
+
+
+def affine_factor_from(y: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> Tensor:
+    """``|gain| (1 + sign(y - shift))``, with ``relu`` times ``2 [y > 0]``, in the dtype of its arguments."""
+    factor = gain.abs() * (1 + (y - shift).sign())
+    return torch.where(y > 0, 2 * factor, torch.zeros_like(factor)) if relu else factor
+
+
+def _affine_pullback_reference(
+    c: Tensor, y: Tensor, gain: Tensor, shift: Tensor, relu: bool, n_scale: Tensor | None = None
+) -> Tensor:
+    dtype = compute_dtype(c, y, gain, shift, n_scale)
+    factor = affine_factor_from(y.to(dtype), gain.to(dtype), shift.to(dtype), relu)
+    return (_with_n_scaled(c.to(dtype), n_scale) * factor).to(c.dtype).contiguous()
+
+
+def _affine_pullback_fake(
+    c: Tensor, y: Tensor, gain: Tensor, shift: Tensor, relu: bool, n_scale: Tensor | None = None
+) -> Tensor:
+    return torch.empty_like(c, memory_format=torch.contiguous_format)
+
+
+def _affine_pullback_cpu(
+    c: Tensor, y: Tensor, gain: Tensor, shift: Tensor, relu: bool, n_scale: Tensor | None = None
+) -> Tensor:
+    out = torch.empty_like(c, memory_format=torch.contiguous_format)
+    n_scale = None if n_scale is None else n_scale.contiguous()
+    C.scale_by(
+        c.contiguous(), y.contiguous(), n_scale, gain.contiguous(), shift.contiguous(), out, relu, get_num_threads()
+    )
+    return out
+
+
+_affine_pullback = register(
+    "affine_pullback(Tensor c, Tensor y, Tensor gain, Tensor shift, bool relu, Tensor? n_scale=None) -> Tensor",
+    reference=_affine_pullback_reference,
+    fake=_affine_pullback_fake,
+    cpu=_affine_pullback_cpu,
+)
+
+
+def affine_pullback(
+    c: Tensor, y: Tensor, gain: Tensor, shift: Tensor, relu: bool, n_scale: Tensor | None = None
+) -> Tensor:
+    """Pull coefficients through a BatchNorm ``y = gain x + shift``, of which only the output is at hand.
+
+    ``sign(x) gain + |gain|`` is ``|gain| (1 + sign(y - shift))``: x has the sign of ``y - shift`` times that of the
+    gain, up to rounding where it is almost zero.
+
+    Parameters
+    ----------
+    c : Tensor [T, B, ..., C]
+        Channels innermost.
+    y : Tensor [B, ..., C]
+        The output, behind the ReLU with ``relu``.
+    gain, shift : Tensor [C]
+    relu : bool
+        The factor is ``2 [y > 0]`` times that.
+    n_scale : Tensor [T / 2, B], optional
+        As for :func:`scale_by`.
+
+    Returns
+    -------
+    Tensor [T, B, ..., C] in the dtype of c
+    """
+    return _affine_pullback(c, y, gain, shift, relu, n_scale)  # type: ignore[no-any-return]
+
+
+# Coefficients that `centring` looks at, at most, per right-hand side and sample, and how many of them in a row.
+_CENTRE_SAMPLE, _CENTRE_RUN = 2048, 32
+
+
+def _centring_runs(length: int) -> tuple[int, int]:
+    """How many runs of a row are looked at, and how far apart they begin; none: the whole row."""
+    if length <= _CENTRE_SAMPLE:
+        return 0, 0
+    step = length // (_CENTRE_SAMPLE // _CENTRE_RUN)
+    return length // step, step
+
+
+def centring_equation(
+    c: Tensor,
+    factor: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: bool = False,
+) -> Tensor:
+    dtype = compute_dtype(c, factor, gain, shift)
+    runs, step = _centring_runs(c.shape[2:].numel())
+
+    def sample(rows: Tensor) -> Tensor:
+        """``[..., M]`` without what is not looked at."""
+        if not runs:
+            return rows.to(dtype)
+        return rows[..., : runs * step].unflatten(-1, (runs, step))[..., :_CENTRE_RUN].flatten(-2).to(dtype)
+
+    p, d = sample(c.flatten(2) if c.ndim > 2 else c.unsqueeze(-1)).chunk(2)
+    of_p, of_n = p.abs(), (p - d).abs()
+    if factor is not None:
+        x = sample(factor.flatten(1) if factor.ndim > 1 else factor.unsqueeze(-1))
+        if gain is not None and shift is not None:
+            by_row = [sample(t.to(dtype).expand(c.shape[2:]).flatten()) for t in (gain, shift)]
+            weight = affine_factor_from(x, *by_row, gate)
+        else:
+            weight = (x > 0).to(dtype) if gate else x.abs()
+        of_p, of_n = of_p * weight, of_n * weight
+    alpha = of_p.sum(-1) / of_n.sum(-1)
+    return alpha.masked_fill_(~((alpha > 0) & (alpha < torch.inf)), 1.0)  # one of the two is zero here
+
+
+def _centring_fake(
+    c: Tensor,
+    factor: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: bool = False,
+) -> Tensor:
+    shape = (c.shape[0] // 2, c.shape[1])
+    return torch.empty(shape, dtype=compute_dtype(c, factor, gain, shift), device=c.device)
+
+
+def _centring_cpu(
+    c: Tensor,
+    factor: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: bool = False,
+) -> Tensor:
+    out = _centring_fake(c, factor, gain, shift)
+    c, factor, gain, shift = (None if t is None else t.contiguous() for t in (c, factor, gain, shift))
+    C.centring(c, factor, gain, shift, gate, *_centring_runs(c.shape[2:].numel()), out, get_num_threads())
+    return out
+
+
+_centring = register(
+    "centring(Tensor c, Tensor? factor=None, Tensor? gain=None, Tensor? shift=None, bool gate=False) -> Tensor",
+    reference=centring_equation,
+    fake=_centring_fake,
+    cpu=_centring_cpu,
+    triton="scaling:centring",
+)
+
+
+def centring(
+    c: Tensor,
+    factor: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: bool = False,
+) -> Tensor:
+    """What N has to be multiplied by to become about as large as P, from a sample of the coefficients.
+
+    Parameters
+    ----------
+    c : Tensor [T, B, ...]
+        Pairs (P, D).
+    factor : Tensor [B, ...], optional
+        Compare ``factor * c`` instead, with ``gate`` ``[factor > 0] c``.
+    gain, shift : Tensor [C], optional
+        Compare what :func:`affine_pullback` makes of c (``gate`` is its ``relu``); factor is its y then.
+    gate : bool
+
+    Returns
+    -------
+    Tensor [T / 2, B]
+        ``sum |P| / sum |P - D|``; 1 where that is not positive and finite.
+    """
+    return _centring(c, factor, gain, shift, gate)  # type: ignore[no-any-return]

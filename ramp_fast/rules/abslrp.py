@@ -166,16 +166,21 @@ class _Weighted(Operation, GenericType[Pullback]):
         raise NotImplementedError
 
     def prepare(self, constants: dict[Node, Any]) -> None:
-        references = list(g.nodes_in(self.node.params))
+        params = self.parameters()
+        references = list(g.nodes_in(params))
         if all(n.kind == g.PARAM for n in references):
             sources = tuple(n.params["tensor"] for n in references)
-            options = repr(g.map_nodes(lambda n: references.index(n), self.node.params))
+            options = repr(g.map_nodes(lambda n: references.index(n), params))
             kind = self.node.kind, options, self.node.operands[0].example[1:], self.facts.positive_input
             self.maps = gemm.shared_maps((*kind, self.facts.precision), sources, lambda: self.pack(constants))
         else:  # weights that the model computes
             self.maps = gemm.Maps(*self.pack(constants), ())
         self.forward_kernel = self.forward_map.kernel
         self.pullback_kernel = self.pullback_map.kernel
+
+    def parameters(self) -> Any:
+        """What is packed depends on, with nodes in the place of tensors."""
+        return self.node.params
 
     def needs(self) -> list[Node]:
         if self.facts.norm is not None:
@@ -193,30 +198,44 @@ class _Weighted(Operation, GenericType[Pullback]):
         bias: Tensor | None = constants[p["bias"]] if isinstance(p["bias"], Node) else None
         if p.get("transposed"):
             weight = weight.t()
-        column = (-1, *[1] * (weight.dim() - 1))
         if "batch_norm" in p:
-            norm = {k: constants[v] if isinstance(v, Node) else v for k, v in p["batch_norm"].items()}
-            gain = (norm["var"].double() + norm["eps"]).rsqrt()
-            if norm["weight"] is not None:
-                gain = gain * norm["weight"].double()
-            shift = -norm["mean"].double() if bias is None else bias.double() - norm["mean"].double()
-            shift = shift * gain + (norm["bias"].double() if norm["bias"] is not None else 0.0)
-            weight = (weight.double() * gain.view(column)).to(weight.dtype)
-            bias = shift.to(weight.dtype)
+            weight, bias = _fold(weight, bias, p["batch_norm"], constants)
         if "scale" in p:
             scale = constants[p["scale"]].flatten()
-            weight = weight * scale.view(column)
+            weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
             bias = None if bias is None else bias * scale
         return weight, bias
 
     def forward(self, values: Values) -> tuple[Any, Any]:
-        return self.by_sample(self.forward_map, values[self.node.operands[0]], 0), None
+        return self.by_sample(self.forward_map, 0, values[self.node.operands[0]]), None
 
-    def by_sample(self, function: Callable[[Tensor], Tensor], x: Tensor, axis: int) -> Tensor:
-        """``function(x)`` with samples along ``axis``, which do not show in each other's results."""
+    def by_sample(self, function: Callable[..., Tensor], axis: int, *operands: Tensor) -> Tensor:
+        """``function(*operands)`` with samples along ``axis``, which do not show in each other's results."""
         shape = self.node.example
         rows = math.prod(shape[1:-1] if self.node.kind == g.LINEAR else shape[2:])
-        return gemm.by_sample(function, rows, (x,), axis) if self.node.batch.leading else function(x)
+        return gemm.by_sample(function, rows, operands, axis) if self.node.batch.leading else function(*operands)
+
+
+def _affine(norm: dict[str, Any], constants: dict[Node, Any]) -> tuple[Tensor, Tensor]:
+    """Gain and shift ``[C]`` of a BatchNorm's parameters, float64 where there is one."""
+    p = {k: constants[v] if isinstance(v, Node) else v for k, v in norm.items()}
+    wide = torch.float32 if p["var"].device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    gain = (p["var"].to(wide) + p["eps"]).rsqrt()
+    if p["weight"] is not None:
+        gain = gain * p["weight"].to(wide)
+    shift = -p["mean"].to(wide) * gain
+    return gain, shift if p["bias"] is None else shift + p["bias"].to(wide)
+
+
+def _fold(
+    weight: Tensor, bias: Tensor | None, norm: dict[str, Any], constants: dict[Node, Any]
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer and the BatchNorm behind it together."""
+    gain, shift = _affine(norm, constants)
+    if bias is not None:
+        shift = shift + bias.to(gain.dtype) * gain
+    scaled = weight.to(gain.dtype) * gain.view(-1, *[1] * (weight.dim() - 1))
+    return scaled.to(weight.dtype), shift.to(weight.dtype)
 
 
 class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
@@ -240,7 +259,7 @@ class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
         c = part.c.to(self.facts.precision.pullback).contiguous()
         source, norm = self.node.operands[0], self.facts.norm
         if not isinstance(self.pullback_map, gemm.Selection):
-            yield Flow(source, Contribution(self.by_sample(self.pullback_map, c, 1), part.target))
+            yield Flow(source, Contribution(self.by_sample(self.pullback_map, 1, c), part.target))
         elif norm is None:
             yield Flow(source, Contribution(self.pullback_map(c, values[source], c.dtype), part.target))
         else:
@@ -261,8 +280,14 @@ class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelecti
         geometry = gemm.Geometry(p["stride"], p["padding"], p["dilation"], p["groups"])
         size = self.node.operands[0].example[2:]
         tiles = len(size) == 2 and geometry.tiles(weight, *size)
-        forward: gemm.Map = gemm.PatchForward(weight, bias) if tiles else gemm.ConvForward(weight, bias, geometry)
         doubled = (2 * weight).to(self.facts.precision.pullback)
+        forward: gemm.Map
+        if tiles:
+            forward = gemm.PatchForward(weight, bias)
+        else:
+            norm = self.facts.batch_norm
+            folded = (weight, bias) if norm is None else _fold(weight, bias, norm.params, constants)
+            forward = gemm.convolution(*folded, geometry, self.facts.relu is not None)
         if tiles and not self.facts.positive_input:
             return forward, gemm.PatchSelection(doubled)
         halves = [gemm.positive_part(doubled)]
@@ -272,10 +297,20 @@ class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelecti
         stacked = torch.cat(halves, 1)
         return forward, gemm.PatchPullback(stacked) if tiles else gemm.ConvPullback(stacked, geometry, size)
 
+    def parameters(self) -> Any:
+        norm = self.facts.batch_norm
+        return self.node.params, norm and norm.params, self.facts.relu is not None
+
     def prepare(self, constants: dict[Node, Any]) -> None:
         super().prepare(constants)
+        steps = {"batch_norm": self.facts.batch_norm, "add": self.facts.addend, "relu": self.facts.relu}
+        self.forward_kernel += "".join(f" > {name}" for name, node in steps.items() if node is not None)
         if not isinstance(self.pullback_map, gemm.PatchSelection):
             self.pullback_kernel += " W+" if self.facts.positive_input else " W+|W-"
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        addend = [] if self.facts.addend is None else [values[self.facts.addend]]
+        return self.by_sample(self.forward_map, 0, values[self.node.operands[0]], *addend), None
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = book.centred(self.merged(parts, values, book), self.node.batch)
@@ -285,7 +320,7 @@ class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelecti
             yield Flow(source, Contribution(self.pullback_map(c, values[source]), part.target))
             return
         pull = self.pullback_map
-        acc = self.by_sample(lambda part: pull(part.flatten(0, 1)).unflatten(0, part.shape[:2]), c, 1)
+        acc = self.by_sample(lambda part: pull(part.flatten(0, 1)).unflatten(0, part.shape[:2]), 1, c)
         if not self.facts.positive_input:
             groups = self.node.params["groups"]
             halves = acc.unflatten(2, (groups, 2, -1))
@@ -381,25 +416,42 @@ def smooth_factor(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tens
 
 
 class BatchNorm(_Diagonal):
-    """``c_x = (sign(x) g + |g|) / sqrt(var + eps) * c``, times ``2 [y > 0]`` where a ReLU is computed with it."""
+    """``c_x = (sign(x) g + |g|) / sqrt(var + eps) * c``, times ``2 [y > 0]`` where a ReLU is computed with it.
 
-    forward_kernel = "affine_factor"
+    Behind a convolution that computes it as well there is only y: :func:`ramp_fast.ops.affine_pullback`.
+    """
+
+    def __init__(self, node: Node, facts: Facts) -> None:
+        super().__init__(node, facts)
+        self.forward_kernel = "affine_factor" if facts.computed_in is None else "(above)"
+        if facts.computed_in is not None:
+            self.pullback_kernel = "affine_pullback"
 
     def prepare(self, constants: dict[Node, Any]) -> None:
-        p = {k: constants[v] if isinstance(v, Node) else v for k, v in self.node.params.items()}
-        wide = p["var"].to(torch.promote_types(p["var"].dtype, torch.float32))
-        self.gain = (wide + p["eps"]).rsqrt()
-        if p["weight"] is not None:
-            self.gain = self.gain * p["weight"]
-        self.shift = -p["mean"] * self.gain
-        if p["bias"] is not None:
-            self.shift = self.shift + p["bias"]
+        wide = self.facts.precision.accumulate
+        self.gain, self.shift = (t.to(wide) for t in _affine(self.node.params, constants))
+
+    def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return super().keeps() if self.facts.computed_in is None else []
+
+    def needs(self) -> list[Node]:
+        return [] if self.facts.computed_in is None else [self.facts.computed_in]
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         x = values[self.node.operands[0]]
+        if self.facts.computed_in is not None:
+            return x, None
         relu = self.facts.relu
         cap = relu.params["cap"] if relu is not None else math.inf
         return ops.affine_factor(x, self.gain, self.shift, relu is not None, cap, self.facts.precision.pullback)
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        conv = self.facts.computed_in
+        if conv is None:
+            yield from super().pullback(parts, values, kept, book)
+            return
+        part = self.merged(parts, values, book)
+        yield Flow(conv, book.affine(part, values[conv], self.gain, self.shift, self.facts.relu is not None))
 
 
 class Scale(Operation):
@@ -552,11 +604,26 @@ class Add(Operation):
 
     pullback_kernel = "junction"
 
+    def __init__(self, node: Node, facts: Facts) -> None:
+        super().__init__(node, facts)
+        if facts.computed_in is not None:
+            self.forward_kernel, self.pullback_kernel = "(above)", "residual_pullback"
+
     def needs(self) -> list[Node]:
+        conv = self.facts.computed_in
+        if conv is not None:
+            return [conv, self._operands_of(conv)[1]]
         own = [self.node] if self.facts.relu is not None else []
         return [n for n in self.node.operands if not n.constant] + own
 
+    def _operands_of(self, conv: Node) -> tuple[Node, Node]:
+        """The operand that is the BatchNorm of ``conv``, and the other one."""
+        first, second = self.node.operands
+        return (first, second) if conv in first.operands else (second, first)
+
     def forward(self, values: Values) -> tuple[Any, Any]:
+        if self.facts.computed_in is not None:
+            return values[self.facts.computed_in], None
         relu = self.facts.relu
         if relu is not None:
             return values.call(self.node).clamp_(0, relu.params["cap"]), None
@@ -569,6 +636,11 @@ class Add(Operation):
         return values[self.node.sources[0]] + constant.masked_fill(hidden, float("-inf")), None
 
     def prepare(self, constants: dict[Node, Any]) -> None:
+        conv = self.facts.computed_in
+        if conv is not None:
+            wide = self.facts.precision.accumulate
+            norm = self._operands_of(conv)[0]
+            self.gain, self.shift = (t.to(wide) for t in _affine(norm.params, constants))
         known = all(n in constants for n in self.node.operands if n.constant)
         constant = self._added_to_scores(constants) if known else None
         self.only_masks = None if constant is None else only_masks(constant)
@@ -585,6 +657,9 @@ class Add(Operation):
         relu = self.facts.relu is not None
         if not plain_sum(self.node):
             yield from self._general(self.merged(parts, values, book), values, book, shares)
+            return
+        if self.facts.computed_in is not None:
+            yield from self._through_norm(self.facts.computed_in, parts, values, book)
             return
         first, second = self.node.operands
         a, b = values[first], values[second]
@@ -607,6 +682,30 @@ class Add(Operation):
         t_a, t_b = _share(target, [m_a, m_b], shares)
         yield Flow(first, Contribution(rows.back(c_a, like), t_a, m_a))
         yield Flow(second, Contribution(rows.back(c_b, like), t_b, m_b))
+
+    def _through_norm(
+        self, conv: Node, parts: list[Contribution], values: Values, book: Bookkeeping
+    ) -> Iterator[Flow]:
+        """On to the output of the convolution, past the BatchNorm."""
+        norm, other = self._operands_of(conv)
+        z, b = values[conv], values[other]
+        scaled: list[Tensor | None] = []
+        if len(parts) == 2:
+            scales = [book.scale(z, p, self.node.batch) for p in parts]
+            target = scales[0][1] + scales[1][1]
+            (c, first), (d, second) = ((p.c, s) for p, (s, _) in zip(parts, scales, strict=True))
+            scaled = [_channels_inside(c), first, _channels_inside(d), second]
+        else:
+            part = self.merged(parts, values, book)
+            target = part.target
+            scaled = [_channels_inside(part.c), None, None, None]
+        operands = (t.movedim(1, -1).contiguous() for t in (z, b))
+        c_x, c_b, m_y, m_b = ops.residual_pullback(
+            *scaled, *operands, self.gain, self.shift, book.contrast, self.facts.precision.pullback
+        )
+        t_y, t_b = _share(target, [m_y, m_b], self.facts.shares)
+        yield Flow(conv, Contribution(c_x.movedim(-1, 2), t_y, centred=True))
+        yield Flow(other, Contribution(c_b.movedim(-1, 2), t_b, m_b))
 
     def _general(self, part: Contribution, values: Values, book: Bookkeeping, shares: str) -> Iterator[Flow]:
         p = self.node.params
@@ -633,6 +732,11 @@ class Add(Operation):
         for (node, c, actual), target in zip(flows, targets, strict=True):
             if node is not None:
                 yield Flow(node, Contribution(c, target, actual))
+
+
+def _channels_inside(c: Tensor) -> Tensor:
+    """``[T, B, C, H, W]`` as ``[T, B, H, W, C]``, contiguous."""
+    return c.movedim(2, -1).contiguous()
 
 
 def only_masks(constant: Tensor) -> bool:
@@ -944,10 +1048,10 @@ class MaxPool(Operation):
             and _pair(p["dilation"]) == (1, 1)
             and all(n // k == m for n, k, m in zip(node.operands[0].example[2:], kernel, node.example[2:], strict=True))
         )
-        self.pullback_kernel = "max_pool_pullback" if self.tiles else "aten"
+        self.pullback_kernel = "max_pool_pullback" if self.tiles else "unpool"
 
     def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        return [] if self.tiles else [(self.node.example, torch.int64)]
+        return [] if self.tiles else [(self.node.example, torch.int32)]
 
     def needs(self) -> list[Node]:
         if self.tiles:
@@ -963,7 +1067,8 @@ class MaxPool(Operation):
         if self.tiles:
             return torch.nn.functional.max_pool2d(x, *self._arguments()), None
         y, indices = aten.max_pool2d_with_indices.default(x, *self._arguments())
-        return y, (indices, x.shape, x.is_contiguous())
+        narrow = indices.to(torch.int32) if self._unpools(x.device) else indices
+        return y, (narrow, x.shape, x.is_contiguous())
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = self.merged(parts, values, book)
@@ -978,18 +1083,26 @@ class MaxPool(Operation):
     def _indexed(self, narrow: Tensor, values: Values, kept: Any) -> Tensor:
         indices, shape, plain = kept
         wide = self.facts.precision.accumulate
-        c = narrow.to(wide)
+        c = narrow
         if not self.facts.divided:
-            c = c * values[self.node].to(wide)
+            c = c.to(wide) * values[self.node].to(wide)
+        if self._unpools(c.device):
+            p = self.node.params
+            windows = [list(_pair(p[k] or p["kernel_size"])) for k in ("kernel_size", "stride", "padding")]
+            rows = c.permute(0, 1, 3, 4, 2), indices.permute(0, 2, 3, 1)
+            return ops.unpool(*rows, *shape[2:], *windows).permute(0, 1, 4, 2, 3).to(narrow.dtype)
         layout = torch.contiguous_format if plain else torch.channels_last
         like = torch.empty(shape, dtype=wide, device=c.device).contiguous(memory_format=layout)
         sides = [
             aten.max_pool2d_with_indices_backward.default(
                 side.contiguous(memory_format=layout), like, *self._arguments(), indices
             )
-            for side in c
+            for side in c.to(wide)
         ]
         return torch.stack(sides).to(narrow.dtype)
+
+    def _unpools(self, device: torch.device) -> bool:
+        return ops.cpu_kernels(device) and _pair(self.node.params["dilation"]) == (1, 1) and len(self.node.example) == 4
 
 
 def _pair(value: Any) -> tuple[int, int]:

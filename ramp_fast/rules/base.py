@@ -37,9 +37,15 @@ class Facts:
     above : bool
         Of that LayerNorm: the step above does its pull-back.
     relu : Node or None
-        Of a sum or a BatchNorm: the ReLU that is computed with it.
+        Of a sum, a BatchNorm, or a convolution that computes either: the ReLU that is computed with it.
     absorbed : bool
         Of that ReLU.
+    batch_norm : Node or None
+        Of a convolution: the BatchNorm that its step computes as well.
+    addend : Node or None
+        Of that convolution: what its step adds to the BatchNorm, where that goes into a residual sum.
+    computed_in : Node or None
+        Of that BatchNorm and that sum: the convolution.
     branch : Node or None
         Of a residual sum: the operand that is not the shortcut.
     divided : bool
@@ -56,6 +62,9 @@ class Facts:
     above: bool = False
     relu: Node | None = None
     absorbed: bool = False
+    batch_norm: Node | None = None
+    addend: Node | None = None
+    computed_in: Node | None = None
     branch: Node | None = None
     divided: bool = True
     gated: bool = True
