@@ -21,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
     rf::register_masking(m);
     rf::register_max_pool(m);
     rf::register_norm(m);
+    rf::register_phases(m);
     rf::register_activation(m);
     rf::register_attention(m);
 #ifdef RF_HAVE_CUDA

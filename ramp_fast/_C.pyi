@@ -102,6 +102,7 @@ def max_pool_pullback(
     threads: _Threads,
     /,
 ) -> None: ...
+def select_phases(acc: Tensor, x: Tensor, top: int, left: int, out: Tensor, threads: _Threads, /) -> None: ...
 def unpool(
     c: Tensor,
     indices: Tensor,

@@ -22,7 +22,8 @@ from ramp_fast.passes import canonicalize
 from ramp_fast.plan import Plan
 from ramp_fast.replay import Recordings, on, records
 from ramp_fast.rules.abslrp import AbsLRP, RelativeStabilizer
-from ramp_fast.runtime import GROUP, Groups, keep_freed_memory, run
+from ramp_fast.heap import keep_freed_memory
+from ramp_fast.runtime import GROUP, Groups, run
 
 if TYPE_CHECKING:
     from ramp_fast.evaluation import Data, Evaluation

@@ -12,6 +12,7 @@ batch.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -440,6 +441,60 @@ class ConvPullback:
         down, right = self.geometry.stride
         out.zero_()[:, :, ::down, ::right] = pixels
         return out
+
+
+class PhaseSelection:
+    """:class:`Selection` for a convolution of images: of stride one, to all inputs of a cell of ``stride`` at once.
+
+    Input ``s m + r`` gets tap ``s j + r + padding`` of output ``m - j``: for every phase r the same few j. A transposed
+    convolution would have as few outputs as an image has channels, twice, which its routine is slow for.
+    """
+
+    def __init__(self, weight: Tensor, geometry: Geometry, size: tuple[int, ...]) -> None:
+        self.stride = geometry.stride
+        axes = zip(weight.shape[2:], self.stride, geometry.padding, size, strict=True)
+        taps, padding, self.first, phases = [], [], [], []
+        for kernel, s, pad, n in axes:
+            reach = [(-((r + pad) // s), (kernel - 1 - r - pad) // s) for r in range(s)]
+            low, high = min(a for a, _ in reach), max(b for _, b in reach)
+            outputs, cells = (n + 2 * pad - kernel) // s + 1, -(-n // s)
+            around = max(high, cells - outputs - low, 0)
+            taps.append(high - low + 1)
+            padding.append(around)
+            self.first.append(around - high)
+            phases.append([[s * (high - t) + r + pad for t in range(high - low + 1)] for r in range(s)])
+        halves = torch.stack([positive_part(weight), negative_part(weight)])  # [2, out, in, kh, kw]
+        down, right = self.stride
+        spread = halves.new_zeros(down, right, 2, weight.shape[1], weight.shape[0], *taps)
+        for r, rows in enumerate(phases[0]):
+            for q, columns in enumerate(phases[1]):
+                for t, row in enumerate(rows):
+                    for u, column in enumerate(columns):
+                        if 0 <= row < weight.shape[2] and 0 <= column < weight.shape[3]:
+                            spread[r, q, :, :, :, t, u] = halves[:, :, :, row, column].transpose(1, 2)
+        self.conv = ConvForward(spread.flatten(0, 3), None, Geometry([1, 1], padding, [1, 1], 1))
+        self.kernel, self.nbytes = f"{self.conv.kernel} W+|W-", self.conv.nbytes
+
+    @staticmethod
+    def pays(weight: Tensor, geometry: Geometry) -> bool:
+        """Whether it is faster than the transposed convolution."""
+        plain = weight.dim() == 4 and geometry.groups == 1 and geometry.dilation == [1, 1]
+        inside = all(p < k for p, k in zip(geometry.padding, weight.shape[2:], strict=True))
+        few = 2 * weight.shape[1] * math.prod(geometry.stride) <= _PHASE_OUTPUTS
+        return plain and inside and few and ops.cpu_kernels(weight.device)
+
+    def __call__(self, c: Tensor) -> Tensor:
+        """``c`` ``[T, B, out, h, w]`` to ``[T, B, rows, columns, s, s, 2, in]``, of W+ and of W-."""
+        acc = self.conv(c.flatten(0, 1)).permute(0, 2, 3, 1)
+        return acc.unflatten(-1, (*self.stride, 2, -1)).unflatten(0, c.shape[:2])
+
+    def select(self, acc: Tensor, x: Tensor) -> Tensor:
+        """What is chosen by ``x`` ``[B, in, H, W]``, ``[T, B, in, H, W]``."""
+        return ops.select_phases(acc, x.permute(0, 2, 3, 1), *self.first).permute(0, 1, 4, 2, 3)
+
+
+# Outputs of a pull-back in phases: more of them are no longer cheaper than a transposed convolution (bench/NOTES.md).
+_PHASE_OUTPUTS = 64
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 from ramp_fast import graph as g
 from ramp_fast.gemm import Geometry, Precision, fuses_convolutions
 from ramp_fast.graph import Graph, Node
+from ramp_fast.heap import HeldHeap
 from ramp_fast.rules.abslrp import AbsLRP, plain_sum
 from ramp_fast.rules.base import Facts, Operation
 
@@ -48,6 +49,7 @@ class Plan:
     def __init__(self, graph: Graph, rule: AbsLRP, precision: Precision) -> None:
         self.graph, self.rule, self.precision = graph, rule, precision
         self.constants: dict[Node, Any] = {}
+        self.heap = HeldHeap()
         users = graph.users()
         carries = _carrying(graph)
         self._static = _static_constants(graph)

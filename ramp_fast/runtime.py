@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -55,6 +54,7 @@ def run(plan: Plan, images: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
         for done in step.drop_forward:
             values.drop(done)
 
+    heap_grows = plan.heap.grows(images)
     logits: Tensor = values[plan.graph.output]
     wide = logits.to(plan.precision.accumulate)
     c, contrast = seed(wide)
@@ -81,6 +81,8 @@ def run(plan: Plan, images: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
                 else:
                     pieces.setdefault(flow.node, {})[flow.part] = contribution
             del flows
+        if heap_grows:
+            plan.heap.hold()
         for done in step.drop_pullback:
             values.drop(done)
 
@@ -142,20 +144,6 @@ def _groups_pay(plan: Plan, shape: torch.Size, sides: int, contrast: bool) -> bo
         together, alone = min(together, middle - start), min(alone, time.perf_counter() - middle)
     same = torch.equal(torch.cat([m for m, _ in single], 1), maps)
     return together < alone and same and torch.equal(torch.cat([x for _, x in single]), logits)
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Lets freed blocks of up to 32 MiB stay in the heap.
-
-    glibc maps blocks for themselves, and unmaps them when they are freed, if they are larger than any such block that
-    was freed before, or 128 KiB; and it gives the free end of the heap back beyond twice that size. The next image
-    then gets its memory page by page, each cleared first: a tenth of the time of a ResNet. So a block of the largest
-    size that counts, just under 32 MiB, is mapped and freed without having been written. Settings of the user's
-    (``MALLOC_TRIM_THRESHOLD_``, ``mallopt``) stay in force, and then this has no effect; nor has it with other
-    allocators.
-    """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
 
 def _joined(operation: Parts, parts: dict[int, Contribution], kept: Any) -> Flow | None:

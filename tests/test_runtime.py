@@ -13,7 +13,7 @@ import pytest
 # Is a block of 20 MB mapped for itself? (Then freeing it unmaps it.)
 MAPPED = """
 import ctypes, torch
-from ramp_fast.runtime import keep_freed_memory
+from ramp_fast.heap import keep_freed_memory
 
 class Statistics(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd u s f d k".split()]

@@ -17,6 +17,7 @@ void register_linear(py::module_& m);
 void register_masking(py::module_& m);
 void register_max_pool(py::module_& m);
 void register_norm(py::module_& m);
+void register_phases(py::module_& m);
 
 // An absent optional tensor is None.
 inline std::optional<TensorView> optional_view(py::handle object, const char* name) {

@@ -153,6 +153,18 @@ struct UnpoolArgs {
     int threads;
 };
 
+// out[y, x, c] = acc[top + y / s, left + x / s, y % s, x % s, h, c], h = 0 where the input is positive, 1 where
+// it is negative, and 0 where it is 0; s = stride[0] for rows and stride[1] for columns.
+struct SelectPhasesArgs {
+    std::int64_t rhs, batch, height, width, channels;  // of the input
+    std::int64_t rows, columns;                        // of acc
+    std::int64_t stride[2], top, left;
+    Operand acc;  // [T, B, rows, columns, stride[0], stride[1], 2, channels]
+    Operand x;    // [B, height, width, channels]
+    Operand out;  // [T, B, height, width, channels], in the dtype of acc
+    int threads;
+};
+
 // out[i] = the first step s with ks[s] > rank of scores[i] among its image's, `steps` if there is none; ranks
 // are those of ordered.h.
 struct MaskStepsArgs {
@@ -258,6 +270,7 @@ struct AttentionArgs {
     void norm_pullback(const NormArgs&);           \
     void max_pool_pullback(const MaxPoolArgs&);    \
     void unpool(const UnpoolArgs&);                \
+    void select_phases(const SelectPhasesArgs&);   \
     void mask_steps(const MaskStepsArgs&);         \
     void masked_copies(const MaskedCopiesArgs&);   \
     void order_by_step(const OrderByStepArgs&);    \

@@ -22,40 +22,55 @@ struct Readers {
     F first_p, first_n, second_p, second_n;
 };
 
+// By element: what the coefficients of x and b are multiplied by, and what turns the merged coefficient's
+// absolute value into that of y's and b's relevance.
+template <class F>
+struct Weights {
+    F x[kBlock], b[kBlock], mass_y[kBlock], mass_b[kBlock];
+};
+
+template <class F>
+RF_INLINE void weigh(const F* __restrict z, const F* __restrict b, const F* __restrict size,
+                     const F* __restrict shift, int64_t n, Weights<F>& out) {
+    RF_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        const F y = z[i] - b[i], open = z[i] > F(0) ? F(4) : F(0);
+        const F kept_y = y > F(0) ? open : F(0), kept_b = b[i] > F(0) ? open : F(0);
+        out.x[i] = kept_y * affine_factor_of(y, size[i], shift[i]);
+        out.b[i] = kept_b;
+        out.mass_y[i] = kept_y * y;
+        out.mass_b[i] = kept_b * b[i];
+    }
+}
+
 template <class F>
 struct Split {
-    F *y_p, *y_d, *b_p, *b_d;
+    F *x_p, *x_d, *b_p, *b_d;
     double *mass_y_p, *mass_y_n, *mass_b_p, *mass_b_n;
 };
 
 template <class F, bool contrast, bool two>
-RF_INLINE void split(const Readers<F>& in, const F* __restrict z, const F* __restrict b,
-                     const F* __restrict size, const F* __restrict shift, int64_t n, const Split<F>& out) {
+RF_INLINE void split(const Readers<F>& in, const Weights<F>& weights, int64_t n, const Split<F>& out) {
     const F *__restrict p = in.p, *__restrict d = in.d, *__restrict q = in.q, *__restrict e = in.e;
-    F *__restrict y_p = out.y_p, *__restrict y_d = out.y_d, *__restrict b_p = out.b_p,
+    F *__restrict x_p = out.x_p, *__restrict x_d = out.x_d, *__restrict b_p = out.b_p,
                  *__restrict b_d = out.b_d;
     const F first_p = in.first_p, first_n = in.first_n, second_p = in.second_p, second_n = in.second_n;
     F sum_y_p = 0, sum_y_n = 0, sum_b_p = 0, sum_b_n = 0;
     RF_SIMD_SUM(sum_y_p, sum_y_n, sum_b_p, sum_b_n)
     for (int64_t i = 0; i < n; ++i) {
-        F of_p = two ? first_p * p[i] + second_p * q[i] : p[i];
-        of_p = z[i] > F(0) ? F(4) * of_p : F(0);
-        const F y = z[i] - b[i];
-        const F kept_y = y > F(0) ? y : F(0), kept_b = b[i] > F(0) ? b[i] : F(0);
-        const F factor = y > F(0) ? affine_factor_of(y, size[i], shift[i]) : F(0);
-        y_p[i] = factor * of_p;
-        b_p[i] = b[i] > F(0) ? of_p : F(0);
-        sum_y_p += kept_y * absolute(of_p);
-        sum_b_p += kept_b * absolute(of_p);
+        const F of_p = two ? first_p * p[i] + second_p * q[i] : p[i];
+        x_p[i] = weights.x[i] * of_p;
+        b_p[i] = weights.b[i] * of_p;
+        sum_y_p += weights.mass_y[i] * absolute(of_p);
+        sum_b_p += weights.mass_b[i] * absolute(of_p);
         if (contrast) {
-            F of_d = two ? (first_n * d[i] + (first_p - first_n) * p[i]) +
-                               (second_n * e[i] + (second_p - second_n) * q[i])
-                         : d[i];
-            of_d = z[i] > F(0) ? F(4) * of_d : F(0);
-            y_d[i] = factor * of_d;
-            b_d[i] = b[i] > F(0) ? of_d : F(0);
-            sum_y_n += kept_y * absolute(of_p - of_d);
-            sum_b_n += kept_b * absolute(of_p - of_d);
+            const F of_d = two ? (first_n * d[i] + (first_p - first_n) * p[i]) +
+                                     (second_n * e[i] + (second_p - second_n) * q[i])
+                               : d[i];
+            x_d[i] = weights.x[i] * of_d;
+            b_d[i] = weights.b[i] * of_d;
+            sum_y_n += weights.mass_y[i] * absolute(of_p - of_d);
+            sum_b_n += weights.mass_b[i] * absolute(of_p - of_d);
         }
     }
     *out.mass_y_p += static_cast<double>(sum_y_p);
@@ -75,10 +90,12 @@ void residual_chunk(int64_t index, const void* context, void*) {
     double* sums = job.partials + index * 2 * args.rhs;
     for (int64_t t = 0; t < 2 * args.rhs; ++t) sums[t] = 0;
     F z_in[kBlock], b_in[kBlock], in[4][kBlock], out[4][kBlock];
+    Weights<F> weights;
     for (int64_t start = begin; start < end; start += kBlock) {
         const int64_t n = min64(kBlock, end - start), channel = job.channels.at(start);
         const F* z = load(args.z, b * args.inner + start, n, z_in);
         const F* other = load(args.b, b * args.inner + start, n, b_in);
+        weigh(z, other, job.channels.size + channel, job.channels.shift + channel, n, weights);
         for (int64_t t = 0; t < job.groups; ++t) {
             const int64_t cell = t * args.batch + b, cell_d = cell + args.rhs / 2 * args.batch;
             const int64_t row = cell * args.inner + start, row_d = cell_d * args.inner + start;
@@ -96,18 +113,17 @@ void residual_chunk(int64_t index, const void* context, void*) {
                 }
             }
             Split<F> to{};
-            to.y_p = target(args.c_x, row, out[0]);
+            to.x_p = target(args.c_x, row, out[0]);
             to.b_p = target(args.c_b, row, out[1]);
             to.mass_y_p = sums + t;
             to.mass_b_p = to.mass_y_p + args.rhs;
             if (contrast) {
-                to.y_d = target(args.c_x, row_d, out[2]);
+                to.x_d = target(args.c_x, row_d, out[2]);
                 to.b_d = target(args.c_b, row_d, out[3]);
                 to.mass_y_n = to.mass_y_p + args.rhs / 2;
                 to.mass_b_n = to.mass_b_p + args.rhs / 2;
             }
-            split<F, contrast, two>(readers, z, other, job.channels.size + channel,
-                                    job.channels.shift + channel, n, to);
+            split<F, contrast, two>(readers, weights, n, to);
             commit(args.c_x, row, n, out[0]);
             commit(args.c_b, row, n, out[1]);
             if (contrast) {

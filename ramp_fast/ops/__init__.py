@@ -22,6 +22,7 @@ from ramp_fast.ops.linear import linear_norm_pullback, linear_pullback, pack_pan
 from ramp_fast.ops.masking import copies_in_turn, mask_steps, masked_copies
 from ramp_fast.ops.max_pool import max_pool_pullback, unpool
 from ramp_fast.ops.norm import norm_pullback
+from ramp_fast.ops.phases import select_phases
 from ramp_fast.ops.scaling import affine_pullback, centring, gate, mass, merge, rescale, rescale_parts, scale_by
 from ramp_fast.ops.tiles import DIGIT_DEPTH, has_tiles, pack_tiles, product
 
@@ -56,6 +57,7 @@ __all__ = [
     "rescale_parts",
     "residual_pullback",
     "scale_by",
+    "select_phases",
     "set_backend",
     "set_cpu_isa",
     "softmax_pullback",

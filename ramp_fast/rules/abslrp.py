@@ -271,10 +271,10 @@ class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
             yield Flow(source, Contribution(pulled, part.target, actual))
 
 
-class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection"]):
+class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.PhaseSelection"]):
     def pack(
         self, constants: dict[Node, Any]
-    ) -> tuple[gemm.Map, gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection]:
+    ) -> tuple[gemm.Map, gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.PhaseSelection]:
         weight, bias = self.effective(constants)
         p = self.node.params
         geometry = gemm.Geometry(p["stride"], p["padding"], p["dilation"], p["groups"])
@@ -288,8 +288,11 @@ class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelecti
             norm = self.facts.batch_norm
             folded = (weight, bias) if norm is None else _fold(weight, bias, norm.params, constants)
             forward = gemm.convolution(*folded, geometry, self.facts.relu is not None)
-        if tiles and not self.facts.positive_input:
-            return forward, gemm.PatchSelection(doubled)
+        if not self.facts.positive_input:
+            if tiles:
+                return forward, gemm.PatchSelection(doubled)
+            if gemm.PhaseSelection.pays(doubled, geometry):
+                return forward, gemm.PhaseSelection(doubled, geometry, size)
         halves = [gemm.positive_part(doubled)]
         if not self.facts.positive_input:
             halves.append(gemm.negative_part(doubled))
@@ -305,7 +308,7 @@ class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelecti
         super().prepare(constants)
         steps = {"batch_norm": self.facts.batch_norm, "add": self.facts.addend, "relu": self.facts.relu}
         self.forward_kernel += "".join(f" > {name}" for name, node in steps.items() if node is not None)
-        if not isinstance(self.pullback_map, gemm.PatchSelection):
+        if not isinstance(self.pullback_map, (gemm.PatchSelection, gemm.PhaseSelection)):
             self.pullback_kernel += " W+" if self.facts.positive_input else " W+|W-"
 
     def forward(self, values: Values) -> tuple[Any, Any]:
@@ -318,6 +321,10 @@ class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelecti
         source = self.node.operands[0]
         if isinstance(self.pullback_map, gemm.PatchSelection):
             yield Flow(source, Contribution(self.pullback_map(c, values[source]), part.target))
+            return
+        if isinstance(self.pullback_map, gemm.PhaseSelection):
+            acc = self.by_sample(self.pullback_map, 1, c)
+            yield Flow(source, Contribution(self.pullback_map.select(acc, values[source]), part.target))
             return
         pull = self.pullback_map
         acc = self.by_sample(lambda part: pull(part.flatten(0, 1)).unflatten(0, part.shape[:2]), 1, c)

@@ -1,0 +1,52 @@
+// The choice between W+ and W- by the sign of the input, where a strided convolution has been pulled back as one
+// of stride one with a group of outputs for every phase of the input.
+#include "cpu/block.h"
+
+namespace rf::RF_ISA {
+namespace {
+
+// One line of one sample of the input, for all right-hand sides. Channels are few: 3 of an image.
+template <class F, class Stored>
+void select_line(int64_t index, const void* context, void*) {
+    const SelectPhasesArgs& args = *static_cast<const SelectPhasesArgs*>(context);
+    const int64_t channels = args.channels, b = index / args.height, y = index % args.height;
+    const int64_t cell = args.stride[0] * args.stride[1] * 2 * channels;  // of acc
+    F in[kBlock];
+    for (int64_t t = 0; t < args.rhs; ++t) {
+        const int64_t sample = t * args.batch + b;
+        const Stored* const line = static_cast<const Stored*>(args.acc.data) +
+                                   (sample * args.rows + args.top + y / args.stride[0]) * args.columns * cell +
+                                   y % args.stride[0] * args.stride[1] * 2 * channels;
+        Stored* const out =
+            static_cast<Stored*>(args.out.data) + (sample * args.height + y) * args.width * channels;
+        for (int64_t start = 0; start < args.width * channels; start += kBlock) {
+            const int64_t n = min64(kBlock, args.width * channels - start);
+            const F* x = load(args.x, (b * args.height + y) * args.width * channels + start, n, in);
+            for (int64_t i = 0; i < n; ++i) {
+                const int64_t column = (start + i) / channels, channel = (start + i) % channels;
+                const Stored* const from = line + (args.left + column / args.stride[1]) * cell +
+                                           column % args.stride[1] * 2 * channels + channel;
+                out[start + i] = x[i] > F(0) ? from[0] : x[i] < F(0) ? from[channels] : Stored(0);
+            }
+        }
+    }
+}
+
+template <class F>
+Task task_for(DType stored) {
+    // bfloat16 is moved as it is.
+    return stored == DType::f64   ? select_line<F, double>
+           : stored == DType::f32 ? select_line<F, float>
+                                  : select_line<F, std::uint16_t>;
+}
+
+}  // namespace
+
+void select_phases(const SelectPhasesArgs& args) {
+    const Task task =
+        args.x.dtype == DType::f64 ? task_for<double>(args.acc.dtype) : task_for<float>(args.acc.dtype);
+    parallel_for(args.batch * args.height, args.rhs * args.batch * args.height * args.width * args.channels,
+                 args.threads, task, &args, 0);
+}
+
+}  // namespace rf::RF_ISA
