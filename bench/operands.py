@@ -70,6 +70,13 @@ def operands(
         x = normal(s.batch, 64, side, side).contiguous(memory_format=torch.channels_last)
         return x, normal(64, seed=1), normal(64, seed=2), True, 6.0, torch.bfloat16
 
+    def block(seed: int = 0) -> Tensor:
+        side = s.image // 8
+        return normal(s.batch, side, side, 512, seed=seed)
+
+    def block_coefficient(seed: int = 0) -> Tensor:
+        return normal(RHS, *block().shape, seed=seed).bfloat16()
+
     def max_pool() -> tuple[Any, ...]:
         side = s.image // 2
         return normal(RHS, s.batch, side // 2, side // 2, 64), normal(s.batch, side, side, 64), 2, 2, True
@@ -115,6 +122,11 @@ def operands(
         "gelu_factor": lambda: (hidden(), False, torch.bfloat16),
         "affine_factor": affine,
         "max_pool_pullback": max_pool,
+        "affine_pullback": lambda: (block_coefficient(), block().relu(), normal(512), normal(512, seed=1), True),
+        "residual_pullback": lambda: (
+            *(block_coefficient(), scale(), block_coefficient(3), scale(), block().relu(), block(1).relu()),
+            *(normal(512), normal(512, seed=1), True, torch.bfloat16),
+        ),
         "mask_steps": lambda: (scores(), s.ks, True),
         "masked_copies": lambda: (images(), masks(), images()[:1] * 0, 0, min(4, s.steps), False),
         "softmax_pullback": softmax,

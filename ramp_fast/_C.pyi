@@ -58,14 +58,14 @@ def merge_junction(
     /,
 ) -> None: ...
 def residual_pullback(
-    first: Tensor | None,
+    first: Tensor,
     first_scale: Tensor | None,
     second: Tensor | None,
     second_scale: Tensor | None,
-    z: Tensor | None,
-    b: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
+    z: Tensor,
+    b: Tensor,
+    gain: Tensor,
+    shift: Tensor,
     c_x: Tensor,
     c_b: Tensor,
     mass_y: Tensor,
@@ -125,7 +125,7 @@ def scale_by(
     /,
 ) -> None: ...
 def centring(
-    c: Tensor | None,
+    c: Tensor,
     factor: Tensor | None,
     gain: Tensor | None,
     shift: Tensor | None,

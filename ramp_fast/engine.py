@@ -18,11 +18,11 @@ from ramp_fast.capture import capture, static_batch
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.gemm import exact_float32, precision_for
 from ramp_fast.graph import Graph
+from ramp_fast.heap import keep_freed_memory
 from ramp_fast.passes import canonicalize
 from ramp_fast.plan import Plan
 from ramp_fast.replay import Recordings, on, records
 from ramp_fast.rules.abslrp import AbsLRP, RelativeStabilizer
-from ramp_fast.heap import keep_freed_memory
 from ramp_fast.runtime import GROUP, Groups, run
 
 if TYPE_CHECKING:

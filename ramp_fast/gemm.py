@@ -360,8 +360,8 @@ class ConvForward:
             y = pointwise(x, self._weight_for(x), self.bias, *where, unary, [], "")
         else:
             addend = addend.contiguous(memory_format=torch.channels_last)
-            last = (unary, [], "") if self.relu else (None, [], None)
-            y = pointwise.binary(x, addend, self._weight_for(x), self.bias, *where, "add", 1.0, *last)
+            after = unary if self.relu else None
+            y = pointwise.binary(x, addend, self._weight_for(x), self.bias, *where, "add", 1.0, after, [], None)
         return y
 
 
@@ -434,7 +434,6 @@ class ConvPullback:
             c, self.weight, None, g.stride, g.padding, g.dilation, True, self.output_padding, g.groups
         )
 
-
     def _apart(self, pixels: Tensor) -> Tensor:
         shape = (*pixels.shape[:2], *self.size)
         out = torch.empty(shape, dtype=pixels.dtype, device=pixels.device, memory_format=torch.channels_last)
@@ -486,7 +485,7 @@ class PhaseSelection:
     def __call__(self, c: Tensor) -> Tensor:
         """``c`` ``[T, B, out, h, w]`` to ``[T, B, rows, columns, s, s, 2, in]``, of W+ and of W-."""
         acc = self.conv(c.flatten(0, 1)).permute(0, 2, 3, 1)
-        return acc.unflatten(-1, (*self.stride, 2, -1)).unflatten(0, c.shape[:2])
+        return acc.reshape(*c.shape[:2], *acc.shape[1:3], *self.stride, 2, -1)
 
     def select(self, acc: Tensor, x: Tensor) -> Tensor:
         """What is chosen by ``x`` ``[B, in, H, W]``, ``[T, B, in, H, W]``."""

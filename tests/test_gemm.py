@@ -58,3 +58,78 @@ def test_convolutions_of_pixels_are_products(stride: int) -> None:
     pull = gemm.ConvPullback(torch.randn(130, 3, 1, 1), gemm.Geometry([1, 1], [0, 0], [1, 1], 1), (7, 6))
     assert pull.kernel == "product-float32"
     assert pull(x).shape == (2, 3, 7, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_convolution_adds_and_cuts_as_it_is_told(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(6, 4, 3, 3, dtype=dtype), torch.randn(6, dtype=dtype)
+    x, addend = torch.randn(2, 4, 9, 8, dtype=dtype), torch.randn(2, 6, 5, 4, dtype=dtype)
+    plain = torch.nn.functional.conv2d(x, weight, bias, 2, 1)
+    geometry = gemm.Geometry([2, 2], [1, 1], [1, 1], 1)
+    for relu in (False, True):
+        forward = gemm.convolution(weight, bias, geometry, relu)
+        for extra in ((), (addend,)):
+            expected = sum(extra, plain)
+            torch.testing.assert_close(forward(x, *extra), expected.relu() if relu else expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(addend, addend.clone())
+
+
+@pytest.mark.parametrize("stride", [(2, 2), (1, 2), (3, 2)])
+@pytest.mark.parametrize("size", [(7, 8), (6, 5)])
+def test_strided_pixels_are_pulled_back_as_a_convolution_with_zeros_between(
+    stride: tuple[int, int], size: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(5, 4, 1, 1)
+    rows, columns = (-(-n // s) for n, s in zip(size, stride, strict=True))
+    c = torch.randn(3, 5, rows, columns)
+    pull = gemm.ConvPullback(weight, gemm.Geometry(list(stride), [0, 0], [1, 1], 1), size)
+    assert "transposed" not in pull.kernel
+    expected = torch.nn.grad.conv2d_input((3, 4, *size), weight, c, stride)
+    torch.testing.assert_close(pull(c), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [((7, 7), (2, 2), (3, 3)), ((3, 3), (2, 2), (1, 1)), ((3, 5), (1, 3), (0, 2)), ((2, 2), (3, 3), (0, 0)),
+     ((4, 4), (2, 2), (0, 0)), ((1, 1), (2, 1), (0, 0)), ((3, 3), (1, 1), (2, 2)), ((5, 5), (2, 2), (0, 4))],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [(14, 17), (9, 8)])
+def test_phases_are_the_transposed_convolution_of_the_sign_s_half(
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    size: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(4, 3, *kernel, dtype=dtype), torch.randn(2, 3, *size, dtype=dtype)
+    x[:, :, ::3, ::2] = 0
+    geometry = gemm.Geometry(list(stride), list(padding), [1, 1], 1)
+    assert gemm.PhaseSelection.pays(weight, geometry)
+    outputs = torch.nn.functional.conv2d(x, weight, stride=stride, padding=padding).shape[2:]
+    c = torch.randn(2, 2, 4, *outputs, dtype=dtype)
+    phases = gemm.PhaseSelection(weight, geometry, size)
+    pulled = phases.select(phases(c), x)
+    for side, found in zip(c, pulled, strict=True):
+        halves = [
+            torch.nn.grad.conv2d_input(x.shape, half, side, stride, padding)
+            for half in (weight.clamp_min(0), (-weight).clamp_min(0))
+        ]
+        expected = torch.where(x > 0, halves[0], halves[1]) * (x != 0)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        gemm.Geometry([2, 2], [1, 1], [2, 2], 1),  # dilated
+        gemm.Geometry([2, 2], [1, 1], [1, 1], 3),  # grouped
+        gemm.Geometry([2, 2], [3, 1], [1, 1], 1),  # windows with nothing in them
+        gemm.Geometry([4, 4], [1, 1], [1, 1], 1),  # many phases
+    ],
+)
+def test_other_convolutions_are_not_pulled_back_in_phases(geometry: gemm.Geometry) -> None:
+    assert not gemm.PhaseSelection.pays(torch.zeros(6, 3, 3, 3), geometry)

@@ -60,6 +60,109 @@ def test_relu_is_absorbed_by_batch_norm_only_where_nothing_else_reads_it() -> No
     assert "(below)" not in shared
 
 
+class Residual(nn.Module):
+    """A block with a projected shortcut and one without, as a ResNet has them; gains of both signs and zero."""
+
+    def __init__(self, shortcut_first: bool = False, activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shortcut_first = shortcut_first
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1, bias=True), nn.BatchNorm2d(6), activation())
+        self.first = nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8))
+        self.projection = nn.Sequential(nn.Conv2d(6, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+        self.second = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), activation(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        )
+        self.activation = activation()
+        self.head = nn.Linear(8, 5)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+                nn.init.normal_(module.running_mean, std=0.3)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+                with torch.no_grad():
+                    module.weight[1] = 0
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        if self.shortcut_first:
+            y = self.projection(x)
+            x = self.activation(self.first(x) + y)
+        else:
+            y = self.first(x)
+            x = self.activation(y + self.projection(x))
+        x = self.activation(self.second(x) + x)
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def fused(engine: Engine) -> dict[str, str]:
+    return {s.node.module: s.operation.forward_kernel for s in engine.plan.steps if s.node.kind == g.CONV}
+
+
+@pytest.mark.parametrize("shortcut_first", [False, True])
+def test_convolutions_compute_the_batch_norms_and_sums_behind_them(shortcut_first: bool) -> None:
+    model = Residual(shortcut_first)
+    engine = Engine(model, precision="float32", input_shape=(3, 16, 16))
+    kernels = {module: kernel.partition(" > ")[2] for module, kernel in fused(engine).items()}
+    # The operand that is computed last takes the sum along.
+    last, other = ("first.0", "projection.0") if shortcut_first else ("projection.0", "first.0")
+    assert kernels == {
+        "stem.0": "batch_norm > relu",
+        last: "batch_norm > add > relu",
+        other: "batch_norm",
+        "second.0": "batch_norm > relu",
+        "second.3": "batch_norm > add > relu",
+    }
+    steps = {s.node.module: s.operation for s in engine.plan.steps if s.node.kind == g.BATCH_NORM}
+    assert {op.pullback_kernel for op in steps.values()} == {"affine_pullback"}
+    # Nothing but the results is kept for them.
+    assert not any(op.keeps() for op in steps.values())
+
+
+@pytest.mark.parametrize("contrast", ["none", "others"])
+@pytest.mark.parametrize("shortcut_first", [False, True])
+def test_maps_are_those_of_separate_steps(shortcut_first: bool, contrast: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Residual(shortcut_first)
+    images = torch.randn(3, 3, 16, 16)
+    images[0, :, :5] = 0
+    together = Engine(model, precision="float32", input_shape=(3, 16, 16))
+    monkeypatch.setattr("ramp_fast.plan.fuses_convolutions", lambda dtype, device: False)
+    apart = Engine(model, precision="float32", input_shape=(3, 16, 16))
+    assert not any(" > " in kernel for kernel in fused(apart).values())
+    a, b = (e.attribute(images, contrast=contrast) for e in (together, apart))
+    torch.testing.assert_close(a.logits, b.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a.maps, b.maps, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "model"),
+    [
+        ({"precision": "float64"}, Residual()),
+        ({"precision": "float32"}, Residual(activation=nn.ReLU6)),  # what was cut says nothing
+        ({"precision": "float32", "rule": "abslrp-release"}, Residual()),
+    ],
+)
+def test_sums_are_computed_apart_where_their_results_do_not_tell_enough(
+    options: dict[str, str], model: nn.Module
+) -> None:
+    assert not any("add" in kernel for kernel in fused(Engine(model, input_shape=(3, 16, 16), **options)).values())
+
+
+def test_a_convolution_with_two_readers_computes_nothing_else() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = conv_bn(nn.ReLU())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layers[0](x)
+            return self.layers[4]((self.layers[1](y).relu() + y).flatten(1))  # type: ignore[no-any-return]
+
+    assert not any(" > " in kernel for kernel in fused(Engine(Shared().eval(), input_shape=(3, 8, 8))).values())
+
+
 def small_vit(**options: object) -> VisionTransformer:
     torch.manual_seed(0)
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}

@@ -126,7 +126,8 @@ void residual_pullback(py::handle first_, py::handle first_scale_, py::handle se
                        py::handle second_scale_, py::handle z_, py::handle b_, py::handle gain_,
                        py::handle shift_, py::handle c_x_, py::handle c_b_, py::handle mass_y_,
                        py::handle mass_b_, bool contrast, int threads) {
-    const TensorView first(first_, "first"), z(z_, "z"), b(b_, "b"), gain(gain_, "gain"), shift(shift_, "shift");
+    const TensorView first(first_, "first"), z(z_, "z"), b(b_, "b"), gain(gain_, "gain"),
+        shift(shift_, "shift");
     const TensorView c_x(c_x_, "c_x"), c_b(c_b_, "c_b"), mass_y(mass_y_, "mass_y"), mass_b(mass_b_, "mass_b");
     const auto second = optional_view(second_, "second");
     const auto first_scale = optional_view(first_scale_, "first_scale");

@@ -78,6 +78,13 @@ void run_scale(const ScaleArgs& args) {
     parallel_for(ceil_div(side, kChunk), args.rhs * side, args.threads, scale_chunk<F>, &job, 0);
 }
 
+// A run of a sample into the caches: two lines, of float32.
+inline void fetch(const Operand& operand, int64_t index) {
+    const char* const at = static_cast<const char*>(operand.data) + index * item_size(operand.dtype);
+    __builtin_prefetch(at);
+    __builtin_prefetch(at + 64);
+}
+
 // What N of one pair of rows has to be multiplied by.
 template <class F>
 void centring_row(int64_t index, const void* context, void*) {
@@ -87,8 +94,14 @@ void centring_row(int64_t index, const void* context, void*) {
     F p_in[kRun], d_in[kRun], x_in[kRun], weight[kRun];
     double of_p = 0, of_n = 0;
     const bool whole = args.runs == 0;
-    for (int64_t run = 0; run < (whole ? ceil_div(args.inner, kRun) : args.runs); ++run) {
-        const int64_t start = run * (whole ? kRun : args.step), n = min64(kRun, args.inner - start);
+    const int64_t runs = whole ? ceil_div(args.inner, kRun) : args.runs, step = whole ? kRun : args.step;
+    for (int64_t run = 0; run < runs; ++run) {
+        const int64_t start = run * step, n = min64(kRun, args.inner - start);
+        if (const int64_t soon = start + 12 * step; run + 12 < runs) {
+            fetch(args.c, row + soon);
+            fetch(args.c, row_d + soon);
+            if (args.factor.data) fetch(args.factor, b * args.inner + soon);
+        }
         const F* p = load(args.c, row + start, n, p_in);
         const F* d = load(args.c, row_d + start, n, d_in);
         const F* x = args.factor.data ? load(args.factor, b * args.inner + start, n, x_in) : nullptr;

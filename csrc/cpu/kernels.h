@@ -93,10 +93,10 @@ struct ProductArgs {
 struct ScaleArgs {
     std::int64_t rhs, batch, inner;  // T, B, the rest
     bool gate;
-    Operand c, factor, out;    // [T, B, inner], [B, inner], [T, B, inner]
-    Operand n_scale;           // [T / 2, B] or absent
-    std::int64_t channels;     // with gain and shift
-    Operand gain, shift;       // [channels], absent or float, or double if anything is
+    Operand c, factor, out;  // [T, B, inner], [B, inner], [T, B, inner]
+    Operand n_scale;         // [T / 2, B] or absent
+    std::int64_t channels;   // with gain and shift
+    Operand gain, shift;     // [channels], absent or float, or double if anything is
     int threads;
 };
 
@@ -142,7 +142,8 @@ struct MaxPoolArgs {
     int threads;
 };
 
-// out = the sum of c over the windows whose largest input this is; windows may overlap, channels are innermost.
+// out = the sum of c over the windows whose largest input this is; windows may overlap, channels are
+// innermost.
 struct UnpoolArgs {
     std::int64_t rhs, batch, height, width, channels;  // of the input
     std::int64_t rows, columns;                        // of windows
@@ -153,8 +154,8 @@ struct UnpoolArgs {
     int threads;
 };
 
-// out[y, x, c] = acc[top + y / s, left + x / s, y % s, x % s, h, c], h = 0 where the input is positive, 1 where
-// it is negative, and 0 where it is 0; s = stride[0] for rows and stride[1] for columns.
+// out[y, x, c] = acc[top + y / s, left + x / s, y % s, x % s, h, c], h = 0 where the input is positive, 1
+// where it is negative, and 0 where it is 0; s = stride[0] for rows and stride[1] for columns.
 struct SelectPhasesArgs {
     std::int64_t rhs, batch, height, width, channels;  // of the input
     std::int64_t rows, columns;                        // of acc

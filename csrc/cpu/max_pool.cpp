@@ -119,7 +119,8 @@ void unpool_line(int64_t index, const void* context, void*) {
 
 void unpool(const UnpoolArgs& args) {
     parallel_for(args.batch * args.height, args.rhs * args.batch * args.height * args.width * args.channels,
-                 args.threads, args.c.dtype == DType::f64 ? unpool_line<double> : unpool_line<float>, &args, 0);
+                 args.threads, args.c.dtype == DType::f64 ? unpool_line<double> : unpool_line<float>, &args,
+                 0);
 }
 
 void max_pool_pullback(const MaxPoolArgs& args) {

@@ -1,32 +1,41 @@
-// The choice between W+ and W- by the sign of the input, where a strided convolution has been pulled back as one
-// of stride one with a group of outputs for every phase of the input.
+// The choice between W+ and W- by the sign of the input, where a strided convolution has been pulled back as
+// one of stride one with a group of outputs for every phase of the input.
 #include "cpu/block.h"
 
 namespace rf::RF_ISA {
 namespace {
 
-// One line of one sample of the input, for all right-hand sides. Channels are few: 3 of an image.
+// One line of one sample of the input, for all right-hand sides. Channels are few, 3 of an image.
 template <class F, class Stored>
 void select_line(int64_t index, const void* context, void*) {
     const SelectPhasesArgs& args = *static_cast<const SelectPhasesArgs*>(context);
     const int64_t channels = args.channels, b = index / args.height, y = index % args.height;
     const int64_t cell = args.stride[0] * args.stride[1] * 2 * channels;  // of acc
+    const int64_t block = kBlock / channels;                              // of inputs
     F in[kBlock];
     for (int64_t t = 0; t < args.rhs; ++t) {
         const int64_t sample = t * args.batch + b;
-        const Stored* const line = static_cast<const Stored*>(args.acc.data) +
-                                   (sample * args.rows + args.top + y / args.stride[0]) * args.columns * cell +
-                                   y % args.stride[0] * args.stride[1] * 2 * channels;
+        const Stored* const line =
+            static_cast<const Stored*>(args.acc.data) +
+            (sample * args.rows + args.top + y / args.stride[0]) * args.columns * cell +
+            y % args.stride[0] * args.stride[1] * 2 * channels;
         Stored* const out =
             static_cast<Stored*>(args.out.data) + (sample * args.height + y) * args.width * channels;
-        for (int64_t start = 0; start < args.width * channels; start += kBlock) {
-            const int64_t n = min64(kBlock, args.width * channels - start);
-            const F* x = load(args.x, (b * args.height + y) * args.width * channels + start, n, in);
-            for (int64_t i = 0; i < n; ++i) {
-                const int64_t column = (start + i) / channels, channel = (start + i) % channels;
-                const Stored* const from = line + (args.left + column / args.stride[1]) * cell +
-                                           column % args.stride[1] * 2 * channels + channel;
-                out[start + i] = x[i] > F(0) ? from[0] : x[i] < F(0) ? from[channels] : Stored(0);
+        const int64_t phases = args.stride[1];
+        for (int64_t start = 0; start < args.width; start += block) {
+            const int64_t n = min64(block, args.width - start), at = start * channels;
+            const F* x = load(args.x, (b * args.height + y) * args.width * channels + at, n * channels, in);
+            int64_t column = args.left + start / phases, phase = start % phases;
+            for (int64_t i = 0; i < n * channels; i += channels) {
+                const Stored* const from = line + column * cell + phase * 2 * channels;
+                for (int64_t k = 0; k < channels; ++k)
+                    out[at + i + k] = x[i + k] > F(0)   ? from[k]
+                                      : x[i + k] < F(0) ? from[channels + k]
+                                                        : Stored(0);
+                if (++phase == phases) {
+                    phase = 0;
+                    ++column;
+                }
             }
         }
     }

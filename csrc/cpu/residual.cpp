@@ -51,9 +51,8 @@ struct Split {
 
 template <class F, bool contrast, bool two>
 RF_INLINE void split(const Readers<F>& in, const Weights<F>& weights, int64_t n, const Split<F>& out) {
-    const F *__restrict p = in.p, *__restrict d = in.d, *__restrict q = in.q, *__restrict e = in.e;
-    F *__restrict x_p = out.x_p, *__restrict x_d = out.x_d, *__restrict b_p = out.b_p,
-                 *__restrict b_d = out.b_d;
+    const F* __restrict p = in.p, * __restrict d = in.d, * __restrict q = in.q, * __restrict e = in.e;
+    F* __restrict x_p = out.x_p, * __restrict x_d = out.x_d, * __restrict b_p = out.b_p, * __restrict b_d = out.b_d;
     const F first_p = in.first_p, first_n = in.first_n, second_p = in.second_p, second_n = in.second_n;
     F sum_y_p = 0, sum_y_n = 0, sum_b_p = 0, sum_b_n = 0;
     RF_SIMD_SUM(sum_y_p, sum_y_n, sum_b_p, sum_b_n)
@@ -138,11 +137,13 @@ template <class F>
 void run(const ResidualArgs& args) {
     const int64_t chunks = ceil_div(args.inner, kChunk), tasks = args.batch * chunks;
     Partials partials(tasks * 2 * args.rhs), numbers(channel_numbers(args.channels));
-    const Residual<F> job{args, fill(args.gain, args.shift, args.channels, reinterpret_cast<F*>(numbers.data())),
+    const Residual<F> job{args,
+                          fill(args.gain, args.shift, args.channels, reinterpret_cast<F*>(numbers.data())),
                           chunks, args.contrast ? args.rhs / 2 : args.rhs, partials.data()};
     const bool two = args.second.data != nullptr;
-    const Task task = args.contrast ? (two ? residual_chunk<F, true, true> : residual_chunk<F, true, false>)
-                                    : (two ? residual_chunk<F, false, true> : residual_chunk<F, false, false>);
+    const Task task = args.contrast
+                          ? (two ? residual_chunk<F, true, true> : residual_chunk<F, true, false>)
+                          : (two ? residual_chunk<F, false, true> : residual_chunk<F, false, false>);
     parallel_for(tasks, args.rhs * args.batch * args.inner, args.threads, task, &job, 0);
     store_masses(args.mass_y, 0, args.rhs, args.batch, job.partials, chunks, 2 * args.rhs);
     store_masses(args.mass_b, 0, args.rhs, args.batch, job.partials + args.rhs, chunks, 2 * args.rhs);

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 else:  # None where it is missing; the registry calls no CPU kernel then
     from ramp_fast.ops._registry import extension as C
 
-__all__ = ["C", "compute_dtype", "halves", "mass_equation", "per_sample", "rescale_equation", "same_layout"]
+__all__ = ["C", "affine_factor_from", "compute_dtype", "halves", "mass_equation", "per_sample", "rescale_equation", "same_layout"]
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -82,3 +82,9 @@ def mass_equation(x: Tensor, c: Tensor, contrast: bool) -> Tensor:
     p, d = halves(c, contrast)
     maps = p if d is None else torch.cat((p, p - d))
     return (x.abs() * maps.abs()).unsqueeze(-1).flatten(2).sum(-1, dtype=torch.float64).to(c.dtype)
+
+
+def affine_factor_from(y: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> Tensor:
+    """``|gain| (1 + sign(y - shift))``, with ``relu`` times ``2 [y > 0]``, in the dtype of its arguments."""
+    factor = gain.abs() * (1 + (y - shift).sign())
+    return torch.where(y > 0, 2 * factor, torch.zeros_like(factor)) if relu else factor

@@ -10,13 +10,13 @@ from torch import Tensor, get_num_threads
 
 from ramp_fast.ops._common import (
     C,
+    affine_factor_from,
     compute_dtype,
     mass_equation,
     rescale_equation,
     same_layout,
 )
 from ramp_fast.ops._registry import register
-from ramp_fast.ops.scaling import affine_factor_from
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # c_a, c_b, mass_a, mass_b
 
@@ -259,9 +259,13 @@ def _residual_pullback_cpu(
     contrast: bool,
     x_dtype: torch.dtype | None = None,
 ) -> Parts:
-    operands = first, first_scale, second, second_scale, z, b, gain, shift
-    parts = _residual_pullback_fake(*operands, contrast, x_dtype)
-    C.residual_pullback(*(None if t is None else t.contiguous() for t in operands), *parts, contrast, get_num_threads())
+    def dense(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.contiguous()
+
+    parts = _residual_pullback_fake(first, first_scale, second, second_scale, z, b, gain, shift, contrast, x_dtype)
+    readers = first.contiguous(), dense(first_scale), dense(second), dense(second_scale)
+    operands = z.contiguous(), b.contiguous(), gain.contiguous(), shift.contiguous()
+    C.residual_pullback(*readers, *operands, *parts, contrast, get_num_threads())
     return parts
 
 

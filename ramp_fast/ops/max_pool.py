@@ -79,7 +79,7 @@ def _unpool_reference(
     where = indices.long().flatten(1, 2).expand(*c.shape[:2], -1, -1)
     for window in range(where.shape[2]):
         out.scatter_add_(2, where[:, :, window : window + 1], c.flatten(2, 3)[:, :, window : window + 1].to(dtype))
-    return out.unflatten(2, (height, width)).to(c.dtype)
+    return out.view(*out.shape[:2], height, width, out.shape[-1]).to(c.dtype)
 
 
 def _unpool_fake(
@@ -105,9 +105,7 @@ _unpool = register(
 )
 
 
-def unpool(
-    c: Tensor, indices: Tensor, height: int, width: int, kernel: Pair, stride: Pair, padding: Pair
-) -> Tensor:
+def unpool(c: Tensor, indices: Tensor, height: int, width: int, kernel: Pair, stride: Pair, padding: Pair) -> Tensor:
     """Pull coefficients through a max-pooling whose windows may overlap, from where their largest inputs are.
 
     Parameters

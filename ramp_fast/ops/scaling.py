@@ -11,6 +11,7 @@ from torch import Tensor, get_num_threads
 
 from ramp_fast.ops._common import (
     C,
+    affine_factor_from,
     compute_dtype,
     mass_equation,
     rescale_equation,
@@ -289,12 +290,6 @@ def gate(c: Tensor, x: Tensor, n_scale: Tensor | None = None) -> Tensor:
     return _gate(c, x, n_scale)  # type: ignore[no-any-return]
 
 
-def affine_factor_from(y: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> Tensor:
-    """``|gain| (1 + sign(y - shift))``, with ``relu`` times ``2 [y > 0]``, in the dtype of its arguments."""
-    factor = gain.abs() * (1 + (y - shift).sign())
-    return torch.where(y > 0, 2 * factor, torch.zeros_like(factor)) if relu else factor
-
-
 def _affine_pullback_reference(
     c: Tensor, y: Tensor, gain: Tensor, shift: Tensor, relu: bool, n_scale: Tensor | None = None
 ) -> Tensor:
@@ -379,17 +374,17 @@ def centring_equation(
 
     def sample(rows: Tensor) -> Tensor:
         """``[..., M]`` without what is not looked at."""
-        if not runs:
-            return rows.to(dtype)
-        return rows[..., : runs * step].unflatten(-1, (runs, step))[..., :_CENTRE_RUN].flatten(-2).to(dtype)
+        if runs:
+            rows = rows[..., : runs * step].unflatten(-1, (runs, step))[..., :_CENTRE_RUN].flatten(-2)
+        return rows.to(dtype)
 
     p, d = sample(c.flatten(2) if c.ndim > 2 else c.unsqueeze(-1)).chunk(2)
     of_p, of_n = p.abs(), (p - d).abs()
     if factor is not None:
         x = sample(factor.flatten(1) if factor.ndim > 1 else factor.unsqueeze(-1))
         if gain is not None and shift is not None:
-            by_row = [sample(t.to(dtype).expand(c.shape[2:]).flatten()) for t in (gain, shift)]
-            weight = affine_factor_from(x, *by_row, gate)
+            size, offset = (sample(t.to(dtype).expand(c.shape[2:]).flatten()) for t in (gain, shift))
+            weight = affine_factor_from(x, size, offset, gate)
         else:
             weight = (x > 0).to(dtype) if gate else x.abs()
         of_p, of_n = of_p * weight, of_n * weight
@@ -416,8 +411,9 @@ def _centring_cpu(
     gate: bool = False,
 ) -> Tensor:
     out = _centring_fake(c, factor, gain, shift)
-    c, factor, gain, shift = (None if t is None else t.contiguous() for t in (c, factor, gain, shift))
-    C.centring(c, factor, gain, shift, gate, *_centring_runs(c.shape[2:].numel()), out, get_num_threads())
+    x, size, offset = (None if t is None else t.contiguous() for t in (factor, gain, shift))
+    runs, step = _centring_runs(c.shape[2:].numel())
+    C.centring(c.contiguous(), x, size, offset, gate, runs, step, out, get_num_threads())
     return out
 
 

@@ -690,25 +690,31 @@ class Add(Operation):
         yield Flow(first, Contribution(rows.back(c_a, like), t_a, m_a))
         yield Flow(second, Contribution(rows.back(c_b, like), t_b, m_b))
 
-    def _through_norm(
-        self, conv: Node, parts: list[Contribution], values: Values, book: Bookkeeping
-    ) -> Iterator[Flow]:
+    def _through_norm(self, conv: Node, parts: list[Contribution], values: Values, book: Bookkeeping) -> Iterator[Flow]:
         """On to the output of the convolution, past the BatchNorm."""
-        norm, other = self._operands_of(conv)
+        other = self._operands_of(conv)[1]
         z, b = values[conv], values[other]
-        scaled: list[Tensor | None] = []
+        second: Tensor | None = None
+        scales: list[Tensor | None] = [None, None]
         if len(parts) == 2:
-            scales = [book.scale(z, p, self.node.batch) for p in parts]
-            target = scales[0][1] + scales[1][1]
-            (c, first), (d, second) = ((p.c, s) for p, (s, _) in zip(parts, scales, strict=True))
-            scaled = [_channels_inside(c), first, _channels_inside(d), second]
+            scaled = [book.scale(z, p, self.node.batch) for p in parts]
+            scales = [scale for scale, _ in scaled]
+            target = scaled[0][1] + scaled[1][1]
+            first, second = (_channels_inside(p.c) for p in parts)
         else:
             part = self.merged(parts, values, book)
-            target = part.target
-            scaled = [_channels_inside(part.c), None, None, None]
-        operands = (t.movedim(1, -1).contiguous() for t in (z, b))
+            first, target = _channels_inside(part.c), part.target
         c_x, c_b, m_y, m_b = ops.residual_pullback(
-            *scaled, *operands, self.gain, self.shift, book.contrast, self.facts.precision.pullback
+            first,
+            scales[0],
+            second,
+            scales[1],
+            z.movedim(1, -1),
+            b.movedim(1, -1),
+            self.gain,
+            self.shift,
+            book.contrast,
+            self.facts.precision.pullback,
         )
         t_y, t_b = _share(target, [m_y, m_b], self.facts.shares)
         yield Flow(conv, Contribution(c_x.movedim(-1, 2), t_y, centred=True))

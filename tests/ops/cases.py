@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ramp_fast import ops
 from ramp_fast.ops import _registry
-from ramp_fast.ops._common import mass_equation, rescale_equation
+from ramp_fast.ops._common import affine_factor_from, mass_equation, rescale_equation
 from ramp_fast.ops.linear import unpack_panels
+from ramp_fast.ops.scaling import centring_equation
 from ramp_fast.ops.tiles import unpack_tiles
 
 EPS = 1e-6
@@ -156,7 +157,7 @@ def _in_float64(a: Any) -> Any:
 
 def of_sample(args: tuple[Any, ...], name: str, first: int, last: int) -> tuple[Any, ...]:
     """The same call with samples [first, last) only."""
-    coefficients = {"c", "first", "second", "first_scale", "second_scale", "scale", "n_scale"}
+    coefficients = {"c", "acc", "first", "second", "first_scale", "second_scale", "scale", "n_scale"}
     parameters = {"weight", "bias", "gain", "shift", "panels", "tiles"}
     schema = getattr(torch.ops.ramp_fast, name).default._schema
     parts: list[Any] = []
@@ -357,6 +358,88 @@ def _affine_magnitude(x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: f
     return x.abs() * gain.abs().view(shape) + shift.abs().view(shape), 4 * gain.abs().view(shape)
 
 
+def _channels(d: Draw) -> tuple[Tensor, Tensor, Tensor]:
+    """An activation with channels innermost, and a BatchNorm's gain and shift, some of which are 0."""
+    x = d.sample(*(d.o.inner or (3,)))
+    gain, shift = (d.normal(x.shape[-1], dtype=d.o.arithmetic) for _ in range(2))
+    gain[::5], shift[1::4] = 0, 0
+    return x, gain, shift
+
+
+def _affine_pullback(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    y, gain, shift = _channels(d)
+    if o.zeros:
+        y = torch.where(y == 0, shift.to(y.dtype), y)  # which BatchNorm makes of 0
+    n_scale = d.scale()[: o.rhs // 2] if o.contrast and o.seed % 2 else None
+    return d.coefficient(*y.shape[1:]), y, gain, shift, o.seed % 4 > 1, n_scale
+
+
+def _affine_pullback_magnitude(
+    c: Tensor, y: Tensor, gain: Tensor, shift: Tensor, relu: bool, n_scale: Tensor | None
+) -> tuple[Tensor, ...]:
+    return (_n_scaled_magnitude(c, n_scale) * affine_factor_from(y, gain, shift, relu),)
+
+
+def _centring(o: Options) -> tuple[Any, ...]:
+    d = Draw(replace(o, rhs=o.rhs + o.rhs % 2))
+    x, gain, shift = _channels(d)
+    mode = o.seed % 4
+    parameters = (None, None) if mode < 2 else (gain, shift)
+    return d.coefficient(*x.shape[1:]), x if mode else None, *parameters, bool(mode and o.contrast)
+
+
+def _residual(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    b, gain, shift = _channels(d)
+    z = d.sample(*b.shape[1:]).relu()
+    # whether y is above the shift must not hang on the rounding of y
+    z = torch.where((z - b - shift).abs() < 1e-2, torch.zeros_like(z), z)
+    first, second = d.coefficient(*b.shape[1:]), d.coefficient(*b.shape[1:]).to(o.x_dtype)
+    readers = (first, d.scale(), second, d.scale()) if o.seed % 3 else (first, None, None, None)
+    return *readers, z, b, gain, shift, o.contrast, o.x_dtype if o.seed % 2 else None
+
+
+def _residual_magnitude(
+    first: Tensor,
+    s: Tensor | None,
+    second: Tensor | None,
+    t: Tensor | None,
+    z: Tensor,
+    b: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    contrast: bool,
+    _: Any,
+) -> tuple[Tensor, ...]:
+    one = second is None or s is None or t is None
+    c = 4 * (first.abs() if one else _merge_magnitude(first, s, second, t, contrast))
+    masses = (_uncancelled_mass(x * (z > 0), c, contrast) for x in ((z - b).relu(), b.relu()))
+    return 2 * gain.abs() * c, c, *masses
+
+
+def _unpool(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    channels = max(1, min(math.prod(o.inner), 600))
+    kernel, stride, padding = (3, 2), (2, 1), (1, 0)
+    x = (4 * d.sample(channels, 7, 6)).round() / 4
+    _, indices = torch.nn.functional.max_pool2d(x, kernel, stride, padding, return_indices=True)
+    where = indices.permute(0, 2, 3, 1).to(torch.int32)
+    return d.coefficient(*where.shape[1:]), where, 7, 6, list(kernel), list(stride), list(padding)
+
+
+def _unpool_magnitude(c: Tensor, *where: Any) -> tuple[Tensor, ...]:
+    return (torch.ops.ramp_fast.unpool(c.abs(), *where),)
+
+
+def _select_phases(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    channels = 1 + math.prod(o.inner) % 5
+    height, width = (95, 128) if math.prod(o.inner) > 30_000 else (5, 8)
+    cells = 1 + -(-height // 2), 1 + -(-width // 3)
+    return d.coefficient(*cells, 2, 3, 2, channels), d.sample(height, width, channels), 1, 0
+
+
 def _max_pool(o: Options) -> tuple[Any, ...]:
     d = Draw(o)
     # windows of 2 x 3 that leave a line and two columns over; sizes around a block of channels
@@ -467,6 +550,11 @@ CASES = {
         Case("linear_norm_pullback", _linear_norm, _linear_norm_magnitude),
         Case("scale_by", _scale_by, lambda c, f, n: (_n_scaled_magnitude(c, n) * f.abs(),)),
         Case("gate", _scale_by, lambda c, x, n: (2 * _n_scaled_magnitude(c, n),)),
+        Case("affine_pullback", _affine_pullback, _affine_pullback_magnitude),
+        Case("centring", _centring, lambda *a: (centring_equation(*a),)),
+        Case("residual_pullback", _residual, _residual_magnitude),
+        Case("unpool", _unpool, _unpool_magnitude),
+        Case("select_phases", _select_phases, _exact),
         Case("gelu_factor", _gelu, lambda x, tanh, _: (x.abs(), 2 + 2 * x.abs())),
         Case("affine_factor", _affine, _affine_magnitude),
         Case("max_pool_pullback", _max_pool, _max_pool_magnitude),

@@ -127,6 +127,14 @@ def _attention_of(
     return ops.attention_pullback(q, k, k, q, c, 1.0, True, True)
 
 
+def _residual_of(
+    z: tuple[int, ...] = (1, 3, 4), gain: int = 4, second: tuple[int, ...] = (2, 1, 3, 4)
+) -> tuple[Tensor, ...]:
+    c, scale, b = torch.zeros(2, 1, 3, 4), torch.ones(2, 1), torch.zeros(1, 3, 4)
+    numbers = torch.zeros(gain), torch.zeros(4)
+    return ops.residual_pullback(c, scale, torch.zeros(second), scale, torch.zeros(z), b, *numbers, True)
+
+
 @pytest.mark.parametrize(
     ("call", "problem"),
     [
@@ -153,6 +161,24 @@ def _attention_of(
         (lambda: ops.scale_by(torch.zeros(2, 2, 5), torch.zeros(3, 5)), "do not fit"),
         (lambda: ops.scale_by(torch.zeros(2, 2, 5), torch.zeros(2, 5), torch.zeros(2, 2)), "must have shape"),
         (lambda: ops.gate(torch.zeros(3, 2, 5), torch.zeros(2, 5), torch.zeros(1, 2)), "must be even"),
+        (
+            lambda: ops.affine_pullback(
+                torch.zeros(2, 2, 5, 4), torch.zeros(2, 5, 4), torch.zeros(5), torch.zeros(4), False
+            ),
+            r"gain .* must have shape \[4\]",
+        ),
+        (lambda: ops.centring(torch.zeros(3, 2, 5)), "must be even"),
+        (lambda: ops.centring(torch.zeros(2, 2, 5), torch.zeros(2, 6)), "do not fit"),
+        (lambda: _residual_of(z=(1, 3, 5)), "do not fit"),
+        (lambda: _residual_of(gain=3), r"gain .* must have shape \[4\]"),
+        (lambda: _residual_of(second=(2, 1, 3, 5)), "do not fit"),
+        (
+            lambda: ops.unpool(
+                torch.zeros(2, 1, 3, 3, 4), torch.zeros(1, 3, 2, 4, dtype=torch.int32), 6, 6, [2, 2], [2, 2], [0, 0]
+            ),
+            "do not fit",
+        ),
+        (lambda: ops.select_phases(torch.zeros(2, 1, 2, 2, 2, 2, 2, 3), torch.zeros(1, 5, 4, 3), 0, 0), "is not in"),
         (lambda: ops.softmax_pullback(torch.zeros(2, 5), torch.zeros(2, 2, 6)), "do not fit"),
         (lambda: _attention_of(keys=(1, 2, 5, 5)), r"k .* must have shape \[1, 2, 5, 4\]"),
         (lambda: _attention_of(coefficients=(2, 1, 2, 4, 4)), r"c .* must have shape \[2, 1, 2, 3, 4\]"),

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(_registry.extension is None, reason="tests the C
 
 def kernel_call(name: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """The one call of the extension that an operator makes."""
-    binding = {"gate": "scale_by"}.get(name, name)
+    binding = {"gate": "scale_by", "affine_pullback": "scale_by"}.get(name, name)
     kernel = getattr(_registry.extension, binding)
     calls: list[tuple[Any, ...]] = []
     with monkeypatch.context() as patch:

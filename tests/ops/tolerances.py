@@ -48,6 +48,21 @@ COMPUTE = {
     ("scale_by", torch.float64): 1e-15,
     ("gate", torch.float32): 4e-7,
     ("gate", torch.float64): 1e-15,
+    # the same; the factor is exact
+    ("affine_pullback", torch.float32): 5e-7,
+    ("affine_pullback", torch.float64): 1e-15,
+    # two sums of up to 2048 terms that are not negative, and their quotient
+    ("centring", torch.float32): 2e-6,
+    ("centring", torch.float64): 1e-14,
+    # as merge_junction
+    ("residual_pullback", torch.float32): 3e-6,
+    ("residual_pullback", torch.float64): 1e-14,
+    # up to four terms
+    ("unpool", torch.float32): 4e-7,
+    ("unpool", torch.float64): 1e-15,
+    # a choice
+    ("select_phases", torch.float32): 0.0,
+    ("select_phases", torch.float64): 0.0,
     # rational erf (3e-7 near its clamp at 4), exp with 1e-7, argument squares up to 100 half-units
     ("gelu_factor", torch.float32): 6e-7,
     ("gelu_factor", torch.float64): 1e-15,
