@@ -31,7 +31,7 @@ void mass(py::handle x_, py::handle c_, py::handle mass_, bool contrast, int thr
     x.same_layout(0, c, 1);
     check_mass(mass, c);
     args.a = x.operand();
-    args.mass_a = mass.operand();
+    args.mass = mass.operand();
     run(args);
 }
 
@@ -60,31 +60,50 @@ void rescale_parts(py::handle c_, py::handle scale_, py::handle out_, bool contr
     run(args);
 }
 
-// The checks and arguments that merge and merge_junction share.
-CombineArgs prepare_merge(const TensorView& first, const TensorView& first_scale, const TensorView& second,
-                          const TensorView& second_scale, bool contrast, int threads) {
-    CombineArgs args = prepare(first, contrast, threads);
+void check_merge(const TensorView& first, const TensorView& first_scale, const TensorView& second,
+                 const TensorView& second_scale) {
     first.same_layout(1, second, 1);
     second.same_layout(1, first, 1).matches(0, first, 0, 1);
     check_per_sample(first_scale, first);
     check_per_sample(second_scale, first);
-    args.first_scale = first_scale.operand();
-    args.second = second.operand();
-    args.second_scale = second_scale.operand();
-    return args;
 }
 
 void merge(py::handle first_, py::handle first_scale_, py::handle second_, py::handle second_scale_,
            py::handle out_, bool contrast, int threads) {
     const TensorView first(first_, "first"), first_scale(first_scale_, "first_scale");
     const TensorView second(second_, "second"), second_scale(second_scale_, "second_scale"), out(out_, "out");
-    CombineArgs args = prepare_merge(first, first_scale, second, second_scale, contrast, threads);
+    CombineArgs args = prepare(first, contrast, threads);
+    check_merge(first, first_scale, second, second_scale);
+    args.first_scale = first_scale.operand();
+    args.second = second.operand();
+    args.second_scale = second_scale.operand();
     out.same_layout(1, first, 1).matches(0, first, 0, 1);
     args.out = out.operand();
     run(args);
 }
 
-void split(CombineArgs& args, const TensorView& c, py::handle a_, py::handle b_, py::handle c_a_,
+// The arguments that the pull-backs of sums share. `second` and the scales are given together, or none.
+SplitArgs prepare_split(const TensorView& first, const std::optional<TensorView>& first_scale,
+                        const std::optional<TensorView>& second,
+                        const std::optional<TensorView>& second_scale, bool contrast, int threads) {
+    check_coefficient(first, contrast);
+    if (first_scale.has_value() != second.has_value() || second_scale.has_value() != second.has_value())
+        fail("second and the scales belong together");
+    if (second) check_merge(first, *first_scale, *second, *second_scale);
+    SplitArgs args{};
+    args.rhs = first.size(0);
+    args.batch = first.size(1);
+    args.inner = first.product(2, first.ndim());
+    args.contrast = contrast;
+    args.first = first.operand();
+    args.second = operand_or_null(second);
+    args.first_scale = operand_or_null(first_scale);
+    args.second_scale = operand_or_null(second_scale);
+    args.threads = threads;
+    return args;
+}
+
+void split(SplitArgs& args, const TensorView& c, py::handle a_, py::handle b_, py::handle c_a_,
            py::handle c_b_, py::handle mass_a_, py::handle mass_b_) {
     const TensorView a(a_, "a"), b(b_, "b"), c_a(c_a_, "c_a"), c_b(c_b_, "c_b");
     const TensorView mass_a(mass_a_, "mass_a"), mass_b(mass_b_, "mass_b");
@@ -101,13 +120,14 @@ void split(CombineArgs& args, const TensorView& c, py::handle a_, py::handle b_,
     args.c_b = c_b.operand();
     args.mass_a = mass_a.operand();
     args.mass_b = mass_b.operand();
-    run(args);
+    py::gil_scoped_release release;
+    RF_CALL_ROUNDING(split, args);
 }
 
 void junction(py::handle c_, py::handle a, py::handle b, py::handle c_a, py::handle c_b, py::handle mass_a,
               py::handle mass_b, bool contrast, bool relu, int threads) {
     const TensorView c(c_, "c");
-    CombineArgs args = prepare(c, contrast, threads);
+    SplitArgs args = prepare_split(c, std::nullopt, std::nullopt, std::nullopt, contrast, threads);
     args.relu = relu;
     split(args, c, a, b, c_a, c_b, mass_a, mass_b);
 }
@@ -115,59 +135,26 @@ void junction(py::handle c_, py::handle a, py::handle b, py::handle c_a, py::han
 void merge_junction(py::handle first_, py::handle first_scale_, py::handle second_, py::handle second_scale_,
                     py::handle a, py::handle b, py::handle c_a, py::handle c_b, py::handle mass_a,
                     py::handle mass_b, bool contrast, bool relu, int threads) {
-    const TensorView first(first_, "first"), first_scale(first_scale_, "first_scale");
-    const TensorView second(second_, "second"), second_scale(second_scale_, "second_scale");
-    CombineArgs args = prepare_merge(first, first_scale, second, second_scale, contrast, threads);
+    const TensorView first(first_, "first"), second(second_, "second");
+    const TensorView first_scale(first_scale_, "first_scale"), second_scale(second_scale_, "second_scale");
+    SplitArgs args = prepare_split(first, first_scale, second, second_scale, contrast, threads);
     args.relu = relu;
     split(args, first, a, b, c_a, c_b, mass_a, mass_b);
 }
 
 void residual_pullback(py::handle first_, py::handle first_scale_, py::handle second_,
-                       py::handle second_scale_, py::handle z_, py::handle b_, py::handle gain_,
-                       py::handle shift_, py::handle c_x_, py::handle c_b_, py::handle mass_y_,
-                       py::handle mass_b_, bool contrast, int threads) {
-    const TensorView first(first_, "first"), z(z_, "z"), b(b_, "b"), gain(gain_, "gain"),
-        shift(shift_, "shift");
-    const TensorView c_x(c_x_, "c_x"), c_b(c_b_, "c_b"), mass_y(mass_y_, "mass_y"), mass_b(mass_b_, "mass_b");
-    const auto second = optional_view(second_, "second");
-    const auto first_scale = optional_view(first_scale_, "first_scale");
-    const auto second_scale = optional_view(second_scale_, "second_scale");
-    if (first_scale.has_value() != second.has_value() || second_scale.has_value() != second.has_value())
-        fail("second and the scales belong together");
-    check_coefficient(first, contrast);
+                       py::handle second_scale_, py::handle z, py::handle b, py::handle gain_,
+                       py::handle shift_, py::handle c_x, py::handle c_b, py::handle mass_y,
+                       py::handle mass_b, bool contrast, int threads) {
+    const TensorView first(first_, "first"), gain(gain_, "gain"), shift(shift_, "shift");
+    SplitArgs args =
+        prepare_split(first, optional_view(first_scale_, "first_scale"), optional_view(second_, "second"),
+                      optional_view(second_scale_, "second_scale"), contrast, threads);
     check_channels(gain, shift, first);
-    z.contiguous();
-    b.contiguous().same_shape(z);
-    first.matches(1, z, 0, z.ndim());
-    for (const TensorView* like : {&c_x, &c_b}) like->contiguous().same_shape(first);
-    if (second) {
-        second->contiguous().same_shape(first);
-        check_per_sample(*first_scale, first);
-        check_per_sample(*second_scale, first);
-    }
-    check_mass(mass_y, first);
-    check_mass(mass_b, first);
-    ResidualArgs args{};
-    args.rhs = first.size(0);
-    args.batch = first.size(1);
-    args.inner = first.product(2, first.ndim());
     args.channels = gain.size(0);
-    args.contrast = contrast;
-    args.first = first.contiguous().operand();
-    args.second = operand_or_null(second);
-    args.first_scale = operand_or_null(first_scale);
-    args.second_scale = operand_or_null(second_scale);
-    args.z = z.operand();
-    args.b = b.operand();
     args.gain = gain.operand();
     args.shift = shift.operand();
-    args.c_x = c_x.operand();
-    args.c_b = c_b.operand();
-    args.mass_y = mass_y.operand();
-    args.mass_b = mass_b.operand();
-    args.threads = threads;
-    py::gil_scoped_release release;
-    RF_CALL(residual_pullback, args);
+    split(args, first, z, b, c_x, c_b, mass_y, mass_b);
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ void scale_chunk(int64_t index, const void* context, void*) {
     for (int64_t start = index * kChunk; start < end; start += n) {
         n = min64(kBlock, end - start);
         if (pairs) n = min64(n, args.inner - start % args.inner);  // of one sample
-        const F* factor = load(args.factor, start, n, factor_buffer);
+        const F* factor = load_ahead(args.factor, start, n, factor_buffer);
         if (affine) {
             const int64_t channel = job.channels.at(start);
             affine_factors(factor, job.channels.size + channel, job.channels.shift + channel, n, args.gate,
@@ -56,10 +56,10 @@ void scale_chunk(int64_t index, const void* context, void*) {
         }
         for (int64_t t = 0; t < groups; ++t) {
             const int64_t row = t * side + start, row_d = row + groups * side;
-            const F* __restrict p = load(args.c, row, n, in_p);
+            const F* __restrict p = load_ahead(args.c, row, n, in_p);
             scale_row(args, p, factor, gate, row, n);
             if (!pairs) continue;
-            const F* __restrict d = load(args.c, row_d, n, in_d);
+            const F* __restrict d = load_ahead(args.c, row_d, n, in_d);
             const F scale = load_one<F>(args.n_scale, t * args.batch + start / args.inner);
             RF_SIMD
             for (int64_t i = 0; i < n; ++i) scaled[i] = scale * d[i] + (F(1) - scale) * p[i];

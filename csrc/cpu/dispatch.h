@@ -50,6 +50,17 @@ Isa current_isa();
 #else
 #define RF_CALL_VECTORS(kernel, args) RF_CALL(kernel, args)
 #endif
+// For those that convert to it, which AMX has nothing of its own for.
+#ifdef RF_HAVE_AVX512BF16
+#define RF_CALL_ROUNDING(kernel, args)              \
+    if (rf::current_isa() >= rf::Isa::avx512bf16) { \
+        rf::avx512bf16::kernel(args);               \
+    } else {                                        \
+        RF_CALL(kernel, args);                      \
+    }
+#else
+#define RF_CALL_ROUNDING(kernel, args) RF_CALL(kernel, args)
+#endif
 #ifdef RF_HAVE_AMX
 #define RF_CALL_BF16(kernel, args)           \
     if (rf::current_isa() == rf::Isa::amx) { \

@@ -21,21 +21,37 @@ constexpr std::int64_t item_size(DType dtype) {
     return dtype == DType::f64 ? 8 : dtype == DType::bf16 ? 2 : 4;
 }
 
-// The pass behind mass, rescale, merge, junction and merge_junction.
+// The pass behind mass, rescale and merge.
 //   c = rescale(first, first_scale) + rescale(second, second_scale)      (absent parts are skipped)
-//   out = c;  c_a = gate 2[a>0] c;  mass_a = sum |a| |c_a|;  and the same for b
+//   out = c, or with a mass = sum |a| |c|
 struct CombineArgs {
     std::int64_t rhs, batch, inner;  // T, B, the rest
     bool contrast;
-    bool gate;                          // false: mass_a is that of c itself
-    bool relu;                          // c <- 2 [a + b > 0] c before it is split
     Operand first, second;              // [T, B, inner]
     Operand first_scale, second_scale;  // [T, B]; with parts first_scale is [T, B, parts]
     std::int64_t parts, part_width;     // c is [T, B, ..., parts, part_width]
     Operand out;                        // [T, B, inner]
+    Operand a;                          // [B, inner]
+    Operand mass;                       // [T, B]
+    int threads;
+};
+
+// The pull-back of a sum z = a + b, or z = relu(a + b) with `relu`, from one or two readers of z:
+//   c = rescale(first, first_scale) + rescale(second, second_scale)      (as above), 2 [z > 0] c with `relu`
+//   c_a = 2 [a > 0] c,  c_b = 2 [b > 0] c and their masses
+// With gain and shift a = g x + h is a BatchNorm by channel, the innermost axis, and `a` holds z itself, the
+// result of relu: a is z - b, and c_a goes on to x, |g| (1 + sign(a - h)) times as large. Its mass is that at
+// a.
+struct SplitArgs {
+    std::int64_t rhs, batch, inner;
+    bool contrast, relu;
+    Operand first, second;              // [T, B, inner]; second may be absent
+    Operand first_scale, second_scale;  // [T, B]; absent without second
     Operand a, b;                       // [B, inner]
-    Operand c_a, c_b;                   // [T, B, inner]
-    Operand mass_a, mass_b;             // [T, B]
+    std::int64_t channels;
+    Operand gain, shift;     // [channels], as for ScaleArgs
+    Operand c_a, c_b;        // [T, B, inner]
+    Operand mass_a, mass_b;  // [T, B]
     int threads;
 };
 
@@ -111,22 +127,6 @@ struct CentringArgs {
     std::int64_t channels;  // as for ScaleArgs
     Operand gain, shift;
     Operand out;  // [T / 2, B]
-    int threads;
-};
-
-// The pull-back of z = relu(y + b), y = g x + h being a BatchNorm by channel, which is the innermost axis:
-//   c = rescale(first, first_scale) + rescale(second, second_scale)      (as in CombineArgs)
-//   c_y = 4 [z > 0] [y > 0] c,  c_b = 4 [z > 0] [b > 0] c and their masses, y = z - b;
-//   c_x = |g| (1 + sign(y - h)) c_y
-struct ResidualArgs {
-    std::int64_t rhs, batch, inner, channels;
-    bool contrast;
-    Operand first, second;              // [T, B, inner]; second may be absent
-    Operand first_scale, second_scale;  // [T, B]; absent without second
-    Operand z, b;                       // [B, inner]
-    Operand gain, shift;                // [channels], as for ScaleArgs
-    Operand c_x, c_b;                   // [T, B, inner]
-    Operand mass_y, mass_b;             // [T, B]
     int threads;
 };
 
@@ -266,7 +266,7 @@ struct AttentionArgs {
 #define RF_DECLARE_KERNELS(isa)                    \
     namespace isa {                                \
     void combine(const CombineArgs&);              \
-    void residual_pullback(const ResidualArgs&);   \
+    void split(const SplitArgs&);                  \
     void centring(const CentringArgs&);            \
     void norm_pullback(const NormArgs&);           \
     void max_pool_pullback(const MaxPoolArgs&);    \
@@ -292,6 +292,7 @@ namespace avx512bf16 {
 // The others gain nothing: there it is the avx512 ones.
 void attention_pullback(const AttentionArgs&);
 void linear_pullback(const LinearArgs&);
+void split(const SplitArgs&);
 }  // namespace avx512bf16
 
 namespace amx {
