@@ -144,7 +144,7 @@ class Plan:
         geometry = Geometry(p["stride"], p["padding"], p["dilation"], p["groups"])
         tensor = weight.params["tensor"]
         tiles = geometry.tiles(tensor, *conv.operands[0].example[2:])
-        return not tiles and fuses_convolutions(self.precision.forward, tensor.device)
+        return not tiles and fuses_convolutions(self.precision, tensor.device)
 
     def _absorbed(self, node: Node, users: dict[Node, list[Node]]) -> bool:
         """Whether ``node`` is a ReLU that the step below computes in its own pass: a BatchNorm, or a residual sum.

@@ -107,8 +107,8 @@ RF_INLINE const F* load(const Operand& source, int64_t offset, int64_t count, F*
     return buffer;
 }
 
-// As `load`, and as many elements again on their way to the caches. What is read a block at a time from several
-// places is too short in each for the processor to see it coming.
+// As `load`, and as many elements again on their way to the caches. What is read a block at a time from
+// several places is too short in each for the processor to see it coming.
 template <class F>
 RF_INLINE const F* load_ahead(const Operand& source, int64_t offset, int64_t count, F* __restrict buffer) {
     const int64_t bytes = count * item_size(source.dtype);

@@ -12,7 +12,16 @@ if TYPE_CHECKING:
 else:  # None where it is missing; the registry calls no CPU kernel then
     from ramp_fast.ops._registry import extension as C
 
-__all__ = ["C", "affine_factor_from", "compute_dtype", "halves", "mass_equation", "per_sample", "rescale_equation", "same_layout"]
+__all__ = [
+    "C",
+    "affine_factor_from",
+    "compute_dtype",
+    "halves",
+    "mass_equation",
+    "per_sample",
+    "rescale_equation",
+    "same_layout",
+]
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -146,7 +146,13 @@ def test_rounding_to_bfloat16_is_to_nearest_even(variant: str) -> None:
     a = torch.ones(1, 50_000)
     c = bits.view(torch.float32) / 2
     c_b = ops.junction(c, a, a, False, torch.bfloat16)[1]
-    torch.testing.assert_close(c_b, (2 * c).to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+    expected = (2 * c).to(torch.bfloat16)
+    if variant in ("avx512bf16", "amx"):  # the processor's own instruction takes subnormal numbers for 0
+        tiny = (2 * c).abs() < torch.finfo(torch.float32).tiny
+        assert 100 < tiny.sum() < 1000
+        assert ((c_b == 0) | (c_b == expected))[tiny].all()
+        c_b, expected = (t.masked_fill(tiny, 0) for t in (c_b, expected))
+    torch.testing.assert_close(c_b, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
