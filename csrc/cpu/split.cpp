@@ -1,5 +1,9 @@
 // The pull-back of a sum, of one followed by a ReLU, and of one followed by a ReLU of which an operand is a
 // BatchNorm.
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include "cpu/channels.h"
 #include "cpu/mass.h"
 
@@ -17,64 +21,143 @@ struct Split {
     double* partials;      // [B, chunks, a or b, T]
 };
 
-// What the readers of the sum say about n elements: P and D of the first and of the second, or null.
+// One element, or a vector of floats with its lanes.
+using Lanes = float __attribute__((vector_size(64), aligned(4), may_alias));
+constexpr int64_t kLanes = 16;
+using Bits = std::uint32_t __attribute__((vector_size(64)));
+using Halves = std::uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
+
+template <class V>
+RF_INLINE V read(const Operand& source, int64_t index) {
+    if constexpr (sizeof(V) == sizeof(Lanes)) {
+        if (source.dtype == DType::f32)
+            return *reinterpret_cast<const Lanes*>(static_cast<const float*>(source.data) + index);
+        const Halves halves =
+            *reinterpret_cast<const Halves*>(static_cast<const std::uint16_t*>(source.data) + index);
+#ifdef __AVX512F__  // GCC 12 makes six of the one instruction
+        return bits_of<Lanes>(bits_of<Bits>(_mm512_cvtepu16_epi32(bits_of<__m256i>(halves))) << 16);
+#else
+        return bits_of<Lanes>(__builtin_convertvector(halves, Bits) << 16);
+#endif
+    } else {
+        return load_one<V>(source, index);
+    }
+}
+
+template <class V>
+RF_INLINE void write(const Operand& out, int64_t index, V value) {
+    if constexpr (sizeof(V) == sizeof(Lanes)) {
+        if (out.dtype == DType::f32) {
+            *reinterpret_cast<Lanes*>(static_cast<float*>(out.data) + index) = value;
+            return;
+        }
+        std::uint16_t* const to = static_cast<std::uint16_t*>(out.data) + index;
+#ifdef __AVX512BF16__  // subnormal numbers become 0
+        const __m256bh rounded = _mm512_cvtneps_pbh(bits_of<__m512>(value));
+        __builtin_memcpy(to, &rounded, sizeof(rounded));
+#else
+        const Bits bits = bits_of<Bits>(value);
+        const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        const Bits chosen = (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
+        *reinterpret_cast<Halves*>(to) = __builtin_convertvector(chosen, Halves);
+#endif
+    } else {
+        commit(out, index, 1, &value);
+        if (out.dtype == TypeOf<V>::value) static_cast<V*>(out.data)[index] = value;
+    }
+}
+
+template <class V>
+RF_INLINE V magnitude(V x) {
+    if constexpr (sizeof(V) == sizeof(Lanes))
+        return bits_of<V>(bits_of<Bits>(x) & 0x7fffffffu);
+    else
+        return absolute(x);
+}
+
+template <class F, class V>
+RF_INLINE F total(V sums) {
+    if constexpr (sizeof(V) == sizeof(Lanes)) {
+        F sum = 0;
+        for (int64_t i = 0; i < kLanes; ++i) sum += sums[i];
+        return sum;
+    } else {
+        return sums;
+    }
+}
+
+// What the readers of the sum are scaled by.
 template <class F>
-struct Readers {
-    const F *p, *d, *q, *e;
+struct Scales {
     F first_p, first_n, second_p, second_n;
 };
 
-template <class F>
-struct Sum {
-    const F *a, *b, *size, *shift;
+struct Sums {
+    double *a_p, *a_n, *b_p, *b_n;
 };
 
-template <class F>
-struct Parts {
-    F *a_p, *a_d, *b_p, *b_d;
-    double *mass_a_p, *mass_a_n, *mass_b_p, *mass_b_n;
-};
+// Elements [start, start + n) of one row, or with contrast a pair of rows. Gates are factors, 0 where they
+// are shut: several selections would compete for the mask registers.
+template <class V, class F, bool contrast, bool two, Kind kind>
+RF_INLINE void split_span(const Split<F>& job, const Scales<F>& scales, int64_t b, int64_t row, int64_t row_d,
+                          int64_t start, int64_t n, const Sums& sums) {
+    const SplitArgs args = job.args;  // a copy, which nothing that is written here can change
+    constexpr int64_t step = sizeof(V) / sizeof(F);
+    const int64_t of_sample = b * args.inner;
+    const V zero{};
+    V sum_a_p{}, sum_a_n{}, sum_b_p{}, sum_b_n{};
+    int64_t channel = kind == Kind::norm ? job.channels.at(start) : 0;
+    for (int64_t i = start; i < start + n; i += step) {
+        const V left = read<V>(args.a, of_sample + i), right = read<V>(args.b, of_sample + i);
+        const V z = kind == Kind::norm ? left : left + right;
+        const V a = kind == Kind::norm ? left - right : left;
+        const V open = kind == Kind::sum ? zero + F(2) : (z > zero ? zero + F(4) : zero);
+        const V open_a = a > zero ? open : zero, open_b = right > zero ? open : zero;
+        V to_a = open_a;
+        if constexpr (kind == Kind::norm) {
+            const V size = *reinterpret_cast<const V*>(job.channels.size + channel);
+            const V shift = *reinterpret_cast<const V*>(job.channels.shift + channel);
+            to_a = open_a * (a > shift ? size + size : (a == shift ? size : zero));
+            channel += step;
+        }
+        const V mass_a = open_a * a, mass_b = open_b * right;
 
-// Gates are factors, 0 where they are shut: several selections would compete for the mask registers.
-template <class F, bool contrast, bool two, Kind kind>
-RF_INLINE void split_block(const Readers<F>& in, const Sum<F>& sum, int64_t n, const Parts<F>& out) {
-    const F* __restrict p = in.p, * __restrict d = in.d, * __restrict q = in.q, * __restrict e = in.e;
-    const F* __restrict left = sum.a, * __restrict right = sum.b;
-    const F* __restrict size = sum.size, * __restrict shift = sum.shift;
-    F* __restrict a_p = out.a_p, * __restrict a_d = out.a_d, * __restrict b_p = out.b_p, * __restrict b_d = out.b_d;
-    const F first_p = in.first_p, first_n = in.first_n, second_p = in.second_p, second_n = in.second_n;
-    F sum_a_p = 0, sum_a_n = 0, sum_b_p = 0, sum_b_n = 0;
-    RF_SIMD_SUM(sum_a_p, sum_a_n, sum_b_p, sum_b_n)
-    for (int64_t i = 0; i < n; ++i) {
-        const F z = kind == Kind::norm ? left[i] : left[i] + right[i], b = right[i];
-        const F a = kind == Kind::norm ? left[i] - b : left[i];
-        const F open = kind == Kind::sum ? F(2) : (z > F(0) ? F(4) : F(0));
-        const F open_a = a > F(0) ? open : F(0), open_b = b > F(0) ? open : F(0);
-        const F to_a = kind == Kind::norm ? open_a * affine_factor_of(a, size[i], shift[i]) : open_a;
-        const F mass_a = open_a * a, mass_b = open_b * b;
-
-        const F of_p = two ? first_p * p[i] + second_p * q[i] : p[i];
-        a_p[i] = to_a * of_p;
-        b_p[i] = open_b * of_p;
-        sum_a_p += mass_a * absolute(of_p);
-        sum_b_p += mass_b * absolute(of_p);
+        V of_p = read<V>(args.first, row + i), of_d{};
+        if (contrast) of_d = read<V>(args.first, row_d + i);
+        if constexpr (two) {
+            const V q = read<V>(args.second, row + i);
+            if (contrast) {
+                const V e = read<V>(args.second, row_d + i);
+                of_d = (scales.first_n * of_d + (scales.first_p - scales.first_n) * of_p) +
+                       (scales.second_n * e + (scales.second_p - scales.second_n) * q);
+            }
+            of_p = scales.first_p * of_p + scales.second_p * q;
+        }
+        write<V>(args.c_a, row + i, to_a * of_p);
+        write<V>(args.c_b, row + i, open_b * of_p);
+        sum_a_p += mass_a * magnitude<V>(of_p);
+        sum_b_p += mass_b * magnitude<V>(of_p);
         if (contrast) {
-            const F of_d = two ? (first_n * d[i] + (first_p - first_n) * p[i]) +
-                                     (second_n * e[i] + (second_p - second_n) * q[i])
-                               : d[i];
-            a_d[i] = to_a * of_d;
-            b_d[i] = open_b * of_d;
-            const F of_n = absolute(of_p - of_d);
+            write<V>(args.c_a, row_d + i, to_a * of_d);
+            write<V>(args.c_b, row_d + i, open_b * of_d);
+            const V of_n = magnitude<V>(of_p - of_d);
             sum_a_n += mass_a * of_n;
             sum_b_n += mass_b * of_n;
         }
     }
-    *out.mass_a_p += static_cast<double>(sum_a_p);
-    *out.mass_b_p += static_cast<double>(sum_b_p);
+    *sums.a_p += static_cast<double>(total<F>(sum_a_p));
+    *sums.b_p += static_cast<double>(total<F>(sum_b_p));
     if (contrast) {
-        *out.mass_a_n += static_cast<double>(sum_a_n);
-        *out.mass_b_n += static_cast<double>(sum_b_n);
+        *sums.a_n += static_cast<double>(total<F>(sum_a_n));
+        *sums.b_n += static_cast<double>(total<F>(sum_b_n));
     }
+}
+
+// Rows are read a block at a time from several places, too short in each for the processor to see them
+// coming.
+inline void fetch_block(const Operand& source, int64_t index) {
+    const char* const from = static_cast<const char*>(source.data) + index * item_size(source.dtype);
+    for (int64_t at = 0; at < kBlock * item_size(source.dtype); at += 64) __builtin_prefetch(from + at);
 }
 
 template <class F, bool contrast, bool two, Kind kind>
@@ -83,52 +166,39 @@ void split_chunk(int64_t index, const void* context, void*) {
     const SplitArgs& args = job.args;
     const int64_t b = index / job.chunks;
     const int64_t begin = index % job.chunks * kChunk, end = min64(begin + kChunk, args.inner);
-    double* sums = job.partials + index * 2 * args.rhs;
-    for (int64_t t = 0; t < 2 * args.rhs; ++t) sums[t] = 0;
-    F a_in[kBlock], b_in[kBlock], in[4][kBlock], out[4][kBlock];
+    double* partials = job.partials + index * 2 * args.rhs;
+    for (int64_t t = 0; t < 2 * args.rhs; ++t) partials[t] = 0;
+    // Floats, the tail apart, go by vectors.
+    constexpr bool vectors = sizeof(F) == sizeof(float);
     for (int64_t start = begin; start < end; start += kBlock) {
-        const int64_t n = min64(kBlock, end - start);
-        Sum<F> sum{};
-        sum.a = load_ahead(args.a, b * args.inner + start, n, a_in);
-        sum.b = load_ahead(args.b, b * args.inner + start, n, b_in);
-        if (kind == Kind::norm) {
-            sum.size = job.channels.size + job.channels.at(start);
-            sum.shift = job.channels.shift + job.channels.at(start);
-        }
+        const int64_t n = min64(kBlock, end - start), whole = vectors ? n / kLanes * kLanes : 0;
+        const int64_t next = start + kBlock;
+        fetch_block(args.a, b * args.inner + next);
+        fetch_block(args.b, b * args.inner + next);
         for (int64_t t = 0; t < job.groups; ++t) {
             const int64_t cell = t * args.batch + b, cell_d = cell + args.rhs / 2 * args.batch;
-            const int64_t row = cell * args.inner + start, row_d = cell_d * args.inner + start;
-            Readers<F> readers{};
-            readers.p = load_ahead(args.first, row, n, in[0]);
-            if (contrast) readers.d = load_ahead(args.first, row_d, n, in[1]);
+            const int64_t row = cell * args.inner, row_d = cell_d * args.inner;
+            Scales<F> scales{};
+            fetch_block(args.first, row + next);
+            if (contrast) fetch_block(args.first, row_d + next);
             if (two) {
-                readers.first_p = load_one<F>(args.first_scale, cell);
-                readers.second_p = load_one<F>(args.second_scale, cell);
-                readers.q = load_ahead(args.second, row, n, in[2]);
+                fetch_block(args.second, row + next);
+                scales.first_p = load_one<F>(args.first_scale, cell);
+                scales.second_p = load_one<F>(args.second_scale, cell);
                 if (contrast) {
-                    readers.first_n = load_one<F>(args.first_scale, cell_d);
-                    readers.second_n = load_one<F>(args.second_scale, cell_d);
-                    readers.e = load_ahead(args.second, row_d, n, in[3]);
+                    fetch_block(args.second, row_d + next);
+                    scales.first_n = load_one<F>(args.first_scale, cell_d);
+                    scales.second_n = load_one<F>(args.second_scale, cell_d);
                 }
             }
-            Parts<F> to{};
-            to.a_p = target(args.c_a, row, out[0]);
-            to.b_p = target(args.c_b, row, out[1]);
-            to.mass_a_p = sums + t;
-            to.mass_b_p = to.mass_a_p + args.rhs;
-            if (contrast) {
-                to.a_d = target(args.c_a, row_d, out[2]);
-                to.b_d = target(args.c_b, row_d, out[3]);
-                to.mass_a_n = to.mass_a_p + args.rhs / 2;
-                to.mass_b_n = to.mass_b_p + args.rhs / 2;
-            }
-            split_block<F, contrast, two, kind>(readers, sum, n, to);
-            commit(args.c_a, row, n, out[0]);
-            commit(args.c_b, row, n, out[1]);
-            if (contrast) {
-                commit(args.c_a, row_d, n, out[2]);
-                commit(args.c_b, row_d, n, out[3]);
-            }
+            double* const of_b = partials + args.rhs;
+            const int64_t half = args.rhs / 2;
+            const Sums sums{partials + t, partials + t + half, of_b + t, of_b + t + half};
+            if constexpr (vectors)
+                split_span<Lanes, F, contrast, two, kind>(job, scales, b, row, row_d, start, whole, sums);
+            if (whole < n)
+                split_span<F, F, contrast, two, kind>(job, scales, b, row, row_d, start + whole, n - whole,
+                                                      sums);
         }
     }
 }
