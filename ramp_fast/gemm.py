@@ -319,10 +319,11 @@ def convolution(
 def fuses_convolutions(precision: Precision, device: torch.device) -> bool:
     """Whether what follows a convolution of images is computed in its own pass: by oneDNN on CPUs.
 
-    In mixed precision: the sign of a BatchNorm's input is told from its output then, wrongly where it hangs on
-    rounding, which float32 shows (3e-5 of a map for 1e-5) and bfloat16 coefficients do not (bench/NOTES.md).
+    With coefficients in bfloat16: the sign of a BatchNorm's input is told from its output then, wrongly where it hangs
+    on rounding, which shows beside float32 coefficients and does not beside these (bench/NOTES.md, "Accuracy").
     """
-    return ops.cpu_kernels(device) and precision.name == "mixed" and torch.backends.mkldnn.is_available()
+    mixed = precision.forward == torch.float32 and precision.pullback == torch.bfloat16
+    return ops.cpu_kernels(device) and mixed and torch.backends.mkldnn.is_available()
 
 
 class ConvForward:

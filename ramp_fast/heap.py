@@ -7,9 +7,9 @@ between, the next ones get it page by page, each cleared first: a tenth of the t
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
-from torch import Tensor
 
 
 @functools.cache
@@ -17,34 +17,31 @@ def keep_freed_memory() -> None:
     """Lets freed blocks of up to 32 MiB stay in the heap.
 
     glibc maps blocks for themselves, and unmaps them when they are freed, if they are larger than any such block that
-    was freed before, or 128 KiB; and it gives the free end of the heap back beyond twice that size. The next image
-    then gets its memory page by page, each cleared first: a tenth of the time of a ResNet. So a block of the largest
-    size that counts, just under 32 MiB, is mapped and freed without having been written. Settings of the user's
-    (``MALLOC_TRIM_THRESHOLD_``, ``mallopt``) stay in force, and then this has no effect; nor has it with other
-    allocators.
+    was freed before, or 128 KiB. So a block of the largest size that counts, just under 32 MiB, is mapped and freed
+    without having been written. Settings of the user's (``MALLOC_*``, ``mallopt``) stay in force, and then this has no
+    effect; nor has it with other allocators.
     """
     _large_block()
 
 
-class HeldHeap:
-    """A block that keeps glibc from giving the memory of a run back, only to get it page by page in the next one.
+class HeldHeap(threading.local):
+    """A block that keeps glibc from giving the end of the heap back after a run; each thread has a heap of its own.
 
-    What is freed at the end of the heap goes back to the system. So a block that is never written, and costs addresses
-    only, is taken where the heap ends when it is longest, and kept as long as the plan: what is freed below it stays
-    for the next run.
+    What is freed at the end goes back to the system as soon as it is 64 MiB. So a block that is never written, and
+    costs addresses only, is taken where the heap ends when it is longest, and kept as long as the plan: what is freed
+    below it stays for the next run.
     """
 
     def __init__(self) -> None:
         self._runs: dict[int, int] = {}
-        self._block: Tensor | None = None
+        self._block: torch.UntypedStorage | None = None
 
-    def grows(self, images: Tensor) -> bool:
-        """Called once in every run: whether it may need a longer heap than those before it."""
-        if images.device.type != "cpu":
+    def grows(self, device: torch.device, maps: int) -> bool:
+        """Called once in every run, of so many samples times right-hand sides: whether it may need a longer heap."""
+        if device.type != "cpu":
             return False
-        batch = images.shape[0]
-        self._runs[batch] = runs = self._runs.get(batch, 0) + 1
-        return runs <= _RUNS and batch == max(self._runs)
+        self._runs[maps] = runs = self._runs.get(maps, 0) + 1
+        return runs <= _RUNS and maps == max(self._runs)
 
     def hold(self) -> None:
         """Called in every step of a run for which :meth:`grows`: hold the heap where it ends now, if that is later."""
@@ -57,6 +54,6 @@ class HeldHeap:
 _RUNS = 3
 
 
-def _large_block() -> Tensor:
-    """Of the largest size that :func:`keep_freed_memory` lets come from the heap; it fits into no gap below the end."""
-    return torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
+def _large_block() -> torch.UntypedStorage:
+    """Of the largest size that comes from the heap, unwritten: it fits into no gap below the heap's end."""
+    return torch.UntypedStorage(2**25 - 2**16, device="cpu")

@@ -64,7 +64,7 @@ class Plan:
                 continue
             facts = self._facts(node, users, carries, residual)
             self.steps.append(Step(node, rule.operation(node, facts), node in carries))
-        self.fan_out = {n for n in carries if sum(u in carries and n in u.sources for u in users[n]) > 1}
+        self.fan_out = {n for n in carries if sum(u.sources.count(n) for u in users[n] if u in carries) > 1}
         self._schedule()
 
     def _facts(self, node: Node, users: dict[Node, list[Node]], carries: set[Node], residual: bool) -> Facts:
@@ -88,6 +88,7 @@ class Plan:
                 facts.branch = single[0] if len(single) == 1 else node.operands[1]
             inside = [c for c, (norm, total) in self._convolutions.items() if node in (norm, total)]
             facts.computed_in = inside[0] if inside else None
+            facts.above = node.kind == g.BATCH_NORM and bool(inside) and self._convolutions[inside[0]][1] is not None
         elif node.kind == g.ACTIVATION:
             facts.absorbed = self._absorbed(node, users)
         elif node.kind in (g.MAX_POOL, g.EXTREME):
@@ -128,7 +129,7 @@ class Plan:
                 continue  # from a value that was cut nothing is told
             found[conv] = norm, None
             total = readers[0] if len(readers) == 1 else norm
-            if total.kind != g.ADD or not plain_sum(total):
+            if total.kind != g.ADD or not plain_sum(total) or total.operands[0] is total.operands[1]:
                 continue
             other = next(n for n in total.operands if n is not norm)
             relu = next((u for u in users[total] if self._absorbed(u, users)), None)
@@ -227,7 +228,9 @@ class Plan:
         if step.operation is None:
             return 0
         size = self.precision.forward.itemsize
-        stored = step.node in self.needed and _owns_memory(step.node) and not step.operation.facts.absorbed
+        facts = step.operation.facts
+        alias = facts.absorbed or facts.computed_in is not None
+        stored = step.node in self.needed and _owns_memory(step.node) and not alias
         total = _count(step.node.example) * size if stored else 0
         if step.carries:
             total += sum(_count(shape) * dtype.itemsize for shape, dtype in step.operation.keeps())

@@ -54,11 +54,11 @@ def run(plan: Plan, images: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
         for done in step.drop_forward:
             values.drop(done)
 
-    heap_grows = plan.heap.grows(images)
     logits: Tensor = values[plan.graph.output]
     wide = logits.to(plan.precision.accumulate)
     c, contrast = seed(wide)
     book = Bookkeeping(images.shape[0], c.shape[0], contrast)
+    heap_grows = plan.heap.grows(images.device, book.batch * book.sides)
     target = c.new_ones(c.shape[:2])
     pending: dict[Node, list[Contribution]] = {plan.graph.output: [Contribution(c, target, None)]}
     pieces: dict[Node, dict[int, Contribution]] = {}

@@ -67,12 +67,25 @@ def test_a_convolution_adds_and_cuts_as_it_is_told(dtype: torch.dtype) -> None:
     x, addend = torch.randn(2, 4, 9, 8, dtype=dtype), torch.randn(2, 6, 5, 4, dtype=dtype)
     plain = torch.nn.functional.conv2d(x, weight, bias, 2, 1)
     geometry = gemm.Geometry([2, 2], [1, 1], [1, 1], 1)
+    before = addend.clone()
     for relu in (False, True):
-        forward = gemm.convolution(weight, bias, geometry, relu)
+        forward = gemm.ConvForward(weight, bias, geometry, relu)
         for extra in ((), (addend,)):
             expected = sum(extra, plain)
             torch.testing.assert_close(forward(x, *extra), expected.relu() if relu else expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(addend, addend.clone())
+    assert torch.equal(addend, before)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_convolution_of_pixels_adds_and_cuts_as_it_is_told(relu: bool) -> None:
+    torch.manual_seed(0)
+    weight, bias, x, addend = torch.randn(6, 4, 1, 1), torch.randn(6), torch.randn(2, 4, 9, 8), torch.randn(2, 6, 5, 4)
+    plain = torch.nn.functional.conv2d(x, weight, bias, 2)
+    forward, before = gemm.PixelForward(weight, bias, [2, 2], relu), addend.clone()
+    for extra in ((), (addend,)):
+        expected = sum(extra, plain)
+        torch.testing.assert_close(forward(x, *extra), expected.relu() if relu else expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(addend, before)
 
 
 @pytest.mark.parametrize("stride", [(2, 2), (1, 2), (3, 2)])

@@ -54,10 +54,11 @@ def test_relu_is_absorbed_by_batch_norm_only_where_nothing_else_reads_it() -> No
             y = self.layers[1](self.layers[0](x))
             return self.layers[4]((y.relu() + y).flatten(1))  # type: ignore[no-any-return]
 
-    plain = str(Engine(conv_bn(nn.ReLU()), input_shape=(3, 8, 8)).plan)
-    shared = str(Engine(Shared().eval(), input_shape=(3, 8, 8)).plan)
-    assert "(below)" in plain
-    assert "(below)" not in shared
+    def relus(engine: Engine) -> list[str]:
+        return [s.operation.pullback_kernel for s in engine.plan.steps if s.node.kind == g.ACTIVATION]
+
+    assert relus(Engine(conv_bn(nn.ReLU()), input_shape=(3, 8, 8))) == ["(below)"]
+    assert relus(Engine(Shared().eval(), input_shape=(3, 8, 8))) == ["gate"]
 
 
 class Residual(nn.Module):
@@ -102,7 +103,10 @@ def fused(engine: Engine) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("shortcut_first", [False, True])
-def test_convolutions_compute_the_batch_norms_and_sums_behind_them(shortcut_first: bool) -> None:
+def test_convolutions_compute_the_batch_norms_and_sums_behind_them(
+    shortcut_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ramp_fast.gemm.cpu_has_bf16", lambda: True)
     model = Residual(shortcut_first)
     engine = Engine(model, input_shape=(3, 16, 16))
     kernels = {module: kernel.partition(" > ")[2] for module, kernel in fused(engine).items()}
@@ -116,7 +120,10 @@ def test_convolutions_compute_the_batch_norms_and_sums_behind_them(shortcut_firs
         "second.3": "batch_norm > add > relu",
     }
     steps = {s.node.module: s.operation for s in engine.plan.steps if s.node.kind == g.BATCH_NORM}
-    assert {op.pullback_kernel for op in steps.values()} == {"affine_pullback"}
+    in_sums = {last.replace(".0", ".1"), "second.4"}
+    assert {m: op.pullback_kernel for m, op in steps.items()} == {
+        m: "(above)" if m in in_sums else "affine_pullback" for m in steps
+    }
     # Nothing but the results is kept for them.
     assert not any(op.keeps() for op in steps.values())
 
@@ -150,6 +157,64 @@ def test_sums_are_computed_apart_where_their_results_do_not_tell_enough(
     options: dict[str, str], model: nn.Module
 ) -> None:
     assert not any("add" in kernel for kernel in fused(Engine(model, input_shape=(3, 16, 16), **options)).values())
+
+
+class Tail(nn.Module):
+    """A residual sum, and what a function makes of it."""
+
+    def __init__(self, read: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.read = read
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.readers = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(3))
+        self.head = nn.Linear(4, 3)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        y = self.norm(self.conv(x))
+        if self.read == "three readers":
+            z = (y + x).relu()
+            z = sum(reader(z) for reader in self.readers)  # type: ignore[assignment]
+        elif self.read == "detached":
+            z = self.readers[0](x) / ((y + x).relu() + 1)
+        elif self.read == "doubled":
+            z = (y + y).relu()
+        elif self.read == "also alone":
+            z = (y + x).relu() + y.relu()
+        elif self.read == "twice the same":  # with a ReLU and without
+            z = self.norm(self.conv(y.relu() + x)) + x
+        return self.head(z.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("read", ["three readers", "detached", "doubled", "also alone", "twice the same"])
+def test_sums_that_are_read_in_other_ways(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = Tail(read), torch.randn(2, 3, 8, 8)
+    exact = Engine(model.double(), precision="float64").attribute(images.double())
+    monkeypatch.setattr("ramp_fast.plan.fuses_convolutions", lambda precision, device: True)
+    result = Engine(model.float(), precision="float32").attribute(images)
+    with torch.no_grad():
+        torch.testing.assert_close(result.logits, model(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.maps, exact.maps.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_convolutions_are_fused_where_coefficients_are_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ramp_fast.gemm.cpu_has_bf16", lambda: False)
+    assert not any(" > " in kernel for kernel in fused(Engine(Residual(), input_shape=(3, 16, 16))).values())
+    monkeypatch.setattr("ramp_fast.gemm.cpu_has_bf16", lambda: True)
+    assert all(" > " in kernel for kernel in fused(Engine(Residual(), input_shape=(3, 16, 16))).values())
+
+
+def test_what_convolutions_compute_as_well_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ramp_fast.gemm.cpu_has_bf16", lambda: True)
+    plan = Engine(Residual(), input_shape=(3, 16, 16)).plan
+    steps = [s for s in plan.steps if s.operation is not None and s.operation.facts.computed_in is not None]
+    assert len(steps) == 7  # five BatchNorms and two sums
+    assert not any(plan.kept_bytes(s) for s in steps)
 
 
 def test_a_convolution_with_two_readers_computes_nothing_else() -> None:

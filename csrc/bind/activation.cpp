@@ -60,7 +60,7 @@ void centring(py::handle c_, py::handle factor_, py::handle gain_, py::handle sh
     args.rhs = c.size(0);
     args.batch = c.size(1);
     args.inner = c.product(2, c.ndim());
-    if (runs < 0 || (runs > 0 && (step < run || (runs - 1) * step + run > args.inner)))
+    if (runs < 0 || (runs > 0 && (step < run || args.inner < run || runs - 1 > (args.inner - run) / step)))
         fail(std::to_string(runs) + " runs, " + std::to_string(step) + " apart, do not fit " + c.describe());
     args.runs = runs;
     args.step = step;

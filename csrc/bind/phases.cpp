@@ -27,7 +27,7 @@ void select_phases(py::handle acc_, py::handle x_, std::int64_t top, std::int64_
     args.width = x.size(2);
     args.channels = x.size(3);
     const auto fits = [](std::int64_t first, std::int64_t size, std::int64_t stride, std::int64_t cells) {
-        return first >= 0 && stride > 0 && first + (size + stride - 1) / stride <= cells;
+        return first >= 0 && stride > 0 && first <= cells - (size + stride - 1) / stride;
     };
     if (args.channels > kMostChannels)
         fail(x.describe() + " has more than " + std::to_string(kMostChannels) + " channels");

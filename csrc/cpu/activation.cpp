@@ -123,8 +123,11 @@ void centring_row(int64_t index, const void* context, void*) {
         of_p += static_cast<double>(sum_p);
         of_n += static_cast<double>(sum_n);
     }
-    const double scale = of_p / of_n;  // not positive and finite: one of the two is zero here, or NaN
-    store_one(args.out, index, scale > 0 && scale < 1e300 ? scale : 1);
+    // Not positive and finite, as it is stored: one of the two is zero here, or NaN.
+    const double ratio = of_p / of_n;
+    const double scale =
+        args.out.dtype == DType::f64 ? ratio : static_cast<double>(static_cast<float>(ratio));
+    store_one(args.out, index, scale > 0 && scale <= 1.7976931348623157e308 ? scale : 1);
 }
 
 // Rational minimax approximation on [-4, 4], where erf reaches 1 in float.

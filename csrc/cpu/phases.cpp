@@ -52,6 +52,7 @@ Task task_for(DType stored) {
 }  // namespace
 
 void select_phases(const SelectPhasesArgs& args) {
+    if (args.channels == 0) return;
     const Task task =
         args.x.dtype == DType::f64 ? task_for<double>(args.acc.dtype) : task_for<float>(args.acc.dtype);
     parallel_for(args.batch * args.height, args.rhs * args.batch * args.height * args.width * args.channels,

@@ -97,7 +97,7 @@ struct Sums {
 };
 
 // Elements [start, start + n) of one row, or with contrast a pair of rows. Gates are factors, 0 where they
-// are shut: several selections would compete for the mask registers.
+// are shut (coefficients are finite): several selections would compete for the mask registers.
 template <class V, class F, bool contrast, bool two, Kind kind>
 RF_INLINE void split_span(const Split<F>& job, const Scales<F>& scales, int64_t b, int64_t row, int64_t row_d,
                           int64_t start, int64_t n, const Sums& sums) {
@@ -120,7 +120,7 @@ RF_INLINE void split_span(const Split<F>& job, const Scales<F>& scales, int64_t 
             to_a = open_a * (a > shift ? size + size : (a == shift ? size : zero));
             channel += step;
         }
-        const V mass_a = open_a * a, mass_b = open_b * right;
+        const V mass_a = open * (a > zero ? a : zero), mass_b = open * (right > zero ? right : zero);
 
         V of_p = read<V>(args.first, row + i), of_d{};
         if (contrast) of_d = read<V>(args.first, row_d + i);

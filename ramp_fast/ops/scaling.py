@@ -358,8 +358,10 @@ def _centring_runs(length: int) -> tuple[int, int]:
     """How many runs of a row are looked at, and how far apart they begin; none: the whole row."""
     if length <= _CENTRE_SAMPLE:
         return 0, 0
-    step = length // (_CENTRE_SAMPLE // _CENTRE_RUN)
-    return length // step, step
+    runs = _CENTRE_SAMPLE // _CENTRE_RUN
+    step = length // runs
+    # Channels are a power of two, mostly: runs a multiple of it apart would see the same few.
+    return runs, step - _CENTRE_RUN if step % (2 * _CENTRE_RUN) == 0 else step
 
 
 def centring_equation(

@@ -430,11 +430,13 @@ class BatchNorm(_Diagonal):
 
     def __init__(self, node: Node, facts: Facts) -> None:
         super().__init__(node, facts)
-        self.forward_kernel = "affine_factor" if facts.computed_in is None else "(above)"
+        self.forward_kernel = "affine_factor" if facts.computed_in is None else "(below)"
         if facts.computed_in is not None:
-            self.pullback_kernel = "affine_pullback"
+            self.pullback_kernel = "(above)" if facts.above else "affine_pullback"
 
     def prepare(self, constants: dict[Node, Any]) -> None:
+        if self.facts.above:
+            return
         wide = self.facts.precision.accumulate
         self.gain, self.shift = (t.to(wide) for t in _affine(self.node.params, constants))
 
@@ -442,7 +444,7 @@ class BatchNorm(_Diagonal):
         return super().keeps() if self.facts.computed_in is None else []
 
     def needs(self) -> list[Node]:
-        return [] if self.facts.computed_in is None else [self.facts.computed_in]
+        return [] if self.facts.computed_in is None or self.facts.above else [self.facts.computed_in]
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         x = values[self.node.operands[0]]
@@ -614,7 +616,7 @@ class Add(Operation):
     def __init__(self, node: Node, facts: Facts) -> None:
         super().__init__(node, facts)
         if facts.computed_in is not None:
-            self.forward_kernel, self.pullback_kernel = "(above)", "residual_pullback"
+            self.forward_kernel, self.pullback_kernel = "(below)", "residual_pullback"
 
     def needs(self) -> list[Node]:
         conv = self.facts.computed_in
@@ -629,8 +631,9 @@ class Add(Operation):
         return (first, second) if conv in first.operands else (second, first)
 
     def forward(self, values: Values) -> tuple[Any, Any]:
-        if self.facts.computed_in is not None:
-            return values[self.facts.computed_in], None
+        conv = self.facts.computed_in
+        if conv is not None:  # the same tensor; only the BatchNorm's is sure to be still there
+            return values[self._operands_of(conv)[0]], None
         relu = self.facts.relu
         if relu is not None:
             return values.call(self.node).clamp_(0, relu.params["cap"]), None
@@ -702,7 +705,7 @@ class Add(Operation):
             target = scaled[0][1] + scaled[1][1]
             first, second = (_channels_inside(p.c) for p in parts)
         else:
-            part = self.merged(parts, values, book)
+            part = parts[0] if len(parts) == 1 else book.merge(z, parts, self.node.batch)
             first, target = _channels_inside(part.c), part.target
         c_x, c_b, m_y, m_b = ops.residual_pullback(
             first,
@@ -717,7 +720,8 @@ class Add(Operation):
             self.facts.precision.pullback,
         )
         t_y, t_b = _share(target, [m_y, m_b], self.facts.shares)
-        yield Flow(conv, Contribution(c_x.movedim(-1, 2), t_y, centred=True))
+        # Two readers have just been given their masses, of P and of N.
+        yield Flow(conv, Contribution(c_x.movedim(-1, 2), t_y, centred=len(parts) == 2))
         yield Flow(other, Contribution(c_b.movedim(-1, 2), t_b, m_b))
 
     def _general(self, part: Contribution, values: Values, book: Bookkeeping, shares: str) -> Iterator[Flow]:
@@ -1061,7 +1065,7 @@ class MaxPool(Operation):
             and _pair(p["dilation"]) == (1, 1)
             and all(n // k == m for n, k, m in zip(node.operands[0].example[2:], kernel, node.example[2:], strict=True))
         )
-        self.pullback_kernel = "max_pool_pullback" if self.tiles else "unpool"
+        self.pullback_kernel = "max_pool_pullback" if self.tiles else "unpool (CPU)" if self._undilated else "aten"
 
     def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         return [] if self.tiles else [(self.node.example, torch.int32)]
@@ -1114,8 +1118,12 @@ class MaxPool(Operation):
         ]
         return torch.stack(sides).to(narrow.dtype)
 
+    @property
+    def _undilated(self) -> bool:
+        return _pair(self.node.params["dilation"]) == (1, 1) and len(self.node.example) == 4
+
     def _unpools(self, device: torch.device) -> bool:
-        return ops.cpu_kernels(device) and _pair(self.node.params["dilation"]) == (1, 1) and len(self.node.example) == 4
+        return self._undilated and ops.cpu_kernels(device)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -35,7 +35,7 @@ class Facts:
     norm : Node or None
         The LayerNorm whose output a linear layer alone reads: the layer's step pulls back through both.
     above : bool
-        Of that LayerNorm: the step above does its pull-back.
+        Of that LayerNorm, and of a BatchNorm in a residual sum: the step above does its pull-back.
     relu : Node or None
         Of a sum, a BatchNorm, or a convolution that computes either: the ReLU that is computed with it.
     absorbed : bool

@@ -179,6 +179,10 @@ def _residual_of(
             "do not fit",
         ),
         (lambda: ops.select_phases(torch.zeros(2, 1, 2, 2, 2, 2, 2, 3), torch.zeros(1, 5, 4, 3), 0, 0), "is not in"),
+        (
+            lambda: ops.select_phases(torch.zeros(1, 1, 4, 4, 2, 2, 2, 1), torch.zeros(1, 8, 8, 1), 2**63 - 1, 0),
+            "not in",
+        ),
         (lambda: ops.softmax_pullback(torch.zeros(2, 5), torch.zeros(2, 2, 6)), "do not fit"),
         (lambda: _attention_of(keys=(1, 2, 5, 5)), r"k .* must have shape \[1, 2, 5, 4\]"),
         (lambda: _attention_of(coefficients=(2, 1, 2, 4, 4)), r"c .* must have shape \[2, 1, 2, 3, 4\]"),

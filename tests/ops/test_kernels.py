@@ -262,3 +262,39 @@ def test_gelu_over_its_range(variant: str, tanh_approx: bool) -> None:
     assert_close("gelu_factor", 0, y, exact.detach(), x.double().abs(), torch.float32)
     gate = exact.detach() > 0
     assert_close("gelu_factor", 1, factor, 2 * gate * slope, 2 + 2 * x.double().abs().clamp_max(12), torch.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_is_selected_from_no_channels(variant: str) -> None:
+    choose(variant)
+    assert ops.select_phases(torch.zeros(1, 1, 4, 4, 2, 2, 2, 0), torch.zeros(1, 8, 8, 0), 0, 0).numel() == 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("channels", [64, 256, 2048])
+def test_centring_looks_at_all_channels(variant: str, channels: int) -> None:
+    choose(variant)
+    n = torch.ones(1, 1, 56 * 56, channels)
+    n[..., 32:] = 100
+    c = torch.cat((torch.ones_like(n), 1 - n))
+    expected = channels / (32 + 100 * (channels - 32))
+    torch.testing.assert_close(ops.centring(c), torch.full((1, 1), expected), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_centring_by_what_float32_cannot_hold_is_left_out(variant: str) -> None:
+    choose(variant)
+    for p, n in ((1e-25, 1e25), (1e25, 1e-25), (0.0, 1.0), (1.0, 0.0)):
+        c = torch.tensor([p, p - n]).view(2, 1, 1).expand(2, 1, 40)
+        assert ops.centring(c).item() == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_masses_leave_out_what_is_below_zero(variant: str) -> None:
+    choose(variant)
+    a = torch.ones(1, 40)
+    a[0, ::3] = -torch.inf
+    _, _, mass_a, mass_b = ops.junction(torch.ones(1, 1, 40), a, torch.ones(1, 40), False)
+    if variant != "reference":  # which multiplies minus infinity by 0
+        assert mass_a.item() == 2 * 26
+    assert mass_b.item() == 2 * 40
