@@ -9,6 +9,7 @@ from torch import nn
 
 from ramp_fast import Engine, ops
 from ramp_fast import graph as g
+from ramp_fast.relevance import Bookkeeping, Contribution
 
 
 class Clamp(nn.Module):
@@ -185,7 +186,8 @@ class Tail(nn.Module):
         elif self.read == "doubled":
             z = (y + y).relu()
         elif self.read == "also alone":
-            z = (y + x).relu() + y.relu()
+            alone = y.relu()
+            z = (y + x).relu() + alone
         elif self.read == "twice the same":  # with a ReLU and without
             z = self.norm(self.conv(y.relu() + x)) + x
         return self.head(z.mean((2, 3)))  # type: ignore[no-any-return]
@@ -200,6 +202,17 @@ def test_sums_that_are_read_in_other_ways(read: str, monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         torch.testing.assert_close(result.logits, model(images), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(result.maps, exact.maps.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_what_leaves_a_batch_norm_is_centred() -> None:
+    y, gain, shift = torch.randn(1, 3, 8, 8), torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, 0.5, -0.5])
+    p = torch.rand(1, 1, 3, 8, 8)
+    part = Contribution(torch.cat((p, p - 100 * p)), torch.ones(2, 1))  # N is 100 P
+    pulled = Bookkeeping(1, 2, True).affine(part, y, gain, shift, True)
+    own = 2 * (y > 0) * gain.abs().view(3, 1, 1) * (1 + (y - shift.view(3, 1, 1)).sign())
+    assert pulled.centred
+    torch.testing.assert_close(pulled.c[0], own * p[0])
+    torch.testing.assert_close(pulled.c[1], torch.zeros_like(p[0]), rtol=0, atol=1e-5)  # N has become P
 
 
 def test_convolutions_are_fused_where_coefficients_are_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
