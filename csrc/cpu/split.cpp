@@ -12,6 +12,10 @@ namespace {
 
 enum class Kind { sum, relu, norm };
 
+// Bytes of results that no cache keeps until they are read: those of plain sums are written past them, not
+// read before. (Behind convolutions the next step reads them at once.)
+constexpr int64_t kPast = int64_t(12) << 20;
+
 template <class F>
 struct Split {
     const SplitArgs& args;
@@ -19,6 +23,7 @@ struct Split {
     int64_t chunks;        // of one sample
     int64_t groups;        // pairs (P, D), or single rows
     double* partials;      // [B, chunks, a or b, T]
+    bool past;             // results go past the caches
 };
 
 // One element, or a vector of floats with its lanes.
@@ -44,23 +49,39 @@ RF_INLINE V read(const Operand& source, int64_t index) {
     }
 }
 
+RF_INLINE Halves rounded(Lanes value) {
+#ifdef __AVX512BF16__  // subnormal numbers become 0
+    return bits_of<Halves>(_mm512_cvtneps_pbh(bits_of<__m512>(value)));
+#else
+    const Bits bits = bits_of<Bits>(value);
+    const Bits nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Bits chosen = (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : nearest;
+    return __builtin_convertvector(chosen, Halves);
+#endif
+}
+
+#ifdef __AVX512F__
+// Past the caches, to an aligned address.
+RF_INLINE void write_past(const Operand& out, int64_t index, Lanes value) {
+    if (out.dtype == DType::f32)
+        _mm512_stream_ps(static_cast<float*>(out.data) + index, bits_of<__m512>(value));
+    else
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(static_cast<std::uint16_t*>(out.data) + index),
+                            bits_of<__m256i>(rounded(value)));
+}
+#endif
+
 template <class V>
-RF_INLINE void write(const Operand& out, int64_t index, V value) {
+RF_INLINE void write(const Operand& out, int64_t index, V value, bool past) {
     if constexpr (sizeof(V) == sizeof(Lanes)) {
+#ifdef __AVX512F__
+        if (past) return write_past(out, index, value);
+#endif
         if (out.dtype == DType::f32) {
             *reinterpret_cast<Lanes*>(static_cast<float*>(out.data) + index) = value;
             return;
         }
-        std::uint16_t* const to = static_cast<std::uint16_t*>(out.data) + index;
-#ifdef __AVX512BF16__  // subnormal numbers become 0
-        const __m256bh rounded = _mm512_cvtneps_pbh(bits_of<__m512>(value));
-        __builtin_memcpy(to, &rounded, sizeof(rounded));
-#else
-        const Bits bits = bits_of<Bits>(value);
-        const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        const Bits chosen = (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
-        *reinterpret_cast<Halves*>(to) = __builtin_convertvector(chosen, Halves);
-#endif
+        *reinterpret_cast<Halves*>(static_cast<std::uint16_t*>(out.data) + index) = rounded(value);
     } else {
         commit(out, index, 1, &value);
         if (out.dtype == TypeOf<V>::value) static_cast<V*>(out.data)[index] = value;
@@ -102,6 +123,7 @@ template <class V, class F, bool contrast, bool two, Kind kind>
 RF_INLINE void split_span(const Split<F>& job, const Scales<F>& scales, int64_t b, int64_t row, int64_t row_d,
                           int64_t start, int64_t n, const Sums& sums) {
     const SplitArgs args = job.args;  // a copy, which nothing that is written here can change
+    const bool past = kind == Kind::sum && job.past;
     constexpr int64_t step = sizeof(V) / sizeof(F);
     const int64_t of_sample = b * args.inner;
     const V zero{};
@@ -133,13 +155,13 @@ RF_INLINE void split_span(const Split<F>& job, const Scales<F>& scales, int64_t 
             }
             of_p = scales.first_p * of_p + scales.second_p * q;
         }
-        write<V>(args.c_a, row + i, to_a * of_p);
-        write<V>(args.c_b, row + i, open_b * of_p);
+        write<V>(args.c_a, row + i, to_a * of_p, past);
+        write<V>(args.c_b, row + i, open_b * of_p, past);
         sum_a_p += mass_a * magnitude<V>(of_p);
         sum_b_p += mass_b * magnitude<V>(of_p);
         if (contrast) {
-            write<V>(args.c_a, row_d + i, to_a * of_d);
-            write<V>(args.c_b, row_d + i, open_b * of_d);
+            write<V>(args.c_a, row_d + i, to_a * of_d, past);
+            write<V>(args.c_b, row_d + i, open_b * of_d, past);
             const V of_n = magnitude<V>(of_p - of_d);
             sum_a_n += mass_a * of_n;
             sum_b_n += mass_b * of_n;
@@ -201,6 +223,20 @@ void split_chunk(int64_t index, const void* context, void*) {
                                                       sums);
         }
     }
+#ifdef __AVX512F__
+    if (job.past) _mm_sfence();
+#endif
+}
+
+// Results that are too large for the caches, if they are aligned.
+inline bool goes_past(const SplitArgs& args) {
+    int64_t bytes = 0;
+    std::uintptr_t bits = static_cast<std::uintptr_t>(args.inner) * 2;
+    for (const Operand* out : {&args.c_a, &args.c_b}) {
+        bytes += args.rhs * args.batch * args.inner * item_size(out->dtype);
+        bits |= reinterpret_cast<std::uintptr_t>(out->data);
+    }
+    return bytes >= kPast && bits % 64 == 0;
 }
 
 template <class F, bool contrast, bool two>
@@ -216,7 +252,7 @@ void run(const SplitArgs& args) {
     const Kind kind = norm ? Kind::norm : args.relu ? Kind::relu : Kind::sum;
     const int64_t chunks = ceil_div(args.inner, kChunk), tasks = args.batch * chunks;
     Partials partials(tasks * 2 * args.rhs), numbers(norm ? channel_numbers(args.channels) : 0);
-    Split<F> job{args, {}, chunks, args.contrast ? args.rhs / 2 : args.rhs, partials.data()};
+    Split<F> job{args, {}, chunks, args.contrast ? args.rhs / 2 : args.rhs, partials.data(), goes_past(args)};
     if (norm) job.channels = fill(args.gain, args.shift, args.channels, reinterpret_cast<F*>(numbers.data()));
     const Task task = args.contrast
                           ? (two ? task_for<F, true, true>(kind) : task_for<F, true, false>(kind))

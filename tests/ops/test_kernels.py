@@ -298,3 +298,17 @@ def test_masses_leave_out_what_is_below_zero(variant: str) -> None:
     if variant != "reference":  # which multiplies minus infinity by 0
         assert mass_a.item() == 2 * 26
     assert mass_b.item() == 2 * 40
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("inner", [2**18, 2**18 + 8])  # rows that begin at a cache line, and others
+def test_results_past_the_caches_are_the_same(variant: str, inner: int) -> None:
+    choose(variant)
+    torch.manual_seed(0)
+    a, b, c = torch.randn(8, inner), torch.randn(8, inner), torch.randn(2, 8, inner)
+    whole = ops.junction(c, a, b, True, torch.bfloat16)
+    assert sum(t.nbytes for t in whole[:2]) > 12 * 2**20
+    for i in (0, 7):
+        here = slice(i, i + 1)
+        alone = ops.junction(c[:, here], a[here], b[here], True, torch.bfloat16)
+        assert all(torch.equal(w[:, here], p) for w, p in zip(whole, alone, strict=True))
