@@ -30,7 +30,7 @@ void norm_pullback(py::handle c_, py::handle x_, py::handle weight_, double eps,
     args.out = out.contiguous().operand();
     args.threads = threads;
     py::gil_scoped_release release;
-    RF_CALL(norm_pullback, args);
+    RF_CALL_ROUNDING(norm_pullback, args);
 }
 
 }  // namespace

@@ -292,6 +292,7 @@ namespace avx512bf16 {
 // The others gain nothing: there it is the avx512 ones.
 void attention_pullback(const AttentionArgs&);
 void linear_pullback(const LinearArgs&);
+void norm_pullback(const NormArgs&);
 void split(const SplitArgs&);
 }  // namespace avx512bf16
 

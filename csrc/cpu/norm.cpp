@@ -1,4 +1,5 @@
 // LayerNorm's pull-back. Below a linear layer it is part of that layer's step (linear.cpp).
+#include "cpu/lanes.h"
 #include "cpu/row_statistics.h"
 
 namespace rf::RF_ISA {
@@ -10,26 +11,40 @@ struct Norm {
     const void* weight;  // [width] as F
 };
 
+// Elements [begin, end) of a row `x`, of every right-hand side; `offset` is that of the row in the first.
+template <class V, class F>
+RF_INLINE void pull_span(const NormArgs& from, const F* x, const F* weight, const Statistics<F>& s,
+                         int64_t offset, int64_t begin, int64_t end) {
+    const NormArgs args = from;  // a copy, which nothing that is written here can change
+    const int64_t side = args.batch * args.rows * args.width;
+    const V zero{};
+    for (int64_t i = begin; i < end; i += static_cast<int64_t>(sizeof(V) / sizeof(F))) {
+        const V at = *reinterpret_cast<const V*>(x + i), w = *reinterpret_cast<const V*>(weight + i);
+        const V signed_part = w * s.inverse;
+        const V upper = at > zero ? signed_part : zero, lower = at < zero ? signed_part : zero;
+        const V factor = upper - lower + magnitude<V>(w) * s.inverse_absolute;
+        for (int64_t t = 0; t < args.rhs; ++t) {
+            const int64_t index = offset + t * side + i;
+            write<V>(args.out, index, factor * read<V>(args.c, index), false);
+        }
+    }
+}
+
 template <class F>
 void norm_chunk(int64_t index, const void* context, void* scratch) {
     const Norm& job = *static_cast<const Norm*>(context);
     const NormArgs& args = job.args;
     const int64_t width = args.width, rows = args.batch * args.rows;
-    F* buffers = static_cast<F*>(scratch);  // [4, width]
-    F *x_buffer = buffers, *factor = buffers + width, *in = buffers + 2 * width,
-      *out_buffer = buffers + 3 * width;
+    // Floats, the tail apart, go by vectors.
+    const int64_t whole = sizeof(F) == sizeof(float) ? width / kLanes * kLanes : 0;
+    const F* const weight = static_cast<const F*>(job.weight);
     for (int64_t row = index * job.rows_per_chunk; row < min64((index + 1) * job.rows_per_chunk, rows);
          ++row) {
-        const F* __restrict x = load(args.x, row * width, width, x_buffer);
-        row_factor(x, static_cast<const F*>(job.weight), row_statistics(x, width, args.eps), width, factor);
-        for (int64_t t = 0; t < args.rhs; ++t) {
-            const int64_t offset = (t * rows + row) * width;
-            const F* __restrict c = load(args.c, offset, width, in);
-            F* __restrict out = target(args.out, offset, out_buffer);
-            RF_SIMD
-            for (int64_t i = 0; i < width; ++i) out[i] = factor[i] * c[i];
-            commit(args.out, offset, width, out_buffer);
-        }
+        const F* const x = load(args.x, row * width, width, static_cast<F*>(scratch));
+        const Statistics<F> statistics = row_statistics(x, width, args.eps);
+        if constexpr (sizeof(F) == sizeof(float))
+            pull_span<Lanes, F>(args, x, weight, statistics, row * width, 0, whole);
+        pull_span<F, F>(args, x, weight, statistics, row * width, whole, width);
     }
 }
 
@@ -43,7 +58,7 @@ void run(const NormArgs& args) {
         weight[i] = args.weight.data ? load_one<F>(args.weight, i) : F(1);
     const Norm job{args, rows_per_chunk, weight};
     parallel_for(ceil_div(rows, rows_per_chunk), args.rhs * rows * args.width, args.threads, norm_chunk<F>,
-                 &job, 4 * static_cast<std::size_t>(args.width) * sizeof(F));
+                 &job, static_cast<std::size_t>(args.width) * sizeof(F));
 }
 
 }  // namespace

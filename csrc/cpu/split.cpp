@@ -1,10 +1,7 @@
 // The pull-back of a sum, of one followed by a ReLU, and of one followed by a ReLU of which an operand is a
 // BatchNorm.
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 #include "cpu/channels.h"
+#include "cpu/lanes.h"
 #include "cpu/mass.h"
 
 namespace rf::RF_ISA {
@@ -25,87 +22,6 @@ struct Split {
     double* partials;      // [B, chunks, a or b, T]
     bool past;             // results go past the caches
 };
-
-// One element, or a vector of floats with its lanes.
-using Lanes = float __attribute__((vector_size(64), aligned(4), may_alias));
-constexpr int64_t kLanes = 16;
-using Bits = std::uint32_t __attribute__((vector_size(64)));
-using Halves = std::uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
-
-template <class V>
-RF_INLINE V read(const Operand& source, int64_t index) {
-    if constexpr (sizeof(V) == sizeof(Lanes)) {
-        if (source.dtype == DType::f32)
-            return *reinterpret_cast<const Lanes*>(static_cast<const float*>(source.data) + index);
-        const Halves halves =
-            *reinterpret_cast<const Halves*>(static_cast<const std::uint16_t*>(source.data) + index);
-#ifdef __AVX512F__  // GCC 12 makes six of the one instruction
-        return bits_of<Lanes>(bits_of<Bits>(_mm512_cvtepu16_epi32(bits_of<__m256i>(halves))) << 16);
-#else
-        return bits_of<Lanes>(__builtin_convertvector(halves, Bits) << 16);
-#endif
-    } else {
-        return load_one<V>(source, index);
-    }
-}
-
-RF_INLINE Halves rounded(Lanes value) {
-#ifdef __AVX512BF16__  // subnormal numbers become 0
-    return bits_of<Halves>(_mm512_cvtneps_pbh(bits_of<__m512>(value)));
-#else
-    const Bits bits = bits_of<Bits>(value);
-    const Bits nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Bits chosen = (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : nearest;
-    return __builtin_convertvector(chosen, Halves);
-#endif
-}
-
-#ifdef __AVX512F__
-// Past the caches, to an aligned address.
-RF_INLINE void write_past(const Operand& out, int64_t index, Lanes value) {
-    if (out.dtype == DType::f32)
-        _mm512_stream_ps(static_cast<float*>(out.data) + index, bits_of<__m512>(value));
-    else
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(static_cast<std::uint16_t*>(out.data) + index),
-                            bits_of<__m256i>(rounded(value)));
-}
-#endif
-
-template <class V>
-RF_INLINE void write(const Operand& out, int64_t index, V value, bool past) {
-    if constexpr (sizeof(V) == sizeof(Lanes)) {
-#ifdef __AVX512F__
-        if (past) return write_past(out, index, value);
-#endif
-        if (out.dtype == DType::f32) {
-            *reinterpret_cast<Lanes*>(static_cast<float*>(out.data) + index) = value;
-            return;
-        }
-        *reinterpret_cast<Halves*>(static_cast<std::uint16_t*>(out.data) + index) = rounded(value);
-    } else {
-        commit(out, index, 1, &value);
-        if (out.dtype == TypeOf<V>::value) static_cast<V*>(out.data)[index] = value;
-    }
-}
-
-template <class V>
-RF_INLINE V magnitude(V x) {
-    if constexpr (sizeof(V) == sizeof(Lanes))
-        return bits_of<V>(bits_of<Bits>(x) & 0x7fffffffu);
-    else
-        return absolute(x);
-}
-
-template <class F, class V>
-RF_INLINE F total(V sums) {
-    if constexpr (sizeof(V) == sizeof(Lanes)) {
-        F sum = 0;
-        for (int64_t i = 0; i < kLanes; ++i) sum += sums[i];
-        return sum;
-    } else {
-        return sums;
-    }
-}
 
 // What the readers of the sum are scaled by.
 template <class F>
