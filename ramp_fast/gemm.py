@@ -262,6 +262,11 @@ class Geometry:
     dilation: list[int]
     groups: int
 
+    @classmethod
+    def of(cls, params: dict[str, Any]) -> Geometry:
+        """That of a node."""
+        return cls(params["stride"], params["padding"], params["dilation"], params["groups"])
+
     def pixels(self, weight: Tensor) -> bool:
         """Whether the windows are single pixels."""
         return weight.dim() == 4 and weight.shape[2:] == (1, 1) and self.groups == 1 and not any(self.padding)

@@ -86,9 +86,9 @@ class Plan:
                 # The branch is what only this sum reads; the shortcut has other readers as well.
                 single = [n for n in node.operands if len(users[n]) == 1]
                 facts.branch = single[0] if len(single) == 1 else node.operands[1]
-            inside = [c for c, (norm, total) in self._convolutions.items() if node in (norm, total)]
-            facts.computed_in = inside[0] if inside else None
-            facts.above = node.kind == g.BATCH_NORM and bool(inside) and self._convolutions[inside[0]][1] is not None
+            for conv, (norm, total) in self._convolutions.items():
+                if node in (norm, total):
+                    facts.computed_in, facts.above = conv, node is norm and total is not None
         elif node.kind == g.ACTIVATION:
             facts.absorbed = self._absorbed(node, users)
         elif node.kind in (g.MAX_POOL, g.EXTREME):
@@ -139,12 +139,11 @@ class Plan:
         return found
 
     def _fuses(self, conv: Node) -> bool:
-        weight, p = conv.params["weight"], conv.params
+        weight = conv.params["weight"]
         if weight.kind != g.PARAM or len(weight.example) != 4 or not conv.batch.leading:
             return False
-        geometry = Geometry(p["stride"], p["padding"], p["dilation"], p["groups"])
         tensor = weight.params["tensor"]
-        tiles = geometry.tiles(tensor, *conv.operands[0].example[2:])
+        tiles = Geometry.of(conv.params).tiles(tensor, *conv.operands[0].example[2:])
         return not tiles and fuses_convolutions(self.precision, tensor.device)
 
     def _absorbed(self, node: Node, users: dict[Node, list[Node]]) -> bool:

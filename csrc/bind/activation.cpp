@@ -42,7 +42,6 @@ void scale_by(py::handle c_, py::handle factor_, py::handle n_scale_, py::handle
 
 void centring(py::handle c_, py::handle factor_, py::handle gain_, py::handle shift_, bool gate,
               std::int64_t runs, std::int64_t step, py::handle out_, int threads) {
-    constexpr std::int64_t run = 32;
     const TensorView c(c_, "c"), out(out_, "out");
     const auto factor = optional_view(factor_, "factor");
     const auto gain = optional_view(gain_, "gain"), shift = optional_view(shift_, "shift");
@@ -60,7 +59,8 @@ void centring(py::handle c_, py::handle factor_, py::handle gain_, py::handle sh
     args.rhs = c.size(0);
     args.batch = c.size(1);
     args.inner = c.product(2, c.ndim());
-    if (runs < 0 || (runs > 0 && (step < run || args.inner < run || runs - 1 > (args.inner - run) / step)))
+    if (runs < 0 || (runs > 0 && (step < kCentringRun || args.inner < kCentringRun ||
+                                  runs - 1 > (args.inner - kCentringRun) / step)))
         fail(std::to_string(runs) + " runs, " + std::to_string(step) + " apart, do not fit " + c.describe());
     args.runs = runs;
     args.step = step;

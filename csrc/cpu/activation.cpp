@@ -4,9 +4,6 @@
 namespace rf::RF_ISA {
 namespace {
 
-// Elements in a row that a sample of coefficients takes.
-constexpr int64_t kRun = 32;
-
 struct Chunked {
     const void* args;
     int64_t size;  // elements or rows of one task
@@ -78,29 +75,23 @@ void run_scale(const ScaleArgs& args) {
     parallel_for(ceil_div(side, kChunk), args.rhs * side, args.threads, scale_chunk<F>, &job, 0);
 }
 
-// A run of a sample into the caches: two lines, of float32.
-inline void fetch(const Operand& operand, int64_t index) {
-    const char* const at = static_cast<const char*>(operand.data) + index * item_size(operand.dtype);
-    __builtin_prefetch(at);
-    __builtin_prefetch(at + 64);
-}
-
 // What N of one pair of rows has to be multiplied by.
 template <class F>
 void centring_row(int64_t index, const void* context, void*) {
     const CentringArgs& args = *static_cast<const CentringArgs*>(context);
     const int64_t b = index % args.batch, row = index * args.inner;
     const int64_t row_d = row + args.rhs / 2 * args.batch * args.inner;
-    F p_in[kRun], d_in[kRun], x_in[kRun], weight[kRun];
+    F p_in[kCentringRun], d_in[kCentringRun], x_in[kCentringRun], weight[kCentringRun];
     double of_p = 0, of_n = 0;
     const bool whole = args.runs == 0;
-    const int64_t runs = whole ? ceil_div(args.inner, kRun) : args.runs, step = whole ? kRun : args.step;
+    const int64_t runs = whole ? ceil_div(args.inner, kCentringRun) : args.runs,
+                  step = whole ? kCentringRun : args.step;
     for (int64_t run = 0; run < runs; ++run) {
-        const int64_t start = run * step, n = min64(kRun, args.inner - start);
+        const int64_t start = run * step, n = min64(kCentringRun, args.inner - start);
         if (const int64_t soon = start + 12 * step; run + 12 < runs) {
-            fetch(args.c, row + soon);
-            fetch(args.c, row_d + soon);
-            if (args.factor.data) fetch(args.factor, b * args.inner + soon);
+            fetch(args.c, row + soon, kCentringRun);
+            fetch(args.c, row_d + soon, kCentringRun);
+            if (args.factor.data) fetch(args.factor, b * args.inner + soon, kCentringRun);
         }
         const F* p = load(args.c, row + start, n, p_in);
         const F* d = load(args.c, row_d + start, n, d_in);
@@ -272,17 +263,13 @@ void affine_factor(const AffineArgs& args) {
 }
 
 void scale_by(const ScaleArgs& args) {
-    bool wide = false;
-    for (const Operand* operand : {&args.c, &args.factor, &args.n_scale, &args.gain, &args.shift})
-        wide = wide || (operand->data != nullptr && operand->dtype == DType::f64);
+    const bool wide = any_double(args.c, args.factor, args.n_scale, args.gain, args.shift);
     wide ? run_scale<double>(args) : run_scale<float>(args);
 }
 
 void centring(const CentringArgs& args) {
-    bool wide = false;
-    for (const Operand* operand : {&args.c, &args.factor, &args.gain, &args.shift})
-        wide = wide || (operand->data != nullptr && operand->dtype == DType::f64);
-    const int64_t looked_at = args.runs ? args.runs * kRun : args.inner;
+    const bool wide = any_double(args.c, args.factor, args.gain, args.shift);
+    const int64_t looked_at = args.runs ? args.runs * kCentringRun : args.inner;
     parallel_for(args.rhs / 2 * args.batch, args.rhs * args.batch * looked_at, args.threads,
                  wide ? centring_row<double> : centring_row<float>, &args, 0);
 }

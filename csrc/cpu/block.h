@@ -5,9 +5,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -87,6 +84,12 @@ struct TypeOf<double> {
     static constexpr DType value = DType::f64;
 };
 
+// Whether arithmetic is in double.
+template <class... Operands>
+bool any_double(const Operands&... operands) {
+    return ((operands.data != nullptr && operands.dtype == DType::f64) || ...);
+}
+
 // `count` elements of `source` from `offset` on, as F: in place, or converted into `buffer`.
 template <class F>
 RF_INLINE const F* load(const Operand& source, int64_t offset, int64_t count, F* __restrict buffer) {
@@ -107,13 +110,18 @@ RF_INLINE const F* load(const Operand& source, int64_t offset, int64_t count, F*
     return buffer;
 }
 
-// As `load`, and as many elements again on their way to the caches. What is read a block at a time from
-// several places is too short in each for the processor to see it coming.
+// `count` elements on their way to the caches. What is read a block at a time from several places is too
+// short in each for the processor to see it coming.
+RF_INLINE void fetch(const Operand& source, int64_t offset, int64_t count) {
+    const int64_t item = item_size(source.dtype);
+    const char* const from = static_cast<const char*>(source.data) + offset * item;
+    for (int64_t at = 0; at < count * item; at += 64) __builtin_prefetch(from + at);
+}
+
+// As `load`, and as many elements again are fetched.
 template <class F>
 RF_INLINE const F* load_ahead(const Operand& source, int64_t offset, int64_t count, F* __restrict buffer) {
-    const int64_t bytes = count * item_size(source.dtype);
-    const char* const next = static_cast<const char*>(source.data) + offset * item_size(source.dtype) + bytes;
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at);
+    fetch(source, offset + count, count);
     return load(source, offset, count, buffer);
 }
 
@@ -123,31 +131,13 @@ RF_INLINE F* target(const Operand& out, int64_t offset, F* buffer) {
     return out.dtype == TypeOf<F>::value ? static_cast<F*>(out.data) + offset : buffer;
 }
 
-// Rounds `count` floats.
-RF_INLINE void store_bf16(const float* __restrict from, int64_t count, std::uint16_t* __restrict to) {
-    int64_t done = 0;
-#ifdef __AVX512BF16__  // an instruction for the ten that a vector takes otherwise; subnormal numbers become 0
-    for (; done + 32 <= count; done += 32) {
-        const __m512bh both =
-            _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + done + 16), _mm512_loadu_ps(from + done));
-        __builtin_memcpy(to + done, &both, sizeof(both));
-    }
-#endif
-    RF_SIMD
-    for (int64_t i = done; i < count; ++i) to[i] = to_bf16(from[i]);
-}
-
 template <class F>
 RF_INLINE void commit(const Operand& out, int64_t offset, int64_t count, const F* __restrict buffer) {
     if (out.dtype == TypeOf<F>::value) return;
     if (out.dtype == DType::bf16) {
         std::uint16_t* __restrict to = static_cast<std::uint16_t*>(out.data) + offset;
-        if constexpr (TypeOf<F>::value == DType::f32) {
-            store_bf16(buffer, count, to);
-        } else {
-            RF_SIMD
-            for (int64_t i = 0; i < count; ++i) to[i] = to_bf16(static_cast<float>(buffer[i]));
-        }
+        RF_SIMD
+        for (int64_t i = 0; i < count; ++i) to[i] = to_bf16(static_cast<float>(buffer[i]));
     } else if (out.dtype == DType::f32) {
         float* __restrict to = static_cast<float*>(out.data) + offset;
         RF_SIMD

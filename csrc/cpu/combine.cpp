@@ -87,9 +87,7 @@ void combine(const CombineArgs& args) {
     const int64_t tasks = args.batch * chunks;
     Partials partials(tasks * args.rhs);
     const Combine job{args, chunks, args.contrast ? args.rhs / 2 : args.rhs, partials.data()};
-    bool wide = false;
-    for (const Operand* operand : {&args.first, &args.second, &args.a, &args.first_scale, &args.second_scale})
-        wide = wide || (operand->data != nullptr && operand->dtype == DType::f64);
+    const bool wide = any_double(args.first, args.second, args.a, args.first_scale, args.second_scale);
     const Task task = wide ? (args.contrast ? combine_chunk<double, true> : combine_chunk<double, false>)
                            : (args.contrast ? combine_chunk<float, true> : combine_chunk<float, false>);
     parallel_for(tasks, args.rhs * args.batch * args.inner, args.threads, task, &job, 0);

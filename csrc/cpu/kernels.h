@@ -116,9 +116,12 @@ struct ScaleArgs {
     int threads;
 };
 
+// Elements in a row that a sample of coefficients takes.
+constexpr std::int64_t kCentringRun = 32;
+
 // n_scale = sum |P| w / sum |P - D| w over a sample of every row (1 where that is 0 or not finite), w being 1
 // or what ScaleArgs multiplies by: what N has to be multiplied by to become as large as P. The sample is
-// `runs` times 32 elements in a row, `step` apart, or the whole row of `inner` where runs is 0.
+// `runs` times so many, `step` apart, or the whole row of `inner` where runs is 0.
 struct CentringArgs {
     std::int64_t rhs, batch, inner;
     std::int64_t runs, step;

@@ -91,13 +91,6 @@ RF_INLINE void split_span(const Split<F>& job, const Scales<F>& scales, int64_t 
     }
 }
 
-// Rows are read a block at a time from several places, too short in each for the processor to see them
-// coming.
-inline void fetch_block(const Operand& source, int64_t index) {
-    const char* const from = static_cast<const char*>(source.data) + index * item_size(source.dtype);
-    for (int64_t at = 0; at < kBlock * item_size(source.dtype); at += 64) __builtin_prefetch(from + at);
-}
-
 template <class F, bool contrast, bool two, Kind kind>
 void split_chunk(int64_t index, const void* context, void*) {
     const Split<F>& job = *static_cast<const Split<F>*>(context);
@@ -111,20 +104,20 @@ void split_chunk(int64_t index, const void* context, void*) {
     for (int64_t start = begin; start < end; start += kBlock) {
         const int64_t n = min64(kBlock, end - start), whole = vectors ? n / kLanes * kLanes : 0;
         const int64_t next = start + kBlock;
-        fetch_block(args.a, b * args.inner + next);
-        fetch_block(args.b, b * args.inner + next);
+        fetch(args.a, b * args.inner + next, kBlock);
+        fetch(args.b, b * args.inner + next, kBlock);
         for (int64_t t = 0; t < job.groups; ++t) {
             const int64_t cell = t * args.batch + b, cell_d = cell + args.rhs / 2 * args.batch;
             const int64_t row = cell * args.inner, row_d = cell_d * args.inner;
             Scales<F> scales{};
-            fetch_block(args.first, row + next);
-            if (contrast) fetch_block(args.first, row_d + next);
+            fetch(args.first, row + next, kBlock);
+            if (contrast) fetch(args.first, row_d + next, kBlock);
             if (two) {
-                fetch_block(args.second, row + next);
+                fetch(args.second, row + next, kBlock);
                 scales.first_p = load_one<F>(args.first_scale, cell);
                 scales.second_p = load_one<F>(args.second_scale, cell);
                 if (contrast) {
-                    fetch_block(args.second, row_d + next);
+                    fetch(args.second, row_d + next, kBlock);
                     scales.first_n = load_one<F>(args.first_scale, cell_d);
                     scales.second_n = load_one<F>(args.second_scale, cell_d);
                 }
@@ -181,10 +174,8 @@ void run(const SplitArgs& args) {
 }  // namespace
 
 void split(const SplitArgs& args) {
-    bool wide = false;
-    for (const Operand* operand : {&args.first, &args.second, &args.a, &args.b, &args.first_scale,
-                                   &args.second_scale, &args.gain, &args.shift})
-        wide = wide || (operand->data != nullptr && operand->dtype == DType::f64);
+    const bool wide = any_double(args.first, args.second, args.a, args.b, args.first_scale, args.second_scale,
+                                 args.gain, args.shift);
     wide ? run<double>(args) : run<float>(args);
 }
 

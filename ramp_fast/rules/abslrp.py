@@ -277,7 +277,7 @@ class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelecti
     ) -> tuple[gemm.Map, gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.PhaseSelection]:
         weight, bias = self.effective(constants)
         p = self.node.params
-        geometry = gemm.Geometry(p["stride"], p["padding"], p["dilation"], p["groups"])
+        geometry = gemm.Geometry.of(p)
         size = self.node.operands[0].example[2:]
         tiles = len(size) == 2 and geometry.tiles(weight, *size)
         doubled = (2 * weight).to(self.facts.precision.pullback)
@@ -703,10 +703,10 @@ class Add(Operation):
             scaled = [book.scale(z, p, self.node.batch) for p in parts]
             scales = [scale for scale, _ in scaled]
             target = scaled[0][1] + scaled[1][1]
-            first, second = (_channels_inside(p.c) for p in parts)
+            first, second = (p.c.movedim(2, -1) for p in parts)
         else:
             part = parts[0] if len(parts) == 1 else book.merge(z, parts, self.node.batch)
-            first, target = _channels_inside(part.c), part.target
+            first, target = part.c.movedim(2, -1), part.target
         c_x, c_b, m_y, m_b = ops.residual_pullback(
             first,
             scales[0],
@@ -749,11 +749,6 @@ class Add(Operation):
         for (node, c, actual), target in zip(flows, targets, strict=True):
             if node is not None:
                 yield Flow(node, Contribution(c, target, actual))
-
-
-def _channels_inside(c: Tensor) -> Tensor:
-    """``[T, B, C, H, W]`` as ``[T, B, H, W, C]``, contiguous."""
-    return c.movedim(2, -1).contiguous()
 
 
 def only_masks(constant: Tensor) -> bool:
