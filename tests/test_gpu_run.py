@@ -64,7 +64,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 WORKER = """
 import argparse, json, os, sys, time
 parser = argparse.ArgumentParser()
-for name in ("--device", "--only", "--deadline", "--results", "--without"):
+for name in ("--device", "--only", "--deadline", "--results", "--without", "--share"):
     parser.add_argument(name)
 args = parser.parse_args()
 def report(**line):

@@ -10,8 +10,9 @@ other packages, and the operators' times against the limits. Prints a table and 
 ``--device cpu --quick`` runs the same on tiny networks in a few seconds, to test this script. ``RAMP_FAST_PUBLISHED``
 names a checkout of the published package, which is timed as well then.
 
-This process never touches the device. Parts run one after another in ``worker.py``, which is started again where a
-kernel has broken its CUDA context, and killed where one does not end.
+This process never touches the device. Parts run in ``worker.py``: checks, which mostly compile, in several workers side
+by side; what is timed one after another. A worker is started again where a kernel has broken its CUDA context, and
+killed where one does not end.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,7 @@ class Parts:
     def __init__(self, file: Path, record: dict[str, Any], options: list[str], environment: dict[str, str]) -> None:
         self.file, self.record, self.options, self.environment = file, record, options, environment
         self.parts: dict[str, dict[str, Any]] = {}
+        self.lock = threading.Lock()
 
     def write(self) -> None:
         self.record["parts"] = list(self.parts.values())
@@ -88,37 +91,39 @@ class Parts:
         partial.write_text(json.dumps(self.record, indent=1).replace(str(ROOT), "."))
         partial.replace(self.file)
 
-    def run(self, deadline: float) -> None:
-        """All parts in the worker's order; those that broke or hung a worker are not tried again."""
+    def run(self, deadline: float, jobs: int = 1) -> None:
+        """All parts in the worker's order, with several jobs the checks first; what broke is not tried again."""
+        if jobs > 1:
+            shares = [threading.Thread(target=self._share, args=(deadline, f"{i}/{jobs}")) for i in range(jobs)]
+            for share in shares:
+                share.start()
+            for share in shares:
+                share.join()
+        self._share(deadline, "")
+
+    def _share(self, deadline: float, share: str) -> None:
         while time.time() < deadline:
-            done = sorted(self.parts)
-            finished = self._worker(deadline)
-            self._broken("the worker ended while this part ran: its CUDA context or its process is broken")
-            if finished or sorted(self.parts) == done:  # nothing is left, or nothing was even begun
+            begun, finished = self._worker(deadline, share)
+            self._broken(begun, "the worker ended while this part ran: its CUDA context or its process is broken")
+            if finished or not begun:  # nothing is left, or nothing was even begun
                 return
-        self._broken("out of time")
 
-    def _broken(self, why: str) -> None:
-        for part in self.parts.values():
-            if part["status"] == "running":
-                part.update(status="failed", error=why + "\n" + part.pop("output", ""))
-        self.write()
+    def _broken(self, begun: set[str], why: str) -> None:
+        with self.lock:
+            for name in begun:
+                part = self.parts[name]
+                if part["status"] == "running":
+                    part.update(status="failed", error=why + "\n" + part.pop("output", ""))
+            self.write()
 
-    def _worker(self, deadline: float) -> bool:
-        """One worker until it ends, hangs or the time is up; whether it got to the end of its list."""
+    def _worker(self, deadline: float, share: str) -> tuple[set[str], bool]:
+        """One worker until it ends, hangs or the time is up: the parts it began, and whether it reached their end."""
+        begun: set[str] = set()
         with tempfile.TemporaryDirectory() as folder:
             results, output = Path(folder) / "results.jsonl", Path(folder) / "output"
             results.touch()
-            command = [
-                sys.executable,
-                str(WORKER),
-                *self.options,
-                "--deadline",
-                str(deadline),
-                "--results",
-                str(results),
-            ]
-            command += ["--without", ",".join(self.parts)]
+            command = [sys.executable, str(WORKER), *self.options, "--deadline", str(deadline), "--share", share]
+            command += ["--results", str(results), "--without", ",".join(self.parts)]
             with output.open("w") as sink:
                 process = subprocess.Popen(
                     command, stdout=sink, stderr=subprocess.STDOUT, env=os.environ | self.environment, cwd=folder
@@ -127,13 +132,14 @@ class Parts:
             while True:
                 ended = process.poll() is not None
                 lines = results.read_text().splitlines()
-                for line in lines[seen:]:
-                    part = json.loads(line)
-                    self.parts[part["name"]] = part
-                    last, patience = time.time(), HANGS
                 if len(lines) > seen:
-                    seen = len(lines)
-                    self.write()
+                    with self.lock:
+                        for line in lines[seen:]:
+                            part = json.loads(line)
+                            self.parts[part["name"]] = part
+                            begun.add(part["name"])
+                        self.write()
+                    seen, last, patience = len(lines), time.time(), HANGS
                 if ended:
                     break
                 if time.time() - last > patience or time.time() > deadline + HANGS / 4:
@@ -143,12 +149,12 @@ class Parts:
                 time.sleep(0.1)
             if process.returncode != 0:
                 tail = output.read_text(errors="replace")[-3000:]
-                if not any(part["status"] == "running" for part in self.parts.values()):
+                running = [self.parts[name] for name in begun if self.parts[name]["status"] == "running"]
+                if not running:
                     self.record.setdefault("broken", []).append(tail)
-                for part in self.parts.values():
-                    if part["status"] == "running":
-                        part["output"] = tail
-            return process.returncode == 0
+                for part in running:
+                    part["output"] = tail
+            return begun, process.returncode == 0
 
 
 def table(parts: list[dict[str, Any]]) -> str:
@@ -175,6 +181,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny networks and operands, to test this script")
     parser.add_argument("--only", default="", metavar="PREFIXES", help="parts whose names begin so, comma-separated")
+    parser.add_argument("--jobs", type=int, default=1, help="workers that check at the same time (1)")
     parser.add_argument("--rebuild", action="store_true", help="build the extension even if one is installed")
     args = parser.parse_args()
 
@@ -192,7 +199,7 @@ def main() -> int:
     options = ["--device", args.device, "--only", args.only, *(["--quick"] if args.quick else [])]
     parts = Parts(file, record, options, environment)
     parts.write()
-    parts.run(time.time() + 60 * args.minutes)
+    parts.run(time.time() + 60 * args.minutes, args.jobs)
     parts.write()
     print(table(record["parts"]))  # type: ignore[arg-type]
     for output in record.get("broken", []):

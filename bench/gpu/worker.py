@@ -292,8 +292,7 @@ def time_network(device: Device, name: str) -> dict[str, Any]:
                 if way not in calls:
                     calls[way] = prepare()
                 call = calls[way]
-                if way in ("mixed", "fast") and not bool(call(images, target).maps.isfinite().all()):
-                    raise RuntimeError("maps are not finite")
+                found = _looked_at(call, images, target) if way in ("mixed", "fast") else {}
                 seconds = device.seconds(lambda call=call, x=images, y=target: call(x, y), rounds=10)
             except Exception as error:
                 failed.append(f"{way}, batch {batch}: {type(error).__name__}: {str(error)[:500]}")
@@ -301,11 +300,54 @@ def time_network(device: Device, name: str) -> dict[str, Any]:
                 continue
             forward = seconds if way == "forward" else forward
             row: dict[str, Any] = {"batch": batch, "way": way, "ms_image": 1e3 * seconds / batch}
-            row |= {"images/s": batch / seconds, "forwards": seconds / forward if forward else None}
+            row |= {"images/s": batch / seconds, "forwards": seconds / forward if forward else None} | found
             if device.is_cuda:
                 row["peak_MB"] = torch.cuda.max_memory_allocated(device.torch) / 1e6
             rows.append(row)
     return {"rows": rows, "wrong": failed, "left_out": left, "missing": missing}
+
+
+def _looked_at(call: Callable[[Tensor, Tensor], Any], images: Tensor, target: Tensor) -> dict[str, Any]:
+    """How far, of their largest number, maps move when they are computed again, replayed, and without neighbours."""
+    first = call(images, target).maps
+    if not bool(first.isfinite().all()):
+        raise RuntimeError("maps are not finite")
+    call(images, target)  # recorded
+    replayed, alone = call(images, target).maps, call(images[:1], target[:1]).maps
+    scale = float(first.abs().max())
+    return {
+        "replayed": float((replayed - first).abs().max()) / scale,
+        "alone": float((alone - first[:1]).abs().max()) / scale,
+    }
+
+
+def profile_network(device: Device, name: str, precision: str) -> dict[str, Any]:
+    """What an attribution's time goes to: kernels by their names, without the gaps between them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model, shape = _network(name, device)
+    rule = AbsLRP(stabilizer=RelativeStabilizer(0.1)) if precision == "fast" else AbsLRP()
+    engine = Engine(model, rule=rule, precision=precision, input_shape=shape, cuda_graphs=False)
+    batch = 2 if device.quick else 64
+    images = torch.randn((batch, *shape), generator=torch.Generator().manual_seed(batch)).to(device.torch)
+    target = torch.zeros(batch, dtype=torch.long, device=device.torch)
+    for _ in range(2):
+        engine.attribute(images, target)
+    device.synchronize()
+    kind = ProfilerActivity.CUDA if device.is_cuda else ProfilerActivity.CPU
+    with profile(activities=[kind]) as found:
+        engine.attribute(images, target)
+        device.synchronize()
+    times = [
+        (event.self_device_time_total if device.is_cuda else event.self_cpu_time_total, event.count, event.key)
+        for event in found.key_averages()
+    ]
+    whole = sum(time for time, _, _ in times) or 1.0
+    rows = [
+        {"ms": time / 1e3, "%": 100 * time / whole, "calls": count, "kernel": key[:100]}
+        for time, count, key in sorted(times, reverse=True)[:30]
+    ]
+    return {"rows": rows, "ms": whole / 1e3, "batch": batch}
 
 
 def _attributing(engine: Engine) -> Callable[[Tensor, Tensor], Any]:
@@ -326,6 +368,10 @@ def all_parts(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
     parts |= {f"check:{name}:{backend}": partial(check_operator, device, name, backend) for name, backend in pairs}
     parts |= {f"golden:{case}": partial(check_golden, device, case) for case in golden}
     parts[f"network:{networks[0]}"] = partial(time_network, device, networks[0])
+    parts |= {
+        f"profile:{name}:{precision}": partial(profile_network, device, name, precision)
+        for name, precision in ((networks[0], "mixed"), (networks[0], "fast"), (networks[1], "mixed"))
+    }
     parts |= {f"time:{name}:{backend}": partial(time_operator, device, name, backend) for name, backend in pairs}
     parts |= {f"network:{name}": partial(time_network, device, name) for name in networks[1:]}
     return parts
@@ -337,6 +383,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default="")
     parser.add_argument("--without", default="", help="parts that are done")
+    parser.add_argument("--share", default="", help="i/n: of the checks every n-th from i on, and nothing else")
     parser.add_argument("--deadline", type=float, required=True, help="seconds since the epoch")
     parser.add_argument("--results", type=Path, required=True)
     args = parser.parse_args()
@@ -353,7 +400,13 @@ def main() -> int:
         with args.results.open("a") as sink:
             sink.write(json.dumps(line) + "\n")
 
-    for name, part in all_parts(device).items():
+    parts = all_parts(device)
+    if args.share:
+        first, jobs = map(int, args.share.split("/"))
+        torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+        names = [name for name in parts if name.startswith(("check:", "golden:"))]
+        parts = {name: parts[name] for name in names[first::jobs]}
+    for name, part in parts.items():
         measured = name == "limits" and name in done  # in a worker before this one: the roofline needs them again
         if measured and not device.out_of_time():
             part()
