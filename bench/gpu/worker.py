@@ -38,7 +38,7 @@ class Device:
     """Where everything runs, its clock, and its limits once they are measured."""
 
     def __init__(self, name: str, quick: bool, deadline: float) -> None:
-        self.torch = torch.device(name)
+        self.torch = torch.device(f"{name}:0" if name == "cuda" else name)  # an index, which set_device wants
         self.is_cuda = self.torch.type == "cuda"
         self.quick, self.deadline = quick, deadline
         self.backends = ("cuda", "triton") if self.is_cuda else ("cpu",)
