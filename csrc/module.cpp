@@ -19,6 +19,7 @@ PYBIND11_MODULE(_C, m) {
     rf::register_junction(m);
     rf::register_linear(m);
     rf::register_masking(m);
+    rf::register_masses(m);
     rf::register_max_pool(m);
     rf::register_norm(m);
     rf::register_phases(m);

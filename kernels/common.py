@@ -6,7 +6,7 @@ import contextvars
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -67,6 +67,49 @@ def launch_tuned(
 def device_name(tensor: Tensor) -> str:
     """What tensors on the same kind of device have in common."""
     return "cpu" if tensor.device.type == "cpu" else torch.cuda.get_device_name(tensor.device)
+
+
+# Whether this Triton has tensor descriptors, by which the copy engine of sm_90 and later loads whole tiles.
+DESCRIPTORS = hasattr(tl, "make_tensor_descriptor") and hasattr(triton, "set_allocator")
+# Addresses and rows that descriptors want are multiples of so many bytes.
+DESCRIBED_BYTES = 16
+
+
+def offered(configs: Iterable[triton.Config], major: int, row: int) -> list[triton.Config]:
+    """Those that exist for a compute capability and rows of so many bytes."""
+    described = DESCRIPTORS and major >= 9 and row % DESCRIBED_BYTES == 0
+    return [config for config in configs if described or not config.kwargs["DESCRIBED"]]
+
+
+def fitting(
+    configs: list[triton.Config], device: torch.device, row: int, width: int, step: Callable[[triton.Config], int]
+) -> list[triton.Config]:
+    """Those worth trying: they fit into shared memory and are no wider than the layer; the smallest if none does.
+
+    Parameters
+    ----------
+    configs : list of triton.Config
+        Of a product, with BLOCK_N and DESCRIBED.
+    device : torch.device
+    row : int
+        Bytes of a row of its operands.
+    width : int
+        Columns of its result.
+    step : callable
+        Bytes of the tiles that one step multiplies.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    in_flight = 0 if properties.major >= 9 else 1  # before wgmma the tile that is multiplied lies in registers
+    configs = offered(configs, properties.major, row)
+    widest = max(min(c.kwargs["BLOCK_N"] for c in configs), triton.next_power_of_2(width))
+    room = properties.shared_memory_per_block_optin
+    kept = [c for c in configs if (c.num_stages - in_flight) * step(c) <= room and c.kwargs["BLOCK_N"] <= widest]
+    return kept or [min(configs, key=step)]
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """``tensor`` where descriptors may point: a configuration found with other tensors may rely on that."""
+    return tensor if tensor.data_ptr() % DESCRIBED_BYTES == 0 else tensor.clone()
 
 
 WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)

@@ -116,8 +116,7 @@ def _split(
                 BLOCK=BLOCK,
                 num_warps=WARPS,
             )
-    mass_a, mass_b = sum_partials(masses).unbind(0)
-    return c_a, c_b, mass_a.clone(), mass_b.clone()
+    return c_a, c_b, sum_partials(masses[0]), sum_partials(masses[1])
 
 
 def junction(

@@ -6,16 +6,12 @@
 
 Both halves of the weights lie row by row beside each other, so one product with ``2 BLOCK_N`` columns reads c once and
 leaves both sums of an element in one thread, which keeps one of them. K is walked in steps of a fixed size in a fixed
-order, whatever the tile and however many rows there are.
-
-Instead, a library can multiply by both halves and the kernel only choose. Which is faster is measured once for each
-shape of the weights. A library's product is not the same to the last bit for every number of rows, and in float32 it
-follows ``torch.backends.cuda.matmul``, which the engine sets to true float32.
+order, whatever the tile and however many rows there are. (A library that multiplies by both halves for a kernel to
+choose from is slower, and sums a row in an order that depends on how many there are.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,20 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ramp_fast.kernels.choice import fastest
-from ramp_fast.kernels.common import INTERPRETED, device_name, dot, launch_tuned, sum_partials
+from ramp_fast.kernels.common import DESCRIPTORS, INTERPRETED, aligned, dot, fitting, launch_tuned, sum_partials
 from ramp_fast.kernels.norm import block_and_warps, row_statistics
-from ramp_fast.ops._registry import forced_backend
 from ramp_fast.ops.linear import linear_norm_pullback_equation, linear_pullback_equation
 
 # Columns that one partial mass sums over; divides every BLOCK_N.
 MASS_COLUMNS: tl.constexpr = tl.constexpr(64)
 # Neighbouring tiles share rows of c: so many row tiles go through all their columns before the next ones start.
 GROUP: tl.constexpr = tl.constexpr(8)
-
-
-# Whether this Triton has tensor descriptors, by which the copy engine of sm_90 and later loads whole tiles.
-DESCRIPTORS = hasattr(tl, "make_tensor_descriptor") and hasattr(triton, "set_allocator")
 
 
 def _config(rows: int, columns: int, depth: int, warps: int, stages: int, described: bool = False) -> triton.Config:
@@ -59,10 +49,8 @@ CONFIGS = {
 }
 # bfloat16 products are exact; float32 ones are the sum of three products of tf32 parts.
 PRECISION = {torch.bfloat16: "ieee", torch.float32: "tf32x3"}
-# Where the sums come from a library.
-CHOOSING = _config(32, 64, 16, 8, 1)
-# Of one map, for measuring.
-MEASURED_ROWS = 4096
+# Fewer rows of c than this have a configuration of their own.
+FEW_ROWS = 1024
 if INTERPRETED:
     CONFIGS = dict.fromkeys(CONFIGS, (_config(32, 128, 16, 4, 1),))
 
@@ -84,8 +72,8 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def linear_pullback_kernel(
-    c_ptr,  # [T, rows, K]; if SUMMED [T, rows, I, 2]: its products with both halves, in float32
-    halves_ptr,  # [I, 2, K]: W+ and W-; not read if SUMMED
+    c_ptr,  # [T, rows, K]
+    halves_ptr,  # [I, 2, K]: W+ and W-
     x_ptr,  # [rows, I]
     out_ptr,  # [T, rows, I]
     statistics_ptr,  # [rows, 3]; this and the next three only with NORM
@@ -100,8 +88,8 @@ def linear_pullback_kernel(
     NORM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    SUMMED: tl.constexpr,
     PRECISION: tl.constexpr,
+    FEW: tl.constexpr,  # rows: another configuration is the fastest then
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -134,9 +122,7 @@ def linear_pullback_kernel(
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = inside_rows[:, None] & (column < WIDTH)[None, :]
     half = tl.minimum(tile_n * 2 * BLOCK_N + tl.arange(0, 2 * BLOCK_N), 2 * WIDTH - 1).to(tl.int64)
-    if SUMMED:
-        sums = tl.load(c_ptr + c_row[:, None] * (2 * WIDTH) + half[None, :])
-    elif DESCRIBED:
+    if DESCRIBED:
         sums = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
         w_tiles = tl.make_tensor_descriptor(
             halves_ptr, shape=[2 * WIDTH, DEPTH], strides=[DEPTH, 1], block_shape=[2 * BLOCK_N, BLOCK_K]
@@ -236,12 +222,9 @@ def _launch(
     norm: tuple[Any, ...],
     masses: Tensor | None,
     sides: int,
-    library: bool,
 ) -> None:
     """One call for both operators; ``norm`` is (statistics, weight, bias) or empty."""
     statistics, weight, bias = norm or (None, None, None)
-    # Which a configuration found with other tensors may rely on.
-    c, panels = (t if t.data_ptr() % DESCRIBED_BYTES == 0 else t.clone() for t in (c, panels))
     depth, width = c.shape[-1], x.shape[-1]
     rows, maps = x.numel() // width, c.shape[0] // sides
 
@@ -250,13 +233,13 @@ def _launch(
 
     launch_tuned(
         linear_pullback_kernel,
-        (CHOOSING,) if library else CONFIGS[c.dtype],
-        ("DEPTH", "WIDTH", "NORM", "SIDES"),
-        fitting,
+        CONFIGS[c.dtype],
+        ("DEPTH", "WIDTH", "NORM", "SIDES", "FEW"),
+        worth_trying,
         grid,
         (
-            _products(c, panels) if library else c,
-            panels,
+            aligned(c),
+            aligned(panels),
             x,
             out,
             x if statistics is None else statistics,
@@ -272,75 +255,19 @@ def _launch(
         NORM=bool(norm),
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
-        SUMMED=library,
         PRECISION=PRECISION[c.dtype],
+        FEW=c.shape[0] * rows < FEW_ROWS,
     )
 
 
-# Descriptors want addresses and rows that are multiples of this.
-DESCRIBED_BYTES = 16
-
-
-def offered(configs: Iterable[triton.Config], major: int, row: int) -> list[triton.Config]:
-    """Those that exist for a compute capability and rows of so many bytes."""
-    described = major >= 9 and row % DESCRIBED_BYTES == 0
-    return [config for config in configs if described or not config.kwargs["DESCRIBED"]]
-
-
-def fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
-    """Those worth trying: they fit into shared memory and are no wider than the layer; the smallest if none does."""
+def worth_trying(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
     c = arguments["c_ptr"]
-    properties = torch.cuda.get_device_properties(c.device)
-    room = properties.shared_memory_per_block_optin
-    in_flight = 0 if properties.major >= 9 else 1  # before wgmma the tile that is multiplied lies in registers
 
-    def shared(config: triton.Config) -> int:
+    def step(config: triton.Config) -> int:
         tile = config.kwargs["BLOCK_M"] + 2 * config.kwargs["BLOCK_N"]
-        return int((config.num_stages - in_flight) * tile * config.kwargs["BLOCK_K"] * c.element_size())
+        return int(tile * config.kwargs["BLOCK_K"] * c.element_size())
 
-    configs = offered(configs, properties.major, constants["DEPTH"] * c.element_size())
-    narrowest = min(config.kwargs["BLOCK_N"] for config in configs)
-    widest = max(narrowest, triton.next_power_of_2(constants["WIDTH"]))
-    kept = [config for config in configs if shared(config) <= room and config.kwargs["BLOCK_N"] <= widest]
-    return kept or [min(configs, key=shared)]
-
-
-def _products(c: Tensor, panels: Tensor) -> Tensor:
-    """``c`` with both halves, [T, ..., I, 2] in float32, from a library."""
-    rows, halves = c.flatten(0, -2), panels.flatten(0, 1).t()
-    if c.dtype == torch.float32:
-        return rows @ halves
-    if c.device.type == "cpu":  # interpreted; torch has no products there that widen
-        return rows.float() @ halves.float()
-    return torch.mm(rows, halves, out_dtype=torch.float32)
-
-
-def _measures(c: Tensor) -> bool:
-    """Whether there is a choice: a backend that was asked for by name runs its own kernel."""
-    return c.device.type != "cpu" and forced_backend() != "triton"
-
-
-def _takes_library(c: Tensor, panels: Tensor, x: Tensor, norm: bool, sides: int, call: Callable[..., object]) -> bool:
-    """Whether a library's product is faster for weights of this shape; ``call(c, x, library)`` is what is measured."""
-    if not _measures(c):
-        return False
-    key = "linear_pullback", device_name(c), c.dtype, x.dtype, tuple(panels.shape), norm, sides
-
-    def draw(like: Tensor, *shape: int) -> Tensor:
-        generator = torch.Generator(like.device).manual_seed(0)  # the caller's random numbers stay as they are
-        return torch.randn(shape, generator=generator, device=like.device).to(like.dtype)
-
-    given: list[Tensor] = []  # drawn only if it is measured
-
-    def way(library: bool) -> Callable[[], object]:
-        def run() -> object:
-            if not given:
-                given.extend([draw(c, sides, 1, MEASURED_ROWS, c.shape[-1]), draw(x, 1, MEASURED_ROWS, x.shape[-1])])
-            return call(*given, library)
-
-        return run
-
-    return fastest(key, {"kernel": way(False), "library": way(True)}) == "library"
+    return fitting(configs, c.device, constants["DEPTH"] * c.element_size(), constants["WIDTH"], step)
 
 
 def linear_pullback(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -348,15 +275,10 @@ def linear_pullback(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) ->
     if panels.dtype == torch.float64:  # tensor cores gain nothing there: the equation serves
         return linear_pullback_equation(c, panels, x, dtype)
     _check(c, panels, x)
-    panels = panels.contiguous()
-
-    def call(c: Tensor, x: Tensor, library: bool) -> Tensor:
-        out = torch.empty((c.shape[0], *x.shape), dtype=dtype, device=c.device)
-        if out.numel():
-            _launch(c.contiguous(), panels, x.contiguous(), out, (), None, 1, library)
-        return out
-
-    return call(c, x, _takes_library(c, panels, x, False, 1, call))
+    out = torch.empty((c.shape[0], *x.shape), dtype=dtype, device=c.device)
+    if out.numel():
+        _launch(c.contiguous(), panels.contiguous(), x.contiguous(), out, (), None, 1)
+    return out
 
 
 def linear_norm_pullback(
@@ -373,20 +295,16 @@ def linear_norm_pullback(
     if contrast and c.shape[0] % 2:
         raise ValueError(f"c {list(c.shape)}: with contrast the first axis holds P and D rows and must be even")
     sides = 2 if contrast else 1
-    panels = panels.contiguous()
     vectors = [None if v is None else v.contiguous() for v in (weight, bias)]
-
-    def call(c: Tensor, x: Tensor, library: bool) -> tuple[Tensor, Tensor]:
-        c, x = c.contiguous(), x.contiguous()
-        out = torch.empty((c.shape[0], *x.shape), dtype=torch.float32, device=c.device)
-        slots = triton.cdiv(width, MASS_COLUMNS.value)
-        masses = torch.empty((*out.shape[:-1], slots), dtype=torch.float32, device=c.device)
-        if out.numel():
-            statistics = torch.empty((x.numel() // width, 3), dtype=torch.float32, device=c.device)
-            block, warps = block_and_warps(width)
-            with torch.cuda.device_of(c):
-                statistics_kernel[(len(statistics),)](x, statistics, WIDTH=width, EPS=eps, BLOCK=block, num_warps=warps)
-            _launch(c, panels, x, out, (statistics, *vectors), masses, sides, library)
-        return out, sum_partials(masses.flatten(2))
-
-    return call(c, x, _takes_library(c, panels, x, True, sides, call))
+    c, x = c.contiguous(), x.contiguous()
+    out = torch.empty((c.shape[0], *x.shape), dtype=torch.float32, device=c.device)
+    masses = torch.empty(
+        (*out.shape[:-1], triton.cdiv(width, MASS_COLUMNS.value)), dtype=torch.float32, device=c.device
+    )
+    if out.numel():
+        statistics = torch.empty((x.numel() // width, 3), dtype=torch.float32, device=c.device)
+        block, warps = block_and_warps(width)
+        with torch.cuda.device_of(c):
+            statistics_kernel[(len(statistics),)](x, statistics, WIDTH=width, EPS=eps, BLOCK=block, num_warps=warps)
+        _launch(c, panels.contiguous(), x, out, (statistics, *vectors), masses, sides)
+    return out, sum_partials(masses.flatten(2))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ramp_fast.kernels.common import compute_dtype, sum_partials
 from ramp_fast.ops._common import same_layout
-from ramp_fast.ops.scaling import centring_equation as centring  # noqa: F401 (a few thousand numbers: no kernel pays)
+from ramp_fast.ops.scaling import CENTRE_RUN, centring_runs
 
 BLOCK = 2048
 WARPS = 8
@@ -186,6 +186,52 @@ def scale_by_kernel(
             tl.store(out_ptr + offset, _diagonal(d, x, GATE).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def centring_kernel(
+    c_ptr,  # [T, B, inner]
+    x_ptr,  # [B, inner]; not read unless WEIGHTED
+    gain_ptr,  # [CHANNELS]; this and the next are not read unless AFFINE
+    shift_ptr,  # [CHANNELS]
+    out_ptr,  # [T / 2, B]
+    side,  # T / 2 B inner
+    batch,  # B
+    inner,
+    step,  # between two runs
+    COUNT: tl.constexpr,  # numbers looked at
+    RUN: tl.constexpr,  # as many lie side by side
+    CHANNELS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    AFFINE: tl.constexpr,  # c is compared behind affine_pullback, whose y is x and whose relu is GATE
+    GATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # in [T / 2, B]
+    number = tl.arange(0, BLOCK)
+    inside = number < COUNT
+    element = number // RUN * step + number % RUN
+    p = tl.load(c_ptr + row * inner + element, mask=inside, other=0.0).to(tl.float64)
+    d = tl.load(c_ptr + side + row * inner + element, mask=inside, other=0.0).to(tl.float64)
+    of_p = tl.abs(p)
+    of_n = tl.abs(p - d)
+    if WEIGHTED:
+        x = tl.load(x_ptr + row % batch * inner + element, mask=inside, other=0.0).to(tl.float64)
+        if AFFINE:
+            gain = tl.load(gain_ptr + element % CHANNELS).to(tl.float64)
+            shift = tl.load(shift_ptr + element % CHANNELS).to(tl.float64)
+            weight = tl.abs(gain) * tl.where(x > shift, 2.0, tl.where(x < shift, 0.0, 1.0))
+            if GATE:
+                weight = tl.where(x > 0, 2 * weight, 0.0)
+        elif GATE:
+            weight = tl.where(x > 0, 1.0, 0.0)
+        else:
+            weight = tl.abs(x)
+        of_p *= weight
+        of_n *= weight
+    alpha = tl.sum(of_p, 0) / tl.sum(of_n, 0)
+    alpha = tl.where((alpha > 0) & (alpha < float("inf")), alpha, 1.0)
+    tl.store(out_ptr + row, alpha.to(out_ptr.dtype.element_ty))
+
+
 def check_sides(c: Tensor, samples: tuple[Tensor, ...], scales: tuple[Tensor, ...], contrast: bool) -> None:
     """Shapes of coefficients [T, B, ...], of samples [B, ...] and of scales [T, B]."""
     if c.ndim < 2:
@@ -315,3 +361,40 @@ def scale_by(c: Tensor, factor: Tensor, n_scale: Tensor | None = None) -> Tensor
 def gate(c: Tensor, x: Tensor, n_scale: Tensor | None = None) -> Tensor:
     """``ramp_fast::gate`` for c [T, B, ...], x [B, ...] and n_scale [T / 2, B]."""
     return _scale_by(c, x, n_scale, True)
+
+
+def centring(
+    c: Tensor,
+    factor: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: bool = False,
+) -> Tensor:
+    """``ramp_fast::centring`` for c [T, B, ...], factor [B, ...], gain and shift [C]."""
+    check_sides(c, () if factor is None else (factor,), (), True)
+    affine = factor is not None and gain is not None and shift is not None
+    c, x = c.contiguous(), c if factor is None else factor.contiguous()
+    out = torch.empty((c.shape[0] // 2, c.shape[1]), dtype=compute_dtype(c, factor, gain, shift)[0], device=c.device)
+    inner = inner_size(c)
+    runs, step = centring_runs(inner)
+    count, run = (runs * CENTRE_RUN, CENTRE_RUN) if runs else (inner, max(inner, 1))
+    if not inner:
+        out.fill_(1)
+    elif out.numel():
+        with torch.cuda.device_of(c):
+            centring_kernel[(out.numel(),)](
+                c,
+                x,
+                gain.contiguous() if affine and gain is not None else c,
+                shift.contiguous() if affine and shift is not None else c,
+                *(out, out.numel() * inner, c.shape[1], inner, step),
+                COUNT=count,
+                RUN=run,
+                CHANNELS=gain.numel() if affine and gain is not None else 1,
+                WEIGHTED=factor is not None,
+                AFFINE=affine,
+                GATE=gate,
+                BLOCK=triton.next_power_of_2(max(count, 1)),
+                num_warps=WARPS,
+            )
+    return out

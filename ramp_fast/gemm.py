@@ -7,7 +7,8 @@ On CPUs the routines are oneDNN's with weights packed ahead: float32 there is ar
 know the processor about a third faster than the default route; from eight rows on results do not depend on their
 number. With tile registers (AMX) matrices are :func:`ramp_fast.ops.product`'s: float32 in whole numbers of 24 bits is
 faster than oneDNN's and its errors are smaller, and oneDNN's bfloat16 products there give a row other bits in another
-batch.
+batch. So they are on GPUs, for the same two reasons: float32 in parts of bfloat16 is multiplied by tensor cores, and
+cuBLAS chooses the order of its sums by the number of rows.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class Matrix:
         self.nbytes = weight.numel() * weight.element_size()
         self.width = weight.shape[0]
         self.tiles: Tensor | None = None
-        if self.packed and ops.has_tiles() and weight.shape[1] <= ops.DIGIT_DEPTH:
+        if weight.numel() and ops.multiplies(weight):
             self.tiles = ops.pack_tiles(weight)
             self.nbytes = self.tiles.numel() * self.tiles.element_size()
             self.kernel = f"product-{dtype}"
@@ -306,8 +307,8 @@ class PixelForward:
         return y.relu_() if self.relu else y
 
 
-# Of float32 and single pixels: from here on a product on tiles takes two thirds of the time of oneDNN's convolution,
-# and below, or of bfloat16, not less (bench/NOTES.md).
+# Of float32 and single pixels on CPUs: from here on a product on tiles takes two thirds of the time of oneDNN's
+# convolution, and below, or of bfloat16, not less (bench/NOTES.md).
 _PIXEL_CHANNELS = 128
 
 
@@ -316,7 +317,8 @@ def convolution(
 ) -> PixelForward | ConvForward:
     """:class:`ConvForward`, or what is faster."""
     pixels = geometry.pixels(weight) and weight.dtype == torch.float32
-    if pixels and ops.has_tiles() and _PIXEL_CHANNELS <= weight.shape[1] <= ops.DIGIT_DEPTH:
+    enough = weight.shape[1] >= _PIXEL_CHANNELS or weight.device.type != "cpu"
+    if pixels and enough and ops.multiplies(weight.flatten(1)):
         return PixelForward(weight, bias, geometry.stride, relu)
     return ConvForward(weight, bias, geometry, relu)
 

@@ -144,7 +144,7 @@ class Bookkeeping:
     def scale(self, x: Tensor, part: Contribution, axis: BatchAxis) -> tuple[Tensor, Tensor]:
         """The factor that gives ``part`` its target mass, and the mass it then has (0 where it is all zero)."""
         actual = part.actual if part.actual is not None else self.mass(x, part.c, axis)
-        return divide(part.target, actual), part.target * (actual > 0)
+        return ops.scale_to(part.target, actual)
 
     def exact(self, x: Tensor, part: Contribution, axis: BatchAxis) -> Contribution:
         """``part`` scaled to its target mass."""
@@ -178,8 +178,3 @@ class Bookkeeping:
 def total(masses: Iterable[Tensor]) -> Tensor:
     """Their sum; these tensors are tiny, so the number of operations is what counts."""
     return functools.reduce(operator.add, masses)
-
-
-def divide(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b`` with 0 where ``b`` is 0: relevance that is zero everywhere stays zero."""
-    return (a / b).masked_fill_(b == 0, 0)

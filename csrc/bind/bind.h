@@ -15,6 +15,7 @@ void register_cuda(py::module_& m);  // where RF_HAVE_CUDA
 void register_junction(py::module_& m);
 void register_linear(py::module_& m);
 void register_masking(py::module_& m);
+void register_masses(py::module_& m);
 void register_max_pool(py::module_& m);
 void register_norm(py::module_& m);
 void register_phases(py::module_& m);

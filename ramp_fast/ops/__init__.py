@@ -20,11 +20,12 @@ from ramp_fast.ops.attention import attention_pullback, softmax_pullback
 from ramp_fast.ops.junction import junction, merge_junction, residual_pullback
 from ramp_fast.ops.linear import linear_norm_pullback, linear_pullback, pack_panels
 from ramp_fast.ops.masking import copies_in_turn, mask_steps, masked_copies
+from ramp_fast.ops.masses import scale_to, share
 from ramp_fast.ops.max_pool import max_pool_pullback, unpool
 from ramp_fast.ops.norm import norm_pullback
 from ramp_fast.ops.phases import select_phases
 from ramp_fast.ops.scaling import affine_pullback, centring, gate, mass, merge, rescale, rescale_parts, scale_by
-from ramp_fast.ops.tiles import DIGIT_DEPTH, has_tiles, pack_tiles, product
+from ramp_fast.ops.tiles import DIGIT_DEPTH, has_tiles, multiplies, pack_tiles, product
 
 __all__ = [
     "BACKENDS",
@@ -49,6 +50,7 @@ __all__ = [
     "max_pool_pullback",
     "merge",
     "merge_junction",
+    "multiplies",
     "norm_pullback",
     "pack_panels",
     "pack_tiles",
@@ -57,9 +59,11 @@ __all__ = [
     "rescale_parts",
     "residual_pullback",
     "scale_by",
+    "scale_to",
     "select_phases",
     "set_backend",
     "set_cpu_isa",
+    "share",
     "softmax_pullback",
     "unavailable",
     "unpool",

@@ -16,6 +16,7 @@ __all__ = [
     "C",
     "affine_factor_from",
     "compute_dtype",
+    "divide",
     "halves",
     "mass_equation",
     "per_sample",
@@ -28,6 +29,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of arithmetic and masses: float64 as soon as an operand is, else float32."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
+
+
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    """``a / b`` with 0 where ``b`` is 0: relevance that is zero everywhere stays zero."""
+    return (a / b).masked_fill_(b == 0, 0)
 
 
 def same_layout(coefficients: tuple[Tensor, ...], samples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -351,17 +351,17 @@ def affine_pullback(
 
 
 # Coefficients that `centring` looks at, at most, per right-hand side and sample, and how many of them in a row.
-_CENTRE_SAMPLE, _CENTRE_RUN = 2048, 32
+CENTRE_SAMPLE, CENTRE_RUN = 2048, 32
 
 
-def _centring_runs(length: int) -> tuple[int, int]:
+def centring_runs(length: int) -> tuple[int, int]:
     """How many runs of a row are looked at, and how far apart they begin; none: the whole row."""
-    if length <= _CENTRE_SAMPLE:
+    if length <= CENTRE_SAMPLE:
         return 0, 0
-    runs = _CENTRE_SAMPLE // _CENTRE_RUN
+    runs = CENTRE_SAMPLE // CENTRE_RUN
     step = length // runs
     # Channels are a power of two, mostly: runs a multiple of it apart would see the same few.
-    return runs, step - _CENTRE_RUN if step % (2 * _CENTRE_RUN) == 0 else step
+    return runs, step - CENTRE_RUN if step % (2 * CENTRE_RUN) == 0 else step
 
 
 def centring_equation(
@@ -372,12 +372,12 @@ def centring_equation(
     gate: bool = False,
 ) -> Tensor:
     dtype = compute_dtype(c, factor, gain, shift)
-    runs, step = _centring_runs(c.shape[2:].numel())
+    runs, step = centring_runs(c.shape[2:].numel())
 
     def sample(rows: Tensor) -> Tensor:
         """``[..., M]`` without what is not looked at."""
         if runs:
-            rows = rows[..., : runs * step].unflatten(-1, (runs, step))[..., :_CENTRE_RUN].flatten(-2)
+            rows = rows[..., : runs * step].unflatten(-1, (runs, step))[..., :CENTRE_RUN].flatten(-2)
         return rows.to(dtype)
 
     p, d = sample(c.flatten(2) if c.ndim > 2 else c.unsqueeze(-1)).chunk(2)
@@ -414,7 +414,7 @@ def _centring_cpu(
 ) -> Tensor:
     out = _centring_fake(c, factor, gain, shift)
     x, size, offset = (None if t is None else t.contiguous() for t in (factor, gain, shift))
-    runs, step = _centring_runs(c.shape[2:].numel())
+    runs, step = centring_runs(c.shape[2:].numel())
     C.centring(c.contiguous(), x, size, offset, gate, runs, step, out, get_num_threads())
     return out
 

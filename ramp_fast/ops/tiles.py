@@ -1,7 +1,8 @@
-"""Matrix products on tile registers (AMX), which multiply bfloat16, and bytes twice as fast.
+"""Matrix products on units that multiply small numbers: tile registers (AMX) and the tensor cores of GPUs.
 
-float32 is multiplied as whole numbers in three digits of a byte (csrc/cpu/digits.h), after Ootomo, Ozaki and Yokota,
-"DGEMM on integer matrix multiplication unit", 2024 (arXiv 2306.11975).
+Both multiply bfloat16, tile registers bytes twice as fast. float32 is multiplied there as whole numbers in three digits
+of a byte (csrc/cpu/digits.h), after Ootomo, Ozaki and Yokota, "DGEMM on integer matrix multiplication unit", 2024
+(arXiv 2306.11975), and on tensor cores as sums of two float16 numbers (kernels/product.py).
 """
 
 from __future__ import annotations
@@ -33,8 +34,19 @@ _CENTRE = sum(128 << place for place in _PLACES)  # added, digits from -128 to 1
 DIGIT_DEPTH = 1 << 15
 
 
+# Of operands, on tensor cores.
+_TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def multiplies(weight: Tensor) -> bool:
+    """Whether :func:`product` has a kernel for weights ``[I, K]`` of this dtype on their device."""
+    if weight.device.type == "cpu" and "cpu" in backends_for("cpu"):
+        return has_tiles() and weight.dtype in _TENSOR_CORE_DTYPES and weight.shape[1] <= DIGIT_DEPTH
+    return "triton" in backends_for(weight.device.type) and weight.dtype in _TENSOR_CORE_DTYPES
+
+
 def pack_tiles(weight: Tensor) -> Tensor:
-    """Weights ``[I, K]`` (outputs, inputs) for :func:`product`.
+    """Weights ``[I, K]`` (outputs, inputs) for :func:`product`, in the layout of the backend that runs on their device.
 
     Parameters
     ----------
@@ -49,9 +61,14 @@ def pack_tiles(weight: Tensor) -> Tensor:
         Of float32: panels of 16 outputs; steps of 64 inputs in three digits, the highest first, each number four bytes
         that belong to neighbouring inputs. A last block begins with 16 float32: what 1 stands for in each output's
         whole numbers.
+    Tensor [I, K], bfloat16, or [I, K + 1], int32
+        For the Triton kernel: the weights, or of float32 [2, I, K] parts in float16 and behind them [I] float32: what
+        the sums of an output's parts have to be multiplied by, a power of two.
 
     Zero where there is no weight.
     """
+    if "triton" in backends_for(weight.device.type) and weight.dtype in _TENSOR_CORE_DTYPES:
+        return weight if weight.dtype == torch.bfloat16 else _pack_parts(weight)
     if weight.dtype == torch.bfloat16:
         return _pack_pairs(weight)
     if weight.dtype != torch.float32:
@@ -59,6 +76,31 @@ def pack_tiles(weight: Tensor) -> Tensor:
     if weight.shape[1] > DIGIT_DEPTH:
         raise ValueError(f"weights have {weight.shape[1]} inputs; tiles of float32 take up to {DIGIT_DEPTH}")
     return _pack_digits(weight)
+
+
+def unpack_parts(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Parts ``[2, I, K]`` in float16 and scales ``[I]`` in float32 of weights for tensor cores; in the same memory."""
+    width, depth = tiles.shape[0], tiles.shape[1] - 1
+    flat = tiles.view(-1)
+    parts = flat[: width * depth].view(torch.float16).view(2, width, depth)
+    return parts, flat[width * depth :].view(torch.float32)
+
+
+# The largest number of an output is scaled to below 2^15, a little less than float16's largest.
+_PART_EXPONENT = 15
+
+
+def _pack_parts(weight: Tensor) -> Tensor:
+    width, depth = weight.shape
+    tiles = torch.empty((width, depth + 1), dtype=torch.int32, device=weight.device)
+    parts, scales = unpack_parts(tiles)
+    most = weight.abs().amax(1) if depth else weight.new_zeros(width)
+    exponents = torch.frexp(most).exponent.clamp(_PART_EXPONENT - 126, 127) - _PART_EXPONENT
+    scales.copy_(torch.ldexp(torch.ones_like(most), exponents))
+    scaled = weight / scales.unsqueeze(1)
+    parts[0] = scaled
+    parts[1] = scaled - parts[0].float()
+    return tiles
 
 
 def _pack_pairs(weight: Tensor) -> Tensor:
@@ -87,7 +129,12 @@ def _pack_digits(weight: Tensor) -> Tensor:
 
 
 def unpack_tiles(tiles: Tensor, depth: int, width: int) -> Tensor:
-    """The weights ``[I, K]`` that ``tiles`` stand for: exact, float64 of whole numbers, else in their dtype."""
+    """The weights ``[I, K]`` that ``tiles`` stand for: exact, float64 of float32, else in their dtype."""
+    if tiles.ndim == 2:
+        if tiles.dtype == torch.bfloat16:
+            return tiles
+        parts, scales = unpack_parts(tiles)
+        return parts.double().sum(0) * scales.double().unsqueeze(1)
     panels = tiles.shape[0]
     if tiles.is_floating_point():
         pairs: Tensor = tiles.unflatten(-1, (_TILE, _PAIR)).permute(0, 2, 4, 1, 3, 5)
@@ -125,23 +172,30 @@ _product = register(
     reference=product_equation,
     fake=_product_fake,
     cpu=_product_cpu,
+    triton="product:product",
 )
 
 
 def product(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
-    """``x W^T + bias`` on tile registers (AMX).
+    """``x W^T + bias`` on tile registers (AMX) or tensor cores.
 
-    bfloat16 is summed in float32. float32 rows of x and of W are scaled, each by its largest magnitude, and rounded to
-    whole numbers of 24 bits, whose products are summed exactly. So the error of an element is at most about 2^-24
+    bfloat16 is summed in float32.
+
+    On tensor cores float32 rows of x and of W are scaled by powers of two, each number is the sum of two in float16,
+    and the smallest of four products of parts is left out: the error of a term is at most 3 / 2^24 of it, and 2^-39 of
+    the largest numbers of its row of x and its row of W.
+
+    On tile registers float32 rows of x and of W are scaled, each by its largest magnitude, and rounded to whole numbers
+    of 24 bits, whose products are summed exactly. So the error of an element is at most about 2^-24
     (max|x| sum|w| + max|w| sum|x|), over its row of x and its row w of W, and the rounding of the result: usually less
     than that of sums in float32; but numbers a thousand times smaller than the largest of their row have ten bits less.
 
-    On tile registers a row's result does not depend on the other rows, and a row that holds infinity or NaN gives NaN.
+    A row's result does not depend on the other rows, and a row that holds infinity or NaN gives NaN.
 
     Parameters
     ----------
     x : Tensor [..., K]
-        float32 or bfloat16. (float64, and processors without tile registers, run the equation.)
+        float32 or bfloat16. (float64, and where :func:`multiplies` says no, run the equation.)
     tiles : Tensor
         ``pack_tiles`` of the weight [I, K] in the dtype of ``x``.
     bias : Tensor [I], optional

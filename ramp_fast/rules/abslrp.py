@@ -12,7 +12,7 @@ with ``R = |x| c``: division and multiplication cancel, and coefficients ``c`` a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from typing import Generic as GenericType
@@ -23,7 +23,8 @@ from torch import Tensor
 from ramp_fast import gemm, ops
 from ramp_fast import graph as g
 from ramp_fast.graph import Node
-from ramp_fast.relevance import Bookkeeping, Contribution, divide, total
+from ramp_fast.ops._common import divide
+from ramp_fast.relevance import Bookkeeping, Contribution
 from ramp_fast.rules.base import Facts, Flow, Operation, Values, reduce_to, stacked_view, vjp
 from ramp_fast.rules.moves import Join, Move, Part, Parts
 
@@ -126,12 +127,11 @@ class AbsLRP:
         return node.kind in (g.ACTIVATION, g.GATE)
 
 
-def _share(target: Tensor, masses: list[Tensor], shares: str) -> list[Tensor]:
+def _share(target: Tensor, masses: list[Tensor], shares: str) -> Sequence[Tensor]:
     """Target masses of a junction's operands."""
     if shares == "equal":
         return [torch.ones_like(target)] * len(masses)
-    whole = total(masses)
-    return [target * divide(m, whole) for m in masses]
+    return ops.share(target, masses).unbind(0)
 
 
 def _gate(c: Tensor, x: Tensor) -> Tensor:
@@ -912,8 +912,8 @@ class Attention(Operation):
             whole = stacked_view([c.movedim(-3, -2) for c in own], own[0].dim() - 2)  # [T, B, ..., N, 3, H, D]
         if whole is None or not whole.is_contiguous():
             return [Contribution(*each) for each in zip(own, targets, masses, strict=True)]
-        alive = [target * (mass > 0) for target, mass in zip(targets, masses, strict=True)]
-        scale = torch.stack([divide(target, mass) for target, mass in zip(targets, masses, strict=True)], -1)
+        scale, alive = ops.scale_to(torch.stack(targets), torch.stack(masses))
+        scale = scale.movedim(0, -1)
         flat = whole.flatten(-2).view(whole.shape[0], book.batch, -1, 3, whole.shape[-2] * whole.shape[-1])
         parts = ops.rescale_parts(flat, scale, book.contrast).view(whole.shape).unbind(-3)
         return [Contribution(c.movedim(-2, -3), mass, mass) for c, mass in zip(parts, alive, strict=True)]
@@ -941,7 +941,9 @@ class Attention(Operation):
         *flat, masses = ops.attention_pullback(q, k, v, out, c, self.node.params["scale"], gated, book.contrast)
         c_q, c_k, c_v = (t.reshape(*t.shape[:2], *between, *t.shape[-2:]) for t in flat)
         # The windows of one sample lie side by side along the batch.
-        return _Pulled(c_q, c_k, c_v, *masses.unflatten(-1, (book.batch, -1)).sum(-1))
+        if masses.shape[-1] != book.batch:
+            masses = masses.unflatten(-1, (book.batch, -1)).sum(-1)
+        return _Pulled(c_q, c_k, c_v, *masses)
 
     def _by_products(self, c: Tensor, values: Values, book: Bookkeeping) -> _Pulled:
         p, gated = self.node.params, self.facts.gated

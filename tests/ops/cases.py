@@ -16,6 +16,7 @@ from ramp_fast import ops
 from ramp_fast.ops import _registry
 from ramp_fast.ops._common import affine_factor_from, mass_equation, rescale_equation
 from ramp_fast.ops.linear import unpack_panels
+from ramp_fast.ops.masses import scale_to_equation, share_equation
 from ramp_fast.ops.scaling import centring_equation
 from ramp_fast.ops.tiles import unpack_tiles
 
@@ -152,6 +153,8 @@ def in_float64(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def _in_float64(a: Any) -> Any:
     if isinstance(a, Tensor):
         return a.double() if a.is_floating_point() else a
+    if isinstance(a, list) and a and isinstance(a[0], Tensor):
+        return [t.double() for t in a]
     return torch.float64 if isinstance(a, torch.dtype) else a
 
 
@@ -162,7 +165,11 @@ def of_sample(args: tuple[Any, ...], name: str, first: int, last: int) -> tuple[
     schema = getattr(torch.ops.ramp_fast, name).default._schema
     parts: list[Any] = []
     for argument, value in zip(schema.arguments, args, strict=True):
-        if not isinstance(value, Tensor) or argument.name in parameters:
+        if argument.name in ("target", "actual"):
+            parts.append(value[:, first:last])
+        elif argument.name == "masses":
+            parts.append([mass[:, first:last] for mass in value])
+        elif not isinstance(value, Tensor) or argument.name in parameters:
             parts.append(value)
         else:
             # at another address modulo the vector size than in the batch
@@ -175,7 +182,7 @@ def of_sample(args: tuple[Any, ...], name: str, first: int, last: int) -> tuple[
 def batch_axes(name: str, outputs: int) -> list[int]:
     """The axis of samples of each output."""
     axes = [0 if name in ("gelu_factor", "affine_factor", "mask_steps", "product") else 1] * outputs
-    if name == "attention_pullback":
+    if name in ("attention_pullback", "share"):
         axes[-1] = 2  # masses are [4, T, B]
     return axes
 
@@ -389,6 +396,23 @@ def _centring(o: Options) -> tuple[Any, ...]:
     return d.coefficient(*x.shape[1:]), x if mode else None, *parameters, bool(mode and o.contrast)
 
 
+def _masses(d: Draw, count: int) -> list[Tensor]:
+    """Not negative, some 0 in the first sample."""
+    drawn = [d.scale(*d.o.inner).abs() for _ in range(count)]
+    for mass in drawn if d.o.zeros else []:
+        mass[:, :1] = 0
+    return drawn
+
+
+def _share(o: Options) -> tuple[Any, ...]:
+    target, *masses = _masses(Draw(o), 3 + o.seed % 3)
+    return target, masses
+
+
+def _scale_to(o: Options) -> tuple[Any, ...]:
+    return tuple(_masses(Draw(o), 2))
+
+
 def _residual(o: Options) -> tuple[Any, ...]:
     d = Draw(o)
     b, gain, shift = _channels(d)
@@ -552,6 +576,8 @@ CASES = {
         Case("gate", _scale_by, lambda c, x, n: (2 * _n_scaled_magnitude(c, n),)),
         Case("affine_pullback", _affine_pullback, _affine_pullback_magnitude),
         Case("centring", _centring, lambda *a: (centring_equation(*a),)),
+        Case("share", _share, lambda target, masses: (share_equation(target, masses),)),
+        Case("scale_to", _scale_to, scale_to_equation),
         Case("residual_pullback", _residual, _residual_magnitude),
         Case("unpool", _unpool, _unpool_magnitude),
         Case("select_phases", _select_phases, _exact),

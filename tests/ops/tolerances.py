@@ -37,7 +37,7 @@ COMPUTE = {
     # up to 64 terms summed one after another; products of bfloat16 are exact
     ("linear_pullback", torch.float32): 4e-6,
     ("linear_pullback", torch.float64): 8e-15,
-    # of bfloat16 the same; float32's whole numbers are in Case.magnitude
+    # of bfloat16 the same; float32's whole numbers are in Case.magnitude, its parts lose 2^-23 of a term
     ("product", torch.float32): 1e-6,
     ("product", torch.float64): 8e-15,
     # the same, the norm's factor and a mass
@@ -54,6 +54,11 @@ COMPUTE = {
     # two sums of up to 2048 terms that are not negative, and their quotient
     ("centring", torch.float32): 2e-6,
     ("centring", torch.float64): 1e-14,
+    # up to five terms that are not negative, a quotient (two units on GPUs) and a product
+    ("share", torch.float32): 6e-7,
+    ("share", torch.float64): 1e-15,
+    ("scale_to", torch.float32): 2e-7,
+    ("scale_to", torch.float64): 3e-16,
     # as merge_junction
     ("residual_pullback", torch.float32): 3e-6,
     ("residual_pullback", torch.float64): 1e-14,
