@@ -5,18 +5,20 @@
     c_Q = 2 scale [q > 0] c_S K+                         c_K = 2 scale [k > 0] c_S^T Q+
 
 Not gated, ``c_Q`` has ``2 scale c_S K-`` where q < 0, and ``c_K`` likewise. Scores are computed tile by tile three
-times and are never in memory: once for the maxima and sums of both softmaxes, then by blocks of queries for c_Q and by
-blocks of keys for c_K and c_V, so that every sum has a fixed order.
+times and are never in memory: once for the sums of both softmaxes, then by blocks of queries for c_Q and by blocks of
+keys for c_K and c_V, so that every sum has a fixed order. Scores are in units of log 2: exponentials are powers of 2.
 
-Tensor cores multiply bfloat16. A float32 operand is the sum of three bfloat16 parts, and a product of two that of the
-six largest products of parts, with an error below 2^-23. Scores are products of float32 operands unless q and k are
-bfloat16; the other products have operands of the dtype of c. A first kernel writes parts, gates and halves, for the
-other two to copy straight into shared memory: split in registers instead, nothing but tiles of 16 rows fits.
+Tensor cores multiply 16-bit numbers. Scores are products of bfloat16 q and k, or else of the two float16 parts of each
+(see product.py; rows are multiplied by powers of two); the other products have operands of the dtype of c. There a
+float32 operand, which may be of any size, is the sum of three bfloat16 parts, and a product of two that of the six
+largest products of parts, with an error below 2^-23. A first kernel writes parts, gates and halves, for the other two
+to copy straight into shared memory: split in registers instead, nothing but tiles of 16 rows fits.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +27,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ramp_fast.kernels.common import INTERPRETED, dot, launch_tuned, sum_partials
+from ramp_fast.kernels.product import power_of_two
 from ramp_fast.ops.attention import attention_pullback_equation, output_views, packed_output
 
 # Of a head; wider ones spill whatever the tile.
 MAX_WIDTH = 128
+LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
+HUGE: tl.constexpr = tl.constexpr(2.0**126)
 
 
 class Tiles(NamedTuple):
@@ -38,6 +43,7 @@ class Tiles(NamedTuple):
     other: int
     warps: int
     stages: int
+    apart: bool = False  # whether the last rows it walks over, if they are no whole block, are a step of their own
 
 
 def paired(width: int, parts: int) -> bool:
@@ -45,29 +51,32 @@ def paired(width: int, parts: int) -> bool:
     return parts == 1 and padded(width) <= 64
 
 
-def tiles(capability: int, width: int, parts: int) -> Tiles:
-    """Of both passes: among those tried the largest that spill neither gated nor not.
+def tiles(capability: int, width: int, parts: int, gated: bool) -> Tiles:
+    """Of both passes: among those tried the largest that do not spill.
 
-    Blocks of 64 rows are what the tensor cores of compute capability 9.x and 10.x ask for; others take any. Where
-    float32 coefficients would need more tensor memory than there is on 10.x, Triton 3.6 and 3.8 compile a trap without
-    an error.
+    Blocks of 64 rows are what the tensor cores of compute capability 9.x and 10.x ask for; others take any. With four
+    warps for 64 rows each owns whole rows, and what it multiplies next stays in its registers; not gated, there are too
+    many sums for that. Where float32 coefficients would need more tensor memory than there is on 10.x, Triton 3.6 and
+    3.8 compile a trap without an error.
     """
     if INTERPRETED:
-        return Tiles(16, 32, 4, 1)
+        return Tiles(16, 32, 4, 1, gated)
     wide = padded(width) > 64
     if capability // 10 not in (9, 10) or (parts == 3 and (wide or capability >= 100)):
         if paired(width, parts):
             return Tiles(32, 32, 4, 2)
         return Tiles(16, 16, 4, 2) if wide and parts == 3 else Tiles(16, 32, 4, 2) if wide else Tiles(32, 16, 4, 2)
     if capability < 100:
-        return Tiles(64, 32 if paired(width, parts) else 16, 8, 2)
+        if paired(width, parts):
+            return Tiles(64, 32, 4, 2, True) if gated else Tiles(64, 32, 8, 2)
+        return Tiles(64, 16, 8, 2)
     return Tiles(64, 32, 4, 2) if paired(width, parts) else Tiles(64, 32, 8, 1)
 
 
 @functools.cache
-def configs(capability: int, width: int, parts: int) -> tuple[triton.Config, ...]:
+def configs(capability: int, width: int, parts: int, gated: bool) -> tuple[triton.Config, ...]:
     """Of both passes, to be tried: one tile, which fixes the order of the sums over blocks, in several ways."""
-    tile = tiles(capability, width, parts)
+    tile = tiles(capability, width, parts, gated)
     ways = [(tile.warps, tile.stages)]
     # Others that neither spill nor ask for more memory than there is.
     if INTERPRETED:
@@ -76,7 +85,8 @@ def configs(capability: int, width: int, parts: int) -> tuple[triton.Config, ...
         ways += [(tile.warps, 3), (8, tile.stages)]
     elif capability < 100 or paired(width, parts):
         ways += [(tile.warps, 3)]
-    return tuple(triton.Config({"OWN": tile.own, "OTHER": tile.other}, *way) for way in ways)
+    constants = {"OWN": tile.own, "OTHER": tile.other, "APART": tile.apart}
+    return tuple(triton.Config(constants, *way) for way in ways)
 
 
 def lasting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
@@ -114,6 +124,7 @@ def _product(a, b, sums, PARTS: tl.constexpr):
         sums = dot(a[2], b[0], sums, "ieee")
         sums = dot(a[0], b[2], sums, "ieee")
         sums = dot(a[1], b[1], sums, "ieee")
+    if PARTS > 1:
         sums = dot(a[1], b[0], sums, "ieee")
         sums = dot(a[0], b[1], sums, "ieee")
     return dot(a[0], b[0], sums, "ieee")
@@ -126,6 +137,9 @@ def _tile(pointer, plane, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART
     first = tl.load(pointer + place)
     if PARTS == 1:
         return first, first, first
+    elif PARTS == 2:
+        second = tl.load(pointer + plane + place)
+        return first, second, second
     else:
         return first, tl.load(pointer + plane + place), tl.load(pointer + 2 * plane + place)
 
@@ -135,6 +149,9 @@ def _transposed(x, PARTS: tl.constexpr):
     if PARTS == 1:
         first = tl.trans(x[0])
         return first, first, first
+    elif PARTS == 2:
+        second = tl.trans(x[1])
+        return tl.trans(x[0]), second, second
     else:
         return tl.trans(x[0]), tl.trans(x[1]), tl.trans(x[2])
 
@@ -153,6 +170,7 @@ def prepare_kernel(
     x_ptr,  # [T, B, H, COUNT, WIDTH]
     gate_ptr,  # [B, H, COUNT, WIDTH]; not read unless GATE
     whole_ptr,  # [WHOLE, T, B, H, rows, BLOCK_D]; not written if WHOLE is 0
+    powers_ptr,  # [T, B, H, rows]: what rows of ``whole`` are to be multiplied by; not written unless WHOLE is 2
     halves_ptr,  # [HALVES, T, B, H, rows, BLOCK_D, 1 or 2]; not written if HALVES is 0
     x_t,  # strides of these axes; the last one is dense
     x_b,
@@ -166,6 +184,7 @@ def prepare_kernel(
     HEADS: tl.constexpr,
     COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
+    FACTOR: tl.constexpr,  # x <- FACTOR x
     GATE: tl.constexpr,  # x <- [gate > 0] x
     WHOLE: tl.constexpr,  # parts of x
     HALVES: tl.constexpr,  # parts of x+, or of x+ and x-
@@ -176,23 +195,39 @@ def prepare_kernel(
 ):
     program = tl.program_id(0)
     block = program % BLOCKS
-    index = (program // BLOCKS).to(tl.int64)  # of the head in [T, B, H]
-    head = index % HEADS
-    sample = index // HEADS % batch
-    t = index // HEADS // batch
+    # All t of a head one after another: they share the gate.
+    t = program // BLOCKS % rhs
+    head = program // BLOCKS // rhs % HEADS
+    sample = (program // BLOCKS // rhs // HEADS).to(tl.int64)
+    index = (t * batch.to(tl.int64) + sample) * HEADS + head
     row = block * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK_D)
     inside = (row < COUNT)[:, None] & (column < WIDTH)[None, :]
     place = row[:, None] * x_n + column[None, :]
-    x = tl.load(x_ptr + t * x_t + sample * x_b + head * x_h + place, mask=inside, other=0.0).to(tl.float32)
+    x = (
+        tl.load(
+            x_ptr + t.to(tl.int64) * x_t + sample * x_b + head.to(tl.int64) * x_h + place, mask=inside, other=0.0
+        ).to(tl.float32)
+        * FACTOR
+    )
     if GATE:
         place = row[:, None] * gate_n + column[None, :]
-        gate = tl.load(gate_ptr + sample * gate_b + head * gate_h + place, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + sample * gate_b + head.to(tl.int64) * gate_h + place, mask=inside, other=0.0).to(
+            tl.float32
+        )
         x = tl.where(gate > 0, x, 0.0)
     plane = batch.to(tl.int64) * rhs * HEADS * BLOCKS * BLOCK * BLOCK_D
     first = index * (BLOCKS * BLOCK)
-    if WHOLE > 0:
-        _store_parts(whole_ptr + (first + row)[:, None] * BLOCK_D + column[None, :], plane, x, WHOLE)
+    whole = whole_ptr + (first + row)[:, None] * BLOCK_D + column[None, :]
+    if WHOLE == 2:
+        up, down = power_of_two(tl.max(tl.abs(x), 1))
+        scaled = x * up[:, None]
+        high = scaled.to(tl.float16)
+        tl.store(whole, high)
+        tl.store(whole + plane, (scaled - high.to(tl.float32)).to(tl.float16))
+        tl.store(powers_ptr + first + row, down)
+    elif WHOLE > 0:
+        _store_parts(whole, plane, x, WHOLE)
     if HALVES > 0:
         if BOTH:
             both = tl.join(tl.maximum(x, 0.0), tl.maximum(-x, 0.0)).reshape(BLOCK, 2 * BLOCK_D)
@@ -214,16 +249,130 @@ def _selected(sums, x, GATED: tl.constexpr):
         return tl.where(x > 0, upper, tl.where(x < 0, lower, 0.0))
 
 
+@triton.jit
+def _products(
+    own,
+    other,
+    plane,
+    powers,
+    first,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Products of own rows, without their powers, with rows [first, first + ROWS) of the other operand."""
+    x = _transposed(_tile(other, plane, first, ROWS, COLUMNS, PARTS), PARTS)
+    product = _product(own, x, tl.zeros([own[0].shape[0], ROWS], tl.float32), PARTS)
+    if PARTS == 2:
+        return product * tl.load(powers + first + tl.arange(0, ROWS))[None, :]
+    else:
+        return product
+
+
+@triton.jit
+def _unit(scale, powers, start, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """What makes scores in units of log 2 of products with rows [start, start + ROWS)."""
+    unit = tl.full([ROWS], scale * LOG2_E, tl.float32)
+    if PARTS == 2:
+        return unit * tl.load(powers + start + tl.arange(0, ROWS))
+    else:
+        return unit
+
+
+@triton.jit
+def _sign(x):
+    """1, -1, or 0 of 0; less than 1 of numbers below 2^-126."""
+    return tl.clamp(x * HUGE, -1.0, 1.0)
+
+
+@triton.jit
+def _seen(x, unit, inside, top, total, MASKED: tl.constexpr):
+    """Maxima of rows of ``unit x`` and sums of 2^(unit x - maximum), with some more x."""
+    higher = tl.maximum(top, unit * tl.max(tl.where(inside, x, float("-inf")) if MASKED else x, 1))
+    new = tl.exp2(x * unit[:, None] - higher[:, None])
+    return higher, total * tl.exp2(top - higher) + tl.sum(tl.where(inside, new, 0.0) if MASKED else new, 1)
+
+
+@triton.jit
+def _measured(
+    q,
+    unit,
+    k,
+    plane,
+    powers,
+    first,
+    found,  # maxima and sums of scores, and of their absolute values
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A step of the first pass over keys: what was found, with [first, first + ROWS)."""
+    x = _products(q, k, plane, powers, first, ROWS, COLUMNS, PARTS)
+    inside = (first + tl.arange(0, ROWS) < KEYS)[None, :]
+    top, total = _seen(x, unit, inside, found[0], found[1], MASKED)
+    top_absolute, total_absolute = _seen(tl.abs(x), unit, inside, found[2], found[3], MASKED)
+    return top, total, top_absolute, total_absolute
+
+
+@triton.jit
+def _pulled_to_queries(
+    q,
+    unit,
+    g,
+    g_d,
+    k,
+    key_plane,
+    powers,
+    k_halves,
+    v,
+    norm,
+    norm_absolute,
+    first,
+    sums,
+    mass,
+    sums_d,
+    mass_n,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CONTRAST: tl.constexpr,
+    SCORE_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A step of the second pass over keys: sums and masses with those of [first, first + ROWS)."""
+    x = _products(q, k, key_plane, powers, first, ROWS, BLOCK_D, SCORE_PARTS)
+    a = tl.exp2(x * unit[:, None] - norm[:, None])
+    if MASKED:  # scores beyond KEYS are 0, and so is what this is multiplied by; but it may be infinite
+        a = tl.where((first + tl.arange(0, ROWS) < KEYS)[None, :], a, 0.0)
+    factor = tl.exp2(tl.abs(x) * unit[:, None] - norm_absolute[:, None]) + _sign(x) * a
+    v_t = _transposed(_tile(v, key_plane, first, ROWS, BLOCK_D, PARTS), PARTS)
+    halves = _tile(k_halves, key_plane * (COLUMNS // BLOCK_D), first, ROWS, COLUMNS, PARTS)
+    c_a = _product(g, v_t, tl.zeros([q[0].shape[0], ROWS], tl.float32), PARTS)
+    mass += tl.sum(a * tl.abs(c_a), 1)
+    sums = _product(_split(factor * c_a, PARTS), halves, sums, PARTS)
+    if CONTRAST:
+        c_a_d = _product(g_d, v_t, tl.zeros([q[0].shape[0], ROWS], tl.float32), PARTS)
+        mass_n += tl.sum(a * tl.abs(c_a - c_a_d), 1)
+        sums_d = _product(_split(factor * c_a_d, PARTS), halves, sums_d, PARTS)
+    return sums, mass, sums_d, mass_n
+
+
 @triton.jit(do_not_specialize=["batch"])
 def queries_kernel(
-    q_ptr,  # [SCORE_PARTS, B, H, rows, BLOCK_D]; prepared, like the next four
+    q_ptr,  # [SCORE_PARTS, B, H, rows, BLOCK_D]; prepared, like the next six
+    q_powers_ptr,  # [B, H, rows]; not read unless SCORE_PARTS is 2, like the next but one
     k_ptr,  # [SCORE_PARTS, B, H, rows of keys, BLOCK_D]
+    k_powers_ptr,  # [B, H, rows of keys]
     k_halves_ptr,  # [PARTS, B, H, rows of keys, BLOCK_D, 1 or 2]
     v_ptr,  # [PARTS, B, H, rows of keys, BLOCK_D]: V+
-    g_ptr,  # [PARTS, T, B, H, rows, BLOCK_D]
+    g_ptr,  # [PARTS, T, B, H, rows, BLOCK_D]: 2 g
     x_ptr,  # [B, H, N, D]: q as it came
     out_ptr,  # [T, B, H, N, D]: c_Q
-    statistics_ptr,  # [4, B, H, rows]: maximum and 1 / sum of exp(S - maximum), the same of |S|
+    statistics_ptr,  # [2, B, H, rows]: log2 of the sum of exp(S), and of exp(|S|)
     masses_ptr,  # [4, T, B, slots]: those of A and q are written here
     x_b,  # strides of these axes; the last one is dense
     x_h,
@@ -249,10 +398,15 @@ def queries_kernel(
     BLOCK_D: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
+    APART: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = QUERY_ROWS // OWN
     COLUMNS: tl.constexpr = BLOCK_D if GATED else 2 * BLOCK_D
     MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
+    # Keys of a last step apart from the others, the only one with masks, or else masks in every step if there are any.
+    REST: tl.constexpr = KEYS % OTHER if APART else 0
+    LAST: tl.constexpr = 16 if REST <= 16 else 32 if REST <= 32 else 64
+    MASKED: tl.constexpr = REST == 0 and KEYS % OTHER > 0
     program = tl.program_id(0)
     block = program % BLOCKS
     start = block * OWN
@@ -263,38 +417,26 @@ def queries_kernel(
     of_head = sample.to(tl.int64) * HEADS + head
     query_plane = samples * (HEADS * QUERY_ROWS * BLOCK_D)
     key_plane = samples * (HEADS * KEY_ROWS * BLOCK_D)
-    k_head = k_ptr + of_head * (KEY_ROWS * BLOCK_D)
+    k = k_ptr + of_head * (KEY_ROWS * BLOCK_D)
+    powers = k_powers_ptr + of_head * KEY_ROWS
     k_halves = k_halves_ptr + of_head * (KEY_ROWS * COLUMNS)
-    v_head = v_ptr + of_head * (KEY_ROWS * BLOCK_D)
+    v = v_ptr + of_head * (KEY_ROWS * BLOCK_D)
     g_head = g_ptr + (t * samples * HEADS + of_head) * (QUERY_ROWS * BLOCK_D)
-    key = tl.arange(0, OTHER)
     q = _tile(q_ptr + of_head * (QUERY_ROWS * BLOCK_D), query_plane, start, OWN, BLOCK_D, SCORE_PARTS)
+    unit = _unit(scale, q_powers_ptr + of_head * QUERY_ROWS, start, OWN, SCORE_PARTS)
 
-    top = tl.full([OWN], float("-inf"), tl.float32)
-    total = tl.zeros([OWN], tl.float32)
-    top_absolute = tl.full([OWN], float("-inf"), tl.float32)
-    total_absolute = tl.zeros([OWN], tl.float32)
-    for first in range(0, KEYS, OTHER):
-        k = _transposed(_tile(k_head, key_plane, first, OTHER, BLOCK_D, SCORE_PARTS), SCORE_PARTS)
-        scores = scale * _product(q, k, tl.zeros([OWN, OTHER], tl.float32), SCORE_PARTS)
-        inside = (first + key < KEYS)[None, :]
-        absolute = tl.where(inside, tl.abs(scores), float("-inf"))
-        scores = tl.where(inside, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(scores - higher[:, None]), 1)
-        top = higher
-        higher = tl.maximum(top_absolute, tl.max(absolute, 1))
-        total_absolute = total_absolute * tl.exp(top_absolute - higher) + tl.sum(tl.exp(absolute - higher[:, None]), 1)
-        top_absolute = higher
-    inverse = 1 / total
-    inverse_absolute = 1 / total_absolute
+    nothing = tl.full([OWN], float("-inf"), tl.float32)
+    found = nothing, tl.zeros([OWN], tl.float32), nothing, tl.zeros([OWN], tl.float32)
+    for first in range(0, KEYS - REST, OTHER):
+        found = _measured(q, unit, k, key_plane, powers, first, found, KEYS, OTHER, BLOCK_D, SCORE_PARTS, MASKED)
+    if REST > 0:
+        found = _measured(q, unit, k, key_plane, powers, KEYS - REST, found, KEYS, LAST, BLOCK_D, SCORE_PARTS, True)
+    norm = found[0] + tl.log2(found[1])
+    norm_absolute = found[2] + tl.log2(found[3])
     if t == 0:
         of_row = statistics_ptr + of_head * QUERY_ROWS + start + tl.arange(0, OWN)
-        plane = samples * (HEADS * QUERY_ROWS)
-        tl.store(of_row, top)
-        tl.store(of_row + plane, inverse)
-        tl.store(of_row + 2 * plane, top_absolute)
-        tl.store(of_row + 3 * plane, inverse_absolute)
+        tl.store(of_row, norm)
+        tl.store(of_row + samples * (HEADS * QUERY_ROWS), norm_absolute)
 
     g = _tile(g_head, query_plane * RHS, start, OWN, BLOCK_D, PARTS)
     sums = tl.zeros([OWN, COLUMNS], tl.float32)
@@ -303,51 +445,104 @@ def queries_kernel(
         g_d = _tile(g_head + MAPS * query_plane, query_plane * RHS, start, OWN, BLOCK_D, PARTS)
         sums_d = tl.zeros([OWN, COLUMNS], tl.float32)
         mass_n = tl.zeros([OWN], tl.float32)
-    for first in range(0, KEYS, OTHER):
-        k = _transposed(_tile(k_head, key_plane, first, OTHER, BLOCK_D, SCORE_PARTS), SCORE_PARTS)
-        scores = scale * _product(q, k, tl.zeros([OWN, OTHER], tl.float32), SCORE_PARTS)
-        inside = (first + key < KEYS)[None, :]
-        a = tl.where(inside, tl.exp(scores - top[:, None]) * inverse[:, None], 0.0)
-        of_absolute = tl.exp(tl.abs(scores) - top_absolute[:, None]) * inverse_absolute[:, None]
-        signed = tl.where(scores > 0, a, tl.where(scores < 0, -a, 0.0))
-        factor = tl.where(inside, signed + of_absolute, 0.0)
-        v = _transposed(_tile(v_head, key_plane, first, OTHER, BLOCK_D, PARTS), PARTS)
-        halves = _tile(k_halves, key_plane * (COLUMNS // BLOCK_D), first, OTHER, COLUMNS, PARTS)
-        c_a = 2 * _product(g, v, tl.zeros([OWN, OTHER], tl.float32), PARTS)
-        mass += tl.sum(a * tl.abs(c_a), 1)
-        sums = _product(_split(factor * c_a, PARTS), halves, sums, PARTS)
-        if CONTRAST:
-            c_a_d = 2 * _product(g_d, v, tl.zeros([OWN, OTHER], tl.float32), PARTS)
-            mass_n += tl.sum(a * tl.abs(c_a - c_a_d), 1)
-            sums_d = _product(_split(factor * c_a_d, PARTS), halves, sums_d, PARTS)
+    else:
+        g_d, sums_d, mass_n = g, sums, mass  # not used
+    for first in range(0, KEYS - REST, OTHER):
+        sums, mass, sums_d, mass_n = _pulled_to_queries(
+            *(q, unit, g, g_d, k, key_plane, powers, k_halves, v, norm, norm_absolute),
+            *(first, sums, mass, sums_d, mass_n),
+            *(KEYS, OTHER, COLUMNS, BLOCK_D, CONTRAST, SCORE_PARTS, PARTS, MASKED),
+        )
+    if REST > 0:
+        sums, mass, sums_d, mass_n = _pulled_to_queries(
+            *(q, unit, g, g_d, k, key_plane, powers, k_halves, v, norm, norm_absolute),
+            *(KEYS - REST, sums, mass, sums_d, mass_n),
+            *(KEYS, LAST, COLUMNS, BLOCK_D, CONTRAST, SCORE_PARTS, PARTS, True),
+        )
 
     row = start + tl.arange(0, OWN)
     column = tl.arange(0, BLOCK_D)
-    stored = (row < QUERIES)[:, None] & (column < WIDTH)[None, :]
+    inside = row < QUERIES
+    stored = inside[:, None] & (column < WIDTH)[None, :]
     x = x_ptr + sample.to(tl.int64) * x_b + head.to(tl.int64) * x_h + row[:, None] * x_n + column[None, :]
     x = tl.load(x, mask=stored, other=0.0).to(tl.float32)
     out = sample.to(tl.int64) * out_b + head.to(tl.int64) * out_h + t.to(tl.int64) * out_t
     out = out_ptr + out + row[:, None] * out_n + column[None, :]
     side = samples * slots  # from the masses of one right-hand side to those of the next
-    mass_a = masses_ptr + t * side + sample.to(tl.int64) * slots + head * QUERY_ROWS + row
+    mass_a = masses_ptr + t * side + sample.to(tl.int64) * slots + head * QUERIES + row
     mass_q = mass_a + 2 * RHS * side
     c_q = 2 * scale * _selected(sums, x, GATED)
     tl.store(out, c_q.to(out_ptr.dtype.element_ty), mask=stored)
-    tl.store(mass_a, mass)
-    tl.store(mass_q, tl.sum(tl.abs(x * c_q), 1))
+    tl.store(mass_a, mass, mask=inside)
+    tl.store(mass_q, tl.sum(tl.abs(x * c_q), 1), mask=inside)
     if CONTRAST:
         c_q_d = 2 * scale * _selected(sums_d, x, GATED)
         to_d = out + tl.cast(MAPS, tl.int64) * out_t
         tl.store(to_d, c_q_d.to(out_ptr.dtype.element_ty), mask=stored)
-        tl.store(mass_a + MAPS * side, mass_n)
-        tl.store(mass_q + MAPS * side, tl.sum(tl.abs(x * (c_q - c_q_d)), 1))
+        tl.store(mass_a + MAPS * side, mass_n, mask=inside)
+        tl.store(mass_q + MAPS * side, tl.sum(tl.abs(x * (c_q - c_q_d)), 1), mask=inside)
+
+
+@triton.jit
+def _pulled_to_keys(
+    k,
+    unit,
+    v,
+    q,
+    query_plane,
+    powers,
+    q_halves,
+    g_ptr,
+    to_d,
+    g_plane,
+    norms,
+    norm_plane,
+    first,
+    sums_k,
+    sums_v,
+    sums_k_d,
+    sums_v_d,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CONTRAST: tl.constexpr,
+    SCORE_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A step over queries: sums with those of [first, first + ROWS). Rows of scores are keys."""
+    x = _products(k, q, query_plane, powers, first, ROWS, BLOCK_D, SCORE_PARTS)
+    row = first + tl.arange(0, ROWS)
+    if MASKED:  # of rows that may have none; what they are multiplied by is 0
+        norm = tl.load(norms + row, mask=row < QUERIES, other=0.0)
+        norm_absolute = tl.load(norms + norm_plane + row, mask=row < QUERIES, other=0.0)
+    else:
+        norm = tl.load(norms + row)
+        norm_absolute = tl.load(norms + norm_plane + row)
+    a = tl.exp2(x * unit[:, None] - norm[None, :])
+    factor = tl.exp2(tl.abs(x) * unit[:, None] - norm_absolute[None, :]) + _sign(x) * a
+    a = _split(a, PARTS)
+    halves = _tile(q_halves, query_plane * (COLUMNS // BLOCK_D), first, ROWS, COLUMNS, PARTS)
+    g = _tile(g_ptr, g_plane, first, ROWS, BLOCK_D, PARTS)
+    c_a = _product(v, _transposed(g, PARTS), tl.zeros([k[0].shape[0], ROWS], tl.float32), PARTS)
+    sums_v = _product(a, g, sums_v, PARTS)
+    sums_k = _product(_split(factor * c_a, PARTS), halves, sums_k, PARTS)
+    if CONTRAST:
+        g = _tile(g_ptr + to_d, g_plane, first, ROWS, BLOCK_D, PARTS)
+        c_a = _product(v, _transposed(g, PARTS), tl.zeros([k[0].shape[0], ROWS], tl.float32), PARTS)
+        sums_v_d = _product(a, g, sums_v_d, PARTS)
+        sums_k_d = _product(_split(factor * c_a, PARTS), halves, sums_k_d, PARTS)
+    return sums_k, sums_v, sums_k_d, sums_v_d
 
 
 @triton.jit(do_not_specialize=["batch"])
 def keys_kernel(
     q_ptr,  # as above
+    q_powers_ptr,
     q_halves_ptr,  # [PARTS, B, H, rows, BLOCK_D, 1 or 2]
     k_ptr,
+    k_powers_ptr,
     v_ptr,
     g_ptr,
     k_raw_ptr,  # [B, H, M, D]: k as it came
@@ -383,10 +578,14 @@ def keys_kernel(
     BLOCK_D: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
+    APART: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = KEY_ROWS // OWN
     COLUMNS: tl.constexpr = BLOCK_D if GATED else 2 * BLOCK_D
     MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
+    REST: tl.constexpr = QUERIES % OTHER if APART else 0
+    LAST: tl.constexpr = 16 if REST <= 16 else 32 if REST <= 32 else 64
+    MASKED: tl.constexpr = REST == 0 and QUERIES % OTHER > 0
     program = tl.program_id(0)
     block = program % BLOCKS
     start = block * OWN
@@ -397,66 +596,65 @@ def keys_kernel(
     of_head = sample.to(tl.int64) * HEADS + head
     query_plane = samples * (HEADS * QUERY_ROWS * BLOCK_D)
     key_plane = samples * (HEADS * KEY_ROWS * BLOCK_D)
-    q_head = q_ptr + of_head * (QUERY_ROWS * BLOCK_D)
+    q = q_ptr + of_head * (QUERY_ROWS * BLOCK_D)
+    powers = q_powers_ptr + of_head * QUERY_ROWS
     q_halves = q_halves_ptr + of_head * (QUERY_ROWS * COLUMNS)
-    g_head = g_ptr + (t * samples * HEADS + of_head) * (QUERY_ROWS * BLOCK_D)
-    of_rows = statistics_ptr + of_head * QUERY_ROWS
-    plane = samples * (HEADS * QUERY_ROWS)
+    g = g_ptr + (t * samples * HEADS + of_head) * (QUERY_ROWS * BLOCK_D)
+    norms = statistics_ptr + of_head * QUERY_ROWS
+    norm_plane = samples * (HEADS * QUERY_ROWS)
     k = _tile(k_ptr + of_head * (KEY_ROWS * BLOCK_D), key_plane, start, OWN, BLOCK_D, SCORE_PARTS)
     v = _tile(v_ptr + of_head * (KEY_ROWS * BLOCK_D), key_plane, start, OWN, BLOCK_D, PARTS)
+    unit = _unit(scale, k_powers_ptr + of_head * KEY_ROWS, start, OWN, SCORE_PARTS)
 
     sums_k = tl.zeros([OWN, COLUMNS], tl.float32)
     sums_v = tl.zeros([OWN, BLOCK_D], tl.float32)
     if CONTRAST:
         sums_k_d = tl.zeros([OWN, COLUMNS], tl.float32)
         sums_v_d = tl.zeros([OWN, BLOCK_D], tl.float32)
-    for first in range(0, QUERIES, OTHER):
-        row = of_rows + first + tl.arange(0, OTHER)
-        q = _transposed(_tile(q_head, query_plane, first, OTHER, BLOCK_D, SCORE_PARTS), SCORE_PARTS)
-        scores = scale * _product(k, q, tl.zeros([OWN, OTHER], tl.float32), SCORE_PARTS)  # [keys, queries]
-        a = tl.exp(scores - tl.load(row)[None, :]) * tl.load(row + plane)[None, :]
-        factor = tl.exp(tl.abs(scores) - tl.load(row + 2 * plane)[None, :]) * tl.load(row + 3 * plane)[None, :]
-        factor += tl.where(scores > 0, a, tl.where(scores < 0, -a, 0.0))
-        a = _split(a, PARTS)
-        halves = _tile(q_halves, query_plane * (COLUMNS // BLOCK_D), first, OTHER, COLUMNS, PARTS)
-        g = _tile(g_head, query_plane * RHS, first, OTHER, BLOCK_D, PARTS)
-        c_a = 2 * _product(v, _transposed(g, PARTS), tl.zeros([OWN, OTHER], tl.float32), PARTS)
-        sums_v = _product(a, g, sums_v, PARTS)
-        sums_k = _product(_split(factor * c_a, PARTS), halves, sums_k, PARTS)
-        if CONTRAST:
-            g = _tile(g_head + MAPS * query_plane, query_plane * RHS, first, OTHER, BLOCK_D, PARTS)
-            c_a = 2 * _product(v, _transposed(g, PARTS), tl.zeros([OWN, OTHER], tl.float32), PARTS)
-            sums_v_d = _product(a, g, sums_v_d, PARTS)
-            sums_k_d = _product(_split(factor * c_a, PARTS), halves, sums_k_d, PARTS)
+    else:
+        sums_k_d, sums_v_d = sums_k, sums_v  # not used
+    for first in range(0, QUERIES - REST, OTHER):
+        sums_k, sums_v, sums_k_d, sums_v_d = _pulled_to_keys(
+            *(k, unit, v, q, query_plane, powers, q_halves, g, MAPS * query_plane, query_plane * RHS),
+            *(norms, norm_plane, first, sums_k, sums_v, sums_k_d, sums_v_d),
+            *(QUERIES, OTHER, COLUMNS, BLOCK_D, CONTRAST, SCORE_PARTS, PARTS, MASKED),
+        )
+    if REST > 0:
+        sums_k, sums_v, sums_k_d, sums_v_d = _pulled_to_keys(
+            *(k, unit, v, q, query_plane, powers, q_halves, g, MAPS * query_plane, query_plane * RHS),
+            *(norms, norm_plane, QUERIES - REST, sums_k, sums_v, sums_k_d, sums_v_d),
+            *(QUERIES, LAST, COLUMNS, BLOCK_D, CONTRAST, SCORE_PARTS, PARTS, True),
+        )
 
     # Rows beyond KEYS may hold infinities and NaN: x is 0 there and chooses neither.
     row = start + tl.arange(0, OWN)
     column = tl.arange(0, BLOCK_D)
-    stored = (row < KEYS)[:, None] & (column < WIDTH)[None, :]
+    inside = row < KEYS
+    stored = inside[:, None] & (column < WIDTH)[None, :]
     out = sample.to(tl.int64) * out_b + head.to(tl.int64) * out_h + t.to(tl.int64) * out_t
     out = out + row[:, None] * out_n + column[None, :]
     to_d = out + tl.cast(MAPS, tl.int64) * out_t
     side = samples * slots
-    mass_v = masses_ptr + (RHS + t) * side + sample.to(tl.int64) * slots + head * KEY_ROWS + row
+    mass_v = masses_ptr + (RHS + t) * side + sample.to(tl.int64) * slots + head * KEYS + row
     mass_k = mass_v + 2 * RHS * side
     x = v_raw_ptr + sample.to(tl.int64) * v_b + head.to(tl.int64) * v_h + row[:, None] * v_n + column[None, :]
     x = tl.load(x, mask=stored, other=0.0).to(tl.float32)
-    c_v = tl.where(x > 0, 2 * sums_v, 0.0)
+    c_v = tl.where(x > 0, sums_v, 0.0)
     tl.store(c_v_ptr + out, c_v.to(c_v_ptr.dtype.element_ty), mask=stored)
-    tl.store(mass_v, tl.sum(tl.abs(x * c_v), 1))
+    tl.store(mass_v, tl.sum(tl.abs(x * c_v), 1), mask=inside)
     if CONTRAST:
-        c_v_d = tl.where(x > 0, 2 * sums_v_d, 0.0)
+        c_v_d = tl.where(x > 0, sums_v_d, 0.0)
         tl.store(c_v_ptr + to_d, c_v_d.to(c_v_ptr.dtype.element_ty), mask=stored)
-        tl.store(mass_v + MAPS * side, tl.sum(tl.abs(x * (c_v - c_v_d)), 1))
+        tl.store(mass_v + MAPS * side, tl.sum(tl.abs(x * (c_v - c_v_d)), 1), mask=inside)
     x = k_raw_ptr + sample.to(tl.int64) * k_b + head.to(tl.int64) * k_h + row[:, None] * k_n + column[None, :]
     x = tl.load(x, mask=stored, other=0.0).to(tl.float32)
     c_k = 2 * scale * _selected(sums_k, x, GATED)
     tl.store(c_k_ptr + out, c_k.to(c_k_ptr.dtype.element_ty), mask=stored)
-    tl.store(mass_k, tl.sum(tl.abs(x * c_k), 1))
+    tl.store(mass_k, tl.sum(tl.abs(x * c_k), 1), mask=inside)
     if CONTRAST:
         c_k_d = 2 * scale * _selected(sums_k_d, x, GATED)
         tl.store(c_k_ptr + to_d, c_k_d.to(c_k_ptr.dtype.element_ty), mask=stored)
-        tl.store(mass_k + MAPS * side, tl.sum(tl.abs(x * (c_k - c_k_d)), 1))
+        tl.store(mass_k + MAPS * side, tl.sum(tl.abs(x * (c_k - c_k_d)), 1), mask=inside)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, contrast: bool) -> None:
@@ -485,7 +683,7 @@ def attention_pullback(
     q, k, v, o, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, o, c))
     if 0 in (rhs, batch, heads, queries, keys, width):
         return packed_output(q, k, c).zero_(), torch.zeros((4, rhs, batch), device=c.device)
-    score_parts = 1 if q.dtype == k.dtype == torch.bfloat16 else 3
+    score_parts = 1 if q.dtype == k.dtype == torch.bfloat16 else 2
     parts = 1 if c.dtype == torch.bfloat16 else 3
     if contrast and not paired(width, parts):
         # P, D and N = P - D one by one; of N only the masses are kept.
@@ -514,18 +712,17 @@ def _pullback(
     c_q, c_k, c_v = output_views(out, q, k)
     major, minor = (8, 0) if c.device.type == "cpu" else torch.cuda.get_device_capability(c.device)
     capability = 10 * major + minor
-    tile = tiles(capability, width, parts)
+    tile = tiles(capability, width, parts, gated)
     block = max(tile.own, tile.other)
-    q_whole, q_halves = _prepared(q[None], block, score_parts, parts, not gated)
-    k_whole, k_halves = _prepared(k[None], block, score_parts, parts, not gated)
-    _, v_plus = _prepared(v[None], block, 0, parts, False)
-    g, _ = _prepared(c, block, parts, 0, False, o if gated else None)
+    q_whole, q_powers, q_halves = _prepared(q[None], block, score_parts, parts, not gated)
+    k_whole, k_powers, k_halves = _prepared(k[None], block, score_parts, parts, not gated)
+    _, _, v_plus = _prepared(v[None], block, 0, parts, False)
+    g, _, _ = _prepared(c, block, parts, 0, False, o if gated else None, factor=2)
     rows, key_rows = q_whole.shape[-2], k_whole.shape[-2]
-    blocks = rows // tile.own, key_rows // tile.own
-    # Every row has a slot; both kernels fill all slots if they have as many rows.
-    new = torch.empty if rows == key_rows else torch.zeros
-    masses = new((4, rhs, batch, heads * max(rows, key_rows)), dtype=torch.float32, device=c.device)
-    statistics = torch.empty((4, batch, heads, rows), dtype=torch.float32, device=c.device)
+    # Every row has a slot; both kernels fill all slots if there are as many queries as keys.
+    new = torch.empty if queries == keys else torch.zeros
+    masses = new((4, rhs, batch, heads * max(queries, keys)), dtype=torch.float32, device=c.device)
+    statistics = torch.empty((2, batch, heads, rows), dtype=torch.float32, device=c.device)
     options = {
         "RHS": rhs,
         "HEADS": heads,
@@ -544,24 +741,24 @@ def _pullback(
     numbers = batch, masses.shape[-1], scale
     launch_tuned(
         queries_kernel,
-        configs(capability, width, parts),
+        configs(capability, width, parts, gated),
         KEY,
         lasting,
-        lambda meta: (programs * blocks[0],),
+        lambda meta: (programs * (rows // tile.own),),
         (
-            *(q_whole, k_whole, k_halves, v_plus, g, q, c_q, statistics, masses),
+            *(q_whole, q_powers, k_whole, k_powers, k_halves, v_plus, g, q, c_q, statistics, masses),
             *(*q.stride()[:3], *c_q.stride()[:4], *numbers),
         ),
         **options,
     )
     launch_tuned(
         keys_kernel,
-        configs(capability, width, parts),
+        configs(capability, width, parts, gated),
         KEY,
         lasting,
-        lambda meta: (programs * blocks[1],),
+        lambda meta: (programs * (key_rows // tile.own),),
         (
-            *(q_whole, q_halves, k_whole, v_plus, g, k, v, c_k, c_v, statistics, masses),
+            *(q_whole, q_powers, q_halves, k_whole, k_powers, v_plus, g, k, v, c_k, c_v, statistics, masses),
             *(*k.stride()[:3], *v.stride()[:3], *c_k.stride()[:4], *numbers),
         ),
         **options,
@@ -570,22 +767,27 @@ def _pullback(
 
 
 def _prepared(
-    x: Tensor, block: int, whole: int, halves: int, both: bool, gate: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Parts of x [T, B, H, N, D] and of its positive half (``both``: of both halves), in whole blocks of rows."""
+    x: Tensor, block: int, whole: int, halves: int, both: bool, gate: Tensor | None = None, factor: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x [T, B, H, N, D] times a factor: parts, powers, and parts of its positive half (``both``: of both halves).
+
+    In whole blocks of rows. Three parts or one are bfloat16; two are float16 of rows divided by powers of 2.
+    """
     rhs, batch, heads, count, width = x.shape
     blocks = triton.cdiv(count, block)
     block_d = padded(width)
     shape = rhs, batch, heads, blocks * block, block_d
-    of_whole = torch.empty((whole, *shape), dtype=torch.bfloat16, device=x.device)
+    of_whole = torch.empty((whole, *shape), dtype=torch.float16 if whole == 2 else torch.bfloat16, device=x.device)
+    powers = torch.empty(shape[:-1] if whole == 2 else (0,), dtype=torch.float32, device=x.device)
     of_halves = torch.empty((halves, *shape[:-1], block_d * (1 + both)), dtype=torch.bfloat16, device=x.device)
     by = x[0] if gate is None else gate
     with torch.cuda.device_of(x):
         prepare_kernel[(rhs * batch * heads * blocks,)](
-            *(x, by, of_whole, of_halves, *x.stride()[:4], *by.stride()[:3], batch, rhs),
+            *(x, by, of_whole, powers, of_halves, *x.stride()[:4], *by.stride()[:3], batch, rhs),
             HEADS=heads,
             COUNT=count,
             WIDTH=width,
+            FACTOR=factor,
             GATE=gate is not None,
             WHOLE=whole,
             HALVES=halves,
@@ -595,4 +797,4 @@ def _prepared(
             BLOCKS=blocks,
             num_warps=8,
         )
-    return of_whole, of_halves
+    return of_whole, powers, of_halves

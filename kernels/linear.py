@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ramp_fast.kernels.common import DESCRIPTORS, INTERPRETED, aligned, dot, fitting, launch_tuned, sum_partials
+from ramp_fast.kernels.common import INTERPRETED, aligned, dot, fitting, launch_tuned, sum_partials
 from ramp_fast.kernels.norm import block_and_warps, row_statistics
 from ramp_fast.ops.linear import linear_norm_pullback_equation, linear_pullback_equation
 
@@ -38,12 +38,11 @@ def _config(rows: int, columns: int, depth: int, warps: int, stages: int, descri
 # spills on sm_80, sm_90 or sm_100; float32 with more columns or rows, or with four warps, does on sm_80.
 CONFIGS = {
     torch.bfloat16: (
-        _config(128, 128, 64, 8, 4),
+        _config(128, 128, 64, 8, 3, True),
         _config(128, 128, 64, 8, 3),
-        _config(64, 128, 64, 8, 4),
         _config(128, 64, 64, 8, 4),
+        _config(64, 128, 64, 4, 3, True),
         _config(64, 64, 64, 4, 4),
-        *([_config(128, 128, 64, 8, 4, True), _config(128, 64, 64, 8, 4, True)] if DESCRIPTORS else []),
     ),
     torch.float32: (_config(64, 64, 32, 8, 4), _config(64, 64, 32, 8, 3)),
 }
@@ -156,9 +155,22 @@ def linear_pullback_kernel(
                 c = tl.load(c_tile + start, mask=(start + k < DEPTH)[None, :], other=0.0)
                 w = tl.load(w_tile + start, mask=(start + k < DEPTH)[:, None], other=0.0)
             sums = dot(c, w, sums, PRECISION)
-    upper, lower = tl.split(sums.reshape(BLOCK_M, BLOCK_N, 2))
+    # Of two sides every thread holds both sums of both: from here on a row is a row of x.
+    if SIDES == 2:
+        pairs = sums.reshape(BLOCK_M // 16, 2, 8, BLOCK_N, 2).permute(0, 2, 3, 4, 1)
+        of_p, of_d = tl.split(pairs.reshape(TILE_ROWS, BLOCK_N, 2, 2))
+        upper, lower = tl.split(of_p)
+        upper_d, lower_d = tl.split(of_d)
+        row = tl.minimum(tile_m.to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS), rows - 1)
+        inside_rows = tile_m.to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS) < rows
+        inside = inside_rows[:, None] & (column < WIDTH)[None, :]
+    else:
+        upper, lower = tl.split(sums.reshape(BLOCK_M, BLOCK_N, 2))
 
-    x = tl.load(x_ptr + row[:, None] * WIDTH + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    # A thread loads four numbers, as it stores four: the 0 that is added is a multiple of four and no more to the
+    # compiler. Eight of 16 bits would be another layout, in which all sums are held once more, and spill.
+    x = tl.load(x_ptr + 4 * (rows >> 31) + row[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
+    x = x.to(tl.float32)
     if NORM:
         mean = tl.load(statistics_ptr + row * 3)
         inverse = tl.load(statistics_ptr + row * 3 + 1)
@@ -174,31 +186,27 @@ def linear_pullback_kernel(
             gate += tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
     else:
         gate = x
-    out = tl.where(gate > 0, upper, tl.where(gate < 0, lower, 0.0))
-    if NORM:
-        out *= factor
-    tl.store(out_ptr + c_row[:, None] * WIDTH + column[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+        factor = 1.0
+    out = factor * tl.where(gate > 0, upper, tl.where(gate < 0, lower, 0.0))
+    place = out_ptr + (index.to(tl.int64) * rows + row)[:, None] * WIDTH + column[None, :]
+    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=inside)
 
     if NORM:
         SLOTS: tl.constexpr = (WIDTH + MASS_COLUMNS - 1) // MASS_COLUMNS
         PARTS: tl.constexpr = BLOCK_N // MASS_COLUMNS
         slot = tile_n * PARTS + tl.arange(0, PARTS)
+        stored = inside_rows[:, None] & (slot < SLOTS)[None, :]
+        mass_row = masses_ptr + (index.to(tl.int64) * rows + row)[:, None] * SLOTS + slot[None, :]
         x = tl.abs(x)  # 0 outside
-        if SIDES == 2:
-            shape: tl.constexpr = (BLOCK_M // 16, 2, 8, BLOCK_N)
-            p, d = tl.split(out.reshape(shape).permute(0, 2, 3, 1))
-            x, _ = tl.split(x.reshape(shape).permute(0, 2, 3, 1))
-            of_p = tl.sum((x * tl.abs(p)).reshape(TILE_ROWS, PARTS, MASS_COLUMNS), 2)
-            of_n = tl.sum((x * tl.abs(p - d)).reshape(TILE_ROWS, PARTS, MASS_COLUMNS), 2)
-            row = tile_m.to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-            stored = (row < rows)[:, None] & (slot < SLOTS)[None, :]
-            mass_row = masses_ptr + (index.to(tl.int64) * rows + row)[:, None] * SLOTS + slot[None, :]
-            tl.store(mass_row, of_p, mask=stored)
-            tl.store(mass_row + rows.to(tl.int64) * (MAPS * SLOTS), of_n, mask=stored)
-        else:
-            of_c = tl.sum((x * tl.abs(out)).reshape(BLOCK_M, PARTS, MASS_COLUMNS), 2)
-            stored = inside_rows[:, None] & (slot < SLOTS)[None, :]
-            tl.store(masses_ptr + c_row[:, None] * SLOTS + slot[None, :], of_c, mask=stored)
+        of_c = tl.sum((x * tl.abs(out)).reshape(TILE_ROWS, PARTS, MASS_COLUMNS), 2)
+        tl.store(mass_row, of_c, mask=stored)
+    if SIDES == 2:
+        out_d = factor * tl.where(gate > 0, upper_d, tl.where(gate < 0, lower_d, 0.0))
+        side = rows.to(tl.int64) * MAPS
+        tl.store(place + side * WIDTH, out_d.to(out_ptr.dtype.element_ty), mask=inside)
+        if NORM:
+            of_n = tl.sum((x * tl.abs(out - out_d)).reshape(TILE_ROWS, PARTS, MASS_COLUMNS), 2)
+            tl.store(mass_row + side * SLOTS, of_n, mask=stored)
 
 
 def _check(c: Tensor, panels: Tensor, x: Tensor) -> None:
@@ -262,6 +270,7 @@ def _launch(
 
 def worth_trying(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
     c = arguments["c_ptr"]
+    configs = [config for config in configs if (config.kwargs["BLOCK_M"] <= 64) == constants["FEW"]] or configs
 
     def step(config: triton.Config) -> int:
         tile = config.kwargs["BLOCK_M"] + 2 * config.kwargs["BLOCK_N"]

@@ -149,7 +149,10 @@ def _arithmetic(name: str, o: Any) -> torch.dtype:
 
 
 def _moved(args: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
-    return tuple(a.to(device) if isinstance(a, Tensor) else a for a in args)
+    def moved(a: Any) -> Any:
+        return a.to(device) if isinstance(a, Tensor) else [moved(b) for b in a] if isinstance(a, list) else a
+
+    return tuple(map(moved, args))
 
 
 def check_operator(device: Device, name: str, backend: str) -> dict[str, Any]:

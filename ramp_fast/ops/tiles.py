@@ -131,7 +131,7 @@ def _pack_digits(weight: Tensor) -> Tensor:
 def unpack_tiles(tiles: Tensor, depth: int, width: int) -> Tensor:
     """The weights ``[I, K]`` that ``tiles`` stand for: exact, float64 of float32, else in their dtype."""
     if tiles.ndim == 2:
-        if tiles.dtype == torch.bfloat16:
+        if tiles.is_floating_point():
             return tiles
         parts, scales = unpack_parts(tiles)
         return parts.double().sum(0) * scales.double().unsqueeze(1)

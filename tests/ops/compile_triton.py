@@ -23,7 +23,19 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ramp_fast.kernels import activation, attention, common, junction, linear, max_pool, scaling, softmax
+from ramp_fast.kernels import (
+    activation,
+    attention,
+    common,
+    junction,
+    linear,
+    masses,
+    max_pool,
+    product,
+    scaling,
+    softmax,
+)
+from ramp_fast.kernels.common import offered
 from ramp_fast.kernels.norm import norm_pullback_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -57,10 +69,11 @@ def _sources() -> Iterator[Source]:
     yield Source(
         "prepare attention",
         attention.prepare_kernel,
-        {"x_ptr": "*fp32", "gate_ptr": "*fp32", "whole_ptr": "*bf16", "halves_ptr": "*bf16"}
+        {"x_ptr": "*fp32", "gate_ptr": "*fp32", "whole_ptr": "*fp16", "powers_ptr": "*fp32"}
+        | {"halves_ptr": "*bf16"}
         | dict.fromkeys(("x_t", "x_b", "x_h", "x_n", "gate_b", "gate_h", "gate_n", "batch", "rhs"), "i32"),
-        {"HEADS": 12, "COUNT": 197, "WIDTH": 64, "GATE": True, "WHOLE": 3, "HALVES": 3, "BOTH": True}
-        | {"BLOCK_D": 64, "BLOCK": 64, "BLOCKS": 4},
+        {"HEADS": 12, "COUNT": 197, "WIDTH": 64, "FACTOR": 1, "GATE": True, "WHOLE": 2, "HALVES": 3}
+        | {"BOTH": True, "BLOCK_D": 64, "BLOCK": 64, "BLOCKS": 4},
         one_config(8),
     )
     yield Source(
@@ -148,6 +161,35 @@ def _sources() -> Iterator[Source]:
         one_config(4),
     )
     yield Source(
+        "split",
+        product.split_kernel,
+        {"x_ptr": "*fp32", "parts_ptr": "*fp16", "scale_ptr": "*fp32", "rows": "i32"},
+        {"DEPTH": 3072, "BLOCK": product.SPLIT_BLOCK},
+        one_config(product.SPLIT_WARPS),
+    )
+    yield Source(
+        "centring",
+        scaling.centring_kernel,
+        {"c_ptr": "*bf16", "x_ptr": "*fp32", "gain_ptr": "*fp32", "shift_ptr": "*fp32", "out_ptr": "*fp32"}
+        | dict.fromkeys(("side", "batch", "inner", "step"), "i32"),
+        {"COUNT": 2048, "RUN": 32, "CHANNELS": 256, "WEIGHTED": True, "AFFINE": True, "GATE": True, "BLOCK": 2048},
+        one_config(scaling.WARPS),
+    )
+    yield Source(
+        "share",
+        masses.share_kernel,
+        dict.fromkeys(("target_ptr", "first_ptr", "second_ptr", "third_ptr", "out_ptr"), "*fp32") | {"elements": "i32"},
+        {"THREE": True, "BLOCK": masses.BLOCK},
+        one_config(masses.WARPS),
+    )
+    yield Source(
+        "scale_to",
+        masses.scale_to_kernel,
+        dict.fromkeys(("target_ptr", "actual_ptr", "scale_ptr", "mass_ptr"), "*fp32") | {"elements": "i32"},
+        {"BLOCK": masses.BLOCK},
+        one_config(masses.WARPS),
+    )
+    yield Source(
         "row_statistics",
         linear.statistics_kernel,
         {"x_ptr": "*fp32", "statistics_ptr": "*fp32"},
@@ -164,48 +206,57 @@ def _sources() -> Iterator[Source]:
             | optional
             | {"rows": "i32"},
             {"MAPS": 1 if norm else 2, "SIDES": 2 if norm else 1, "DEPTH": 3072, "WIDTH": 768, "NORM": norm}
-            | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "SUMMED": False, "PRECISION": linear.PRECISION[dtype]},
+            | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "PRECISION": linear.PRECISION[dtype], "FEW": False},
             lambda capability, dtype=dtype: tuple(
-                linear.offered(linear.CONFIGS[dtype], capability // 10, 3072 * dtype.itemsize)
+                offered(linear.CONFIGS[dtype], capability // 10, 3072 * dtype.itemsize)
             ),
             products=True,
             wgmma=True,
         )
-    for norm in (True, False):
-        optional = dict.fromkeys(("statistics_ptr", "weight_ptr", "bias_ptr", "masses_ptr"), "*fp32")
+    for dtype, parts in ((torch.bfloat16, 1), (torch.float32, 2)):
         yield Source(
-            f"linear_{'norm_' * norm}pullback, of a library's sums",
-            linear.linear_pullback_kernel,
-            {"c_ptr": "*fp32", "halves_ptr": "*bf16", "x_ptr": "*fp32", "out_ptr": "*fp32" if norm else "*bf16"}
-            | optional
+            f"product, {NAMES[dtype]}",
+            product.product_kernel,
+            dict.fromkeys(("x_ptr", "w_ptr"), "*bf16" if parts == 1 else "*fp16")
+            | dict.fromkeys(("x_scale_ptr", "w_scale_ptr"), "*fp32")
+            | dict.fromkeys(("bias_ptr", "out_ptr"), POINTERS[dtype])
             | {"rows": "i32"},
-            {"MAPS": 1 if norm else 2, "SIDES": 2 if norm else 1, "DEPTH": 3072, "WIDTH": 768, "NORM": norm}
-            | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "SUMMED": True, "PRECISION": "ieee"},
-            lambda capability: (linear.CHOOSING,),
+            {"DEPTH": 768, "WIDTH": 3072, "PARTS": parts, "HAS_BIAS": True, "FEW": False},
+            lambda capability, dtype=dtype: tuple(
+                offered(product.configs(dtype, capability // 10), capability // 10, 768 * 2)
+            ),
+            products=True,
+            wgmma=True,
         )
 
     for dtype, width, gated in itertools.product((torch.bfloat16, torch.float32), (64, 128), (True, False)):
-        yield from _attention(dtype, width, gated)
+        yield from _attention(dtype, torch.float32, width, gated)
+    yield from _attention(torch.bfloat16, torch.bfloat16, 64, True)
 
 
 SIDES = {"RHS": 2, "CONTRAST": True, "COMPUTE": tl.float32}
 
 
-def _attention(dtype: torch.dtype, width: int, gated: bool) -> Iterator[Source]:
-    """197 tokens and 12 heads, float32 q, k and v, coefficients of ``dtype``."""
-    name = f"{NAMES[dtype]}, {width} columns{', gated' * gated}"
+def _attention(dtype: torch.dtype, scores: torch.dtype, width: int, gated: bool) -> Iterator[Source]:
+    """197 tokens and 12 heads, q, k and v of the dtype ``scores``, coefficients of ``dtype``."""
+    name = f"{NAMES[dtype]}, {width} columns{', gated' * gated}{', bf16 scores' * (scores == torch.bfloat16)}"
     parts = 1 if dtype == torch.bfloat16 else 3
+    score_parts = 1 if scores == torch.bfloat16 else 2
     constants = {"RHS": 2, "HEADS": 12, "QUERIES": 197, "KEYS": 197, "WIDTH": width, "QUERY_ROWS": 256}
-    constants |= {"KEY_ROWS": 256, "GATED": gated, "CONTRAST": attention.paired(width, parts), "SCORE_PARTS": 3}
-    constants |= {"PARTS": parts, "BLOCK_D": attention.padded(width)}
+    constants |= {"KEY_ROWS": 256, "GATED": gated, "CONTRAST": attention.paired(width, parts)}
+    constants |= {"SCORE_PARTS": score_parts, "PARTS": parts, "BLOCK_D": attention.padded(width)}
 
     def config(capability: int) -> tuple[triton.Config, ...]:
-        return attention.configs(capability, width, parts)
+        return attention.configs(capability, width, parts, gated)
 
     for kernel in (attention.queries_kernel, attention.keys_kernel):
-        types = {n: "i32" for n in kernel.arg_names if n not in (*constants, "OWN", "OTHER")} | {"scale": "fp32"}
+        types = {n: "i32" for n in kernel.arg_names if n not in (*constants, "OWN", "OTHER", "APART")}
+        types["scale"] = "fp32"
         types |= {n: "*bf16" for n in types if n.endswith("_ptr")}
-        wide = {"x_ptr", "k_raw_ptr", "v_raw_ptr", "statistics_ptr", "masses_ptr"} & types.keys()
+        if score_parts == 2:
+            types |= {"q_ptr": "*fp16", "k_ptr": "*fp16"}
+        types |= dict.fromkeys({"x_ptr", "k_raw_ptr", "v_raw_ptr"} & types.keys(), POINTERS[scores])
+        wide = {"q_powers_ptr", "k_powers_ptr", "statistics_ptr", "masses_ptr"} & types.keys()
         outputs = {"out_ptr", "c_k_ptr", "c_v_ptr"} & types.keys()
         types |= dict.fromkeys(wide, "*fp32") | dict.fromkeys(outputs, POINTERS[dtype])
         by = "queries" if kernel is attention.queries_kernel else "keys"

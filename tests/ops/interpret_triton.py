@@ -9,8 +9,7 @@ import itertools
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cases as cases_of_all
 import pytest
 import torch
+import triton
 from cases import CASES, DTYPES, Options, as_tuple, batch_axes, in_float64, of_sample
 from tolerances import COMPUTE, STORE, assert_close
 
 from ramp_fast import ops
-from ramp_fast.kernels import choice, linear
+from ramp_fast.kernels import linear, product
 
 # Around the block sizes that kernels have here; seeds choose depths and optional arguments.
 ELEMENTWISE = [
@@ -78,6 +78,10 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "norm_pullback": ELEMENTWISE,
     "linear_pullback": LINEAR,
     "linear_norm_pullback": LINEAR,
+    "product": LINEAR,
+    "centring": ELEMENTWISE,
+    "share": ELEMENTWISE,
+    "scale_to": ELEMENTWISE,
     "attention_pullback": [{"batch": 1, "zeros": True}, {"batch": 2}],
 }
 WITHOUT_CONTRAST = {"norm_pullback", "linear_pullback", "softmax_pullback"}
@@ -122,47 +126,19 @@ def check_batch(name: str, shape: dict[str, Any]) -> None:
             assert torch.equal(expected.narrow(axis, 1, 1), own), (name, dtype)
 
 
-def check_library_products() -> None:
-    """The ways to multiply agree, and which one is taken is measured once for all batches and kept."""
-    products, used, measured = linear._products, [0], []
-    times = {"kernel": 0.0, "library": 0.0}
-
-    def counted(*args: torch.Tensor) -> torch.Tensor:
-        used[0] += 1
-        return products(*args)
-
-    def milliseconds(call: Callable[[], Any]) -> float:
-        before = used[0]
-        measured.append(tuple(as_tuple(call())[0].shape))
-        return times["library" if used[0] > before else "kernel"]
-
-    linear.MEASURED_ROWS, linear._products = 5, counted
-    linear._measures, choice.milliseconds = lambda c: True, milliseconds
-    for name, sides in (("linear_pullback", 1), ("linear_norm_pullback", 2)):
-        for width, faster, slower in ((33, "kernel", "library"), (34, "library", "kernel")):
-            used[0], times[faster], times[slower] = 0, 1.0, 2.0
-            measured.clear()
-            for batch in (1, 3):
-                check(name, Options(2, batch=batch, rows=(3, width), c_dtype=torch.bfloat16))
-            assert measured == [(sides, 1, 5, width)] * 2, (name, measured)
-            assert used[0] == (3 if faster == "library" else 1), (name, faster, used)  # one of them to measure
-    linear._products = products
-    linear._takes_library = lambda *_: True
-    for name, options in cases(("linear_pullback", "linear_norm_pullback")):
-        if options.batch == LINEAR[-1]["batch"] and options.c_dtype != torch.float64:  # which the equation computes
-            check(name, options)
-
-
 def check_descriptors() -> None:
     """Tiles that are loaded by descriptors, where rows are multiples of 16 bytes, beyond the edges too."""
-    plain = linear.CONFIGS
-    linear.CONFIGS = dict.fromkeys(plain, (linear._config(32, 128, 16, 4, 1, True),))
+    plain = linear.CONFIGS, product.CONFIGS
+    linear.CONFIGS = dict.fromkeys(linear.CONFIGS, (linear._config(32, 128, 16, 4, 1, True),))
+    of_product = triton.Config({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "DESCRIBED": True})
+    product.CONFIGS = dict.fromkeys(product.CONFIGS, (of_product,))
     for name, dtype, contrast in itertools.product(
         ("linear_pullback", "linear_norm_pullback"), (torch.float32, torch.bfloat16), (False, True)
     ):
         shape = {"batch": 3, "rows": (11, 131), "c_dtype": dtype, "contrast": contrast}
         check(name, Options(2, seed=4, **shape))  # 64 deep
-    linear.CONFIGS = plain
+        check("product", Options(2, seed=4, **shape))
+    linear.CONFIGS, product.CONFIGS = plain
 
 
 def check_refusals() -> None:
@@ -189,6 +165,10 @@ def check_refusals() -> None:
         ("must not be empty", lambda: _max_pool_of(2, 2, kernel=0)),
         ("x must be [B, H, W, C]", lambda: ops.max_pool_pullback(c, x, 2, 2, True)),
         ("must not be negative", lambda: _attention_of(scale=-1.0)),
+        ("tiles torch.bfloat16 [4, 5] must be torch.int32 [4, 6]", lambda: _product_of(torch.bfloat16)),
+        ("bias [3] must have shape [4]", lambda: _product_of(torch.float32, c[0, 0, :3])),
+        ("must have shape [2, 4]", lambda: ops.share(x, [x, c[0, 0]])),
+        ("must have the same shape", lambda: ops.scale_to(x, c[0])),
     ]:
         with pytest.raises(ValueError, match=re.escape(problem)):
             call()
@@ -249,6 +229,10 @@ def _attention_of(
     return ops.attention_pullback(q, k, k, q, c, scale, True, True)
 
 
+def _product_of(dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return ops.product(torch.zeros(2, 5), ops.pack_tiles(torch.zeros(4, 5, dtype=dtype)), bias, 4)
+
+
 def _zeros(depth: int, width: int) -> torch.Tensor:
     return ops.pack_panels(torch.zeros(depth, width))
 
@@ -271,9 +255,6 @@ def main() -> None:
     check_refusals()
     if linear.DESCRIPTORS:
         check_descriptors()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
-        check_library_products()
     print(f"{len(chosen)} cases agree")
 
 
