@@ -24,7 +24,7 @@ from cases import CASES, DTYPES, Options, as_tuple, batch_axes, in_float64, of_s
 from tolerances import COMPUTE, STORE, assert_close
 
 from ramp_fast import ops
-from ramp_fast.kernels import linear, product
+from ramp_fast.kernels import common, linear, product
 
 # Around the block sizes that kernels have here; seeds choose depths and optional arguments.
 ELEMENTWISE = [
@@ -253,7 +253,7 @@ def main() -> None:
     check_extreme_scores()
     check_pooling_at_the_edge()
     check_refusals()
-    if linear.DESCRIPTORS:
+    if common.DESCRIPTORS:
         check_descriptors()
     print(f"{len(chosen)} cases agree")
 
