@@ -1,8 +1,8 @@
 """Matrix products ``x W^T + bias`` on tensor cores, which multiply 16-bit numbers and sum in float32.
 
 float32 numbers are sums of two float16 ones: rows of x and of W are scaled by powers of two to begin where float16
-ends, so that what a number loses is 2^-24 of it, or 2^-40 of its row's largest. Of the four products of parts the
-smallest is left out, which is 2^-24 of the whole. (After Ootomo and Yokota, "Recovering single precision accuracy from
+ends, so that what a number loses is at most 2^-23 of it, or 2^-39 of its row's largest. Of the four products of parts
+the smallest is left out, at most 2^-22 of the whole and mostly far less. (After Ootomo and Yokota, "Recovering single precision accuracy from
 Tensor Cores while surpassing the FP32 theoretical peak performance", 2022, arXiv 2203.03341.)
 
 Tensor cores cut off what a sum cannot hold: sums of float32 begin anew in every step and are added up rounded, without

@@ -133,6 +133,18 @@ def by_sample(function: Callable[..., Tensor], rows: int, operands: tuple[Tensor
     return torch.cat([function(*sample) for sample in samples], axis)
 
 
+def flash_attends(*operands: Tensor) -> bool:
+    """Whether FlashAttention takes q, k and v, which sums in one order for any batch.
+
+    Left to choose on a GPU, PyTorch takes cuDNN's attention for bfloat16, whose order depends on the batch (H200,
+    PyTorch 2.11: maps moved by 5e-3 of their largest number).
+    """
+    return all(
+        t.device.type == "cuda" and t.dtype == torch.bfloat16 and t.dim() == 4 and t.shape[-1] in range(8, 257, 8)
+        for t in operands
+    )
+
+
 class Packed(Protocol):
     """Something with weights inside."""
 

@@ -881,6 +881,11 @@ class Attention(Operation):
         mask = values[p["mask"]] if p["mask"] is not None else None
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if mask is None and not p["grouped"] and gemm.flash_attends(q, k, v):
+                y: Tensor = aten._scaled_dot_product_flash_attention.default(
+                    q, k, v, 0.0, p["causal"], scale=p["scale"]
+                )[0]
+                return y
             return torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, mask, 0.0, p["causal"], scale=p["scale"], enable_gqa=p["grouped"]
             )

@@ -13,7 +13,7 @@ from torch import Tensor
 from ramp_fast import gemm, ops
 from ramp_fast.ops import _registry
 from ramp_fast.ops.linear import unpack_panels
-from ramp_fast.ops.tiles import product_equation, unpack_tiles
+from ramp_fast.ops.tiles import _pack_parts, product_equation, unpack_parts, unpack_tiles
 
 needs_tiles = pytest.mark.skipif("amx" not in ops.cpu_isas(), reason="the processor has no tile registers (AMX)")
 
@@ -81,6 +81,27 @@ def test_weights_at_the_ends_of_float32() -> None:
     torch.testing.assert_close(unpacked[0], weight[0].double(), rtol=2**-23, atol=0)
     assert (unpacked[1:3].abs() <= 1e-37).all()
     assert unpacked[3:].isnan().all()
+
+
+def test_parts_hold_the_weights() -> None:
+    weight, bias, x = wide(33, 70), torch.randn(33), wide(5, 70)
+    tiles = _pack_parts(weight)
+    assert tiles.shape == (33, 71)
+    unpacked, largest = unpack_tiles(tiles, 70, 33), weight.double().abs().amax(1, keepdim=True)
+    assert ((unpacked - weight).abs() <= 2**-23 * weight.double().abs() + 2**-39 * largest).all()
+    scales = unpack_parts(tiles)[1].double()
+    assert torch.equal(torch.frexp(scales).mantissa, torch.full_like(scales, 0.5))  # powers of two
+    torch.testing.assert_close(product_equation(x, tiles, bias, 33), F.linear(x, unpacked.float(), bias))
+
+
+def test_parts_at_the_ends_of_float32() -> None:
+    largest, smallest = torch.finfo(torch.float32).max, 1e-40
+    weight = torch.tensor([[largest, -largest / 2], [smallest, 0.0], [0.0, 0.0], [torch.inf, 1.0], [torch.nan, 1.0]])
+    unpacked = unpack_tiles(_pack_parts(weight), 2, 5)
+    torch.testing.assert_close(unpacked[0], weight[0].double(), rtol=2**-23, atol=0)
+    torch.testing.assert_close(unpacked[1:3], weight[1:3].double(), rtol=0, atol=1e-44)
+    assert unpacked[3:, 0].isnan().all()
+    assert _pack_parts(torch.zeros(3, 0)).shape == (3, 1)
 
 
 @pytest.mark.parametrize(
