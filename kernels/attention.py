@@ -203,18 +203,11 @@ def prepare_kernel(
     row = block * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK_D)
     inside = (row < COUNT)[:, None] & (column < WIDTH)[None, :]
-    place = row[:, None] * x_n + column[None, :]
-    x = (
-        tl.load(
-            x_ptr + t.to(tl.int64) * x_t + sample * x_b + head.to(tl.int64) * x_h + place, mask=inside, other=0.0
-        ).to(tl.float32)
-        * FACTOR
-    )
+    place = x_ptr + t.to(tl.int64) * x_t + sample * x_b + head.to(tl.int64) * x_h
+    x = FACTOR * tl.load(place + row[:, None] * x_n + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if GATE:
-        place = row[:, None] * gate_n + column[None, :]
-        gate = tl.load(gate_ptr + sample * gate_b + head.to(tl.int64) * gate_h + place, mask=inside, other=0.0).to(
-            tl.float32
-        )
+        place = gate_ptr + sample * gate_b + head.to(tl.int64) * gate_h
+        gate = tl.load(place + row[:, None] * gate_n + column[None, :], mask=inside, other=0.0).to(tl.float32)
         x = tl.where(gate > 0, x, 0.0)
     plane = batch.to(tl.int64) * rhs * HEADS * BLOCKS * BLOCK * BLOCK_D
     first = index * (BLOCKS * BLOCK)

@@ -2,8 +2,8 @@
 
 float32 numbers are sums of two float16 ones: rows of x and of W are scaled by powers of two to begin where float16
 ends, so that what a number loses is at most 2^-23 of it, or 2^-39 of its row's largest. Of the four products of parts
-the smallest is left out, at most 2^-22 of the whole and mostly far less. (After Ootomo and Yokota, "Recovering single precision accuracy from
-Tensor Cores while surpassing the FP32 theoretical peak performance", 2022, arXiv 2203.03341.)
+the smallest is left out, at most 2^-22 of the whole and mostly far less. (After Ootomo and Yokota, "Recovering single
+precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance", 2022, arXiv 2203.03341.)
 
 Tensor cores cut off what a sum cannot hold: sums of float32 begin anew in every step and are added up rounded, without
 which they lose ten times as much (measured on an H200: 3e-7 of 3,072 terms instead of 3e-8).
