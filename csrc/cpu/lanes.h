@@ -80,12 +80,18 @@ RF_INLINE V magnitude(V x) {
         return absolute(x);
 }
 
+using EightLanes = float __attribute__((vector_size(32)));
+using FourLanes = float __attribute__((vector_size(16)));
+
+// By halves: one after another, sixteen lanes would wait for each other.
 template <class F, class V>
 RF_INLINE F total(V sums) {
     if constexpr (sizeof(V) == sizeof(Lanes)) {
-        F sum = 0;
-        for (int64_t i = 0; i < kLanes; ++i) sum += sums[i];
-        return sum;
+        const EightLanes eight = __builtin_shufflevector(sums, sums, 0, 1, 2, 3, 4, 5, 6, 7) +
+                                 __builtin_shufflevector(sums, sums, 8, 9, 10, 11, 12, 13, 14, 15);
+        const FourLanes four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+                               __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+        return (four[0] + four[2]) + (four[1] + four[3]);
     } else {
         return sums;
     }

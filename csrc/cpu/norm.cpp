@@ -40,7 +40,12 @@ void norm_chunk(int64_t index, const void* context, void* scratch) {
     const F* const weight = static_cast<const F*>(job.weight);
     for (int64_t row = index * job.rows_per_chunk; row < min64((index + 1) * job.rows_per_chunk, rows);
          ++row) {
-        const F* const x = load(args.x, row * width, width, static_cast<F*>(scratch));
+        const F* const x = load_ahead(args.x, row * width, width, static_cast<F*>(scratch));
+        // While the statistics are summed, what they are for is on its way.
+        for (int64_t t = 0; t < args.rhs; ++t) {
+            fetch(args.c, (t * rows + row) * width, width);
+            fetch(args.out, (t * rows + row) * width, width);
+        }
         const Statistics<F> statistics = row_statistics(x, width, args.eps);
         if constexpr (sizeof(F) == sizeof(float))
             pull_span<Lanes, F>(args, x, weight, statistics, row * width, 0, whole);

@@ -1,7 +1,7 @@
 // One row of a LayerNorm's input: its statistics, and the factor of the pull-back.
 #pragma once
 
-#include "cpu/block.h"
+#include "cpu/lanes.h"
 
 namespace rf::RF_ISA {
 namespace {
@@ -19,37 +19,65 @@ RF_INLINE F inverse_sigma(double sum_of_squares, int64_t width, double eps) {
     return sigma > 0 ? F(1) / sigma : F(0);
 }
 
+// Adds sum x and sum |x| of a row to `first` and `second`; `centred` sum (x - mean)^2 and sum (|x| -
+// mean_absolute)^2.
+template <bool centred, class F>
+RF_INLINE void add_sums(const F* __restrict x, int64_t begin, int64_t width, F mean, F mean_absolute,
+                        double& first, double& second) {
+    for (int64_t start = begin; start < width; start += kBlock) {
+        const int64_t n = min64(kBlock, width - start);
+        F s = 0, sa = 0;
+        RF_SIMD_SUM(s, sa)
+        for (int64_t i = 0; i < n; ++i) {
+            const F at = centred ? x[start + i] - mean : x[start + i];
+            const F size = centred ? absolute(x[start + i]) - mean_absolute : absolute(x[start + i]);
+            s += centred ? at * at : at;
+            sa += centred ? size * size : size;
+        }
+        first += static_cast<double>(s);
+        second += static_cast<double>(sa);
+    }
+}
+
+// Floats: four vectors of sums at a time, since one waits for its last addition, and as few sums over their
+// lanes as float32 allows. The tail goes as above.
+template <bool centred>
+RF_INLINE void add_row_sums(const float* __restrict x, int64_t width, float mean, float mean_absolute,
+                            double& first, double& second) {
+    constexpr int64_t kChains = 4, kStep = kChains * kLanes;
+    const int64_t whole = width / kStep * kStep;
+    for (int64_t start = 0; start < whole; start += kBlock * kChains) {
+        Lanes s[kChains] = {}, sa[kChains] = {};
+        const int64_t end = min64(start + kBlock * kChains, whole);
+        for (int64_t i = start; i < end; i += kStep)
+            for (int64_t k = 0; k < kChains; ++k) {
+                const Lanes value = *reinterpret_cast<const Lanes*>(x + i + k * kLanes);
+                const Lanes at = centred ? value - mean : value;
+                const Lanes size =
+                    centred ? magnitude<Lanes>(value) - mean_absolute : magnitude<Lanes>(value);
+                s[k] += centred ? at * at : at;
+                sa[k] += centred ? size * size : size;
+            }
+        first += total<float, Lanes>((s[0] + s[1]) + (s[2] + s[3]));
+        second += total<float, Lanes>((sa[0] + sa[1]) + (sa[2] + sa[3]));
+    }
+    add_sums<centred>(x, whole, width, mean, mean_absolute, first, second);
+}
+
+template <bool centred>
+RF_INLINE void add_row_sums(const double* __restrict x, int64_t width, double mean, double mean_absolute,
+                            double& first, double& second) {
+    add_sums<centred>(x, 0, width, mean, mean_absolute, first, second);
+}
+
 // Two passes: means, then centred squares.
 template <class F>
 RF_INLINE Statistics<F> row_statistics(const F* __restrict x, int64_t width, double eps) {
-    double sum = 0, sum_absolute = 0;
-    for (int64_t start = 0; start < width; start += kBlock) {
-        const int64_t n = min64(kBlock, width - start);
-        F s = 0, sa = 0;
-        RF_SIMD_SUM(s, sa)
-        for (int64_t i = 0; i < n; ++i) {
-            s += x[start + i];
-            sa += absolute(x[start + i]);
-        }
-        sum += static_cast<double>(s);
-        sum_absolute += static_cast<double>(sa);
-    }
+    double sum = 0, sum_absolute = 0, squares = 0, squares_absolute = 0;
+    add_row_sums<false>(x, width, F(0), F(0), sum, sum_absolute);
     const F mean = static_cast<F>(sum / static_cast<double>(width));
     const F mean_absolute = static_cast<F>(sum_absolute / static_cast<double>(width));
-    double squares = 0, squares_absolute = 0;
-    for (int64_t start = 0; start < width; start += kBlock) {
-        const int64_t n = min64(kBlock, width - start);
-        F s = 0, sa = 0;
-        RF_SIMD_SUM(s, sa)
-        for (int64_t i = 0; i < n; ++i) {
-            const F centred = x[start + i] - mean;
-            const F centred_absolute = absolute(x[start + i]) - mean_absolute;
-            s += centred * centred;
-            sa += centred_absolute * centred_absolute;
-        }
-        squares += static_cast<double>(s);
-        squares_absolute += static_cast<double>(sa);
-    }
+    add_row_sums<true>(x, width, mean, mean_absolute, squares, squares_absolute);
     return {mean, inverse_sigma<F>(squares, width, eps), inverse_sigma<F>(squares_absolute, width, eps)};
 }
 
