@@ -7,7 +7,7 @@ On CPUs the routines are oneDNN's with weights packed ahead: float32 there is ar
 know the processor about a third faster than the default route; from eight rows on results do not depend on their
 number. With tile registers (AMX) matrices are :func:`ramp_fast.ops.product`'s: float32 in whole numbers of 24 bits is
 faster than oneDNN's and its errors are smaller, and oneDNN's bfloat16 products there give a row other bits in another
-batch. So they are on GPUs, for the same two reasons: float32 in parts of bfloat16 is multiplied by tensor cores, and
+batch. So they are on GPUs, for the same two reasons: float32 in parts of float16 is multiplied by tensor cores, and
 cuBLAS chooses the order of its sums by the number of rows.
 """
 
@@ -139,10 +139,11 @@ def flash_attends(*operands: Tensor) -> bool:
     Left to choose on a GPU, PyTorch takes cuDNN's attention for bfloat16, whose order depends on the batch (H200,
     PyTorch 2.11: maps moved by 5e-3 of their largest number).
     """
-    return all(
-        t.device.type == "cuda" and t.dtype == torch.bfloat16 and t.dim() == 4 and t.shape[-1] in range(8, 257, 8)
-        for t in operands
-    )
+    device = operands[0].device
+    if device.type != "cuda" or not torch.cuda.is_available() or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    fit = all(t.dtype == torch.bfloat16 and t.dim() == 4 and t.shape[-1] in range(8, 257, 8) for t in operands)
+    return fit and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Packed(Protocol):

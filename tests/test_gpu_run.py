@@ -86,12 +86,14 @@ for name in ("good", "raises", "breaks", "hangs", "last"):
 """
 
 
-def parts_of(run: ModuleType, tmp_path: Path, worker: str, seconds: float) -> tuple[dict[str, Any], list[Any]]:
+def parts_of(
+    run: ModuleType, tmp_path: Path, worker: str, seconds: float, jobs: int = 1
+) -> tuple[dict[str, Any], list[Any]]:
     (tmp_path / "worker.py").write_text(worker)
     run.WORKER = tmp_path / "worker.py"
     record: dict[str, Any] = {}
     parts = run.Parts(tmp_path / "out.json", record, ["--device", "cpu", "--only", ""], {})
-    parts.run(time.time() + seconds)
+    parts.run(time.time() + seconds, jobs)
     assert json.loads((tmp_path / "out.json").read_text()) == record
     return record, [(part["name"], part["status"]) for part in record["parts"]]
 
@@ -103,6 +105,27 @@ def test_a_part_that_fails_breaks_or_hangs(run: ModuleType, tmp_path: Path) -> N
     text = run.table(record["parts"])
     assert "breaks" in text
     assert "ms 1" in text
+
+
+def test_checks_side_by_side(run: ModuleType, tmp_path: Path) -> None:
+    """Each worker takes its share of the checks; the one that times comes after them all, and does no part again."""
+    chosen = """
+first, jobs = map(int, (args.share or "0/1").split("/"))
+checks = ["check:a", "check:b", "check:c"]
+for name in checks[first::jobs] if args.share else [*checks, "time:a"]:
+    if name in args.without.split(","):
+        continue
+    report(name=name, status="running")
+    if name == "check:b":
+        os._exit(3)
+    report(name=name, status="ok", worker=os.getpid(), begun=time.time())
+"""
+    head = WORKER[: WORKER.index('for name in ("good"')]
+    record, parts = parts_of(run, tmp_path, head + chosen, 30, jobs=2)
+    assert sorted(parts) == [("check:a", "ok"), ("check:b", "failed"), ("check:c", "ok"), ("time:a", "ok")]
+    found = {part["name"]: part for part in record["parts"]}
+    assert found["check:a"]["worker"] == found["check:c"]["worker"] != found["time:a"]["worker"]
+    assert found["time:a"]["begun"] > max(found[name]["begun"] for name in ("check:a", "check:c"))
 
 
 def test_no_time(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

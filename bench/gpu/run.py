@@ -92,7 +92,7 @@ class Parts:
         partial.replace(self.file)
 
     def run(self, deadline: float, jobs: int = 1) -> None:
-        """All parts in the worker's order, with several jobs the checks first; what broke is not tried again."""
+        """All parts in the worker's order, but with several jobs the checks before what is timed; each part once."""
         if jobs > 1:
             shares = [threading.Thread(target=self._share, args=(deadline, f"{i}/{jobs}")) for i in range(jobs)]
             for share in shares:

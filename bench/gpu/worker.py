@@ -419,7 +419,7 @@ def main() -> int:
         first, jobs = map(int, args.share.split("/"))
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
         names = [name for name in parts if name.startswith(("check:", "golden:"))]
-        parts = {name: parts[name] for name in names[first::jobs]}
+        parts = {name: parts[name] for name in [*(["environment"] if first == 0 else []), *names[first::jobs]]}
     for name, part in parts.items():
         measured = name == "limits" and name in done  # in a worker before this one: the roofline needs them again
         if measured and not device.out_of_time():
