@@ -196,12 +196,14 @@ class Tail(nn.Module):
 @pytest.mark.parametrize("read", ["three readers", "detached", "doubled", "also alone", "twice the same"])
 def test_sums_that_are_read_in_other_ways(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = Tail(read), torch.randn(2, 3, 8, 8)
-    exact = Engine(model.double(), precision="float64").attribute(images.double())
+    # Not scaled to 1: where all relevance goes one way P and N are the same map, and their difference is rounding.
+    exact = Engine(model.double(), precision="float64").attribute(images.double(), normalize="none")
     monkeypatch.setattr("ramp_fast.plan.fuses_convolutions", lambda precision, device: True)
-    result = Engine(model.float(), precision="float32").attribute(images)
+    result = Engine(model.float(), precision="float32").attribute(images, normalize="none")
     with torch.no_grad():
         torch.testing.assert_close(result.logits, model(images), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(result.maps, exact.maps.float(), rtol=1e-3, atol=1e-4)
+    assert exact.maps.abs().amax() > 1e-3
+    torch.testing.assert_close(result.maps, exact.maps.float(), rtol=1e-3, atol=1e-6)
 
 
 def test_what_leaves_a_batch_norm_is_centred() -> None:
