@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ramp_fast.kernels.common import INTERPRETED, dot, launch_tuned, sum_partials
-from ramp_fast.kernels.product import power_of_two
+from ramp_fast.kernels.product import power_of_two, two_parts
 from ramp_fast.ops.attention import attention_pullback_equation, output_views, packed_output
 
 # Of a head; wider ones spill whatever the tile.
@@ -214,10 +214,9 @@ def prepare_kernel(
     whole = whole_ptr + (first + row)[:, None] * BLOCK_D + column[None, :]
     if WHOLE == 2:
         up, down = power_of_two(tl.max(tl.abs(x), 1))
-        scaled = x * up[:, None]
-        high = scaled.to(tl.float16)
+        high, low = two_parts(x * up[:, None])
         tl.store(whole, high)
-        tl.store(whole + plane, (scaled - high.to(tl.float32)).to(tl.float16))
+        tl.store(whole + plane, low)
         tl.store(powers_ptr + first + row, down)
     elif WHOLE > 0:
         _store_parts(whole, plane, x, WHOLE)

@@ -81,26 +81,40 @@ def offered(configs: Iterable[triton.Config], major: int, row: int) -> list[trit
     return [config for config in configs if described or not config.kwargs["DESCRIBED"]]
 
 
+# Fewer rows than this have configurations of their own, of tiles with few rows; all give the same bits.
+FEW_ROWS = 1024
+
+
 def fitting(
-    configs: list[triton.Config], device: torch.device, row: int, width: int, step: Callable[[triton.Config], int]
+    configs: list[triton.Config],
+    device: torch.device,
+    row: int,
+    width: int,
+    few: bool,
+    step: Callable[[triton.Config], int],
 ) -> list[triton.Config]:
-    """Those worth trying: they fit into shared memory and are no wider than the layer; the smallest if none does.
+    """Those worth trying for many rows or few: they fit into shared memory and are no wider than the layer.
+
+    The smallest if none does.
 
     Parameters
     ----------
     configs : list of triton.Config
-        Of a product, with BLOCK_N and DESCRIBED.
+        Of a product, with BLOCK_M, BLOCK_N and DESCRIBED.
     device : torch.device
     row : int
         Bytes of a row of its operands.
     width : int
         Columns of its result.
+    few : bool
+        Whether it has fewer rows than FEW_ROWS.
     step : callable
         Bytes of the tiles that one step multiplies.
     """
     properties = torch.cuda.get_device_properties(device)
     in_flight = 0 if properties.major >= 9 else 1  # before wgmma the tile that is multiplied lies in registers
     configs = offered(configs, properties.major, row)
+    configs = [c for c in configs if (c.kwargs["BLOCK_M"] <= 64) == few] or configs
     widest = max(min(c.kwargs["BLOCK_N"] for c in configs), triton.next_power_of_2(width))
     room = properties.shared_memory_per_block_optin
     kept = [c for c in configs if (c.num_stages - in_flight) * step(c) <= room and c.kwargs["BLOCK_N"] <= widest]
@@ -110,6 +124,19 @@ def fitting(
 def aligned(tensor: Tensor) -> Tensor:
     """``tensor`` where descriptors may point: a configuration found with other tensors may rely on that."""
     return tensor if tensor.data_ptr() % DESCRIBED_BYTES == 0 else tensor.clone()
+
+
+# Neighbouring tiles share rows: so many row tiles go through all their columns before the next ones start.
+GROUP: tl.constexpr = tl.constexpr(8)
+
+
+@triton.jit
+def tile_of(program, tiles_m, TILES_N: tl.constexpr):
+    """Row and column of a program's tile among ``tiles_m`` times TILES_N."""
+    first = program // (GROUP * TILES_N) * GROUP
+    group = tl.minimum(tiles_m - first, GROUP)
+    program = program % (GROUP * TILES_N)
+    return first + program % group, program // group
 
 
 WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)

@@ -19,14 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ramp_fast.kernels.common import INTERPRETED, aligned, dot, fitting, launch_tuned, sum_partials
+from ramp_fast.kernels.common import (
+    FEW_ROWS,
+    INTERPRETED,
+    aligned,
+    dot,
+    fitting,
+    launch_tuned,
+    sum_partials,
+    tile_of,
+)
 from ramp_fast.kernels.norm import block_and_warps, row_statistics
 from ramp_fast.ops.linear import linear_norm_pullback_equation, linear_pullback_equation
 
 # Columns that one partial mass sums over; divides every BLOCK_N.
 MASS_COLUMNS: tl.constexpr = tl.constexpr(64)
-# Neighbouring tiles share rows of c: so many row tiles go through all their columns before the next ones start.
-GROUP: tl.constexpr = tl.constexpr(8)
 
 
 def _config(rows: int, columns: int, depth: int, warps: int, stages: int, described: bool = False) -> triton.Config:
@@ -48,8 +55,6 @@ CONFIGS = {
 }
 # bfloat16 products are exact; float32 ones are the sum of three products of tf32 parts.
 PRECISION = {torch.bfloat16: "ieee", torch.float32: "tf32x3"}
-# Fewer rows of c than this have a configuration of their own.
-FEW_ROWS = 1024
 if INTERPRETED:
     CONFIGS = dict.fromkeys(CONFIGS, (_config(32, 128, 16, 4, 1),))
 
@@ -100,11 +105,7 @@ def linear_pullback_kernel(
     program = tl.program_id(0)
     index = program // (tiles_m * TILES_N)  # of the map
     program = program % (tiles_m * TILES_N)
-    first = program // (GROUP * TILES_N) * GROUP
-    group = tl.minimum(tiles_m - first, GROUP)
-    program = program % (GROUP * TILES_N)
-    tile_m = first + program % group
-    tile_n = program // group
+    tile_m, tile_n = tile_of(program, tiles_m, TILES_N)
 
     # With two sides eight rows of P alternate with the same eight of D: a thread of the tensor cores holds both.
     r = tl.arange(0, BLOCK_M)
@@ -270,13 +271,12 @@ def _launch(
 
 def worth_trying(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
     c = arguments["c_ptr"]
-    configs = [config for config in configs if (config.kwargs["BLOCK_M"] <= 64) == constants["FEW"]] or configs
 
     def step(config: triton.Config) -> int:
         tile = config.kwargs["BLOCK_M"] + 2 * config.kwargs["BLOCK_N"]
         return int(tile * config.kwargs["BLOCK_K"] * c.element_size())
 
-    return fitting(configs, c.device, constants["DEPTH"] * c.element_size(), constants["WIDTH"], step)
+    return fitting(configs, c.device, constants["DEPTH"] * c.element_size(), constants["WIDTH"], constants["FEW"], step)
 
 
 def linear_pullback(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
