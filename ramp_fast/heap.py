@@ -1,7 +1,7 @@
 """Memory of the C library's heap that stays with the process from one run to the next.
 
-An attribution takes and frees hundreds of blocks of some megabytes. Where their memory goes back to the system in
-between, the next ones get it page by page, each cleared first: a tenth of the time of a ResNet.
+Attributions and metrics take and free hundreds of blocks of some megabytes. Where their memory goes back to the system
+in between, the next ones get it page by page, each cleared first: a tenth of the time of a ResNet.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ void norm_pullback(py::handle c_, py::handle x_, py::handle weight_, double eps,
     if (out.ndim() != c.ndim())
         fail("the shapes of " + out.describe() + " and " + c.describe() + " do not fit together");
     out.matches(0, c, 0, c.ndim());
+    if (out.dtype() != c.dtype()) fail(c.describe() + " and " + out.describe() + " must have the same dtype");
     if (weight) weight->shaped({x.size(-1)}).contiguous();
 
     NormArgs args{};

@@ -106,23 +106,43 @@ void copies_of_span(int64_t index, const void* context, void*) {
     }
 }
 
+// Parts of an image that are ordered beside each other: one alone waits for its counters, since entries of
+// one step are never far.
+constexpr int64_t kParts = 8;
+
 // Entries of one image by their step, those of one step in ascending order.
 void order_image(int64_t b, const void* context, void* memory) {
     const OrderByStepArgs& args = *static_cast<const OrderByStepArgs*>(context);
-    const int32_t* steps = static_cast<const int32_t*>(args.masked.data) + b * args.count;
-    int32_t* order = static_cast<int32_t*>(args.order.data) + b * args.count;
+    const int32_t* __restrict steps = static_cast<const int32_t*>(args.masked.data) + b * args.count;
+    int32_t* __restrict order = static_cast<int32_t*>(args.order.data) + b * args.count;
     int32_t* begins = static_cast<int32_t*>(args.begins.data) + b * (args.steps + 1);
-    int32_t* next = static_cast<int32_t*>(memory);
+    int32_t* __restrict next = static_cast<int32_t*>(memory);  // [steps + 1, kParts]
     const int32_t last = static_cast<int32_t>(args.steps);
-    const auto bucket = [=](int32_t step) { return step < 0 ? 0 : step > last ? last : step; };
-    for (int64_t s = 0; s <= last; ++s) next[s] = 0;
-    for (int64_t i = 0; i < args.count; ++i) ++next[bucket(steps[i])];
-    for (int32_t s = 0, before = 0; s <= last; ++s) {
-        const int32_t here = next[s];
-        begins[s] = next[s] = before;
+    const int64_t size = args.count / kParts;
+    // visit(entry, its counter), the entries of a part in ascending order
+    const auto for_each = [=](const auto& visit) {
+        const auto counter = [=](int64_t entry, int64_t part) {
+            const int32_t step = steps[entry], bucket = step < 0 ? 0 : step > last ? last : step;
+            return next + bucket * kParts + part;
+        };
+        for (int64_t i = 0; i < size; ++i)
+            for (int64_t part = 0; part < kParts; ++part) {
+                const int64_t entry = part * size + i;
+                visit(entry, counter(entry, part));
+            }
+        for (int64_t entry = kParts * size; entry < args.count; ++entry)
+            visit(entry, counter(entry, kParts - 1));
+    };
+    for (int64_t i = 0; i < (last + 1) * kParts; ++i) next[i] = 0;
+    for_each([](int64_t, int32_t* count) { ++*count; });
+    int32_t before = 0;
+    for (int64_t i = 0; i < (last + 1) * kParts; ++i) {
+        const int32_t here = next[i];
+        if (i % kParts == 0) begins[i / kParts] = before;
+        next[i] = before;
         before += here;
     }
-    for (int64_t i = 0; i < args.count; ++i) order[next[bucket(steps[i])]++] = static_cast<int32_t>(i);
+    for_each([=](int64_t entry, int32_t* place) { order[(*place)++] = static_cast<int32_t>(entry); });
 }
 
 // Entries that are fetched ahead: they lie all over the image, and their addresses are known.
@@ -149,23 +169,38 @@ void advance_copy(int64_t index, const void* context, void*) {
     const int64_t scale = args.shared && args.channels_last ? args.channels : 1;
     const uint32_t channels = static_cast<uint32_t>(args.channels);
     const uint32_t pixels = static_cast<uint32_t>(args.pixels);
-    for (int32_t i = begin; i < end; ++i) {
-        if (i + kAhead < end) {
-            const int64_t next = order[i + kAhead] * scale;
-            __builtin_prefetch(out + next, 1);
-            if (!args.uniform_source) __builtin_prefetch(source + next, 0);
+    // Its plane, seldom another one than of the entry before: a division takes as long as all the rest.
+    uint32_t plane = 0, plane_begin = 0;
+    const auto channel_of = [&](uint32_t entry) {
+        if (args.channels_last) return channels == 3 ? entry % 3 : entry % channels;
+        if (entry - plane_begin >= pixels) {
+            plane = entry / pixels;
+            plane_begin = plane * pixels;
         }
-        const uint32_t entry = static_cast<uint32_t>(order[i]);
-        if (entry >= entries) continue;
-        const int64_t at = entry * scale;
-        if (!args.uniform_source) {
+        return plane;
+    };
+    // write(entry, where its first element lies)
+    const auto for_each = [=](const Word* also_read, const auto& write) {
+        for (int32_t i = begin; i < end; ++i) {
+            if (i + kAhead < end) {
+                const int64_t next = order[i + kAhead] * scale;
+                __builtin_prefetch(out + next, 1);
+                if (also_read != nullptr) __builtin_prefetch(also_read + next, 0);
+            }
+            const uint32_t entry = static_cast<uint32_t>(order[i]);
+            if (entry < entries) write(entry, entry * scale);
+        }
+    };
+    if (!args.uniform_source)
+        for_each(source, [=](uint32_t, int64_t at) {
             for (int64_t c = 0; c < repeats; ++c) out[at + c * stride] = source[at + c * stride];
-        } else if (args.shared) {
+        });
+    else if (args.shared)
+        for_each(nullptr, [=](uint32_t, int64_t at) {
             for (int64_t c = 0; c < repeats; ++c) out[at + c * stride] = source[c];
-        } else {
-            out[at] = source[args.channels_last ? entry % channels : entry / pixels];
-        }
-    }
+        });
+    else
+        for_each(nullptr, [&](uint32_t entry, int64_t at) { out[at] = source[channel_of(entry)]; });
 }
 
 }  // namespace
@@ -181,7 +216,7 @@ void masked_copies(const MaskedCopiesArgs& args) {
 
 void order_by_step(const OrderByStepArgs& args) {
     parallel_for(args.batch, args.batch * args.count, args.threads, order_image, &args,
-                 (args.steps + 1) * sizeof(int32_t));
+                 (args.steps + 1) * kParts * sizeof(int32_t));
 }
 
 void advance_copies(const AdvanceCopiesArgs& args) {

@@ -5,65 +5,82 @@
 namespace rf::RF_ISA {
 namespace {
 
+constexpr int64_t kTask = 8 * kChunk;  // elements of one task
+
 struct Norm {
     const NormArgs& args;
     int64_t rows_per_chunk;
     const void* weight;  // [width] as F
 };
 
-// Elements [begin, end) of a row `x`, of every right-hand side; `offset` is that of the row in the first.
-template <class V, class F>
-RF_INLINE void pull_span(const NormArgs& from, const F* x, const F* weight, const Statistics<F>& s,
+// Elements [begin, end) of a row `x`, of `sides` right-hand sides in `type`; `offset` is that of the row in
+// the first of them.
+template <class V, int sides, DType type, class F>
+RF_INLINE void pull_span(const NormArgs& args, const F* x, const F* weight, const Statistics<F>& s,
                          int64_t offset, int64_t begin, int64_t end) {
-    const NormArgs args = from;  // a copy, which nothing that is written here can change
     const int64_t side = args.batch * args.rows * args.width;
+    const Operand c{args.c.data, type}, out{args.out.data, type};
     const V zero{};
     for (int64_t i = begin; i < end; i += static_cast<int64_t>(sizeof(V) / sizeof(F))) {
         const V at = *reinterpret_cast<const V*>(x + i), w = *reinterpret_cast<const V*>(weight + i);
         const V signed_part = w * s.inverse;
         const V upper = at > zero ? signed_part : zero, lower = at < zero ? signed_part : zero;
         const V factor = upper - lower + magnitude<V>(w) * s.inverse_absolute;
-        for (int64_t t = 0; t < args.rhs; ++t) {
+        for (int64_t t = 0; t < sides; ++t) {
             const int64_t index = offset + t * side + i;
-            write<V>(args.out, index, factor * read<V>(args.c, index), false);
+            write<V>(out, index, factor * read<V>(c, index), false);
         }
     }
 }
 
-template <class F>
+template <int sides, DType type, class F>
+RF_INLINE void pull_row(const NormArgs& args, const F* x, const F* weight, const Statistics<F>& s,
+                        int64_t offset) {
+    // Floats, the tail apart, go by vectors.
+    const int64_t whole = sizeof(F) == sizeof(float) ? args.width / kLanes * kLanes : 0;
+    if constexpr (sizeof(F) == sizeof(float))
+        pull_span<Lanes, sides, type>(args, x, weight, s, offset, 0, whole);
+    pull_span<F, sides, type>(args, x, weight, s, offset, whole, args.width);
+}
+
+template <DType type, class F>
 void norm_chunk(int64_t index, const void* context, void* scratch) {
     const Norm& job = *static_cast<const Norm*>(context);
-    const NormArgs& args = job.args;
+    const NormArgs args = job.args;  // a copy, which nothing that is written here can change
     const int64_t width = args.width, rows = args.batch * args.rows;
-    // Floats, the tail apart, go by vectors.
-    const int64_t whole = sizeof(F) == sizeof(float) ? width / kLanes * kLanes : 0;
     const F* const weight = static_cast<const F*>(job.weight);
     for (int64_t row = index * job.rows_per_chunk; row < min64((index + 1) * job.rows_per_chunk, rows);
          ++row) {
-        const F* const x = load_ahead(args.x, row * width, width, static_cast<F*>(scratch));
+        const F* const x = load(args.x, row * width, width, static_cast<F*>(scratch));
         // While the statistics are summed, what they are for is on its way.
-        for (int64_t t = 0; t < args.rhs; ++t) {
-            fetch(args.c, (t * rows + row) * width, width);
-            fetch(args.out, (t * rows + row) * width, width);
-        }
-        const Statistics<F> statistics = row_statistics(x, width, args.eps);
-        if constexpr (sizeof(F) == sizeof(float))
-            pull_span<Lanes, F>(args, x, weight, statistics, row * width, 0, whole);
-        pull_span<F, F>(args, x, weight, statistics, row * width, whole, width);
+        const auto fetch_side = [&](int64_t t) {
+            const char* from =
+                static_cast<const char*>(args.c.data) + (t * rows + row) * width * item_size(type);
+            return [from](int64_t i) { __builtin_prefetch(from + i * item_size(type)); };
+        };
+        const Statistics<F> statistics =
+            row_statistics(x, width, args.eps, fetch_side(0), fetch_side(args.rhs > 1));
+        int64_t t = 0;
+        for (; t + 2 <= args.rhs; t += 2)
+            pull_row<2, type>(args, x, weight, statistics, (t * rows + row) * width);
+        if (t < args.rhs) pull_row<1, type>(args, x, weight, statistics, (t * rows + row) * width);
     }
 }
 
 template <class F>
 void run(const NormArgs& args) {
     const int64_t rows = args.batch * args.rows;
-    const int64_t rows_per_chunk = args.width >= kChunk ? 1 : kChunk / (args.width > 0 ? args.width : 1);
+    const int64_t rows_per_chunk = args.width > 0 && args.width < kTask ? kTask / args.width : 1;
     Partials parameters(args.width);
     F* weight = reinterpret_cast<F*>(parameters.data());
     for (int64_t i = 0; i < args.width; ++i)
         weight[i] = args.weight.data ? load_one<F>(args.weight, i) : F(1);
     const Norm job{args, rows_per_chunk, weight};
-    parallel_for(ceil_div(rows, rows_per_chunk), args.rhs * rows * args.width, args.threads, norm_chunk<F>,
-                 &job, static_cast<std::size_t>(args.width) * sizeof(F));
+    const Task task = args.c.dtype == DType::f32    ? norm_chunk<DType::f32, F>
+                      : args.c.dtype == DType::bf16 ? norm_chunk<DType::bf16, F>
+                                                    : norm_chunk<DType::f64, F>;
+    parallel_for(ceil_div(rows, rows_per_chunk), args.rhs * rows * args.width, args.threads, task, &job,
+                 static_cast<std::size_t>(args.width) * sizeof(F));
 }
 
 }  // namespace

@@ -18,8 +18,10 @@ namespace rf {
 namespace {
 
 using GompParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+using ThreadNumber = int (*)();
 
 GompParallel gomp_parallel = nullptr;
+ThreadNumber thread_number = nullptr;
 
 std::atomic<bool> poisons_scratch{false};
 
@@ -32,29 +34,40 @@ struct AlignedDelete {
     void operator()(char* pointer) const { ::operator delete(pointer, std::align_val_t(kAlignment)); }
 };
 
+// What one thread starts with. A cache line each, since every task writes to it.
+struct alignas(kAlignment) Range {
+    std::atomic<std::int64_t> next;
+    std::int64_t end;
+};
+
 struct Loop {
-    std::int64_t count;
     Task task;
     const void* context;
     char* scratch;
     std::size_t scratch_bytes, scratch_stride;
     bool poison;
-    std::atomic<std::int64_t> next{0};
-    std::atomic<int> threads{0};
+    Range* ranges;
+    int threads;
 };
 
-// Tasks are handed out as threads come free: each writes its own outputs, so the order does not show.
+// A thread does its own range, the same one in every call: what it has read before is in its own caches and
+// its address translations too. Then it helps the others. Each task writes its own outputs, so the order does
+// not show.
 void run(void* data) {
     Loop& loop = *static_cast<Loop*>(data);
-    char* scratch = loop.scratch + loop.scratch_stride * loop.threads.fetch_add(1, std::memory_order_relaxed);
-    for (;;) {
-        const std::int64_t index = loop.next.fetch_add(1, std::memory_order_relaxed);
-        if (index >= loop.count) return;
+    const int self = loop.threads == 1 ? 0 : thread_number();
+    char* scratch = loop.scratch + loop.scratch_stride * self;
+    for (int turn = 0; turn < loop.threads; ++turn) {
+        Range& range = loop.ranges[(self + turn) % loop.threads];
+        for (;;) {
+            const std::int64_t index = range.next.fetch_add(1, std::memory_order_relaxed);
+            if (index >= range.end) break;
 #ifdef RF_SANITIZE
-        __asan_unpoison_memory_region(scratch, loop.scratch_bytes);
+            __asan_unpoison_memory_region(scratch, loop.scratch_bytes);
 #endif
-        if (loop.poison) std::memset(scratch, 0xff, loop.scratch_bytes);
-        loop.task(index, loop.context, scratch);
+            if (loop.poison) std::memset(scratch, 0xff, loop.scratch_bytes);
+            loop.task(index, loop.context, scratch);
+        }
     }
 }
 
@@ -66,10 +79,12 @@ std::string bind_openmp(const std::string& libtorch) {
     void* handle = dlopen(libtorch.c_str(), RTLD_NOW | RTLD_NOLOAD);
     if (handle == nullptr) return "";
     void* symbol = dlsym(handle, "GOMP_parallel");
+    void* number = dlsym(handle, "omp_get_thread_num");
     dlclose(handle);  // drops our reference only: PyTorch keeps the library loaded
     Dl_info info;
-    if (symbol != nullptr && dladdr(symbol, &info) != 0) {
+    if (symbol != nullptr && number != nullptr && dladdr(symbol, &info) != 0) {
         gomp_parallel = reinterpret_cast<GompParallel>(symbol);
+        thread_number = reinterpret_cast<ThreadNumber>(number);
         return info.dli_fname;
     }
 #else
@@ -100,9 +115,13 @@ void parallel_for(std::int64_t count, std::int64_t work, int threads, Task task,
     const std::size_t stride = (scratch_bytes + kGuard + kAlignment - 1) / kAlignment * kAlignment;
     std::unique_ptr<char, AlignedDelete> scratch(
         static_cast<char*>(::operator new(stride * threads, std::align_val_t(kAlignment))));
-    for (int i = 0; i < threads; ++i)
+    std::unique_ptr<Range[]> ranges(new Range[threads]);
+    for (int i = 0; i < threads; ++i) {
         guard(scratch.get() + i * stride + scratch_bytes, scratch.get() + (i + 1) * stride);
-    Loop loop{count, task, context, scratch.get(), scratch_bytes, stride, poisons_scratch};
+        ranges[i].next.store(count * i / threads, std::memory_order_relaxed);
+        ranges[i].end = count * (i + 1) / threads;
+    }
+    Loop loop{task, context, scratch.get(), scratch_bytes, stride, poisons_scratch, ranges.get(), threads};
     if (threads == 1)
         run(&loop);
     else

@@ -40,10 +40,10 @@ RF_INLINE void add_sums(const F* __restrict x, int64_t begin, int64_t width, F m
 }
 
 // Floats: four vectors of sums at a time, since one waits for its last addition, and as few sums over their
-// lanes as float32 allows. The tail goes as above.
-template <bool centred>
+// lanes as float32 allows. The tail goes as above. `pass(i)` is called once for every vector.
+template <bool centred, class Pass>
 RF_INLINE void add_row_sums(const float* __restrict x, int64_t width, float mean, float mean_absolute,
-                            double& first, double& second) {
+                            double& first, double& second, const Pass& pass) {
     constexpr int64_t kChains = 4, kStep = kChains * kLanes;
     const int64_t whole = width / kStep * kStep;
     for (int64_t start = 0; start < whole; start += kBlock * kChains) {
@@ -51,6 +51,7 @@ RF_INLINE void add_row_sums(const float* __restrict x, int64_t width, float mean
         const int64_t end = min64(start + kBlock * kChains, whole);
         for (int64_t i = start; i < end; i += kStep)
             for (int64_t k = 0; k < kChains; ++k) {
+                pass(i + k * kLanes);
                 const Lanes value = *reinterpret_cast<const Lanes*>(x + i + k * kLanes);
                 const Lanes at = centred ? value - mean : value;
                 const Lanes size =
@@ -64,21 +65,29 @@ RF_INLINE void add_row_sums(const float* __restrict x, int64_t width, float mean
     add_sums<centred>(x, whole, width, mean, mean_absolute, first, second);
 }
 
-template <bool centred>
+template <bool centred, class Pass>
 RF_INLINE void add_row_sums(const double* __restrict x, int64_t width, double mean, double mean_absolute,
-                            double& first, double& second) {
+                            double& first, double& second, const Pass&) {
     add_sums<centred>(x, 0, width, mean, mean_absolute, first, second);
 }
 
-// Two passes: means, then centred squares.
-template <class F>
-RF_INLINE Statistics<F> row_statistics(const F* __restrict x, int64_t width, double eps) {
+// Two passes: means, then centred squares. `during_means(i)` and `during_squares(i)` are called on the way,
+// to fetch what the statistics are for.
+template <class F, class First, class Second>
+RF_INLINE Statistics<F> row_statistics(const F* __restrict x, int64_t width, double eps,
+                                       const First& during_means, const Second& during_squares) {
     double sum = 0, sum_absolute = 0, squares = 0, squares_absolute = 0;
-    add_row_sums<false>(x, width, F(0), F(0), sum, sum_absolute);
+    add_row_sums<false>(x, width, F(0), F(0), sum, sum_absolute, during_means);
     const F mean = static_cast<F>(sum / static_cast<double>(width));
     const F mean_absolute = static_cast<F>(sum_absolute / static_cast<double>(width));
-    add_row_sums<true>(x, width, mean, mean_absolute, squares, squares_absolute);
+    add_row_sums<true>(x, width, mean, mean_absolute, squares, squares_absolute, during_squares);
     return {mean, inverse_sigma<F>(squares, width, eps), inverse_sigma<F>(squares_absolute, width, eps)};
+}
+
+template <class F>
+RF_INLINE Statistics<F> row_statistics(const F* __restrict x, int64_t width, double eps) {
+    const auto nothing = [](int64_t) {};
+    return row_statistics(x, width, eps, nothing, nothing);
 }
 
 // factor = sign(x) w / sigma(x) + |w| / sigma(|x|)

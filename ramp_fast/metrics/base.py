@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ramp_fast._checks import finite_samples, positive
 from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
+from ramp_fast.heap import keep_freed_memory
 from ramp_fast.methods import Method
 from ramp_fast.rules import name_of
 
@@ -221,6 +222,8 @@ class Metric:
             if option not in inspect.signature(self.measure).parameters:
                 raise InputError(f"{self.name}: update has no option {option!r}")
         images, target = self._checked(images, target)
+        if images.device.type == "cpu":
+            keep_freed_memory()
         if masks is None and self.needs_masks:
             raise InputError(f"{self.name} needs masks [N, H, W] of the objects")
         if masks is not None:

@@ -114,8 +114,8 @@ class Masking(Metric):
             here, together = slice(start, stop), max(1, size // (stop - start))
             turns = fill.of(here).in_turn(images[here], steps[here], count, together, reveal=reveal)
             with torch.no_grad():  # copied, since what a model returns may lie in its input, which is written to again
-                logits = [self.model(copies.flatten(0, 1)).unflatten(0, copies.shape[:2]).clone() for copies in turns]
-            rows.append(torch.cat(logits))
+                logits = [self.model(copies.flatten(0, 1)).clone() for copies in turns]
+            rows.append(torch.cat(logits).unflatten(0, (count, stop - start)))
         return self.finite(torch.cat(rows, 1))
 
     def curve(self, sample: Sample, steps: Tensor, count: int, *, reveal: bool = False) -> Tensor:

@@ -332,13 +332,14 @@ def _in_turn(
     onward = None
     if "cpu" in backends_for(images.device.type) and images.dtype in KERNEL_DTYPES and len(parts) >= _ORDERED:
         onward = _Onward(room, steps, images if reveal else baseline, parts[-1][1])
-    version, before = None, 0
+    version, before, out = None, 0, room
     for first, last in parts:
-        out = room[: last - first]
+        if out.shape[0] != last - first:
+            out = room[: last - first]
         if onward is None or version != room._version:
             masked_copies(images, steps, baseline, first, last, reveal, out=out)
         else:
-            onward.go(before, first, last - first)
+            onward.go(out, before, first)
         version, before = room._version, first
         yield out
 
@@ -348,13 +349,13 @@ class _Onward:
 
     def __init__(self, room: Tensor, steps: Tensor, source: Tensor, count: int) -> None:
         self._inner = _channels_last(room.flatten(0, 1))
-        self._room, self._source = _flat(room, self._inner), _flat(source, self._inner).contiguous()
+        self._source = _flat(source, self._inner).contiguous()
         flat = _flat(steps, self._inner).flatten(1).contiguous()
         self._order = torch.empty_like(flat)
         self._begins = flat.new_empty(flat.shape[0], count + 1)
         C.order_by_step(flat, self._order, self._begins, get_num_threads())
 
-    def go(self, before: int, first: int, count: int) -> None:
-        """From ``before`` to ``first``: the steps that the first of ``count`` copies shows."""
-        args = self._source, self._order, self._begins, before, first - before, self._room[:count]
+    def go(self, copies: Tensor, before: int, first: int) -> None:
+        """From ``before`` to ``first``: the steps that the first of the copies shows."""
+        args = self._source, self._order, self._begins, before, first - before, _flat(copies, self._inner)
         C.advance_copies(*args, self._inner, get_num_threads())
