@@ -26,7 +26,7 @@ ARGUMENTS = {name: draw() for name, draw in operands(SIZES).items()}
 
 
 def _measure(benchmark: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Rounds that write to the memory of the one before (a result is gone before the next), until the caches know it."""
+    """Rounds that write to the memory of the one before (a result is gone before the next), once the caches know it."""
     start = time.perf_counter()
     result = function(*args)
     slow = time.perf_counter() - start > 0.01

@@ -21,7 +21,8 @@ from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
 from ramp_fast.methods import METHODS, Method, make_method
 from ramp_fast.metrics import METRICS, Metric, make_metric
-from ramp_fast.metrics.base import Result, check_classes, checked_images, checked_masks, method_name
+from ramp_fast.metrics.base import Model, Result, check_classes, checked_images, checked_masks, method_name
+from ramp_fast.rules import name_of
 from ramp_fast.specs import parse_spec
 from ramp_fast.store import atomic_write
 
@@ -262,8 +263,9 @@ class Evaluator:
 
     Parameters
     ----------
-    model : torch.nn.Module
-        In eval mode.
+    model : torch.nn.Module or Engine
+        In eval mode. An engine is the method of its rule's name, and on CPUs metrics take their logits from
+        :meth:`Engine.logits`.
     metrics : sequence of names, or mapping of label to name or Metric
         Names as in ``ramp_fast.metrics.METRICS``, with settings as in "deletion:steps=50,granularity=patch:8". A
         metric that is given as an object is used as a template: its own values are left alone.
@@ -288,7 +290,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         metrics: Sequence[str | Metric] | Mapping[str, str | Metric],
         methods: Sequence[str] | Mapping[str, str | Method | Engine],
         *,
@@ -300,9 +302,10 @@ class Evaluator:
     ) -> None:
         if explain not in EXPLAINED:
             raise InputError(f"explain must be label or predicted, got {explain!r}")
-        if model.training:
+        self.model = _module(model)
+        if self.model.training:
             raise InputError("the model is in training mode: call model.eval()")
-        self.model, self.explain, self.strict = model, explain, strict
+        self.explain, self.strict = explain, strict
         self._templates = {
             label: _metric(spec, model, seed, batch_size) for label, spec in labelled(metrics, "metric").items()
         }
@@ -400,13 +403,16 @@ class Evaluator:
                     f"of {self._templates[label].group} of one size"
                 )
         if target is None or self.explain == "predicted":
-            with torch.no_grad():
-                return images, self.model(images).argmax(1), masks
+            return images, self._answer(images).argmax(1), masks
         if self._classes is None:
-            with torch.no_grad():
-                self._classes = self.model(images[:1]).shape[1]
+            self._classes = self._answer(images[:1]).shape[1]
         check_classes(where, target, self._classes)
         return images, target, masks
+
+    def _answer(self, images: Tensor) -> Tensor:
+        """Logits as metrics that are given by name get them."""
+        with torch.no_grad():
+            return next(iter(self._templates.values())).answer(images)
 
     def _grouped(self, label: str, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Whole groups of what waited and what is new; the rest waits."""
@@ -448,7 +454,7 @@ class Evaluator:
 
 
 def evaluate(
-    model: nn.Module,
+    model: Model,
     data: Data,
     metrics: Sequence[str | Metric] | Mapping[str, str | Metric],
     methods: Sequence[str] | Mapping[str, str | Method | Engine],
@@ -463,8 +469,8 @@ def evaluate(
 
     Parameters
     ----------
-    model : torch.nn.Module
-        In eval mode; it is left as it is.
+    model
+        As for :class:`Evaluator`; it is left as it is.
     data : Tensor, tuple of Tensors, or iterable of batches
         Images ``[N, C, H, W]``; or (images, target ``[N]``), or (images, target, masks ``[N, 1, H, W]``), each of them
         but the images may be None; or an iterable (a DataLoader) of such tuples or of ``ramp_fast.data.Batch``.
@@ -569,9 +575,9 @@ def labelled(given: Any, what: str) -> dict[str, Any]:
     return dict(zip(labels, given, strict=True))
 
 
-def _metric(spec: str | Metric, model: nn.Module, seed: int, batch_size: int | None) -> Metric:
+def _metric(spec: str | Metric, model: Model, seed: int, batch_size: int | None) -> Metric:
     if isinstance(spec, Metric):
-        if spec.model is not model:
+        if spec.model is not _module(model):
             raise InputError(f"the metric {spec.name} is one of another model")
         return spec
     if not isinstance(spec, str):
@@ -580,17 +586,23 @@ def _metric(spec: str | Metric, model: nn.Module, seed: int, batch_size: int | N
     return make_metric(name, model, **{"seed": seed, "batch_size": batch_size, **settings})
 
 
-def _method(spec: str | Method | Engine, model: nn.Module, seed: int) -> Method | Engine:
+def _method(spec: str | Method | Engine, model: Model, seed: int) -> Method | Engine:
     if isinstance(spec, str):
         name, settings = parse_spec(spec)
-        return make_method(name, model, **{"seed": seed, **settings})
-    if isinstance(spec, Engine) and spec.model is not model:
+        if isinstance(model, Engine) and not settings and name == name_of(model.rule):
+            return model
+        return make_method(name, _module(model), **{"seed": seed, **settings})
+    if isinstance(spec, Engine) and spec.model is not _module(model):
         raise InputError("an engine among the methods is one of another model")
     if not callable(spec) and not isinstance(spec, Engine):
         raise InputError(
             f"a method is a name, a function (model, images, target) or an Engine, got {type(spec).__name__}"
         )
     return spec
+
+
+def _module(model: Model) -> nn.Module:
+    return model.model if isinstance(model, Engine) else model
 
 
 def _pair(method: str, metric: str) -> str:

@@ -30,6 +30,8 @@ class Step:
         Whether relevance flows through it.
     drop_forward, drop_pullback : list of Node
         Values that nobody needs after this step of the forward pass, of the pull-back.
+    drop_read : list of Node
+        Values that no later step of the forward pass reads: what to drop where no pull-back follows.
     """
 
     node: Node
@@ -37,6 +39,7 @@ class Step:
     carries: bool = False
     drop_forward: list[Node] = field(default_factory=list)
     drop_pullback: list[Node] = field(default_factory=list)
+    drop_read: list[Node] = field(default_factory=list)
 
 
 class Plan:
@@ -186,9 +189,12 @@ class Plan:
             for node in needed:
                 last_need.setdefault(node, i)  # the pull-back runs from the last step to the first
         self.needed = set(last_need)
-        keep = self.needed | {self.graph.output, self.graph.input}
+        ends = {self.graph.output, self.graph.input}
         for node, i in last_use.items():
-            if node not in keep and not node.constant:
+            if node in ends or node.constant:
+                continue
+            self.steps[i].drop_read.append(node)
+            if node not in self.needed:
                 self.steps[i].drop_forward.append(node)
         for node, i in last_need.items():
             if not (node.constant or node is self.graph.input):

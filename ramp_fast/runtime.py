@@ -40,22 +40,9 @@ def run(plan: Plan, images: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
     logits : Tensor
         ``[B, classes]``.
     """
-    values = Values(plan.constants)
-    values[plan.graph.input] = images
     kept: dict[Node, Any] = {}
-    for step in plan.steps:
-        node = step.node
-        if step.operation is None:
-            values[node] = values.call(node)
-        else:
-            values[node], saved = step.operation.forward(values)
-            if step.carries:
-                kept[node] = saved
-        for done in step.drop_forward:
-            values.drop(done)
-
-    logits: Tensor = values[plan.graph.output]
-    wide = logits.to(plan.precision.accumulate)
+    values = _forward(plan, images, kept)
+    wide = values[plan.graph.output].to(plan.precision.accumulate)
     c, contrast = seed(wide)
     book = Bookkeeping(images.shape[0], c.shape[0], contrast)
     heap_grows = plan.heap.grows(images.device, book.batch * book.sides)
@@ -96,6 +83,30 @@ def run(plan: Plan, images: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
     return plan.rule.finish(book.exact(images, one, source.batch).c, images.to(wide_c.dtype)), wide
 
 
+def forward(plan: Plan, images: Tensor) -> Tensor:
+    """The logits of :func:`run`, ``[B, classes]``, to the last bit; nothing is kept for a pull-back."""
+    logits: Tensor = _forward(plan, images, None)[plan.graph.output]
+    return logits.to(plan.precision.accumulate)
+
+
+def _forward(plan: Plan, images: Tensor, kept: dict[Node, Any] | None) -> Values:
+    """Values of the nodes; with ``kept`` those that the pull-back needs, and in it what operations keep besides."""
+    values = Values(plan.constants)
+    values[plan.graph.input] = images
+    for step in plan.steps:
+        node = step.node
+        if step.operation is None:
+            values[node] = values.call(node)
+        else:
+            values[node], saved = step.operation.forward(values)
+            if step.carries and kept is not None:
+                kept[node] = saved
+            del saved
+        for done in step.drop_read if kept is None else step.drop_forward:
+            values.drop(done)
+    return values
+
+
 class Groups:
     """How many images go through a plan together on a CPU: one, or :data:`GROUP` where that is the same and faster.
 
@@ -110,7 +121,7 @@ class Groups:
         self._pay: dict[tuple[int, bool], bool] = {}
 
     def sizes(self, plan: Plan, shape: torch.Size, sides: int, contrast: bool) -> list[int]:
-        """Sizes that add up to the batch of images ``shape``, with ``sides`` right-hand sides."""
+        """Sizes that add up to the batch of images ``shape``, with ``sides`` right-hand sides (0: logits alone)."""
         batch = shape[0]
         self._asked += batch
         key = sides, contrast
@@ -131,19 +142,26 @@ def _groups_pay(plan: Plan, shape: torch.Size, sides: int, contrast: bool) -> bo
     if contrast:
         c[sides // 2 :] = c[: sides // 2] - c[sides // 2 :]
 
-    def part(first: int, last: int) -> tuple[Tensor, Tensor]:
-        return run(plan, images[first:last].clone(), lambda _: (c[:, first:last], contrast))
+    def part(first: int, last: int) -> tuple[Tensor, ...]:
+        """Maps, with sides, and logits, each with the images first."""
+        some = images[first:last].clone()
+        if not sides:
+            return (forward(plan, some),)
+        maps, found = run(plan, some, lambda _: (c[:, first:last], contrast))
+        return maps.transpose(0, 1), found
 
     part(0, GROUP)  # packs weights for this size where a routine needs it
     together, alone = math.inf, math.inf
     for _ in range(2):
         start = time.perf_counter()
-        maps, logits = part(0, GROUP)
+        group = part(0, GROUP)
         middle = time.perf_counter()
         single = [part(i, i + 1) for i in range(GROUP)]
         together, alone = min(together, middle - start), min(alone, time.perf_counter() - middle)
-    same = torch.equal(torch.cat([m for m, _ in single], 1), maps)
-    return together < alone and same and torch.equal(torch.cat([x for _, x in single]), logits)
+    same = all(
+        torch.equal(torch.cat(ones), whole) for ones, whole in zip(zip(*single, strict=True), group, strict=True)
+    )
+    return together < alone and same
 
 
 def _joined(operation: Parts, parts: dict[int, Contribution], kept: Any) -> Flow | None:

@@ -294,6 +294,41 @@ def test_images_go_one_by_one_where_groups_would_change_a_bit(
     assert batches == [1] * 24
 
 
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_logits_are_those_of_attributions(family: Engine, micro_batch: int | None) -> None:
+    engine = Engine(family.model, precision="mixed", micro_batch=micro_batch)
+    x = images(7)
+    expected = engine.attribute(x, 3).logits
+    for _ in range(4):  # with a trial of groups among them
+        assert torch.equal(engine.logits(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(expected, engine.model(x), rtol=1e-4, atol=1e-5)
+    assert engine.logits(x[:0]).shape == (0, CLASSES)
+    assert torch.equal(engine.attribute(x, 3).logits, expected)
+    with pytest.raises(InputError, match=r"images must be \[B, C, H, W\]"):
+        engine.logits(x[0])
+    with pytest.raises(InputError, match="not finite"):
+        engine.logits(x * float("nan"))
+
+
+def test_logits_alone_keep_nothing(family: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = []
+
+    class Watched(runtime.Values):
+        def __setitem__(self, node: Any, value: Any) -> None:
+            super().__setitem__(node, value)
+            most.append(len(self._values))
+
+    monkeypatch.setattr(runtime, "Values", Watched)
+    family.logits(images(1))
+    alone = max(most)
+    most.clear()
+    family.attribute(images(1), 3)
+    assert alone <= min(8, max(most))  # a value and its reader's others; attributions of deep ones keep 25
+    dropped = [node for step in family.plan.steps for node in step.drop_read]
+    assert len(set(dropped)) == len(dropped)
+
+
 def test_images_go_one_by_one_where_groups_are_slower(batches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     readings = itertools.cycle([0.0, 2.0, 3.0])
     monkeypatch.setattr(runtime, "time", types.SimpleNamespace(perf_counter=lambda: next(readings)))

@@ -50,9 +50,14 @@ def setting(model: nn.Module) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     return model.eval(), images, target, maps
 
 
-def ours(model: nn.Module, images: Tensor, target: Tensor, maps: Tensor) -> np.ndarray:
+def ours(model: nn.Module | Engine, images: Tensor, target: Tensor, maps: Tensor) -> np.ndarray:
     metric = Deletion(model, steps=STEPS, granularity="entry", baseline="black")
     return metric.update(images, target, None, maps=maps)["curve"][:, 1:].numpy()
+
+
+def with_an_engine(model: nn.Module, images: Tensor, target: Tensor, maps: Tensor) -> np.ndarray:
+    """The engine's making counts."""
+    return ours(Engine(model, input_shape=(3, 224, 224)), images, target, maps)
 
 
 def quantus_pixel_flipping(model: nn.Module, images: Tensor, target: Tensor, maps: Tensor) -> np.ndarray:
@@ -73,12 +78,19 @@ def quantus_pixel_flipping(model: nn.Module, images: Tensor, target: Tensor, map
     return np.asarray(curves)
 
 
-WAYS = {"ramp_fast": ours, "Quantus": quantus_pixel_flipping}
+WAYS = {"ramp_fast": ours, "ramp_fast, engine": with_an_engine, "Quantus": quantus_pixel_flipping}
 _curves: dict[tuple[str, str], np.ndarray] = {}
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["masking alone", "resnet18"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        (kind, way)
+        for kind in ("masking alone", "resnet18")
+        for way in WAYS
+        if kind == "resnet18" or "engine" not in way
+    ],
+)
 def test_deletion(benchmark: Any, kind: str, way: str) -> None:
     benchmark.group = f"deletion, {IMAGES} images, {STEPS} steps, {kind}"
     torch.manual_seed(0)  # both ways get the same weights

@@ -10,11 +10,11 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ramp_fast.errors import InputError
 from ramp_fast.metrics._maps import scaled
-from ramp_fast.metrics.base import Metric, Sample
+from ramp_fast.metrics.base import Metric, Model, Sample
 
 
 def _sizes(sample: Sample) -> Tensor:
@@ -105,7 +105,7 @@ class EffectiveComplexity(Metric):
     name = "effective_complexity"
     higher_is_better = False
 
-    def __init__(self, model: nn.Module, *, eps: float = 1e-5, seed: int = 0, batch_size: int | None = None) -> None:
+    def __init__(self, model: Model, *, eps: float = 1e-5, seed: int = 0, batch_size: int | None = None) -> None:
         super().__init__(model, seed=seed, batch_size=batch_size)
         if not isinstance(eps, (int, float)) or not math.isfinite(eps) or not 0 <= eps < 1:
             raise InputError(f"{self.name}: eps must be a number in [0, 1), got {eps!r}")

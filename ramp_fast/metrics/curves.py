@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ramp_fast._checks import positive
 from ramp_fast._ranges import ranges
 from ramp_fast.errors import InputError
-from ramp_fast.metrics.base import Metric, Sample
+from ramp_fast.metrics.base import Metric, Model, Sample
 from ramp_fast.metrics.baselines import Baseline, Fill, Impute, check_baseline, filling
 from ramp_fast.metrics.features import Entries, Features, Granularity, kind_of_feature
 
@@ -44,7 +44,7 @@ class Masking(Metric):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         *,
         granularity: str | Granularity | None = None,
         baseline: Baseline | None = None,
@@ -113,8 +113,8 @@ class Masking(Metric):
         for start, stop in ranges(images.shape[0], size):
             here, together = slice(start, stop), max(1, size // (stop - start))
             turns = fill.of(here).in_turn(images[here], steps[here], count, together, reveal=reveal)
-            with torch.no_grad():  # copied, since what a model returns may lie in its input, which is written to again
-                logits = [self.model(copies.flatten(0, 1)).clone() for copies in turns]
+            with torch.no_grad():  # copied, since the memory of the images is written to again
+                logits = [self.answer(copies.flatten(0, 1)).clone() for copies in turns]
             rows.append(torch.cat(logits).unflatten(0, (count, stop - start)))
         return self.finite(torch.cat(rows, 1))
 
@@ -133,7 +133,7 @@ class Shares(Masking):
 
     least_steps: ClassVar[int] = 1
 
-    def __init__(self, model: nn.Module, *, steps: int = 100, **masking: Any) -> None:
+    def __init__(self, model: Model, *, steps: int = 100, **masking: Any) -> None:
         super().__init__(model, **masking)
         positive(self.name, "steps", steps, self.least_steps)
         self.steps = steps
@@ -253,7 +253,7 @@ class AOPC(Masking):
     usual_granularity = "patch:9"
     usual_baseline = "uniform"
 
-    def __init__(self, model: nn.Module, *, regions: int = 100, **masking: Any) -> None:
+    def __init__(self, model: Model, *, regions: int = 100, **masking: Any) -> None:
         super().__init__(model, **masking)
         positive(self.name, "regions", regions)
         self.regions = regions
@@ -323,9 +323,7 @@ class ROAD(Masking):
     higher_is_better = False
     usual_baseline = "road"
 
-    def __init__(
-        self, model: nn.Module, *, percentages: Sequence[float] = tuple(range(1, 100, 2)), **masking: Any
-    ) -> None:
+    def __init__(self, model: Model, *, percentages: Sequence[float] = tuple(range(1, 100, 2)), **masking: Any) -> None:
         super().__init__(model, **masking)
         ascending = sorted(percentages) == list(percentages)
         if not percentages or not ascending or percentages[0] < 0 or percentages[-1] > 100:

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ramp_fast import ops
 from ramp_fast._checks import is_whole, positive
 from ramp_fast._ranges import ranges
 from ramp_fast.errors import InputError
 from ramp_fast.metrics._maps import Sign, checked_sign, pearson, spearman, with_sign
-from ramp_fast.metrics.base import Metric, Result, Sample
+from ramp_fast.metrics.base import Metric, Model, Result, Sample
 from ramp_fast.metrics.baselines import Baseline
 from ramp_fast.metrics.curves import Masking, Shares
 from ramp_fast.metrics.features import Granularity, Superpixels, kind_of_feature
@@ -30,7 +30,7 @@ PERTURBATIONS = ("square", "gaussian", "noisy_baseline")
 class _Subsets(Masking):
     """Random subsets of features: how the sums of their maps go with what the output loses when they are masked."""
 
-    def __init__(self, model: nn.Module, *, samples: int = 100, **masking: Any) -> None:
+    def __init__(self, model: Model, *, samples: int = 100, **masking: Any) -> None:
         super().__init__(model, **masking)
         positive(self.name, "samples", samples)
         self.samples = samples
@@ -106,7 +106,7 @@ class SensitivityN(_Subsets):
     higher_is_better = True
 
     def __init__(
-        self, model: nn.Module, *, sizes: Sequence[int] | Sequence[float] = (0.01, 0.03, 0.1, 0.3, 0.8), **subsets: Any
+        self, model: Model, *, sizes: Sequence[int] | Sequence[float] = (0.01, 0.03, 0.1, 0.3, 0.8), **subsets: Any
     ) -> None:
         super().__init__(model, **subsets)
         numbers = all(is_whole(n) for n in sizes)
@@ -150,7 +150,7 @@ class FaithfulnessCorrelation(_Subsets):
     higher_is_better = True
     usual_baseline = "black"
 
-    def __init__(self, model: nn.Module, *, subset_size: int = 224, **subsets: Any) -> None:
+    def __init__(self, model: Model, *, subset_size: int = 224, **subsets: Any) -> None:
         super().__init__(model, **subsets)
         positive(self.name, "subset_size", subset_size)
         self.subset_size = subset_size
@@ -198,7 +198,7 @@ class Infidelity(Masking):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         *,
         perturbation: str = "square",
         samples: int | None = 1000,
@@ -330,7 +330,7 @@ class Monotonicity(Shares):
     least_steps = 2
 
     def __init__(
-        self, model: nn.Module, *, steps: int = 100, sign: Sign = "absolute", tolerance: float = 1e-6, **masking: Any
+        self, model: Model, *, steps: int = 100, sign: Sign = "absolute", tolerance: float = 1e-6, **masking: Any
     ) -> None:
         super().__init__(model, steps=steps, **masking)
         if not 0 <= tolerance < math.inf:
@@ -383,7 +383,7 @@ class MonotonicityCorrelation(Masking):
     usual_baseline = "uniform"
 
     def __init__(
-        self, model: nn.Module, *, groups: int = 100, samples: int = 10, sign: Sign = "absolute", **masking: Any
+        self, model: Model, *, groups: int = 100, samples: int = 10, sign: Sign = "absolute", **masking: Any
     ) -> None:
         super().__init__(model, **masking)
         positive(self.name, "groups", groups, least=2)
@@ -455,7 +455,7 @@ class Sufficiency(Metric):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         *,
         threshold: float = 0.6,
         sign: Sign = "absolute",

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ramp_fast import ops
 from ramp_fast._checks import positive
 from ramp_fast.errors import InputError
 from ramp_fast.methods import logit_and_product
-from ramp_fast.metrics.base import Metric, Sample
+from ramp_fast.metrics.base import Metric, Model, Sample
 
 PROTOCOLS = ("default", "published")
 TILES = 4
@@ -77,7 +77,7 @@ class GAE(Metric):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         protocol: str = "default",
         *,
         steps: int = 10,

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ramp_fast._checks import positive
 from ramp_fast.data import boxes_to_masks
 from ramp_fast.errors import InputError
 from ramp_fast.metrics._maps import Sign, checked_sign, with_sign
-from ramp_fast.metrics.base import Metric, Sample
+from ramp_fast.metrics.base import Metric, Model, Sample
 
 __all__ = [
     "PointingGame",
@@ -33,9 +33,7 @@ class _Localisation(Metric):
     higher_is_better = True
     needs_masks = True
 
-    def __init__(
-        self, model: nn.Module, *, sign: Sign = "signed", seed: int = 0, batch_size: int | None = None
-    ) -> None:
+    def __init__(self, model: Model, *, sign: Sign = "signed", seed: int = 0, batch_size: int | None = None) -> None:
         super().__init__(model, seed=seed, batch_size=batch_size)
         self.sign = checked_sign(self.name, sign)
 
@@ -80,7 +78,7 @@ class PointingGame(_Localisation):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         *,
         tolerance: float = 0,
         sign: Sign = "signed",
@@ -142,9 +140,7 @@ class RelevanceMassAccuracy(_Localisation):
 
     name = "relevance_mass_accuracy"
 
-    def __init__(
-        self, model: nn.Module, *, sign: Sign = "positive", seed: int = 0, batch_size: int | None = None
-    ) -> None:
+    def __init__(self, model: Model, *, sign: Sign = "positive", seed: int = 0, batch_size: int | None = None) -> None:
         super().__init__(model, sign=sign, seed=seed, batch_size=batch_size)
 
     def _located(self, scores: Tensor, masks: Tensor) -> Tensor:
@@ -199,7 +195,7 @@ class TopKIntersection(_Localisation):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         *,
         k: int = 1000,
         concept_influence: bool = False,

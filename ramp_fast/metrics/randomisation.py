@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ramp_fast._checks import positive
 from ramp_fast.errors import InputError
 from ramp_fast.metrics._maps import SIMILARITIES, WINDOW, Sign, checked_sign, scaled, with_sign
-from ramp_fast.metrics.base import Metric, Sample
+from ramp_fast.metrics.base import Metric, Model, Sample
 
 
 class _Randomisation(Metric):
@@ -20,7 +20,7 @@ class _Randomisation(Metric):
     higher_is_better = False
 
     def __init__(
-        self, model: nn.Module, similarity: str, *, sign: Sign, seed: int = 0, batch_size: int | None = None
+        self, model: Model, similarity: str, *, sign: Sign, seed: int = 0, batch_size: int | None = None
     ) -> None:
         super().__init__(model, seed=seed, batch_size=batch_size)
         if similarity not in SIMILARITIES:
@@ -75,7 +75,7 @@ class RandomLogit(_Randomisation):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         similarity: str = "ssim",
         *,
         sign: Sign = "signed",
@@ -138,7 +138,7 @@ class ParameterRandomisation(_Randomisation):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         similarity: str = "spearman",
         *,
         stages: int | None = 8,
@@ -149,7 +149,7 @@ class ParameterRandomisation(_Randomisation):
         super().__init__(model, similarity, sign=sign, seed=seed, batch_size=batch_size)
         if stages is not None:
             positive(self.name, "stages", stages)
-        if not _layers(model):
+        if not _layers(self.model):
             raise InputError(f"{self.name}: the model has no parameters to randomise")
         self.stages = stages
 

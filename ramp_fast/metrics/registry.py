@@ -6,10 +6,8 @@ import difflib
 import inspect
 from typing import Any
 
-from torch import nn
-
 from ramp_fast.errors import InputError
-from ramp_fast.metrics.base import Metric
+from ramp_fast.metrics.base import Metric, Model
 from ramp_fast.metrics.complexity import Complexity, EffectiveComplexity, Sparseness
 from ramp_fast.metrics.curves import ABPC, AOPC, IROF, ROAD, Deletion, Insertion
 from ramp_fast.metrics.faithfulness import (
@@ -62,7 +60,7 @@ METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in _CLASSES}
 """Every metric by its name."""
 
 
-def make_metric(name: str, model: nn.Module, **settings: Any) -> Metric:
+def make_metric(name: str, model: Model, **settings: Any) -> Metric:
     """A metric by its name, with its class's settings.
 
     Raises

@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ramp_fast._checks import positive
 from ramp_fast.errors import InputError
-from ramp_fast.metrics.base import Metric, Sample
+from ramp_fast.metrics.base import Metric, Model, Sample
 
 
 class _Sensitivity(Metric):
@@ -20,7 +20,7 @@ class _Sensitivity(Metric):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         *,
         samples: int = 200,
         lower_bound: float = 0.2,
