@@ -8,6 +8,7 @@ from cases import CASES, LARGE, Options, as_tuple, batch_axes, need_kernel, of_s
 from torch import Tensor
 
 from ramp_fast import ops
+from ramp_fast.ops._registry import extension
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -194,3 +195,11 @@ def test_wrong_shapes(call, problem: str) -> None:  # type: ignore[no-untyped-de
         pytest.skip(ops.unavailable("cpu"))
     with pytest.raises(ValueError, match=problem):
         call()
+
+
+def test_norm_pullback_writes_the_dtype_of_the_coefficients() -> None:
+    if ops.unavailable("cpu"):
+        pytest.skip(ops.unavailable("cpu"))
+    c, x = torch.zeros(1, 2, 3, 4), torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match="must have the same dtype"):
+        extension.norm_pullback(c, x, None, 1e-6, c.bfloat16(), 1)

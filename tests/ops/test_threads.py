@@ -113,3 +113,25 @@ with ThreadPoolExecutor(4) as pool:
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=os.path.abspath(os.sep))
     assert result.stdout.split() == ["0", "2", "2", "True", str(4 * 2)], result.stdout + result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenMP's limit of threads")
+def test_a_team_smaller_than_asked_for_does_every_task() -> None:
+    code = """
+import ctypes, torch
+from ramp_fast import ops
+from ramp_fast.ops import _registry
+
+pool = ctypes.CDLL(_registry.openmp_pool)
+x, c = torch.randn(4, 500_000), torch.randn(2, 4, 500_000)
+torch.set_num_threads(1)
+alone = ops.junction(c, x, -x, True, torch.bfloat16)
+torch.set_num_threads(3)
+assert pool.omp_get_thread_limit() == 2
+again = ops.junction(c, x, -x, True, torch.bfloat16)
+print(all(torch.equal(a, b) for a, b in zip(alone, again)))
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAMP_FAST_")} | {"OMP_THREAD_LIMIT": "2"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=os.path.abspath(os.sep))
+    assert result.stdout.split() == ["True"], result.stdout + result.stderr
