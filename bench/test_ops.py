@@ -6,7 +6,6 @@ Run: ``pytest bench/test_ops.py --benchmark-group-by=group``. Sizes are those of
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,16 +24,18 @@ MASKED, STEPS, KS = SIZES.masked, SIZES.steps, SIZES.ks
 ARGUMENTS = {name: draw() for name, draw in operands(SIZES).items()}
 
 
-def _measure(benchmark: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Rounds that write to the memory of the one before (a result is gone before the next), once the caches know it."""
-    start = time.perf_counter()
+# Compared with a copy, which is as fast as the caches: rounds start when they know the operands and the results.
+COPIED = ["junction", "merge_junction", "residual_pullback", "norm_pullback", "scale_by"]
+
+
+def _measure(benchmark: Any, name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     result = function(*args)
-    slow = time.perf_counter() - start > 0.01
 
     def call() -> None:
-        function(*args)
+        function(*args)  # whose result is gone before the next round: a copy writes to the same memory, too
 
-    benchmark.pedantic(call, rounds=15 if slow else 60, iterations=1, warmup_rounds=3 if slow else 40)
+    rounds, warmup_rounds = (60, 40) if name in COPIED else (15, 3)
+    benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=warmup_rounds)
     benchmark.extra_info["GB/s"] = round(count_bytes(args, result) / benchmark.stats.stats.median / 1e9, 2)
     return result
 
@@ -50,7 +51,7 @@ def test_operator(benchmark: Any, name: str, backend: str) -> None:
     expected = tensors(getattr(ops, name)(*args))
     ops.set_backend(backend)
     try:
-        actual = tensors(_measure(benchmark, getattr(ops, name), args))
+        actual = tensors(_measure(benchmark, name, getattr(ops, name), args))
     finally:
         ops.set_backend(None)
     for e, a in zip(expected, actual, strict=True):
@@ -58,14 +59,14 @@ def test_operator(benchmark: Any, name: str, backend: str) -> None:
         assert error < 1e-3, f"relative error {error:.2g}"
 
 
-@pytest.mark.parametrize("name", ["junction", "merge_junction", "residual_pullback", "norm_pullback", "scale_by"])
+@pytest.mark.parametrize("name", COPIED)
 def test_copy(benchmark: Any, name: str) -> None:
     """A plain copy that moves as many bytes as the operator: its time over the operator's is the bandwidth reached."""
     benchmark.group = name
     args = ARGUMENTS[name]
     source = torch.ones(count_bytes(args, getattr(ops, name)(*args)) // 2, dtype=torch.uint8)
     target = torch.empty_like(source)
-    assert torch.equal(_measure(benchmark, target.copy_, (source,)), source)
+    assert torch.equal(_measure(benchmark, name, target.copy_, (source,)), source)
 
 
 @pytest.mark.parametrize("name", ["mass", "junction", "norm_pullback", "scale_by", "softmax_pullback"])

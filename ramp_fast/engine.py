@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,6 +162,21 @@ class Engine:
             raise RuntimeError("no plan yet: pass input_shape=(C, H, W) to Engine, or attribute images first")
         return plan
 
+    @property
+    def forward_dtype(self) -> torch.dtype:
+        """What the forward pass is computed in."""
+        return precision_for(self.precision, _device(self.model)).forward
+
+    @property
+    def usual(self) -> bool:
+        """Whether all settings but the rule are the default ones."""
+        return (self.precision, self.strict, self.micro_batch) == ("mixed", True, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles have the settings and the model; they capture it anew."""
+        settings = self.model, self.rule, self.precision, self.strict
+        return partial(Engine, micro_batch=self.micro_batch, cuda_graphs=self.cuda_graphs), settings
+
     def for_model(self, model: torch.nn.Module) -> Engine:
         """An engine of the same settings for another model (one with other weights, for example)."""
         return Engine(
@@ -262,12 +278,12 @@ class Engine:
         -------
         Tensor [B, classes]
             Those of ``attribute(images).logits``, to the last bit where as many images go through the model together
-            (on CPUs always). Without gradients.
+            (on CPUs, unless ``micro_batch`` or ``batch_size`` say otherwise, always). Without gradients.
 
         Raises
         ------
         InputError
-            Images have the wrong shape, dtype or values.
+            Images have the wrong shape, dtype or values. (Numbers that overflow within the model may not show.)
         """
         plan, device = self._for_images(images, check)
         classes = int(plan.graph.output.example[1])
@@ -284,7 +300,7 @@ class Engine:
         methods: Sequence[str] | Mapping[str, str | Method | Engine] = (),
         **options: Any,
     ) -> Evaluation:
-        """Metrics of this engine's maps, and of other methods beside it, with logits of :meth:`logits` on CPUs.
+        """Metrics of this engine's maps, and of other methods beside it; their logits are the engine's on CPUs.
 
         Parameters
         ----------

@@ -21,7 +21,7 @@ from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
 from ramp_fast.methods import METHODS, Method, make_method
 from ramp_fast.metrics import METRICS, Metric, make_metric
-from ramp_fast.metrics.base import Model, Result, check_classes, checked_images, checked_masks, method_name
+from ramp_fast.metrics.base import Model, Result, answer, check_classes, checked_images, checked_masks, method_name
 from ramp_fast.rules import name_of
 from ramp_fast.specs import parse_spec
 from ramp_fast.store import atomic_write
@@ -264,8 +264,8 @@ class Evaluator:
     Parameters
     ----------
     model : torch.nn.Module or Engine
-        In eval mode. An engine is the method of its rule's name, and on CPUs metrics take their logits from
-        :meth:`Engine.logits`.
+        In eval mode. With an engine metrics that are given by name are metrics of the engine: on CPUs their logits are
+        those of :meth:`Engine.logits`.
     metrics : sequence of names, or mapping of label to name or Metric
         Names as in ``ramp_fast.metrics.METRICS``, with settings as in "deletion:steps=50,granularity=patch:8". A
         metric that is given as an object is used as a template: its own values are left alone.
@@ -302,7 +302,7 @@ class Evaluator:
     ) -> None:
         if explain not in EXPLAINED:
             raise InputError(f"explain must be label or predicted, got {explain!r}")
-        self.model = _module(model)
+        self.model, self._answering = _module(model), model
         if self.model.training:
             raise InputError("the model is in training mode: call model.eval()")
         self.explain, self.strict = explain, strict
@@ -410,9 +410,9 @@ class Evaluator:
         return images, target, masks
 
     def _answer(self, images: Tensor) -> Tensor:
-        """Logits as metrics that are given by name get them."""
+        """Logits, as metrics get them that are given by name."""
         with torch.no_grad():
-            return next(iter(self._templates.values())).answer(images)
+            return answer(self._answering, images)
 
     def _grouped(self, label: str, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Whole groups of what waited and what is new; the rest waits."""
@@ -589,8 +589,8 @@ def _metric(spec: str | Metric, model: Model, seed: int, batch_size: int | None)
 def _method(spec: str | Method | Engine, model: Model, seed: int) -> Method | Engine:
     if isinstance(spec, str):
         name, settings = parse_spec(spec)
-        if isinstance(model, Engine) and not settings and name == name_of(model.rule):
-            return model
+        if isinstance(model, Engine) and not settings and name == name_of(model.rule) and model.usual:
+            return model  # as make_method would make one, with its weights packed already
         return make_method(name, _module(model), **{"seed": seed, **settings})
     if isinstance(spec, Engine) and spec.model is not _module(model):
         raise InputError("an engine among the methods is one of another model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import types
 import warnings
 from collections.abc import Callable
@@ -312,21 +313,30 @@ def test_logits_are_those_of_attributions(family: Engine, micro_batch: int | Non
 
 
 def test_logits_alone_keep_nothing(family: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    most = []
+    alive: list[set[Any]] = []
 
     class Watched(runtime.Values):
         def __setitem__(self, node: Any, value: Any) -> None:
             super().__setitem__(node, value)
-            most.append(len(self._values))
+            alive.append(set(self._values))
 
     monkeypatch.setattr(runtime, "Values", Watched)
     family.logits(images(1))
-    alone = max(most)
-    most.clear()
-    family.attribute(images(1), 3)
-    assert alone <= min(8, max(most))  # a value and its reader's others; attributions of deep ones keep 25
-    dropped = [node for step in family.plan.steps for node in step.drop_read]
-    assert len(set(dropped)) == len(dropped)
+    plan = family.plan
+    assert len(alive) == len(plan.steps) + 1
+    for i, step in enumerate(plan.steps):
+        read_later = {node for later in plan.steps[i:] for node in later.node.references()}
+        kept = {node for node in alive[i + 1] if not node.constant}
+        assert kept <= read_later | {plan.graph.input, step.node}
+
+
+def test_copies_of_engines(engine: Engine) -> None:
+    first = Engine(engine.model, AbsLRP(shares="equal"), "float32", micro_batch=2)
+    expected = first.attribute(images(), 3).maps
+    for other in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert other.model is not first.model
+        assert (other.rule, other.precision, other.micro_batch) == (first.rule, "float32", 2)
+        assert torch.equal(other.attribute(images(), 3).maps, expected)
 
 
 def test_images_go_one_by_one_where_groups_are_slower(batches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,34 +111,35 @@ void copies_of_span(int64_t index, const void* context, void*) {
 constexpr int64_t kParts = 8;
 
 // Entries of one image by their step, those of one step in ascending order.
+template <int64_t parts>
 void order_image(int64_t b, const void* context, void* memory) {
     const OrderByStepArgs& args = *static_cast<const OrderByStepArgs*>(context);
     const int32_t* __restrict steps = static_cast<const int32_t*>(args.masked.data) + b * args.count;
     int32_t* __restrict order = static_cast<int32_t*>(args.order.data) + b * args.count;
     int32_t* begins = static_cast<int32_t*>(args.begins.data) + b * (args.steps + 1);
-    int32_t* __restrict next = static_cast<int32_t*>(memory);  // [steps + 1, kParts]
+    int32_t* __restrict next = static_cast<int32_t*>(memory);  // [steps + 1, parts]
     const int32_t last = static_cast<int32_t>(args.steps);
-    const int64_t size = args.count / kParts;
+    const int64_t size = args.count / parts;
     // visit(entry, its counter), the entries of a part in ascending order
     const auto for_each = [=](const auto& visit) {
         const auto counter = [=](int64_t entry, int64_t part) {
             const int32_t step = steps[entry], bucket = step < 0 ? 0 : step > last ? last : step;
-            return next + bucket * kParts + part;
+            return next + bucket * parts + part;
         };
         for (int64_t i = 0; i < size; ++i)
-            for (int64_t part = 0; part < kParts; ++part) {
+            for (int64_t part = 0; part < parts; ++part) {
                 const int64_t entry = part * size + i;
                 visit(entry, counter(entry, part));
             }
-        for (int64_t entry = kParts * size; entry < args.count; ++entry)
-            visit(entry, counter(entry, kParts - 1));
+        for (int64_t entry = parts * size; entry < args.count; ++entry)
+            visit(entry, counter(entry, parts - 1));
     };
-    for (int64_t i = 0; i < (last + 1) * kParts; ++i) next[i] = 0;
+    for (int64_t i = 0; i < (last + 1) * parts; ++i) next[i] = 0;
     for_each([](int64_t, int32_t* count) { ++*count; });
     int32_t before = 0;
-    for (int64_t i = 0; i < (last + 1) * kParts; ++i) {
+    for (int64_t i = 0; i < (last + 1) * parts; ++i) {
         const int32_t here = next[i];
-        if (i % kParts == 0) begins[i / kParts] = before;
+        if (i % parts == 0) begins[i / parts] = before;
         next[i] = before;
         before += here;
     }
@@ -215,8 +216,10 @@ void masked_copies(const MaskedCopiesArgs& args) {
 }
 
 void order_by_step(const OrderByStepArgs& args) {
-    parallel_for(args.batch, args.batch * args.count, args.threads, order_image, &args,
-                 (args.steps + 1) * kParts * sizeof(int32_t));
+    const bool few = (args.steps + 1) * kParts <= args.count;  // counters would take longer than entries
+    parallel_for(args.batch, args.batch * args.count, args.threads,
+                 few ? order_image<kParts> : order_image<1>, &args,
+                 (args.steps + 1) * (few ? kParts : 1) * sizeof(int32_t));
 }
 
 void advance_copies(const AdvanceCopiesArgs& args) {

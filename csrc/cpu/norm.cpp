@@ -5,7 +5,7 @@
 namespace rf::RF_ISA {
 namespace {
 
-constexpr int64_t kTask = 8 * kChunk;  // elements of one task
+constexpr int64_t kTask = 8 * kChunk;  // elements of one task at most
 
 struct Norm {
     const NormArgs& args;
@@ -70,15 +70,18 @@ void norm_chunk(int64_t index, const void* context, void* scratch) {
 template <class F>
 void run(const NormArgs& args) {
     const int64_t rows = args.batch * args.rows;
-    const int64_t rows_per_chunk = args.width > 0 && args.width < kTask ? kTask / args.width : 1;
+    // Some tasks for every thread, so that none waits long for the last one.
+    const int64_t most = args.width > 0 && args.width < kTask ? kTask / args.width : 1;
+    const int64_t even = ceil_div(rows, 4 * int64_t(args.threads > 1 ? args.threads : 1));
+    const int64_t rows_per_chunk = even < 1 ? 1 : min64(even, most);
     Partials parameters(args.width);
     F* weight = reinterpret_cast<F*>(parameters.data());
     for (int64_t i = 0; i < args.width; ++i)
         weight[i] = args.weight.data ? load_one<F>(args.weight, i) : F(1);
     const Norm job{args, rows_per_chunk, weight};
-    const Task task = args.c.dtype == DType::f32    ? norm_chunk<DType::f32, F>
-                      : args.c.dtype == DType::bf16 ? norm_chunk<DType::bf16, F>
-                                                    : norm_chunk<DType::f64, F>;
+    Task task = args.c.dtype == DType::bf16 ? norm_chunk<DType::bf16, F> : norm_chunk<DType::f32, F>;
+    if constexpr (sizeof(F) == sizeof(double))
+        if (args.c.dtype == DType::f64) task = norm_chunk<DType::f64, F>;
     parallel_for(ceil_div(rows, rows_per_chunk), args.rhs * rows * args.width, args.threads, task, &job,
                  static_cast<std::size_t>(args.width) * sizeof(F));
 }

@@ -48,6 +48,7 @@ struct Loop {
     bool poison;
     Range* ranges;
     int threads;
+    std::atomic<int> entered{0};
 };
 
 // A thread does its own range, the same one in every call: what it has read before is in its own caches and
@@ -55,11 +56,13 @@ struct Loop {
 // not show.
 void run(void* data) {
     Loop& loop = *static_cast<Loop*>(data);
-    const int self = loop.threads == 1 ? 0 : thread_number();
-    char* scratch = loop.scratch + loop.scratch_stride * self;
+    const int slot = loop.entered.fetch_add(1, std::memory_order_relaxed);
+    char* scratch = loop.scratch + loop.scratch_stride * slot;
+    // Which range it begins with is a matter of speed alone, whatever the runtime says.
+    const unsigned self = loop.threads == 1 ? 0 : static_cast<unsigned>(thread_number());
     for (int turn = 0; turn < loop.threads; ++turn) {
         Range& range = loop.ranges[(self + turn) % loop.threads];
-        for (;;) {
+        while (range.next.load(std::memory_order_relaxed) < range.end) {
             const std::int64_t index = range.next.fetch_add(1, std::memory_order_relaxed);
             if (index >= range.end) break;
 #ifdef RF_SANITIZE

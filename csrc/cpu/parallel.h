@@ -2,8 +2,9 @@
 //
 // Two OpenMP runtimes in a process keep two pools whose idle threads spin against each other, and PyTorch's
 // wheels have shipped theirs under different file names. So none is linked: `bind_openmp` looks up
-// `GOMP_parallel` among the libraries that libtorch_cpu itself uses (libgomp, or LLVM's and Intel's runtimes,
-// which export the same entry point). Where it is not found the loops run serially.
+// `GOMP_parallel` and `omp_get_thread_num` among the libraries that libtorch_cpu itself uses (libgomp, or
+// LLVM's and Intel's runtimes, which export the same entry points). Where it is not found the loops run
+// serially.
 #pragma once
 
 #include <cstddef>
@@ -20,9 +21,9 @@ using Task = void (*)(std::int64_t index, const void* context, void* scratch);
 // Fills the scratch with NaN before every task, so that what a kernel reads without having written it shows.
 void poison_scratch(bool enabled);
 
-// Calls task(i, context, scratch) once for every i in [0, count), on at most `threads` threads (fewer for
-// little work, which is the number of elements of all tasks), each with `scratch_bytes` of its own,
-// uninitialised and aligned to 64. Throws std::bad_alloc before any call.
+// Calls task(i, context, scratch) once for every i in [0, count), on at most `threads` threads, each with a
+// range of its own first (fewer for little work, which is the number of elements of all tasks), each with
+// `scratch_bytes` of its own, uninitialised and aligned to 64. Throws std::bad_alloc before any call.
 void parallel_for(std::int64_t count, std::int64_t work, int threads, Task task, const void* context,
                   std::size_t scratch_bytes);
 

@@ -125,7 +125,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             limit=arguments.limit,
         )
         run = Evaluator(
-            _answering(loaded.model.to(device), device, loaded.preprocessing.input_size),
+            _with_engine(loaded.model.to(device), device, loaded.preprocessing.input_size),
             arguments.metric or METRICS,
             arguments.method or METHODS,
             seed=arguments.seed,
@@ -145,12 +145,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return FAILED if result.failures or data.problems or not result.images else OK
 
 
-def _answering(model: torch.nn.Module, device: torch.device, shape: tuple[int, int, int]) -> Model:
-    """What metrics ask for logits: on CPUs an engine, whose forward pass is faster, if the model has one."""
+def _with_engine(model: torch.nn.Module, device: torch.device, shape: tuple[int, int, int]) -> Model:
+    """What is evaluated: on CPUs an engine, whose forward pass is faster, where it takes the model and the images."""
     from ramp_fast import Engine
 
     if device.type == "cpu":
-        with contextlib.suppress(UnsupportedModelError):
+        with contextlib.suppress(UnsupportedModelError, InputError):
             return Engine(model, input_shape=shape)
     return model
 

@@ -141,8 +141,9 @@ class Metric:
     Parameters
     ----------
     model : torch.nn.Module or Engine
-        A classifier in eval mode, ``[N, C, H, W]`` to logits ``[N, classes]``. It is left as it is. For an engine on
-        the CPU :meth:`Engine.logits` takes the place of its model's forward pass: faster, equal but for rounding.
+        A classifier in eval mode, ``[N, C, H, W]`` to logits ``[N, classes]``. It is left as it is. On CPUs
+        :meth:`Engine.logits` takes the place of the forward pass of an engine's model: faster, equal but for rounding.
+        (Not under precision "fast", nor for float64 images under another one than "float64".)
     seed : int
         Of random draws. Image n of a metric always gets the same ones, whatever batch it comes in.
     batch_size : int, optional
@@ -222,7 +223,11 @@ class Metric:
         InputError
             An argument is not as described, or maps have another shape or are not finite.
         MethodError
-            The method raised an error. Nothing is added in either case.
+            The method raised an error.
+        UnsupportedModelError
+            The metric is one of an engine, and that does not take the model as it is now.
+
+        Nothing is added in any of these cases.
         """
         for option in options:
             if option not in inspect.signature(self.measure).parameters:
@@ -363,14 +368,8 @@ class Metric:
         return self.finite(found)
 
     def answer(self, images: Tensor) -> Tensor:
-        """The model's logits ``[N, classes]`` of images that go through it together, unchecked; for ``no_grad`` alone.
-
-        They may lie in the memory of the images.
-        """
-        if self.engine is not None and images.device.type == "cpu":
-            return self.engine.logits(images, check=False)
-        logits: Tensor = self.model(images)
-        return logits
+        """:func:`answer` of the metric's model or engine."""
+        return answer(self.engine or self.model, images)
 
     def finite(self, logits: Tensor) -> Tensor:
         """Logits ``[..., classes]`` as they are, or InputError where some are not finite."""
@@ -400,6 +399,27 @@ class Metric:
         ``stream`` tells apart draws for different purposes.
         """
         return torch.Generator().manual_seed(_mixed(self.seed, number, stream))
+
+
+def answer(model: Model, images: Tensor) -> Tensor:
+    """Logits ``[N, classes]`` of images that go through a model together; for ``no_grad`` alone.
+
+    An engine computes them where that is its model's function but for rounding: on CPUs, in no less than the images'
+    precision. What a model returns is not looked at, and may lie in the memory of the images.
+
+    Raises
+    ------
+    InputError
+        Of an engine: the images are not finite. (A ReLU that is computed with a convolution would hide it.)
+    """
+    logits: Tensor
+    if isinstance(model, Engine):
+        wide = torch.promote_types(model.forward_dtype, images.dtype) == model.forward_dtype
+        if images.device.type == "cpu" and wide:
+            return model.logits(images)
+        model = model.model
+    logits = model(images)
+    return logits
 
 
 def _mixed(*numbers: int) -> int:

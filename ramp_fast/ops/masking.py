@@ -332,10 +332,9 @@ def _in_turn(
     onward = None
     if "cpu" in backends_for(images.device.type) and images.dtype in KERNEL_DTYPES and len(parts) >= _ORDERED:
         onward = _Onward(room, steps, images if reveal else baseline, parts[-1][1])
-    version, before, out = None, 0, room
+    version, before = None, 0
     for first, last in parts:
-        if out.shape[0] != last - first:
-            out = room[: last - first]
+        out = room[: last - first]
         if onward is None or version != room._version:
             masked_copies(images, steps, baseline, first, last, reveal, out=out)
         else:

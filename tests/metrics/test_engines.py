@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from small import classifier, normal
 from torch import Tensor, nn
 
-from ramp_fast import Engine, UnsupportedModelError
-from ramp_fast.cli.evaluate import _answering
-from ramp_fast.evaluation import evaluate
+from ramp_fast import Engine, InputError, UnsupportedModelError
+from ramp_fast.cli.evaluate import _with_engine
+from ramp_fast.evaluation import Evaluator, evaluate
 from ramp_fast.methods import input_x_gradient
 from ramp_fast.metrics import METRICS, make_metric
+from ramp_fast.rules import AbsLRP, RelativeStabilizer
 
 IMAGES = normal(4, 3, 16, 16, seed=1)
 MASKS = torch.arange(256).view(1, 1, 16, 16).expand(4, 1, 16, 16) < 80
@@ -34,14 +37,48 @@ def test_numbers_are_those_of_the_model(engine: Engine, name: str) -> None:
         torch.testing.assert_close(found, expected[part], rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
+def test_an_engine_of_the_default_precision() -> None:
+    images, model = IMAGES.float(), classifier(16, 16).float()
+    metrics = [make_metric("deletion", m, steps=5) for m in (Engine(model), model)]
+    ours, expected = (metric.update(images, None, input_x_gradient)["curve"] for metric in metrics)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert copy.deepcopy(metrics[0]).engine is not metrics[0].engine
+
+
+@pytest.mark.parametrize("precision", ["mixed", "fast"])
+def test_no_logits_of_less_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.float64 if precision == "mixed" else torch.float32
+    model = classifier(16, 16).to(dtype)
+    engine = Engine(model, AbsLRP(stabilizer=RelativeStabilizer(0.1)), precision)
+    if engine.forward_dtype == dtype:
+        pytest.skip("this processor has no bfloat16")
+    monkeypatch.setattr(engine, "logits", None)  # nobody calls it
+    ours, expected = (
+        make_metric("deletion", m, steps=5).update(IMAGES.to(dtype), None, input_x_gradient) for m in (engine, model)
+    )
+    assert torch.equal(ours["curve"], expected["curve"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_are_refused(value: float) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 5)
+    ).eval()
+    images = IMAGES.float().clone()
+    images[1, 0, 3, 3] = value
+    for made in (model, Engine(model)):
+        with pytest.raises(InputError, match="finite"):
+            make_metric("deletion", made, steps=5).update(images, 1, None, maps=IMAGES.float())
+
+
 @pytest.mark.parametrize("name", ["deletion", "aopc", "faithfulness_correlation", "max_sensitivity"])
 def test_the_plan_computes_the_logits(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     logits = engine.logits
 
-    def counted(images: Tensor, **options: bool) -> Tensor:
+    def counted(images: Tensor) -> Tensor:
         seen.append(images.shape[0])
-        return logits(images, **options)
+        return logits(images)
 
     monkeypatch.setattr(engine, "logits", counted)
     make_metric(name, engine).update(IMAGES, None, input_x_gradient)
@@ -51,13 +88,26 @@ def test_the_plan_computes_the_logits(engine: Engine, name: str, monkeypatch: py
     assert not seen
 
 
-def test_evaluations_of_an_engine(engine: Engine) -> None:
+def test_evaluations_of_an_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["deletion:steps=4", "sparseness"]
-    result = evaluate(engine, IMAGES, names, ["abslrp", "ixg"])
-    expected = evaluate(engine.model, IMAGES, names, {"abslrp": engine, "ixg": "ixg"})
-    for method in ("abslrp", "ixg"):
+    methods = {"ours": engine, "ixg": "ixg"}
+    result, expected = (evaluate(m, IMAGES, names, methods) for m in (engine, engine.model))
+    for method in methods:
         for metric in names:
             torch.testing.assert_close(result.results[method][metric].values, expected.results[method][metric].values)
+    # predictions are the engine's as well, whatever the metrics were made for
+    seen: list[int] = []
+    monkeypatch.setattr(engine, "logits", lambda images: seen.append(len(images)) or engine.model(images))
+    evaluate(engine, IMAGES, [make_metric("sparseness", engine.model)], methods)
+    assert seen == [len(IMAGES)]
+
+
+def test_the_engine_is_the_method_of_its_name_if_it_is_the_usual_one() -> None:
+    model = classifier(16, 16).float()
+    usual, other = Engine(model), Engine(model, precision="float32")
+    assert Evaluator(usual, ["sparseness"], ["abslrp"])._methods["abslrp"] is usual
+    assert Evaluator(usual, ["sparseness"], ["abslrp-release"])._methods["abslrp-release"] is not usual
+    assert Evaluator(other, ["sparseness"], ["abslrp"])._methods["abslrp"] is not other
 
 
 def test_the_command_takes_an_engine_where_there_is_one(engine: Engine) -> None:
@@ -66,9 +116,9 @@ def test_the_command_takes_an_engine_where_there_is_one(engine: Engine) -> None:
             return x.flatten(1).sort(-1)[0][:, :5]
 
     cpu, shape = torch.device("cpu"), tuple(IMAGES.shape[1:])
-    assert isinstance(_answering(engine.model, cpu, shape), Engine)
-    assert _answering(engine.model, torch.device("cuda"), shape) is engine.model
+    assert isinstance(_with_engine(engine.model, cpu, shape), Engine)
+    assert _with_engine(engine.model, torch.device("cuda"), shape) is engine.model
     other = Unsupported().eval()
     with pytest.raises(UnsupportedModelError):
         Engine(other, input_shape=shape)
-    assert _answering(other, cpu, shape) is other
+    assert _with_engine(other, cpu, shape) is other

@@ -10,6 +10,7 @@ from cases import CASES, Options, as_tuple, in_float64, odd_options, poison_memo
 from hypothesis import HealthCheck, given, settings
 from strategies import options
 from tolerances import assert_close
+from torch import Tensor
 
 from ramp_fast import ops
 from ramp_fast.ops import _registry
@@ -300,15 +301,38 @@ def test_masses_leave_out_what_is_below_zero(variant: str) -> None:
     assert mass_b.item() == 2 * 40
 
 
+def _split(kind: str, first: Tensor, second: Tensor, scale: Tensor, a: Tensor, b: Tensor, out: torch.dtype) -> Any:
+    """A sum of one reader, one with a ReLU of two, or one with a BatchNorm."""
+    if kind == "sum":
+        return ops.junction(first, a, b, True, out)
+    if kind == "relu":
+        return ops.merge_junction(first, scale, second, scale, a, b, True, out, True)
+    gain, shift = torch.linspace(-1, 1, a.shape[-1]), torch.linspace(1, -1, a.shape[-1])
+    return ops.residual_pullback(first, scale, second, scale, (a + b).relu(), b, gain, shift, True, out)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("inner", [2**18, 2**18 + 8])  # rows that begin at a cache line, and others
-def test_results_past_the_caches_are_the_same(variant: str, inner: int) -> None:
+@pytest.mark.parametrize("kind", ["sum", "relu", "norm"])
+@pytest.mark.parametrize(("dtype", "out"), [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float32")])
+@pytest.mark.parametrize("width", [512, 508])  # rows that begin at a cache line, and others
+def test_results_past_the_caches_are_the_same(variant: str, kind: str, dtype: str, out: str, width: int) -> None:
     choose(variant)
     torch.manual_seed(0)
-    a, b, c = torch.randn(8, inner), torch.randn(8, inner), torch.randn(2, 8, inner)
-    whole = ops.junction(c, a, b, True, torch.bfloat16)
+    a, b, scale = torch.randn(7, 501, width), torch.randn(7, 501, width), torch.rand(2, 7)
+    first, second = (torch.randn(2, *a.shape).to(getattr(torch, dtype)) for _ in range(2))
+    whole = _split(kind, first, second, scale, a, b, getattr(torch, out))
     assert sum(t.nbytes for t in whole[:2]) > 12 * 2**20
-    for i in (0, 7):
+    for i in (0, 6):
         here = slice(i, i + 1)
-        alone = ops.junction(c[:, here], a[here], b[here], True, torch.bfloat16)
+        parts = first[:, here], second[:, here], scale[:, here], a[here], b[here]
+        alone = _split(kind, *(p.contiguous() for p in parts), getattr(torch, out))
         assert all(torch.equal(w[:, here], p) for w, p in zip(whole, alone, strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_results_of_junctions_in_float64(variant: str) -> None:
+    choose(variant)
+    a, b, c = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([[[1.0, 1 / 3]]])
+    c_a, c_b, _, _ = ops.junction(c, a, b, False, torch.float64)
+    assert torch.equal(c_a, torch.tensor([[[2.0, 0.0]]]))
+    assert torch.equal(c_b, 2 * c.double())

@@ -249,10 +249,11 @@ class TestCopiesInTurn:
 
 @needs_extension
 @pytest.mark.parametrize("isa", ops.cpu_isas())
-def test_entries_in_the_order_of_their_steps(isa: str) -> None:
+@pytest.mark.parametrize("entries", [5003, 64, 63, 5])  # with a part of their own for the last, one part alone
+def test_entries_in_the_order_of_their_steps(isa: str, entries: int) -> None:
     ops.set_cpu_isa(isa)
     generator = torch.Generator().manual_seed(0)
-    steps = torch.randint(-2, 9, (3, 5000), generator=generator, dtype=torch.int32)
+    steps = torch.randint(-2, 9, (3, entries), generator=generator, dtype=torch.int32)
     order, begins = torch.empty_like(steps), torch.empty(3, 8, dtype=torch.int32)
     _registry.extension.order_by_step(steps, order, begins, 2)
     cut = steps.clamp(0, 7)
