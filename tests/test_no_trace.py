@@ -182,7 +182,7 @@ def test_after_an_exception_in_the_model() -> None:
 @pytest.mark.usefixtures("_highest")
 @pytest.mark.parametrize("where", ["forward", "pullback"])
 def test_after_an_exception_in_the_engine(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ramp_fast.rules.abslrp import Linear
+    from ramp_fast.rules.weighted import Linear
 
     model = vit()
     engine = Engine(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ramp_fast import graph as g
+from ramp_fast import ops
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
 from ramp_fast.relevance import Bookkeeping, Contribution
@@ -187,3 +188,21 @@ def stacked_view(pieces: list[Tensor], dim: int) -> Tensor | None:
     shape.insert(dim, len(pieces))
     stride.insert(dim, int(step))
     return first.as_strided(shape, stride)
+
+
+def share(target: Tensor, masses: list[Tensor], shares: str) -> Sequence[Tensor]:
+    """Target masses of a junction's operands."""
+    if shares == "equal":
+        return [torch.ones_like(target)] * len(masses)
+    return ops.share(target, masses).unbind(0)
+
+
+def gate(c: Tensor, x: Tensor) -> Tensor:
+    """``[x > 0] c``; a product because that is several times faster than ``torch.where`` in bf16."""
+    return c * (x > 0).to(c.dtype)
+
+
+def selected(acc_positive: Tensor, acc_negative: Tensor, x: Tensor) -> Tensor:
+    """The first where x > 0, the second where x < 0, otherwise 0."""
+    zero = torch.zeros((), dtype=acc_positive.dtype, device=acc_positive.device)
+    return torch.where(x > 0, acc_positive, torch.where(x < 0, acc_negative, zero))

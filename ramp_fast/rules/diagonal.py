@@ -1,0 +1,294 @@
+"""absLRP of diagonal operations, ``c_x = factor * c``: activations, norms, scales, quotients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramp_fast import graph as g
+from ramp_fast import ops
+from ramp_fast.graph import Node
+from ramp_fast.ops._common import divide
+from ramp_fast.relevance import Bookkeeping, Contribution
+from ramp_fast.rules.base import Facts, Flow, Operation, Values, gate, reduce_to
+from ramp_fast.rules.weighted import affine
+
+
+class _Diagonal(Operation):
+    """Keeps the factor; a subclass computes it together with the output."""
+
+    pullback_kernel = "scale_by"
+
+    def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [(self.node.example, self.facts.precision.pullback)]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        yield Flow(self.node.operands[0], book.diagonal(part, kept, self.node.batch))
+
+
+class Relu(Operation):
+    """Activations whose output has the sign of the input or is 0: ``c_x = 2 [y > 0] c``."""
+
+    pullback_kernel = "gate"
+
+    def needs(self) -> list[Node]:
+        return [self.node]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        yield Flow(self.node.operands[0], book.gate(part, values[self.node], self.node.batch))
+
+
+class Absorbed(Operation):
+    """An activation that the step below computes together with its own work."""
+
+    forward_kernel = pullback_kernel = "(below)"
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        return values[self.node.operands[0]], None
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        source = self.node.operands[0]
+        if source.kind == g.ADD:  # which merges its readers' relevance while it splits it
+            yield from (Flow(source, part) for part in parts)
+        else:
+            yield Flow(source, self.merged(parts, values, book))
+
+
+class Activation(_Diagonal):
+    """``c_x = [f(x) > 0] (sign(x) f'(x) + f'(|x|)) c``."""
+
+    def __init__(self, node: Node, facts: Facts) -> None:
+        super().__init__(node, facts)
+        if node.params["function"] == "gelu":
+            self.forward_kernel = "gelu_factor"
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        x = values[self.node.operands[0]]
+        dtype = self.facts.precision.pullback
+        if self.node.params["function"] == "gelu":
+            tanh = self.node.kwargs.get("approximate", "none") == "tanh"
+            y, factor = ops.gelu_factor(x, tanh, dtype)
+            return y, factor
+        y, factor = smooth_factor(lambda u: self._function(u, values), x)
+        return y, factor.to(dtype)
+
+    def _function(self, u: Tensor, values: Values) -> Tensor:
+        args = (u, *g.map_nodes(values.__getitem__, self.node.args[1:]))
+        y: Tensor = self.node.target(*args, **g.map_nodes(values.__getitem__, self.node.kwargs))
+        return y
+
+
+def smooth_factor(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """``f(x)`` and ``[f(x) > 0] (sign(x) f'(x) + f'(|x|))``, slopes by autograd; 0 where a slope is not finite."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def slope(u: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = u.detach().requires_grad_()
+            y = function(leaf)
+            (d,) = torch.autograd.grad(y.sum(), leaf)
+        return y.detach(), d
+
+    y, at_x = slope(wide)
+    _, at_abs = slope(wide.abs())
+    factor = torch.where(y > 0, wide.sign() * at_x + at_abs, torch.zeros_like(y))
+    return y.to(x.dtype), torch.nan_to_num(factor, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+class BatchNorm(_Diagonal):
+    """``c_x = (sign(x) g + |g|) / sqrt(var + eps) * c``, times ``2 [y > 0]`` where a ReLU is computed with it.
+
+    Behind a convolution that computes it as well there is only y: :func:`ramp_fast.ops.affine_pullback`.
+    """
+
+    def __init__(self, node: Node, facts: Facts) -> None:
+        super().__init__(node, facts)
+        self.forward_kernel = "affine_factor" if facts.computed_in is None else "(below)"
+        if facts.computed_in is not None:
+            self.pullback_kernel = "(above)" if facts.above else "affine_pullback"
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        if self.facts.above:
+            return
+        wide = self.facts.precision.accumulate
+        self.gain, self.shift = (t.to(wide) for t in affine(self.node.params, constants))
+
+    def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return super().keeps() if self.facts.computed_in is None else []
+
+    def needs(self) -> list[Node]:
+        return [] if self.facts.computed_in is None or self.facts.above else [self.facts.computed_in]
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        x = values[self.node.operands[0]]
+        if self.facts.computed_in is not None:
+            return x, None
+        relu = self.facts.relu
+        cap = relu.params["cap"] if relu is not None else math.inf
+        return ops.affine_factor(x, self.gain, self.shift, relu is not None, cap, self.facts.precision.pullback)
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        conv = self.facts.computed_in
+        if conv is None:
+            yield from super().pullback(parts, values, kept, book)
+            return
+        part = self.merged(parts, values, book)
+        yield Flow(conv, book.affine(part, values[conv], self.gain, self.shift, self.facts.relu is not None))
+
+
+class Scale(Operation):
+    """A constant factor: ``|s| c`` for one number, ``2 |s| [s x > 0] c`` (the linear rule) for a tensor."""
+
+    def needs(self) -> list[Node]:
+        return [] if self._number else [self.node.operands[0]]
+
+    @property
+    def _number(self) -> bool:
+        factor = self.node.params["factor"]
+        return not isinstance(factor, Node) or all(s == 1 for s in factor.example)
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        factor = values[self.node.params["factor"]]
+        source = self.node.operands[0]
+        if not isinstance(factor, Tensor):
+            size = 1 / abs(factor) if self.node.params["inverse"] else abs(factor)
+            c = part.c * size
+        else:
+            wide = factor.to(torch.promote_types(part.c.dtype, torch.float32))
+            size = wide.abs().reciprocal() if self.node.params["inverse"] else wide.abs()
+            c = part.c * size.to(part.c.dtype)
+            if not self._number:
+                c = 2 * gate(c, values[source] * factor)
+        yield Flow(source, Contribution(reduce_to(c, source_shape(values, source, c)), part.target))
+
+
+def source_shape(values: Values, source: Node, c: Tensor) -> torch.Size:
+    """Shape of ``source``'s value, from the coefficients' own where it is no longer held."""
+    try:
+        shape: torch.Size = values[source].shape
+    except KeyError:
+        shape = c.shape[1:]
+    return shape
+
+
+class Gate(Operation):
+    """A linear layer with weight one: relevance of non-positive entries is dropped."""
+
+    def needs(self) -> list[Node]:
+        return [self.node]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        yield Flow(self.node.operands[0], book.gate(part, values[self.node], self.node.batch))
+
+
+class LayerNorm(Operation):
+    """``c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) c``, statistics detached."""
+
+    def __init__(self, node: Node, facts: Facts) -> None:
+        super().__init__(node, facts)
+        self.pullback_kernel = "(above)" if facts.above else "norm_pullback"
+
+    def needs(self) -> list[Node]:
+        return [] if self.facts.above else [self.node.operands[0]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        source = self.node.operands[0]
+        p = self.node.params
+        x = values[source]
+        weight = values[p["weight"]]
+        part = self.merged(parts, values, book)
+        dims = p["dims"]
+        flat = x.flatten(-dims), part.c.flatten(-dims), None if weight is None else weight.flatten()
+        c = ops.norm_pullback(flat[1], flat[0], flat[2], p["eps"]).view(part.c.shape)
+        yield Flow(source, Contribution(c, part.target))
+
+
+class RmsNorm(Operation):
+    """``c_x = (sign(x) w + |w|) / rms(x) * c``."""
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        source = self.node.operands[0]
+        p = self.node.params
+        part = self.merged(parts, values, book)
+        x = values[source].to(torch.promote_types(values[source].dtype, torch.float32))
+        axes = tuple(range(-p["dims"], 0))
+        eps = p["eps"] if p["eps"] is not None else torch.finfo(values[source].dtype).eps
+        inverse = (x.square().mean(axes, keepdim=True) + eps).rsqrt()
+        weight = values[p["weight"]]
+        factor = (1 + x.sign()) if weight is None else weight.abs() + x.sign() * weight
+        yield Flow(source, Contribution(ops.scale_by(part.c, factor * inverse), part.target))
+
+
+class GroupNorm(Operation):
+    """LayerNorm's pull-back with statistics over groups of channels."""
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        source = self.node.operands[0]
+        p = self.node.params
+        part = self.merged(parts, values, book)
+        x = values[source].to(torch.promote_types(values[source].dtype, torch.float32))
+        grouped = x.unflatten(1, (p["groups"], -1)).flatten(2)
+
+        def inverse_sigma(u: Tensor) -> Tensor:
+            inverse: Tensor = (u.var(-1, unbiased=False, keepdim=True) + p["eps"]).rsqrt()
+            return inverse.expand_as(u).reshape(x.shape)
+
+        shape = (-1, *[1] * (x.dim() - 2))
+        weight = values[p["weight"]]
+        gain = torch.ones((), dtype=x.dtype, device=x.device) if weight is None else weight.to(x.dtype).view(shape)
+        factor = x.sign() * gain * inverse_sigma(grouped) + gain.abs() * inverse_sigma(grouped.abs())
+        yield Flow(source, Contribution(ops.scale_by(part.c, factor), part.target))
+
+
+class Div(Operation):
+    """Division by a statistic of the images, detached: ``c_x = 2 [x d > 0] / |d| * c``.
+
+    Or, ``inverse``, multiplication by the inverse of one: ``c_x = 2 [x d > 0] |d| c``.
+    """
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0], self.node.params["denominator"]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        source = self.node.operands[0]
+        x, denominator = values[source], values[self.node.params["denominator"]]
+        size = denominator.abs().to(torch.promote_types(denominator.dtype, torch.float32))
+        scaled = (
+            part.c * size
+            if self.node.params["inverse"]
+            else divide(part.c, size.expand(part.c.shape[1:]).expand_as(part.c))
+        )
+        c = 2 * gate(scaled, x * denominator)
+        yield Flow(source, Contribution(reduce_to(c.to(part.c.dtype), x.shape), part.target))
+
+
+class Generic(_Diagonal):
+    """strict=False: an unknown elementwise operation under the general definition."""
+
+    pullback_kernel = "autograd"
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        source = self.node.operands[0]
+
+        def function(u: Tensor) -> Tensor:
+            args = [u if a is source else values[a] if isinstance(a, Node) else a for a in self.node.args]
+            y: Tensor = self.node.target(*args, **self.node.kwargs)
+            return y
+
+        y, factor = smooth_factor(function, values[source])
+        return y, factor.to(self.facts.precision.pullback)

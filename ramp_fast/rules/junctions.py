@@ -1,0 +1,475 @@
+"""absLRP of junctions, where relevance is shared out: sums, products, attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramp_fast import gemm, ops
+from ramp_fast import graph as g
+from ramp_fast.graph import Node
+from ramp_fast.relevance import Bookkeeping, Contribution
+from ramp_fast.rules.base import Facts, Flow, Operation, Values, gate, reduce_to, selected, share, stacked_view, vjp
+from ramp_fast.rules.weighted import affine
+
+aten = torch.ops.aten
+
+# A constant this low added to attention scores is a mask: it is left out of softmax(|S|) as -inf is.
+MASK_BELOW = -99.0
+
+
+def plain_sum(node: Node) -> bool:
+    """Whether ``node`` adds two tensors of the same shape."""
+    a, *rest = node.operands
+    same = len(rest) == 1 and a.example == rest[0].example and a.batch == rest[0].batch
+    return same and not a.constant and not rest[0].constant and bool(node.params["signs"] == (1, 1))
+
+
+class Add(Operation):
+    """``c_a = 2 [a > 0] c``, ``c_b = 2 [b > 0] c``, each with its share; constants take theirs away."""
+
+    pullback_kernel = "junction"
+
+    def __init__(self, node: Node, facts: Facts) -> None:
+        super().__init__(node, facts)
+        if facts.computed_in is not None:
+            self.forward_kernel, self.pullback_kernel = "(below)", "residual_pullback"
+
+    def needs(self) -> list[Node]:
+        conv = self.facts.computed_in
+        if conv is not None:
+            return [conv, self._operands_of(conv)[1]]
+        own = [self.node] if self.facts.relu is not None else []
+        return [n for n in self.node.operands if not n.constant] + own
+
+    def _operands_of(self, conv: Node) -> tuple[Node, Node]:
+        """The operand that is the BatchNorm of ``conv``, and the other one."""
+        first, second = self.node.operands
+        return (first, second) if conv in first.operands else (second, first)
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        conv = self.facts.computed_in
+        if conv is not None:  # the same tensor; only the BatchNorm's is sure to be still there
+            return values[self._operands_of(conv)[0]], None
+        relu = self.facts.relu
+        if relu is not None:
+            return values.call(self.node).clamp_(0, relu.params["cap"]), None
+        constant = self._added_to_scores(values)
+        if constant is None:
+            return super().forward(values)
+        # What a mask hides is minus infinity from here on, or scores above 1 would bring it over the threshold.
+        hidden = constant < MASK_BELOW
+        hidden = hidden & ~hidden.all(-1, keepdim=True)
+        return values[self.node.sources[0]] + constant.masked_fill(hidden, float("-inf")), None
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        conv = self.facts.computed_in
+        if conv is not None:
+            wide = self.facts.precision.accumulate
+            norm = self._operands_of(conv)[0]
+            self.gain, self.shift = (t.to(wide) for t in affine(norm.params, constants))
+        known = all(n in constants for n in self.node.operands if n.constant)
+        constant = self._added_to_scores(constants) if known else None
+        self.only_masks = None if constant is None else only_masks(constant)
+
+    def _added_to_scores(self, values: Values | dict[Node, Any]) -> Tensor | None:
+        """The constant, a bias or a mask, where this sum goes into a softmax."""
+        if not self.node.params.get("scores"):
+            return None
+        constant = next((values[n] for n in self.node.operands if n.constant), None)
+        return constant if isinstance(constant, Tensor) and constant.is_floating_point() else None
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        shares = self.facts.shares
+        relu = self.facts.relu is not None
+        if not plain_sum(self.node):
+            yield from self._general(self.merged(parts, values, book), values, book, shares)
+            return
+        if self.facts.computed_in is not None:
+            yield from self._through_norm(self.facts.computed_in, parts, values, book)
+            return
+        first, second = self.node.operands
+        a, b = values[first], values[second]
+        rows = book.rows(parts[0].c, self.node.batch)
+        flat_a, flat_b = rows.of(a, 0), rows.of(b, 0)
+        # What goes into the branch's products is stored as they read it.
+        narrow = self.facts.precision.pullback if self.facts.branch is second else None
+        if len(parts) == 2:
+            x = values[self.node]
+            scales = [book.scale(x, p, self.node.batch) for p in parts]
+            target = scales[0][1] + scales[1][1]
+            c, d = (rows.of(p.c, 1) for p in parts)
+            split = ops.merge_junction(c, scales[0][0], d, scales[1][0], flat_a, flat_b, book.contrast, narrow, relu)
+        else:
+            part = self.merged(parts, values, book)
+            target = part.target
+            split = ops.junction(rows.of(part.c, 1), flat_a, flat_b, book.contrast, narrow, relu)
+        c_a, c_b, m_a, m_b = split
+        like = parts[0].c
+        t_a, t_b = share(target, [m_a, m_b], shares)
+        yield Flow(first, Contribution(rows.back(c_a, like), t_a, m_a))
+        yield Flow(second, Contribution(rows.back(c_b, like), t_b, m_b))
+
+    def _through_norm(self, conv: Node, parts: list[Contribution], values: Values, book: Bookkeeping) -> Iterator[Flow]:
+        """On to the output of the convolution, past the BatchNorm."""
+        other = self._operands_of(conv)[1]
+        z, b = values[conv], values[other]
+        second: Tensor | None = None
+        scales: list[Tensor | None] = [None, None]
+        if len(parts) == 2:
+            scaled = [book.scale(z, p, self.node.batch) for p in parts]
+            scales = [scale for scale, _ in scaled]
+            target = scaled[0][1] + scaled[1][1]
+            first, second = (p.c.movedim(2, -1) for p in parts)
+        else:
+            part = parts[0] if len(parts) == 1 else book.merge(z, parts, self.node.batch)
+            first, target = part.c.movedim(2, -1), part.target
+        c_x, c_b, m_y, m_b = ops.residual_pullback(
+            first,
+            scales[0],
+            second,
+            scales[1],
+            z.movedim(1, -1),
+            b.movedim(1, -1),
+            self.gain,
+            self.shift,
+            book.contrast,
+            self.facts.precision.pullback,
+        )
+        t_y, t_b = share(target, [m_y, m_b], self.facts.shares)
+        # Two readers have just been given their masses, of P and of N.
+        yield Flow(conv, Contribution(c_x.movedim(-1, 2), t_y, centred=len(parts) == 2))
+        yield Flow(other, Contribution(c_b.movedim(-1, 2), t_b, m_b))
+
+    def _general(self, part: Contribution, values: Values, book: Bookkeeping, shares: str) -> Iterator[Flow]:
+        p = self.node.params
+        constant = self._added_to_scores(values)
+        if constant is not None and (only_masks(constant) if self.only_masks is None else self.only_masks):
+            # A mask adds nothing to what it leaves: no junction.
+            yield Flow(self.node.sources[0], Contribution(part.c, part.target))
+            return
+        flows: list[tuple[Node | None, Tensor, Tensor]] = []
+        for operand, sign in zip((p["first"], p["second"]), p["signs"], strict=True):
+            x = values[operand]
+            if not isinstance(x, Tensor):
+                x = part.c.new_full((), float(x))  # without a copy from the host
+            elif constant is not None:
+                x = x.masked_fill(x < MASK_BELOW if x is constant else x.isinf(), 0.0)
+            full = x.expand(part.c.shape[1:])
+            c = 2 * gate(part.c, full * sign)
+            if isinstance(operand, Node) and not operand.constant:
+                c = reduce_to(c, x.shape)
+                flows.append((operand, c, book.mass(x, c, operand.batch)))
+            else:
+                flows.append((None, c, book.mass(full, c, self.node.batch)))
+        targets = share(part.target, [m for _, _, m in flows], shares)
+        for (node, c, actual), target in zip(flows, targets, strict=True):
+            if node is not None:
+                yield Flow(node, Contribution(c, target, actual))
+
+
+def only_masks(constant: Tensor) -> bool:
+    """Whether what is added to scores is zero wherever it masks nothing. On a GPU this waits for the device."""
+    return not bool(constant.masked_fill(constant < MASK_BELOW, 0.0).any())
+
+
+class Mul(Operation):
+    """``c_a = 2 |b| [a b > 0] c`` and likewise for b: both get the same relevance."""
+
+    def needs(self) -> list[Node]:
+        return list(self.node.operands)
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        first, second = self.node.operands
+        a, b = values[first], values[second]
+        c = 2 * gate(part.c, a * b)
+        flows = []
+        for operand, x, other in ((first, a, b), (second, b, a)):
+            own = reduce_to(c * other.abs().to(c.dtype), x.shape)
+            flows.append((operand, own, book.mass(x, own, operand.batch)))
+        targets = share(part.target, [m for _, _, m in flows], self.facts.shares)
+        for (node, own, actual), target in zip(flows, targets, strict=True):
+            yield Flow(node, Contribution(own, target, actual))
+
+
+class Matmul(Operation):
+    """``z = a b``: ``c_a = sign(a) (c b^T) + c |b|^T`` and likewise for b, a junction.
+
+    With kept shares, attention's products are gated: the output of A V, the operands of Q K^T.
+    """
+
+    def needs(self) -> list[Node]:
+        own = [self.node] if self._gates_output else []
+        return list(self.node.operands) + own
+
+    @property
+    def _gates_output(self) -> bool:
+        return self.facts.gated and self.node.params["role"] == "attend"
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        dtype = self.facts.precision.pullback
+        c = part.c.to(dtype)
+        if self._gates_output:
+            c = gate(c, values[self.node])
+        first, second = self.node.operands
+        a, b = values[first], values[second]
+        only_positive = self.facts.gated and self.node.params["role"] == "scores"
+        c_a = pull_product(c, b.mT, a, dtype, only_positive, lambda u, v: u @ v)
+        c_b = pull_product(c, a.mT, b, dtype, only_positive, lambda u, v: v @ u)
+        flows = [
+            (first, reduce_to(c_a, a.shape)),
+            (second, reduce_to(c_b, b.shape)),
+        ]
+        masses = [book.mass(values[n], own, n.batch) for n, own in flows]
+        targets = share(part.target, masses, self.facts.shares)
+        for (node, own), target, actual in zip(flows, targets, masses, strict=True):
+            yield Flow(node, Contribution(own, target, actual))
+
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def pull_product(
+    c: Tensor, other: Tensor, x: Tensor, dtype: torch.dtype, only_positive: bool, product: Product
+) -> Tensor:
+    """``2 (c other+)`` where ``x > 0``, ``2 (c other-)`` where ``x < 0`` (or nowhere else, ``only_positive``)."""
+    positive = product(c, (2 * gemm.positive_part(other)).to(dtype))
+    if only_positive:
+        return gate(positive, x)
+    return selected(positive, product(c, (2 * gemm.negative_part(other)).to(dtype)), x)
+
+
+class Softmax(Operation):
+    """``c_S = (sign(S) A + softmax(|S|)) c``, denominators detached."""
+
+    pullback_kernel = "softmax_pullback"
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        source = self.node.operands[0]
+        scores = values[source]
+        dim = self.node.params["dim"] % scores.dim()
+        c = ops.softmax_pullback(masked(scores).movedim(dim, -1), part.c.movedim(dim + 1, -1))
+        yield Flow(source, Contribution(c.movedim(-1, dim + 1), part.target))
+
+
+def masked(scores: Tensor) -> Tensor:
+    """Scores with everything a mask has pushed far down at minus infinity."""
+    return scores.masked_fill(scores < MASK_BELOW, float("-inf"))
+
+
+@dataclass
+class _Pulled:
+    """Coefficients of attention's operands and the masses at its junctions (of A V, of Q K^T, of a bias)."""
+
+    c_q: Tensor
+    c_k: Tensor
+    c_v: Tensor
+    m_a: Tensor
+    m_v: Tensor
+    m_q: Tensor
+    m_k: Tensor
+    m_bias: list[Tensor] | None = None
+
+
+class Attention(Operation):
+    """``softmax(scale Q K^T + bias) V``: softmax and both products with their junctions, in one step."""
+
+    def __init__(self, node: Node, facts: Facts) -> None:
+        super().__init__(node, facts)
+        self.pullback_kernel = "attention_pullback" if self._fused else "products"
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        mask = constants.get(self.node.params["mask"])
+        self.only_masks = None if mask is None or mask.dtype == torch.bool else only_masks(mask)
+
+    def needs(self) -> list[Node]:
+        own = [self.node] if self.facts.gated else []
+        return list(self.node.operands) + own
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        p = self.node.params
+        q, k, v = (values[n] for n in self.node.operands)
+        mask = values[p["mask"]] if p["mask"] is not None else None
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if mask is None and not p["grouped"] and gemm.flash_attends(q, k, v):
+                y: Tensor = aten._scaled_dot_product_flash_attention.default(
+                    q, k, v, 0.0, p["causal"], scale=p["scale"]
+                )[0]
+                return y
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, mask, 0.0, p["causal"], scale=p["scale"], enable_gqa=p["grouped"]
+            )
+
+        if mask is None and q.shape[0] == k.shape[0]:
+            return gemm.by_sample(attend, q.shape[-2], (q, k, v), 0), None
+        return attend(q, k, v), None
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        shares = self.facts.shares
+        pulled = (self._in_one_step if self._fused else self._by_products)(part.c, values, book)
+        t_a, t_v = share(part.target, [pulled.m_a, pulled.m_v], shares)
+        if pulled.m_bias is not None:
+            t_a = share(t_a, pulled.m_bias, shares)[0]
+        t_q, t_k = share(t_a, [pulled.m_q, pulled.m_k], shares)
+        targets, actual = [t_q, t_k, t_v], [pulled.m_q, pulled.m_k, pulled.m_v]
+        flows = self._scaled([pulled.c_q, pulled.c_k, pulled.c_v], targets, actual, book)
+        for node, contribution in zip(self.node.operands, flows, strict=True):
+            if not node.constant:
+                yield Flow(node, contribution)
+
+    def _scaled(
+        self, own: list[Tensor], targets: list[Tensor], masses: list[Tensor], book: Bookkeeping
+    ) -> list[Contribution]:
+        """Contributions of Q, K and V; scaled in one pass where they lie in one buffer, as a qkv layer's outputs do."""
+        whole = None
+        if self._fused and self.facts.shares == "kept":
+            whole = stacked_view([c.movedim(-3, -2) for c in own], own[0].dim() - 2)  # [T, B, ..., N, 3, H, D]
+        if whole is None or not whole.is_contiguous():
+            return [Contribution(*each) for each in zip(own, targets, masses, strict=True)]
+        scale, alive = ops.scale_to(torch.stack(targets), torch.stack(masses))
+        scale = scale.movedim(0, -1)
+        flat = whole.flatten(-2).view(whole.shape[0], book.batch, -1, 3, whole.shape[-2] * whole.shape[-1])
+        parts = ops.rescale_parts(flat, scale, book.contrast).view(whole.shape).unbind(-3)
+        return [Contribution(c.movedim(-2, -3), mass, mass) for c, mass in zip(parts, alive, strict=True)]
+
+    @property
+    def _fused(self) -> bool:
+        """Whether one operator does it all: plain attention, samples first in every operand."""
+        p = self.node.params
+        q, k, v = self.node.operands
+        plain = p["mask"] is None and not p["causal"] and not p["grouped"] and p["scale"] > 0
+        # A constant query may be broadcast over the batch: the operator does not do that.
+        fits = k.example == v.example and q.example[:-2] == k.example[:-2] and q.example[-1] == k.example[-1]
+        return plain and fits and all(n.batch.leading for n in (self.node, *self.node.operands))
+
+    def _in_one_step(self, c: Tensor, values: Values, book: Bookkeeping) -> _Pulled:
+        q, k, v = (values[n] for n in self.node.operands)
+        gated = self.facts.gated
+        out = values[self.node] if gated else q  # only read where gated
+        c = c.to(self.facts.precision.pullback)
+        # Heads are all axes between the first and the last two: none, one, or heads and windows.
+        between = tuple(q.shape[1:-2])
+        heads = math.prod(between)
+        q, k, v, out = (t.reshape(t.shape[0], heads, *t.shape[-2:]) for t in (q, k, v, out))
+        c = c.reshape(*c.shape[:2], heads, *c.shape[-2:])
+        *flat, masses = ops.attention_pullback(q, k, v, out, c, self.node.params["scale"], gated, book.contrast)
+        c_q, c_k, c_v = (t.reshape(*t.shape[:2], *between, *t.shape[-2:]) for t in flat)
+        # The windows of one sample lie side by side along the batch.
+        if masses.shape[-1] != book.batch:
+            masses = masses.unflatten(-1, (book.batch, -1)).sum(-1)
+        return _Pulled(c_q, c_k, c_v, *masses)
+
+    def _by_products(self, c: Tensor, values: Values, book: Bookkeeping) -> _Pulled:
+        p, gated = self.node.params, self.facts.gated
+        dtype = self.facts.precision.pullback
+        nodes, axis = self.node.operands, self.node.batch
+        q, k, v = (values[n] for n in nodes)
+        heads = k.shape[1]
+        if p["grouped"]:
+            repeat = q.shape[1] // heads
+            k, v = (t.repeat_interleave(repeat, 1) for t in (k, v))
+        c = c.to(dtype)
+        if gated:
+            c = gate(c, values[self.node])
+        query = q * p["scale"]
+        plain, bias = self._scores(query, k, values)
+        scores = plain if bias is None else plain + bias
+        weights = torch.nan_to_num(scores.softmax(-1))
+
+        c_a = c @ (2 * gemm.positive_part(v)).to(dtype).mT
+        c_v = self._fold(2 * gate(weights.to(dtype).mT @ c, v), heads)
+        c_s = ops.softmax_pullback(scores, c_a)
+        m_bias = None
+        if bias is not None:
+            c_s, m_bias = self._take_bias(c_s, plain, bias, axis, book)
+        c_q = pull_product(c_s, k, query, dtype, gated, lambda u, w: u @ w) * p["scale"]
+        c_k = self._fold(pull_product(c_s.mT, query, k, dtype, gated, lambda u, w: u @ w), heads)
+        own = ((q, c_q, nodes[0]), (values[nodes[1]], c_k, nodes[1]), (values[nodes[2]], c_v, nodes[2]))
+        m_q, m_k, m_v = (book.mass(x, u, n.batch) for x, u, n in own)
+        return _Pulled(c_q, c_k, c_v, book.mass(weights, c_a, axis), m_v, m_q, m_k, m_bias)
+
+    @staticmethod
+    def _fold(c: Tensor, heads: int) -> Tensor:
+        """Sum the coefficients of a key or value head over the query heads that share it."""
+        return c if c.shape[2] == heads else c.unflatten(2, (heads, -1)).sum(3)
+
+    def _scores(self, query: Tensor, k: Tensor, values: Values) -> tuple[Tensor, Tensor | None]:
+        """``Q K^T`` with masked entries at minus infinity, and the additive bias apart from the mask."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scores = query.to(wide) @ k.to(wide).mT
+        p = self.node.params
+        if p["causal"]:
+            keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            return scores.masked_fill(~keep, float("-inf")), None
+        if p["mask"] is None:
+            return scores, None
+        mask = values[p["mask"]]
+        if mask.dtype == torch.bool:
+            return scores.masked_fill(~mask, float("-inf")), None
+        hidden = mask < MASK_BELOW
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if only_masks(mask) if self.only_masks is None else self.only_masks:
+            # A mask adds nothing to what it leaves: no junction.
+            return scores, None
+        return scores, mask.masked_fill(hidden, 0.0).to(wide)
+
+    @staticmethod
+    def _take_bias(
+        c: Tensor, plain: Tensor, bias: Tensor, axis: g.BatchAxis, book: Bookkeeping
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The junction ``S = Q K^T + bias``: coefficients of the product, and the masses of both."""
+        finite = plain.masked_fill(plain.isinf(), 0.0)
+        own = 2 * gate(c, finite)
+        taken = 2 * gate(c, bias)
+        return own, [book.mass(finite, own, axis), book.mass(bias.expand_as(plain), taken, axis)]
+
+
+class Bilinear(Operation):
+    """``z = B(a, b)``: ``c_a = 2 B(., b+)^T c`` where ``a > 0``, ``2 B(., b-)^T c`` where ``a < 0``; likewise b.
+
+    A junction. Gates are those of :class:`Matmul`.
+    """
+
+    pullback_kernel = "autograd"
+
+    def needs(self) -> list[Node]:
+        gated = self.facts.gated and self.node.params["role"] == "attend"
+        return [*self.node.operands, *([self.node] if gated else [])]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        gated, role = self.facts.gated, self.node.params["role"]
+        c = part.c.to(self.facts.precision.accumulate)
+        if gated and role == "attend":
+            c = gate(c, values[self.node])
+        equation = self.node.args[0]
+        a, b = (values[n].to(c.dtype) for n in self.node.operands)
+
+        def pull(x: Tensor, other: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+            positive = vjp(lambda u: product(u, gemm.positive_part(other)), tuple(x.shape), 2 * c)
+            if gated and role == "scores":
+                return gate(positive, x)
+            negative = vjp(lambda u: product(u, gemm.negative_part(other)), tuple(x.shape), 2 * c)
+            return selected(positive, negative, x)
+
+        own = [
+            pull(a, b, lambda u, v: torch.einsum(equation, u, v)),
+            pull(b, a, lambda u, v: torch.einsum(equation, v, u)),
+        ]
+        masses = [book.mass(x, o, n.batch) for x, o, n in zip((a, b), own, self.node.operands, strict=True)]
+        targets = share(part.target, masses, self.facts.shares)
+        for node, o, target, actual in zip(self.node.operands, own, targets, masses, strict=True):
+            yield Flow(node, Contribution(o.to(part.c.dtype), target, actual))

@@ -1,0 +1,198 @@
+"""absLRP of pools, of linear maps, and of functions of several entries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramp_fast import graph as g
+from ramp_fast import ops
+from ramp_fast.graph import Node
+from ramp_fast.relevance import Bookkeeping, Contribution
+from ramp_fast.rules.base import Facts, Flow, Operation, Values, vjp
+
+aten = torch.ops.aten
+
+
+class LinearPool(Operation):
+    """A linear layer with constant weights that are not negative: ``c_x = 2 [x > 0] L^T c``."""
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        source = self.node.operands[0]
+        x = values[source]
+        p = self.node.params
+        if p["how"] == "vjp":
+
+            def pool(leaf: Tensor) -> Tensor:
+                args = [leaf if a is source else values[a] if isinstance(a, Node) else a for a in self.node.args]
+                y: Tensor = self.node.target(*args, **self.node.kwargs)
+                return y
+
+            c = vjp(pool, tuple(x.shape), part.c)
+        else:
+            c = part.c
+            if not p["keepdim"]:
+                for d in p["dims"]:
+                    c = c.unsqueeze(d + 1)
+            if p["how"] == "mean":
+                count = 1
+                for d in p["dims"]:
+                    count *= x.shape[d]
+                c = c / count
+        yield Flow(source, book.gate(Contribution(c.expand(c.shape[0], *x.shape), part.target), x, source.batch))
+
+
+class MaxPool(Operation):
+    """``c_x = unpool(c)``, or ``unpool(z c)`` in the undivided form."""
+
+    def __init__(self, node: Node, facts: Facts) -> None:
+        super().__init__(node, facts)
+        p = node.params
+        kernel = _pair(p["kernel_size"])
+        stride = _pair(p["stride"] or kernel)
+        self.window = kernel
+        # Windows that lie side by side find their largest inputs again; others keep where these are.
+        self.tiles = (
+            len(node.example) == 4
+            and stride == kernel
+            and _pair(p["padding"]) == (0, 0)
+            and _pair(p["dilation"]) == (1, 1)
+            and all(n // k == m for n, k, m in zip(node.operands[0].example[2:], kernel, node.example[2:], strict=True))
+        )
+        self.pullback_kernel = "max_pool_pullback" if self.tiles else "unpool (CPU)" if self._undilated else "aten"
+
+    def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [] if self.tiles else [(self.node.example, torch.int32)]
+
+    def needs(self) -> list[Node]:
+        if self.tiles:
+            return [self.node.operands[0]]
+        return [] if self.facts.divided else [self.node]
+
+    def _arguments(self) -> tuple[Any, ...]:
+        p = self.node.params
+        return p["kernel_size"], p["stride"], p["padding"], p["dilation"], p["ceil_mode"]
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        x = values[self.node.operands[0]]
+        if self.tiles:
+            return torch.nn.functional.max_pool2d(x, *self._arguments()), None
+        y, indices = aten.max_pool2d_with_indices.default(x, *self._arguments())
+        narrow = indices.to(torch.int32) if self._unpools(x.device) else indices
+        return y, (narrow, x.shape, x.is_contiguous())
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        pull = self._tiled if self.tiles else self._indexed
+        yield Flow(self.node.operands[0], Contribution(pull(part.c, values, kept), part.target))
+
+    def _tiled(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        x = values[self.node.operands[0]].permute(0, 2, 3, 1)
+        out = ops.max_pool_pullback(c.permute(0, 1, 3, 4, 2), x, *self.window, self.facts.divided)
+        return out.permute(0, 1, 4, 2, 3)
+
+    def _indexed(self, narrow: Tensor, values: Values, kept: Any) -> Tensor:
+        indices, shape, plain = kept
+        wide = self.facts.precision.accumulate
+        c = narrow
+        if not self.facts.divided:
+            c = c.to(wide) * values[self.node].to(wide)
+        if self._unpools(c.device):
+            p = self.node.params
+            windows = [list(_pair(p[k] or p["kernel_size"])) for k in ("kernel_size", "stride", "padding")]
+            rows = c.permute(0, 1, 3, 4, 2), indices.permute(0, 2, 3, 1)
+            return ops.unpool(*rows, *shape[2:], *windows).permute(0, 1, 4, 2, 3).to(narrow.dtype)
+        layout = torch.contiguous_format if plain else torch.channels_last
+        like = torch.empty(shape, dtype=wide, device=c.device).contiguous(memory_format=layout)
+        sides = [
+            aten.max_pool2d_with_indices_backward.default(
+                side.contiguous(memory_format=layout), like, *self._arguments(), indices
+            )
+            for side in c.to(wide)
+        ]
+        return torch.stack(sides).to(narrow.dtype)
+
+    @property
+    def _undilated(self) -> bool:
+        return _pair(self.node.params["dilation"]) == (1, 1) and len(self.node.example) == 4
+
+    def _unpools(self, device: torch.device) -> bool:
+        return self._undilated and ops.cpu_kernels(device)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = [value] * 2 if isinstance(value, int) else list(value) * (2 // len(value))
+    return values[0], values[1]
+
+
+class LinearMap(Operation):
+    """A linear function with weights of both signs: ``c_x = sign(x) L^T c + |L|^T c``."""
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        source = self.node.operands[0]
+        x = values[source]
+        function = self.node.target
+        constants = [values[n] for n in self.node.args[1:]]
+        wide = part.c.to(self.facts.precision.accumulate)
+        signed = vjp(lambda u: function(u, *constants), tuple(x.shape), wide)
+        absolute = vjp(lambda u: function.absolute(u, *constants), tuple(x.shape), wide)  # type: ignore[attr-defined]
+        yield Flow(source, Contribution((x.sign() * signed + absolute).to(part.c.dtype), part.target))
+
+
+class _AtPoint(Operation):
+    """An operation of one tensor that is differentiated where it is."""
+
+    pullback_kernel = "autograd"
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        return self.call(values[self.node.operands[0]], values), None
+
+    def call(self, u: Tensor, values: Values) -> Tensor:
+        args = (u, *g.map_nodes(values.__getitem__, self.node.args[1:]))
+        y = self.node.target(*args, **g.map_nodes(values.__getitem__, self.node.kwargs))
+        result: Tensor = y[0] if isinstance(y, tuple) else y
+        return result
+
+    def pull(self, x: Tensor, c: Tensor, values: Values) -> Tensor:
+        """``J(x)^T c``, 0 where a slope is not finite."""
+        return torch.nan_to_num(vjp(lambda u: self.call(u, values), x, c), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+class Extreme(_AtPoint):
+    """The largest (or smallest) of several entries, as max-pooling: ``c`` (or ``z c``) goes to the chosen one."""
+
+    def needs(self) -> list[Node]:
+        return super().needs() + ([] if self.facts.divided else [self.node])
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        source = self.node.operands[0]
+        c = part.c.to(self.facts.precision.accumulate)
+        if not self.facts.divided:
+            c = c * values[self.node].to(c.dtype)
+        yield Flow(source, Contribution(self.pull(values[source], c, values).to(part.c.dtype), part.target))
+
+
+class Function(_AtPoint):
+    """The general definition for a function of one tensor: ``c_x = sign(x) J(x)^T c + J(|x|)^T c``."""
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        source = self.node.operands[0]
+        x, c = values[source], part.c.to(self.facts.precision.accumulate)
+        own = x.sign() * self.pull(x, c, values) + self.pull(x.abs(), c, values)
+        yield Flow(source, Contribution(own.to(part.c.dtype), part.target))

@@ -1,0 +1,205 @@
+"""absLRP of weighted layers: ``c_x = 2 W+^T c`` where x > 0, ``2 W-^T c`` where x < 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+from typing import Generic as GenericType
+
+import torch
+from torch import Tensor
+
+from ramp_fast import gemm
+from ramp_fast import graph as g
+from ramp_fast.graph import Node
+from ramp_fast.relevance import Bookkeeping, Contribution
+from ramp_fast.rules.base import Flow, Operation, Values, selected
+
+Pullback = TypeVar("Pullback", bound=gemm.Packed)
+
+
+class _Weighted(Operation, GenericType[Pullback]):
+    maps: gemm.Maps
+
+    @property
+    def forward_map(self) -> gemm.Map:
+        return self.maps.forward
+
+    @property
+    def pullback_map(self) -> Pullback:
+        pullback: Pullback = self.maps.pullback
+        return pullback
+
+    def pack(self, constants: dict[Node, Any]) -> tuple[gemm.Map, Pullback]:
+        raise NotImplementedError
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        params = self.parameters()
+        references = list(g.nodes_in(params))
+        if all(n.kind == g.PARAM for n in references):
+            sources = tuple(n.params["tensor"] for n in references)
+            options = repr(g.map_nodes(lambda n: references.index(n), params))
+            kind = self.node.kind, options, self.node.operands[0].example[1:], self.facts.positive_input
+            self.maps = gemm.shared_maps((*kind, self.facts.precision), sources, lambda: self.pack(constants))
+        else:  # weights that the model computes
+            self.maps = gemm.Maps(*self.pack(constants), ())
+        self.forward_kernel = self.forward_map.kernel
+        self.pullback_kernel = self.pullback_map.kernel
+
+    def parameters(self) -> Any:
+        """What is packed depends on, with nodes in the place of tensors."""
+        return self.node.params
+
+    def needs(self) -> list[Node]:
+        if self.facts.norm is not None:
+            return [self.facts.norm.operands[0]]
+        return [] if self.facts.positive_input else [self.node.operands[0]]
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.forward_map.nbytes + self.pullback_map.nbytes
+
+    def effective(self, constants: dict[Node, Any]) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with everything that was folded into them."""
+        p = self.node.params
+        weight: Tensor = constants[p["weight"]]
+        bias: Tensor | None = constants[p["bias"]] if isinstance(p["bias"], Node) else None
+        if p.get("transposed"):
+            weight = weight.t()
+        if "batch_norm" in p:
+            weight, bias = _fold(weight, bias, p["batch_norm"], constants)
+        if "scale" in p:
+            scale = constants[p["scale"]].flatten()
+            weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+            bias = None if bias is None else bias * scale
+        return weight, bias
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        return self.by_sample(self.forward_map, 0, values[self.node.operands[0]]), None
+
+    def by_sample(self, function: Callable[..., Tensor], axis: int, *operands: Tensor) -> Tensor:
+        """``function(*operands)`` with samples along ``axis``, which do not show in each other's results."""
+        shape = self.node.example
+        rows = math.prod(shape[1:-1] if self.node.kind == g.LINEAR else shape[2:])
+        return gemm.by_sample(function, rows, operands, axis) if self.node.batch.leading else function(*operands)
+
+
+def affine(norm: dict[str, Any], constants: dict[Node, Any]) -> tuple[Tensor, Tensor]:
+    """Gain and shift ``[C]`` of a BatchNorm's parameters, float64 where there is one."""
+    p = {k: constants[v] if isinstance(v, Node) else v for k, v in norm.items()}
+    wide = torch.float32 if p["var"].device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    gain = (p["var"].to(wide) + p["eps"]).rsqrt()
+    if p["weight"] is not None:
+        gain = gain * p["weight"].to(wide)
+    shift = -p["mean"].to(wide) * gain
+    return gain, shift if p["bias"] is None else shift + p["bias"].to(wide)
+
+
+def _fold(
+    weight: Tensor, bias: Tensor | None, norm: dict[str, Any], constants: dict[Node, Any]
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer and the BatchNorm behind it together."""
+    gain, shift = affine(norm, constants)
+    if bias is not None:
+        shift = shift + bias.to(gain.dtype) * gain
+    scaled = weight.to(gain.dtype) * gain.view(-1, *[1] * (weight.dim() - 1))
+    return scaled.to(weight.dtype), shift.to(weight.dtype)
+
+
+class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
+    def pack(self, constants: dict[Node, Any]) -> tuple[gemm.Map, gemm.Matrix | gemm.Selection]:
+        weight, bias = self.effective(constants)
+        # The factor 2 is exact in every binary format: it goes into the weights.
+        doubled = (2 * weight).to(self.facts.precision.pullback)
+        if self.facts.positive_input:
+            return gemm.Matrix(weight, bias), gemm.Matrix(gemm.positive_part(doubled).t())
+        return gemm.Matrix(weight, bias), gemm.Selection(doubled)
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        super().prepare(constants)
+        if self.facts.positive_input:
+            self.pullback_kernel += " W+"
+        elif self.facts.norm is not None:
+            self.pullback_kernel += " > norm"
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = book.centred(self.merged(parts, values, book), self.node.batch)
+        c = part.c.to(self.facts.precision.pullback).contiguous()
+        source, norm = self.node.operands[0], self.facts.norm
+        if not isinstance(self.pullback_map, gemm.Selection):
+            yield Flow(source, Contribution(self.by_sample(self.pullback_map, 1, c), part.target))
+        elif norm is None:
+            yield Flow(source, Contribution(self.pullback_map(c, values[source], c.dtype), part.target))
+        else:
+            p = norm.params
+            source = norm.operands[0]
+            pulled, actual = self.pullback_map.through_norm(
+                c, values[source], values[p["weight"]], values[p["bias"]], p["eps"], book.contrast
+            )
+            yield Flow(source, Contribution(pulled, part.target, actual))
+
+
+class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.PhaseSelection"]):
+    def pack(
+        self, constants: dict[Node, Any]
+    ) -> tuple[gemm.Map, gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.PhaseSelection]:
+        weight, bias = self.effective(constants)
+        p = self.node.params
+        geometry = gemm.Geometry.of(p)
+        size = self.node.operands[0].example[2:]
+        tiles = len(size) == 2 and geometry.tiles(weight, *size)
+        doubled = (2 * weight).to(self.facts.precision.pullback)
+        forward: gemm.Map
+        if tiles:
+            forward = gemm.PatchForward(weight, bias)
+        else:
+            norm = self.facts.batch_norm
+            folded = (weight, bias) if norm is None else _fold(weight, bias, norm.params, constants)
+            forward = gemm.convolution(*folded, geometry, self.facts.relu is not None)
+        if not self.facts.positive_input:
+            if tiles:
+                return forward, gemm.PatchSelection(doubled)
+            if gemm.PhaseSelection.pays(doubled, geometry):
+                return forward, gemm.PhaseSelection(doubled, geometry, size)
+        halves = [gemm.positive_part(doubled)]
+        if not self.facts.positive_input:
+            halves.append(gemm.negative_part(doubled))
+        # W+ and W- side by side, as two groups of input channels within every group.
+        stacked = torch.cat(halves, 1)
+        return forward, gemm.PatchPullback(stacked) if tiles else gemm.ConvPullback(stacked, geometry, size)
+
+    def parameters(self) -> Any:
+        norm = self.facts.batch_norm
+        return self.node.params, norm and norm.params, self.facts.relu is not None
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        super().prepare(constants)
+        steps = {"batch_norm": self.facts.batch_norm, "add": self.facts.addend, "relu": self.facts.relu}
+        self.forward_kernel += "".join(f" > {name}" for name, node in steps.items() if node is not None)
+        if not isinstance(self.pullback_map, (gemm.PatchSelection, gemm.PhaseSelection)):
+            self.pullback_kernel += " W+" if self.facts.positive_input else " W+|W-"
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        addend = [] if self.facts.addend is None else [values[self.facts.addend]]
+        return self.by_sample(self.forward_map, 0, values[self.node.operands[0]], *addend), None
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = book.centred(self.merged(parts, values, book), self.node.batch)
+        c = part.c.to(self.facts.precision.pullback)
+        source = self.node.operands[0]
+        if isinstance(self.pullback_map, gemm.PatchSelection):
+            yield Flow(source, Contribution(self.pullback_map(c, values[source]), part.target))
+            return
+        if isinstance(self.pullback_map, gemm.PhaseSelection):
+            acc = self.by_sample(self.pullback_map, 1, c)
+            yield Flow(source, Contribution(self.pullback_map.select(acc, values[source]), part.target))
+            return
+        pull = self.pullback_map
+        acc = self.by_sample(lambda part: pull(part.flatten(0, 1)).unflatten(0, part.shape[:2]), 1, c)
+        if not self.facts.positive_input:
+            groups = self.node.params["groups"]
+            halves = acc.unflatten(2, (groups, 2, -1))
+            positive, negative = (halves[:, :, :, i].flatten(2, 3) for i in (0, 1))
+            acc = selected(positive, negative, values[source])
+        yield Flow(source, Contribution(acc, part.target))
