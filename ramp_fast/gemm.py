@@ -383,6 +383,9 @@ class ConvForward:
         pointwise = torch.ops.mkldnn._convolution_pointwise
         if addend is None:
             y = pointwise(x, self._weight_for(x), self.bias, *where, unary, [], "")
+        elif addend.shape[2:].numel() == 1:  # whose layout is ambiguous: PyTorch 2.11 refuses it
+            y = pointwise(x, self._weight_for(x), self.bias, *where, "none", [], "") + addend
+            y = y.relu() if self.relu else y
         else:
             addend = addend.contiguous(memory_format=torch.channels_last)
             after = unary if self.relu else None

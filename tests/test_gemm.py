@@ -77,6 +77,20 @@ def test_a_convolution_adds_and_cuts_as_it_is_told(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("relu", [False, True])
+def test_convolution_to_a_single_pixel_and_what_follows(relu: bool) -> None:
+    torch.manual_seed(0)
+    weight, bias, x, addend = (
+        torch.randn(16, 8, 1, 1),
+        torch.randn(16),
+        torch.randn(3, 8, 2, 2),
+        torch.randn(3, 16, 1, 1),
+    )
+    forward = gemm.ConvForward(weight, bias, gemm.Geometry([2, 2], [0, 0], [1, 1], 1), relu)
+    expected = torch.nn.functional.conv2d(x, weight, bias, 2) + addend
+    torch.testing.assert_close(forward(x, addend), expected.relu() if relu else expected)
+
+
+@pytest.mark.parametrize("relu", [False, True])
 def test_a_convolution_of_pixels_adds_and_cuts_as_it_is_told(relu: bool) -> None:
     torch.manual_seed(0)
     weight, bias, x, addend = torch.randn(6, 4, 1, 1), torch.randn(6), torch.randn(2, 4, 9, 8), torch.randn(2, 6, 5, 4)
