@@ -47,6 +47,21 @@ def test_cost_in_forward_passes(benchmark: Any, against_forward: Any, name: str,
     assert benchmark.extra_info["ratio"] <= LIMITS[name, precision]
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg16", "vit_tiny_patch16_224", "vit_base_patch16_224"])
+@pytest.mark.benchmark(group="logits / forward")
+def test_logits_in_forward_passes(benchmark: Any, against_forward: Any, name: str) -> None:
+    """What metrics of an engine take for a batch of masked copies, against the model's own forward pass."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    images = torch.randn(BATCH, *model.default_cfg["input_size"])
+    engine = Engine(model)
+    for _ in range(2):  # as above
+        engine.logits(images)
+    found = against_forward(lambda: engine.logits(images), model, images, ROUNDS)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-5)
+
+
 def test_peak_memory() -> None:
     script = Path(__file__).with_name("peak_memory.py")
     done = subprocess.run(

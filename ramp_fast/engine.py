@@ -168,25 +168,17 @@ class Engine:
         return precision_for(self.precision, _device(self.model)).forward
 
     @property
-    def usual(self) -> bool:
-        """Whether all settings but the rule are the default ones."""
-        return (self.precision, self.strict, self.micro_batch) == ("mixed", True, None)
+    def _settings(self) -> dict[str, Any]:
+        names = "rule", "precision", "strict", "micro_batch", "cuda_graphs"
+        return {name: getattr(self, name) for name in names}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles have the settings and the model; they capture it anew."""
-        settings = self.model, self.rule, self.precision, self.strict
-        return partial(Engine, micro_batch=self.micro_batch, cuda_graphs=self.cuda_graphs), settings
+        return partial(Engine, **self._settings), (self.model,)
 
     def for_model(self, model: torch.nn.Module) -> Engine:
         """An engine of the same settings for another model (one with other weights, for example)."""
-        return Engine(
-            model,
-            self.rule,
-            self.precision,
-            self.strict,
-            micro_batch=self.micro_batch,
-            cuda_graphs=self.cuda_graphs,
-        )
+        return Engine(model, **self._settings)
 
     def attribute(
         self,

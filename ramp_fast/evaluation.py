@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ramp_fast._checks import positive
 from ramp_fast.data import Batch
@@ -21,8 +21,16 @@ from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
 from ramp_fast.methods import METHODS, Method, make_method
 from ramp_fast.metrics import METRICS, Metric, make_metric
-from ramp_fast.metrics.base import Model, Result, answer, check_classes, checked_images, checked_masks, method_name
-from ramp_fast.rules import name_of
+from ramp_fast.metrics.base import (
+    Model,
+    Result,
+    answer,
+    check_classes,
+    checked_images,
+    checked_masks,
+    method_name,
+    module_of,
+)
 from ramp_fast.specs import parse_spec
 from ramp_fast.store import atomic_write
 
@@ -302,7 +310,7 @@ class Evaluator:
     ) -> None:
         if explain not in EXPLAINED:
             raise InputError(f"explain must be label or predicted, got {explain!r}")
-        self.model, self._answering = _module(model), model
+        self.model, self._answering = module_of(model), model
         if self.model.training:
             raise InputError("the model is in training mode: call model.eval()")
         self.explain, self.strict = explain, strict
@@ -577,7 +585,7 @@ def labelled(given: Any, what: str) -> dict[str, Any]:
 
 def _metric(spec: str | Metric, model: Model, seed: int, batch_size: int | None) -> Metric:
     if isinstance(spec, Metric):
-        if spec.model is not _module(model):
+        if spec.model is not module_of(model):
             raise InputError(f"the metric {spec.name} is one of another model")
         return spec
     if not isinstance(spec, str):
@@ -589,20 +597,14 @@ def _metric(spec: str | Metric, model: Model, seed: int, batch_size: int | None)
 def _method(spec: str | Method | Engine, model: Model, seed: int) -> Method | Engine:
     if isinstance(spec, str):
         name, settings = parse_spec(spec)
-        if isinstance(model, Engine) and not settings and name == name_of(model.rule) and model.usual:
-            return model  # as make_method would make one, with its weights packed already
-        return make_method(name, _module(model), **{"seed": seed, **settings})
-    if isinstance(spec, Engine) and spec.model is not _module(model):
+        return make_method(name, module_of(model), **{"seed": seed, **settings})
+    if isinstance(spec, Engine) and spec.model is not module_of(model):
         raise InputError("an engine among the methods is one of another model")
     if not callable(spec) and not isinstance(spec, Engine):
         raise InputError(
             f"a method is a name, a function (model, images, target) or an Engine, got {type(spec).__name__}"
         )
     return spec
-
-
-def _module(model: Model) -> nn.Module:
-    return model.model if isinstance(model, Engine) else model
 
 
 def _pair(method: str, metric: str) -> str:

@@ -375,7 +375,9 @@ class ConvForward:
         where = g.padding, g.stride, g.dilation, g.groups
         unary = "relu" if self.relu else "none"
         y: Tensor
-        if not (self.packed and x.numel()):
+        # PyTorch 2.11 cannot add to single pixels.
+        fuses = addend is None or addend.shape[2:].numel() > 1
+        if not (self.packed and x.numel() and fuses):
             y = torch.convolution(x, self.weight, self.bias, g.stride, g.padding, g.dilation, False, [0], g.groups)
             y = y if addend is None else y + addend
             return y.relu() if self.relu else y
@@ -383,9 +385,6 @@ class ConvForward:
         pointwise = torch.ops.mkldnn._convolution_pointwise
         if addend is None:
             y = pointwise(x, self._weight_for(x), self.bias, *where, unary, [], "")
-        elif addend.shape[2:].numel() == 1:  # whose layout is ambiguous: PyTorch 2.11 refuses it
-            y = pointwise(x, self._weight_for(x), self.bias, *where, "none", [], "") + addend
-            y = y.relu() if self.relu else y
         else:
             addend = addend.contiguous(memory_format=torch.channels_last)
             after = unary if self.relu else None

@@ -161,7 +161,7 @@ class Metric:
 
     def __init__(self, model: Model, *, seed: int = 0, batch_size: int | None = None) -> None:
         self.engine = model if isinstance(model, Engine) else None
-        model = model.model if isinstance(model, Engine) else model
+        model = module_of(model)
         if not isinstance(model, nn.Module):
             raise TypeError(f"{self.name}: model must be a torch.nn.Module or an Engine, got {type(model).__name__}")
         if batch_size is not None:
@@ -401,6 +401,11 @@ class Metric:
         return torch.Generator().manual_seed(_mixed(self.seed, number, stream))
 
 
+def module_of(model: Model) -> nn.Module:
+    """A model, or that of an engine."""
+    return model.model if isinstance(model, Engine) else model
+
+
 def answer(model: Model, images: Tensor) -> Tensor:
     """Logits ``[N, classes]`` of images that go through a model together; for ``no_grad`` alone.
 
@@ -412,13 +417,13 @@ def answer(model: Model, images: Tensor) -> Tensor:
     InputError
         Of an engine: the images are not finite. (A ReLU that is computed with a convolution would hide it.)
     """
-    logits: Tensor
-    if isinstance(model, Engine):
-        wide = torch.promote_types(model.forward_dtype, images.dtype) == model.forward_dtype
-        if images.device.type == "cpu" and wide:
-            return model.logits(images)
-        model = model.model
-    logits = model(images)
+    if (
+        isinstance(model, Engine)
+        and images.device.type == "cpu"
+        and model.forward_dtype == torch.promote_types(model.forward_dtype, images.dtype)
+    ):
+        return model.logits(images)
+    logits: Tensor = module_of(model)(images)
     return logits
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ramp_fast import Engine, InputError, UnsupportedModelError
 from ramp_fast.cli.evaluate import _with_engine
-from ramp_fast.evaluation import Evaluator, evaluate
+from ramp_fast.evaluation import evaluate
 from ramp_fast.methods import input_x_gradient
 from ramp_fast.metrics import METRICS, make_metric
 from ramp_fast.rules import AbsLRP, RelativeStabilizer
@@ -100,14 +100,6 @@ def test_evaluations_of_an_engine(engine: Engine, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(engine, "logits", lambda images: seen.append(len(images)) or engine.model(images))
     evaluate(engine, IMAGES, [make_metric("sparseness", engine.model)], methods)
     assert seen == [len(IMAGES)]
-
-
-def test_the_engine_is_the_method_of_its_name_if_it_is_the_usual_one() -> None:
-    model = classifier(16, 16).float()
-    usual, other = Engine(model), Engine(model, precision="float32")
-    assert Evaluator(usual, ["sparseness"], ["abslrp"])._methods["abslrp"] is usual
-    assert Evaluator(usual, ["sparseness"], ["abslrp-release"])._methods["abslrp-release"] is not usual
-    assert Evaluator(other, ["sparseness"], ["abslrp"])._methods["abslrp"] is not other
 
 
 def test_the_command_takes_an_engine_where_there_is_one(engine: Engine) -> None:
