@@ -162,10 +162,10 @@ class Engine:
             raise RuntimeError("no plan yet: pass input_shape=(C, H, W) to Engine, or attribute images first")
         return plan
 
-    @property
-    def forward_dtype(self) -> torch.dtype:
-        """What the forward pass is computed in."""
-        return precision_for(self.precision, _device(self.model)).forward
+    def computes_in(self, dtype: torch.dtype) -> bool:
+        """Whether the forward pass is computed in ``dtype`` or a wider one."""
+        own = precision_for(self.precision, _device(self.model)).forward
+        return torch.promote_types(own, dtype) == own
 
     @property
     def _settings(self) -> dict[str, Any]:

@@ -417,11 +417,7 @@ def answer(model: Model, images: Tensor) -> Tensor:
     InputError
         Of an engine: the images are not finite. (A ReLU that is computed with a convolution would hide it.)
     """
-    if (
-        isinstance(model, Engine)
-        and images.device.type == "cpu"
-        and model.forward_dtype == torch.promote_types(model.forward_dtype, images.dtype)
-    ):
+    if isinstance(model, Engine) and images.device.type == "cpu" and model.computes_in(images.dtype):
         return model.logits(images)
     logits: Tensor = module_of(model)(images)
     return logits

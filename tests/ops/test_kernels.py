@@ -332,7 +332,7 @@ def test_results_past_the_caches_are_the_same(variant: str, kind: str, dtype: st
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_results_of_junctions_in_float64(variant: str) -> None:
     choose(variant)
-    a, b, c = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([[[1.0, 1 / 3]]])
-    c_a, c_b, _, _ = ops.junction(c, a, b, False, torch.float64)
-    assert torch.equal(c_a, torch.tensor([[[2.0, 0.0]]]))
+    a, b, c = torch.tensor([[1.0, -2.0] * 20]), torch.ones(1, 40), torch.tensor([[[1.0, 1 / 3] * 20]])
+    c_a, c_b, _, _ = ops.junction(c, a, b, False, torch.float64)  # by vectors and a tail
+    assert torch.equal(c_a, torch.tensor([[[2.0, 0.0] * 20]]))
     assert torch.equal(c_b, 2 * c.double())
