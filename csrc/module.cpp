@@ -16,6 +16,7 @@ PYBIND11_MODULE(_C, m) {
           "Choose the instruction set; ValueError if it cannot run.");
     m.def("poison_scratch", &rf::poison_scratch, rf::py::arg("enabled"),
           "Fill the kernels' scratch with NaN before every use (for tests).");
+    rf::register_checksum(m);
     rf::register_junction(m);
     rf::register_linear(m);
     rf::register_masking(m);

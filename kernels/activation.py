@@ -76,7 +76,7 @@ def affine_factor_kernel(
     factor = tl.where(x > 0, gain, tl.where(x < 0, -gain, 0.0)) + tl.abs(gain)
     if RELU:
         factor = tl.where(y > 0, 2 * factor, 0.0)
-        y = tl.minimum(tl.maximum(y, 0.0), cap)
+        y = tl.where(y != y, y, tl.minimum(tl.maximum(y, 0.0), cap))  # NaN stays NaN
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(factor_ptr + place, factor.to(factor_ptr.dtype.element_ty), mask=inside)
 

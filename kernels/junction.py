@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ramp_fast.kernels.common import compute_dtype, sum_partials
-from ramp_fast.kernels.scaling import check_sides, inner_size, rescaled_sides
+from ramp_fast.kernels.scaling import check_sides, inner_size, merged_sides
 from ramp_fast.ops._common import same_layout
 
 BLOCK = 1024
@@ -57,12 +57,19 @@ def junction_kernel(
         offset = row * inner + elements
         offset_d = row_d * inner + elements
         if MERGE:
-            p, d = rescaled_sides(c_ptr, c_scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE)
-            more, more_d = rescaled_sides(
-                second_ptr, second_scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE
+            p, d = merged_sides(
+                c_ptr,
+                c_scale_ptr,
+                second_ptr,
+                second_scale_ptr,
+                row,
+                row_d,
+                offset,
+                offset_d,
+                inside,
+                CONTRAST,
+                COMPUTE,
             )
-            p += more
-            d += more_d
         else:
             p = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
             d = p

@@ -36,16 +36,37 @@ def rescaled_sides(
     CONTRAST: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """P and D after scaling, or the one side there is, twice."""
+    """P and D after scaling, or the one side there is, twice; and where N is zero."""
     p = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
     scale_p = tl.load(scale_ptr + row).to(COMPUTE)
+    scaled = scale_p * p
     if CONTRAST:
         d = tl.load(c_ptr + offset_d, mask=inside, other=0.0).to(COMPUTE)
         scale_n = tl.load(scale_ptr + row_d).to(COMPUTE)
-        return scale_p * p, scale_n * d + (scale_p - scale_n) * p
+        return scaled, tl.where(d == p, scaled, scale_n * d + (scale_p - scale_n) * p), d == p
     else:
-        scaled = scale_p * p
-        return scaled, scaled
+        return scaled, scaled, p == p
+
+
+@triton.jit
+def merged_sides(
+    c_ptr,
+    scale_ptr,
+    second_ptr,
+    second_scale_ptr,
+    row,
+    row_d,
+    offset,
+    offset_d,
+    inside,
+    CONTRAST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The sum of two such pairs. Where N is zero in both, D is P to the last bit: a fused product would round one."""
+    p, d, zero = rescaled_sides(c_ptr, scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE)
+    q, e, too = rescaled_sides(second_ptr, second_scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE)
+    p += q
+    return p, tl.where(zero & too, p, d + e)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -73,13 +94,24 @@ def merge_kernel(
         row_d = row + MAPS * batch.to(tl.int64)
         offset = row * inner + elements
         offset_d = row_d * inner + elements
-        p, d = rescaled_sides(first_ptr, first_scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE)
         if SECOND:
-            more, more_d = rescaled_sides(
-                second_ptr, second_scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE
+            p, d = merged_sides(
+                first_ptr,
+                first_scale_ptr,
+                second_ptr,
+                second_scale_ptr,
+                row,
+                row_d,
+                offset,
+                offset_d,
+                inside,
+                CONTRAST,
+                COMPUTE,
             )
-            p += more
-            d += more_d
+        else:
+            p, d, _ = rescaled_sides(
+                first_ptr, first_scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE
+            )
         tl.store(out_ptr + offset, p.to(out_ptr.dtype.element_ty), mask=inside)
         if CONTRAST:
             tl.store(out_ptr + offset_d, d.to(out_ptr.dtype.element_ty), mask=inside)
@@ -138,12 +170,13 @@ def rescale_parts_kernel(
         row = t * batch.to(tl.int64) + sample
         p = tl.load(c_ptr + row * inner + elements, mask=inside, other=0.0).to(COMPUTE)
         scale_p = tl.load(scale_ptr + row * parts + part, mask=inside, other=0.0).to(COMPUTE)
-        tl.store(out_ptr + row * inner + elements, (scale_p * p).to(out_ptr.dtype.element_ty), mask=inside)
+        scaled = scale_p * p
+        tl.store(out_ptr + row * inner + elements, scaled.to(out_ptr.dtype.element_ty), mask=inside)
         if CONTRAST:
             row_d = row + MAPS * batch.to(tl.int64)
             d = tl.load(c_ptr + row_d * inner + elements, mask=inside, other=0.0).to(COMPUTE)
             scale_n = tl.load(scale_ptr + row_d * parts + part, mask=inside, other=0.0).to(COMPUTE)
-            d = scale_n * d + (scale_p - scale_n) * p
+            d = tl.where(d == p, scaled, scale_n * d + (scale_p - scale_n) * p)
             tl.store(out_ptr + row_d * inner + elements, d.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -182,7 +215,7 @@ def scale_by_kernel(
             scale = tl.load(n_scale_ptr + t * batch + place // inner, mask=inside, other=0.0).to(COMPUTE)
             offset += MAPS * side
             d = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
-            d = scale * d + (1 - scale) * p
+            d = tl.where(d == p, p, scale * d + (1 - scale) * p)
             tl.store(out_ptr + offset, _diagonal(d, x, GATE).to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -71,6 +71,7 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
             f"the model must return logits of shape [batch, classes]; the samples of its {list(graph.output.shape)} "
             f"are in axis {graph.output.batch.axis}, {graph.output.batch.inner} rows each"
         )
+    graph.signature = graph.describe()
     return graph
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +23,7 @@ from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.gemm import exact_float32, precision_for
 from ramp_fast.graph import Graph
 from ramp_fast.heap import keep_freed_memory
+from ramp_fast.model_state import Structure, Weights
 from ramp_fast.passes import canonicalize
 from ramp_fast.plan import Plan
 from ramp_fast.replay import Recordings, on, records
@@ -39,6 +43,9 @@ NORMALIZATIONS = ("max", "sum", "none")
 # one capture at a time, and no look at a model meanwhile.
 _CAPTURE = threading.Lock()
 
+# Captures in vain after which a change of an attribute is no longer a reason for one.
+_VAIN_CAPTURES = 3
+
 # Below this the stabilizer no longer tames the rounding of a reduced-precision forward pass.
 _SMALLEST_FAST_STABILIZER = 0.05
 
@@ -53,7 +60,7 @@ class Attribution:
         Relevance of every pixel and channel, ``[B, C, H, W]`` (``[B, K, C, H, W]`` for K targets), float32
         (float64 under precision "float64"), on the images' device.
     target : Tensor
-        Explained classes, ``[B]`` or ``[B, K]``; the seed itself where one was given.
+        Explained classes, ``[B]`` or ``[B, K]``; the seed itself where one was given or computed.
     logits : Tensor
         ``[B, classes]``, of the forward pass that was attributed.
     """
@@ -139,11 +146,16 @@ class Engine:
         self.cuda_graphs = bool(cuda_graphs)
         self._groups: dict[tuple[int, ...], Groups] = {}
         self._recordings: weakref.WeakKeyDictionary[Plan, Recordings] = weakref.WeakKeyDictionary()
-        self._state: dict[str, tuple[Any, ...]] = {}
-        self._layout: tuple[Any, ...] = ()
+        self._structure: Structure | None = None
+        self._weights: Weights | None = None
+        self._device = torch.device("cpu")
         self._last: Plan | None = None
+        self._former: dict[tuple[int, int, int], Any] = {}
+        self._suspects: list[str] = []
+        self._vain: dict[str, int] = {}
+        self._unwatched: set[str] = set()
         shape = input_shape or _configured_shape(model)
-        with _CAPTURE:
+        with torch.inference_mode(False), _CAPTURE:
             _check_model(model)
             if shape is not None:
                 self._plan_for(tuple(shape))  # type: ignore[arg-type]
@@ -183,7 +195,7 @@ class Engine:
     def attribute(
         self,
         images: Tensor,
-        target: int | Tensor | None = None,
+        target: int | Tensor | Callable[[Tensor], Tensor] | None = None,
         contrast: str = "others",
         normalize: str = "max",
         *,
@@ -196,14 +208,18 @@ class Engine:
         ----------
         images : Tensor
             ``[B, C, H, W]``, floating point, preprocessed as the model wants them.
-        target : None, int, integer Tensor [B] or [B, K], or floating Tensor [B, classes]
+        target : None, int, integer Tensor [B] or [B, K], floating Tensor [B, classes], or callable
             Classes to explain: the predicted ones, one for all, one or K per image (one forward pass for all
-            K), or a seed of relevance at the logits, used as given (``contrast`` must be "none").
+            K); or a seed, the relevance of every logit (``contrast`` must be "none"); or a function that computes
+            the seed ``[b, classes]`` from the logits ``[b, classes]`` of the forward pass that is attributed. It is
+            called for as many images as go through the model together, and what it says of one must not depend on
+            the others.
         contrast : {"others", "none"}
             Subtract the map of a uniform seed over all other classes, each map normalised on its own, or not.
         normalize : {"max", "sum", "none"}
             Scale every map to a largest absolute value of 1, to a sum of absolute values of 1, or leave it:
-            then the map is the difference of two maps of mass 1 (with contrast), or a map of mass 1.
+            then the map is the difference of two maps of mass 1 (with contrast), or a map of mass 1, or of the mass
+            of its seed (the sum of the seed's absolute values).
         batch_size : int, optional
             Work on this many images at a time. Results do not depend on it.
         check : bool, optional
@@ -225,35 +241,43 @@ class Engine:
         _one_of("normalize", normalize, NORMALIZATIONS)
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
-        plan, device = self._for_images(images, check)
+        images, plan, device = self._for_images(images, check)
         classes = int(plan.graph.output.example[1])
         wanted = _Target(target, images.shape[0], classes, contrast, check)
         kind = plan.precision.output
         shape = (images.shape[0], wanted.count, *images.shape[1:])
-        maps = torch.empty(shape, dtype=kind, device=images.device)
-        logits = torch.empty(images.shape[0], classes, dtype=kind, device=images.device)
-        chosen = torch.empty(images.shape[0], wanted.count, dtype=torch.long, device=images.device)
-        with torch.no_grad(), on(device), exact_float32(device), torch.autocast(device.type, enabled=False):
+        width, dtype = (classes, kind) if wanted.seeded else (wanted.count, torch.long)
+        with _undisturbed(device):
+            maps = torch.empty(shape, dtype=kind, device=images.device)
+            logits = torch.empty(images.shape[0], classes, dtype=kind, device=images.device)
+            explained = torch.empty(images.shape[0], width, dtype=dtype, device=images.device)
             sides = wanted.count * (2 if wanted.contrast else 1)
             ranges = self._ranges(plan, images.shape, sides, wanted.contrast, batch_size, device)
 
             def attributed(batch: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
                 operands, unchecked = wanted.split(given)
-                result, out, ids = self._run(plan, (batch, *operands), wanted, normalize)
+                result, out, chosen = self._run(plan, (batch, *operands), wanted, normalize)
+                wrong = wanted.undefined(out, chosen)
                 if not _looks_at(images, check):
-                    result = _without(result, ~finite_samples(batch))
+                    wrong = wrong | ~finite_samples(batch).unsqueeze(1)
                 if unchecked is not None:
-                    result = _without(result, unchecked)
-                return result.to(kind), out.to(kind), ids
+                    wrong = wrong | unchecked
+                return _without(result, wrong).to(kind), out.to(kind), chosen
 
             given = ((images[here].detach(), *wanted.operands(here)) for here in ranges)
             results = transfer.batches(given, attributed, device, plan.precision.forward, images.device)
             for here, parts in zip(ranges, results, strict=True):
-                for whole, part in zip((maps, logits, chosen), parts, strict=True):
+                for whole, part in zip((maps, logits, explained), parts, strict=True):
                     whole[here] = part
         if not wanted.several:
-            maps, chosen = maps.squeeze(1), chosen.squeeze(1)
-        return Attribution(maps, chosen if wanted.given is None else wanted.given, logits)
+            maps = maps.squeeze(1)
+            explained = explained if wanted.seeded else explained.squeeze(1)
+        return Attribution(maps, explained if wanted.given is None else wanted.given, logits)
+
+    def refresh(self) -> None:
+        """Capture the model and pack its weights anew at the next call, whatever has been noticed of changes."""
+        with _CAPTURE:
+            self._forget(())
 
     def logits(self, images: Tensor, *, check: bool | None = None) -> Tensor:
         """The model's logits, as :meth:`attribute` computes them.
@@ -277,10 +301,10 @@ class Engine:
         InputError
             Images have the wrong shape, dtype or values. (Numbers that overflow within the model may not show.)
         """
-        plan, device = self._for_images(images, check)
+        images, plan, device = self._for_images(images, check)
         classes = int(plan.graph.output.example[1])
-        found = torch.empty(images.shape[0], classes, dtype=plan.precision.output, device=images.device)
-        with torch.no_grad(), on(device), exact_float32(device), torch.autocast(device.type, enabled=False):
+        with _undisturbed(device):
+            found = torch.empty(images.shape[0], classes, dtype=plan.precision.output, device=images.device)
             for here in self._ranges(plan, images.shape, 0, False, None, device):
                 found[here] = forward(plan, images[here].detach().to(device, plan.precision.forward))
         return found
@@ -324,33 +348,37 @@ class Engine:
         return evaluate(self, data, metrics, named, **options)
 
     def _run(self, plan: Plan, operands: tuple[Tensor, ...], wanted: _Target, normalize: str) -> tuple[Tensor, ...]:
-        """Maps ``[B, K, C, H, W]``, logits and classes of what goes through the model together."""
+        """Maps ``[B, K, C, H, W]``, logits, and classes or seed, of what goes through the model together."""
 
         def function(batch: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-            chosen: list[Tensor] = []
+            explained: list[Tensor] = []
 
             def seed(logits: Tensor) -> tuple[Tensor, bool]:
-                ids, c = wanted.seed(logits, given[0] if given else None, self.rule)
-                chosen.append(ids)
+                found, c = wanted.seed(logits, given[0] if given else None, self.rule)
+                explained.append(found)
                 return c, wanted.contrast
 
             relevance, logits = run(plan, batch, seed)
             maps = relevance[wanted.count :] if wanted.contrast else relevance
-            return _normalized(maps, normalize).transpose(0, 1), logits, chosen[0]
+            if normalize == "none" and wanted.seeded:
+                mass = explained[0].abs().sum(-1, dtype=torch.float64).to(maps.dtype)
+                maps = maps * mass.view(1, -1, *[1] * (maps.dim() - 2))
+            return _normalized(maps, normalize).transpose(0, 1), logits, explained[0]
 
-        if not (self.cuda_graphs and records(operands[0])):
+        if not (self.cuda_graphs and records(operands[0])) or wanted.function is not None:
             return function(*operands)
         recordings = self._recordings.setdefault(plan, Recordings())
         key = wanted.given is None, wanted.contrast, normalize, ops.forced_backend()
         return recordings.call(key, function, operands)
 
-    def _for_images(self, images: Tensor, check: bool | None) -> tuple[Plan, torch.device]:
-        """The plan for images of this shape, once they and the model have been looked at, and the model's device."""
+    def _for_images(self, images: Tensor, check: bool | None) -> tuple[Tensor, Plan, torch.device]:
+        """Images, the plan for their shape and the model's device, once they and the model have been looked at."""
         _check_images(images, check)
         torch.get_num_threads()  # until torch is asked, oneDNN's loops in a new thread take OpenMP's default number
-        with _CAPTURE:
-            _check_model(self.model)
-            return self._plan_for(tuple(images.shape[1:])), _device(self.model)  # type: ignore[arg-type]
+        with torch.inference_mode(False), _CAPTURE:
+            self._notice_changes(images.shape[0], check is not False)
+            plan = self._plan_for(tuple(images.shape[1:]))  # type: ignore[arg-type]
+            return images.clone() if images.is_inference() else images, plan, self._device
 
     def _ranges(
         self, plan: Plan, shape: torch.Size, sides: int, contrast: bool, batch_size: int | None, device: torch.device
@@ -380,42 +408,93 @@ class Engine:
         return [min(together, batch - start) for start in range(0, batch, max(together, 1))]
 
     def _plan_for(self, shape: tuple[int, int, int]) -> Plan:
-        layout, state = _fingerprint(self.model)
-        if layout != self._layout:
-            self._plans.clear()
-            self._groups.clear()
-            self._last = None
         plan = self._plans.get(shape)
         if plan is None:
+            if self._structure is None:
+                _check_model(self.model)
+                self._structure = Structure(self.model, frozenset(self._unwatched))
+                self._device = _device(self.model)
+            elif self._weights is not None:
+                self._notice_weights(math.inf, True)  # all of them: they are summed up anew below
             graph = capture(self.model, shape, strict=self.strict)
+            self._learn(shape, graph)
             canonicalize(graph, fold_batchnorm=self.rule.fold_batchnorm)
             plan = self._plans[shape] = self._prepared(graph)
-            if state != self._state:
-                self._refresh(except_for=shape)
-        elif state != self._state:
-            self._refresh()
-            plan = self._plans[shape]
-        self._layout, self._state, self._last = layout, state, plan
+            self._weights = Weights(self._watched())
+        self._last = plan
         return plan
+
+    def _notice_changes(self, images: float, look: bool) -> None:
+        """Forget plans, or pack weights again, where the model is no longer what it was."""
+        if self._structure is None:
+            return
+        changes = list(self._structure.changes())
+        if changes:
+            self._forget(changes)
+        else:
+            self._notice_weights(images, look)
+
+    def _notice_weights(self, images: float, look: bool) -> None:
+        if self._weights is None:
+            return
+        names, layout = self._weights.changes(images, look)
+        if not names:
+            return
+        tensors = self._weights.tensors
+        packed = {id(n.params["tensor"]) for plan in self._plans.values() for n in plan.graph.nodes if n.kind == g.PARAM}
+        # One number may have decided about the graph (`float(self.scale)`), and so may what is not in it.
+        if layout or any(tensors[n].numel() == 1 or id(tensors[n]) not in packed for n in names):
+            self._forget(())
+            return
+        for shape, plan in self._plans.items():  # new ones, since threads may be running the old
+            self._plans[shape] = self._prepared(plan.graph)
+        self._weights = Weights(tensors)
+
+    def _watched(self) -> dict[str, Tensor]:
+        """Every tensor that the plans may depend on."""
+        assert self._structure is not None
+        constants = {
+            f"{n.params['fqn']} (constant)": n.params["tensor"]
+            for plan in self._plans.values()
+            for n in plan.graph.nodes
+            if n.kind == g.PARAM
+        }
+        found = {**_tensors(self.model), **self._structure.tensors, **constants}
+        once = {id(t): (n, t) for n, t in reversed(found.items()) if not n.endswith("num_batches_tracked")}
+        return dict(once.values())
+
+    def _forget(self, changes: Sequence[str]) -> None:
+        """Capture anew; ``changes`` names the attributes that are said to be the reason."""
+        self._former = {shape: plan.graph.signature for shape, plan in self._plans.items()}
+        self._suspects = list(changes)
+        self._plans.clear()
+        self._groups.clear()
+        self._structure = self._weights = self._last = None
+
+    def _learn(self, shape: tuple[int, int, int], graph: Graph) -> None:
+        """Stop watching attributes that change and change, and nothing of what the model computes with them."""
+        former = self._former.pop(shape, None)
+        if former is None or former != graph.signature:
+            return
+        for path in self._suspects:
+            self._vain[path] = self._vain.get(path, 0) + 1
+            if self._vain[path] == _VAIN_CAPTURES:
+                self._unwatched.add(path)
+                warnings.warn(
+                    f"{path} of the model has changed {_VAIN_CAPTURES} times without changing what the model computes. "
+                    "The engine no longer captures the model anew because of it; if it comes to matter, call "
+                    "engine.refresh().",
+                    RuntimeWarning,
+                    stacklevel=6,
+                )
+        self._suspects = []
 
     def _prepared(self, graph: Graph) -> Plan:
-        device = _device(self.model)
-        if device.type == "cpu":
+        if self._device.type == "cpu":
             keep_freed_memory()
-        plan = Plan(graph, self.rule, precision_for(self.precision, device))
+        plan = Plan(graph, self.rule, precision_for(self.precision, self._device))
         plan.prepare()
         return plan
-
-    def _refresh(self, except_for: tuple[int, int, int] | None = None) -> None:
-        """The model's weights have changed: pack them again, into new plans, since threads may be running the old."""
-        tensors = _tensors(self.model)
-        for shape, plan in self._plans.items():
-            if shape == except_for:
-                continue
-            for node in plan.graph.nodes:
-                if node.kind == g.PARAM and node.params["fqn"] in tensors:
-                    node.params["tensor"] = tensors[node.params["fqn"]]
-            self._plans[shape] = self._prepared(plan.graph)
 
 
 class _Target:
@@ -425,17 +504,26 @@ class _Target:
     """
 
     def __init__(
-        self, target: int | Tensor | None, batch: int, classes: int, contrast: str, check: bool | None = None
+        self,
+        target: int | Tensor | Callable[[Tensor], Tensor] | None,
+        batch: int,
+        classes: int,
+        contrast: str,
+        check: bool | None = None,
     ) -> None:
         self.classes, self.contrast, self.check = classes, contrast == "others", check
         self.unchecked: Tensor | None = None
         self.given: Tensor | None = None
         self.ids: Tensor | None = None
         self.several = False
+        self.function: Callable[[Tensor], Tensor] | None = None
+        if not isinstance(target, Tensor) and callable(target):
+            self.function, target = target, None
+            self._require_no_contrast()
         if self.contrast and classes < 2:
             raise InputError('contrast="others" needs at least two classes; pass contrast="none"')
         if isinstance(target, bool) or not (target is None or isinstance(target, (int, Tensor))):
-            raise InputError(f"target must be None, an int or a Tensor, got {type(target).__name__}")
+            raise InputError(f"target must be None, an int, a Tensor or a callable, got {type(target).__name__}")
         if isinstance(target, int):
             target = torch.full((batch,), target)
         if isinstance(target, Tensor):
@@ -446,8 +534,7 @@ class _Target:
         if target.is_floating_point():
             if target.shape != (batch, self.classes):
                 raise InputError(f"a seed must be [{batch}, {self.classes}] (batch, classes), got {list(target.shape)}")
-            if self.contrast:
-                raise InputError('a seed is used as given: pass contrast="none"')
+            self._require_no_contrast()
             if not _looks_at(target, self.check):
                 self.unchecked = ~finite_samples(target).unsqueeze(1)
             elif not bool(finite_samples(target).all()):
@@ -468,6 +555,15 @@ class _Target:
         if not looks:
             self.unchecked = (self.ids < 0) | (self.ids >= self.classes)
 
+    def _require_no_contrast(self) -> None:
+        if self.contrast:
+            raise InputError('a seed says itself what speaks against a class: pass contrast="none"')
+
+    @property
+    def seeded(self) -> bool:
+        """Whether a seed was given or is computed, and no classes."""
+        return self.given is not None or self.function is not None
+
     def operands(self, here: slice) -> tuple[Tensor, ...]:
         """What was given for the images ``here``: seed or classes, and which are wrong where nobody has looked yet."""
         return tuple(t[here] for t in (self.ids if self.given is None else self.given, self.unchecked) if t is not None)
@@ -477,9 +573,10 @@ class _Target:
         return (operands, None) if self.unchecked is None else (operands[:-1], operands[-1])
 
     def seed(self, logits: Tensor, given: Tensor | None, rule: AbsLRP) -> tuple[Tensor, Tensor]:
-        """Classes ``[b, K]`` and coefficients ``[T, b, classes]`` from what was given."""
-        if given is not None and given.is_floating_point():
-            return logits.argmax(-1, keepdim=True), rule.start(given.to(logits).unsqueeze(0), logits)
+        """Classes ``[b, K]`` or the seed ``[b, classes]``, and coefficients ``[T, b, classes]``."""
+        if self.seeded:
+            seed = self._computed(logits) if given is None else given.to(logits)
+            return seed, rule.start(seed.unsqueeze(0), logits)
         ids = logits.argmax(-1, keepdim=True) if given is None else given
         positive = torch.zeros(ids.shape[1], *logits.shape, dtype=logits.dtype, device=logits.device)
         positive.scatter_(2, ids.t().unsqueeze(-1).clamp(0, self.classes - 1), 1.0)  # unchecked ones may be outside
@@ -490,13 +587,51 @@ class _Target:
         return ids, torch.cat([p, p - n])
 
 
+    def _computed(self, logits: Tensor) -> Tensor:
+        assert self.function is not None
+        seed = self.function(logits.clone())
+        if not isinstance(seed, Tensor) or not seed.is_floating_point() or seed.shape != logits.shape:
+            found = f"{seed.dtype} {list(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
+            raise InputError(
+                f"target, a callable, must return a floating-point seed {list(logits.shape)} (images, classes) for these "
+                f"logits; it returned {found}"
+            )
+        return seed.detach().to(logits)
+
+    def undefined(self, logits: Tensor, explained: Tensor) -> Tensor:
+        """Which maps ``[b, K]`` are not defined, since the model's own numbers are not.
+
+        A logit of minus infinity, which models give to classes that they leave out, counts where it is explained.
+        """
+        wrong = ~(logits < math.inf).all(-1, keepdim=True)
+        if self.seeded:
+            finite = explained.isfinite() & ((explained == 0) | (logits > -math.inf))
+            return wrong | ~finite.all(-1, keepdim=True)
+        return wrong | (logits.gather(1, explained.clamp(0, self.classes - 1)) == -math.inf)
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Without gradients, autocast and inference mode, in which autograd could not pull back through small functions."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        on(device),
+        exact_float32(device),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
+
+
 def _looks_at(values: Tensor, check: bool | None) -> bool:
     return values.device.type == "cpu" if check is None else check
 
 
 def _without(maps: Tensor, wrong: Tensor) -> Tensor:
-    """``maps`` ``[B, K, C, H, W]``, NaN where ``wrong`` (``[B]`` or ``[B, K]``)."""
-    return maps.masked_fill(wrong.view(*wrong.shape, *[1] * (maps.dim() - wrong.dim())), float("nan"))
+    """``maps`` ``[B, K, C, H, W]``, NaN where ``wrong`` (``[B, 1]`` or ``[B, K]``)."""
+    if wrong.device.type == "cpu" and not bool(wrong.any()):
+        return maps
+    return maps.masked_fill(wrong.view(*wrong.shape, 1, 1, 1), math.nan)
 
 
 def _normalized(maps: Tensor, how: str) -> Tensor:
@@ -565,16 +700,6 @@ def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
 def _device(model: torch.nn.Module) -> torch.device:
     first = next(iter(_tensors(model).values()), None)
     return torch.device("cpu") if first is None else first.device
-
-
-def _fingerprint(model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, tuple[Any, ...]]]:
-    """What a captured graph depends on (names, shapes, dtypes, device), and the identity of the weights."""
-    tensors = _tensors(model)
-    shapes = tuple((n, tuple(t.shape), t.dtype, t.device) for n, t in tensors.items())
-    # The modules themselves: one that was replaced may compute something else.
-    layout = (shapes, tuple(model.named_modules()))
-    state = {n: (id(t), t.data_ptr(), None if t.is_inference() else t._version) for n, t in tensors.items()}
-    return layout, state
 
 
 def _configured_shape(model: torch.nn.Module) -> tuple[int, int, int] | None:

@@ -13,6 +13,7 @@ cuBLAS chooses the order of its sums by the number of rows.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import weakref
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ramp_fast import ops
+from ramp_fast.model_state import content_key
 
 
 @dataclass(frozen=True)
@@ -347,7 +349,10 @@ def fuses_convolutions(precision: Precision, device: torch.device) -> bool:
 
 
 class ConvForward:
-    """``conv(x, weight) + bias + addend``, with ``relu`` no less than zero; channels last on CPUs."""
+    """``conv(x, weight) + bias + addend``, with ``relu`` no less than zero; channels last on CPUs.
+
+    oneDNN's ReLU makes zeros of NaN. Where NaN can be, ``apart`` says to compute the ReLU by itself.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool = False) -> None:
         self.bias, self.geometry, self.relu = bias, geometry, relu
@@ -370,24 +375,35 @@ class ConvForward:
             cached = self.reordered = (key, weight)
         return cached[1]
 
-    def __call__(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+    @functools.cached_property
+    def reach(self) -> tuple[float, float]:
+        """The most that ``|x|`` can grow, and the most that the bias adds; NaN where a weight is."""
+        growth = self.weight.abs().flatten(1).sum(1, dtype=torch.float64).amax()
+        return float(growth), 0.0 if self.bias is None else float(self.bias.abs().amax())
+
+    def __call__(self, x: Tensor, addend: Tensor | None = None, *, apart: bool = False) -> Tensor:
+        if apart and self.relu:
+            return self._linear(x, addend, False).relu_()
+        return self._linear(x, addend, self.relu)
+
+    def _linear(self, x: Tensor, addend: Tensor | None, relu: bool) -> Tensor:
         g = self.geometry
         where = g.padding, g.stride, g.dilation, g.groups
-        unary = "relu" if self.relu else "none"
+        unary = "relu" if relu else "none"
         y: Tensor
         # PyTorch 2.11 cannot add to single pixels.
         fuses = addend is None or addend.shape[2:].numel() > 1
         if not (self.packed and x.numel() and fuses):
             y = torch.convolution(x, self.weight, self.bias, g.stride, g.padding, g.dilation, False, [0], g.groups)
             y = y if addend is None else y + addend
-            return y.relu() if self.relu else y
+            return y.relu() if relu else y
         x = x.contiguous(memory_format=torch.channels_last)
         pointwise = torch.ops.mkldnn._convolution_pointwise
         if addend is None:
             y = pointwise(x, self._weight_for(x), self.bias, *where, unary, [], "")
         else:
             addend = addend.contiguous(memory_format=torch.channels_last)
-            after = unary if self.relu else None
+            after = unary if relu else None
             y = pointwise.binary(x, addend, self._weight_for(x), self.bias, *where, "add", 1.0, after, [], None)
         return y
 
@@ -539,13 +555,10 @@ _MAPS_LOCK = threading.Lock()
 def shared_maps(kind: tuple[Any, ...], sources: tuple[Tensor, ...], pack: Callable[[], tuple[Map, Any]]) -> Maps:
     """What ``pack()`` makes of ``sources``, from another engine where one has packed the same weights.
 
-    The same are tensors with the same memory and version. A pack keeps its sources, so that their memory cannot become
-    another tensor's while it lives; it lives as long as an engine uses it. Tensors made under inference mode have no
-    version: their packs are not shared.
+    The same are tensors at the same place with the same bytes (:func:`ramp_fast.model_state.content_key`). A pack lives
+    as long as an engine uses it.
     """
-    if any(t.is_inference() for t in sources):
-        return Maps(*pack(), sources)
-    key = kind, tuple((t.data_ptr(), t._version, t.dtype, tuple(t.shape), t.stride()) for t in sources)
+    key = kind, content_key(sources)
     with _MAPS_LOCK:
         maps = _MAPS.get(key)
         if maps is None:

@@ -161,6 +161,15 @@ class Graph:
     nodes: list[Node]
     input: Node
     output: Node
+    signature: tuple[Any, ...] = ()  # of the graph as it was captured
+
+    def describe(self) -> tuple[Any, ...]:
+        """What tells apart graphs that compute other things, but for the values of their tensors."""
+        return tuple(
+            (n.name, n.kind, str(n.target), repr(map_nodes(lambda m: m.name, (n.args, n.kwargs))), n.shape)
+            + ((id(n.params["tensor"]),) if "tensor" in n.params else ())
+            for n in self.nodes
+        )
 
     def users(self) -> dict[Node, list[Node]]:
         """For every node the nodes that read it, each once, in execution order."""

@@ -206,11 +206,13 @@ class Plan:
         values: dict[Node, Any] = {}
 
         def cast(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.is_inference():
+                value = value.clone()  # autograd, which pulls back through small functions, could not keep it
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 return value.detach().to(self.precision.forward)
             return value
 
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             for node in self.graph.nodes:
                 if node.kind == g.PARAM:
                     values[node] = cast(node.params["tensor"])

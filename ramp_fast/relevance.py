@@ -121,11 +121,20 @@ class Bookkeeping:
         return Contribution(rows.back(gated, part.c), part.target, centred=True)
 
     def affine(self, part: Contribution, y: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> Contribution:
-        """:func:`ramp_fast.ops.affine_pullback` at ``y`` ``[B, C, H, W]``, centred."""
-        c, y = part.c.movedim(2, -1).contiguous(), y.movedim(1, -1).contiguous()
-        n_scale = ops.centring(c, y, gain, shift, relu) if self.contrast else None
-        pulled = ops.affine_pullback(c, y, gain, shift, relu, n_scale)
-        return Contribution(pulled.movedim(-1, 2), part.target, centred=True)
+        """:func:`ramp_fast.ops.affine_pullback` at ``y`` ``[B * tiles, C, H, W]``, centred."""
+        c, x = self.channels_last(part.c, 1), self.channels_last(y, 0)
+        n_scale = ops.centring(c, x, gain, shift, relu) if self.contrast else None
+        pulled = ops.affine_pullback(c, x, gain, shift, relu, n_scale)
+        return Contribution(self.channels_first(pulled, y), part.target, centred=True)
+
+    def channels_last(self, t: Tensor, lead: int) -> Tensor:
+        """``[..., B * tiles, C, H, W]`` as ``[..., B, tiles * H * W, C]`` behind ``lead`` axes."""
+        return t.movedim(lead + 1, -1).reshape(*t.shape[:lead], self.batch, -1, t.shape[lead + 1])
+
+    def channels_first(self, c: Tensor, like: Tensor) -> Tensor:
+        """Coefficients ``[T, B, tiles * H * W, C]`` of :meth:`channels_last` for a tensor of the shape of ``like``."""
+        rows, channels, *size = like.shape
+        return c.view(c.shape[0], rows, *size, channels).movedim(-1, 2)
 
     def merge(self, x: Tensor, parts: list[Contribution], axis: BatchAxis) -> Contribution:
         """Relevance from several readers adds; each part has its target mass first."""
@@ -173,6 +182,11 @@ class Bookkeeping:
     def _centring(self, c: Tensor, factor: Tensor | None = None, gate: bool = False) -> Tensor | None:
         """What N of ``factor * c`` (``[factor > 0] c``) has to be multiplied by, ``[T / 2, B]``; rows as of `Rows`."""
         return ops.centring(c, factor, gate=gate) if self.contrast else None
+
+
+def unit_mass(target: Tensor) -> Tensor:
+    """A mass of one, and none where ``target`` says that no relevance is left."""
+    return (target > 0).to(target.dtype)
 
 
 def total(masses: Iterable[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ramp_fast.graph import Node
 from ramp_fast.plan import Plan
-from ramp_fast.relevance import Bookkeeping, Contribution, total
+from ramp_fast.relevance import Bookkeeping, Contribution, total, unit_mass
 from ramp_fast.rules.base import Flow, Values
 from ramp_fast.rules.moves import Parts
 
@@ -79,7 +79,7 @@ def run(plan: Plan, images: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
         return torch.zeros(c.shape[0], *images.shape, dtype=plan.precision.accumulate, device=c.device), wide
     final = book.merge(images, arrived, source.batch)
     wide_c = final.c.to(plan.precision.accumulate)
-    one = Contribution(wide_c, torch.ones_like(final.target))
+    one = Contribution(wide_c, unit_mass(final.target))
     return plan.rule.finish(book.exact(images, one, source.batch).c, images.to(wide_c.dtype)), wide
 
 

@@ -11,6 +11,7 @@ namespace rf {
 
 void register_activation(py::module_& m);
 void register_attention(py::module_& m);
+void register_checksum(py::module_& m);
 void register_cuda(py::module_& m);  // where RF_HAVE_CUDA
 void register_junction(py::module_& m);
 void register_linear(py::module_& m);

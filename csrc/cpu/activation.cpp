@@ -59,7 +59,8 @@ void scale_chunk(int64_t index, const void* context, void*) {
             const F* __restrict d = load_ahead(args.c, row_d, n, in_d);
             const F scale = load_one<F>(args.n_scale, t * args.batch + start / args.inner);
             RF_SIMD
-            for (int64_t i = 0; i < n; ++i) scaled[i] = scale * d[i] + (F(1) - scale) * p[i];
+            for (int64_t i = 0; i < n; ++i)  // where N is zero it stays so, to the last bit
+                scaled[i] = d[i] == p[i] ? p[i] : scale * d[i] + (F(1) - scale) * p[i];
             scale_row<F>(args, scaled, factor, gate, row_d, n);
         }
     }

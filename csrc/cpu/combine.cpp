@@ -4,18 +4,21 @@
 namespace rf::RF_ISA {
 namespace {
 
-// d <- s_N d + (s_P - s_N) p, p <- s_P p; without contrast p <- s_P p.
+// d <- s_N d + (s_P - s_N) p, p <- s_P p; without contrast p <- s_P p. Where d is p, N is zero: it stays so, to
+// the last bit, or a rounding error would pass for relevance.
 template <class F, bool contrast, bool add>
 RF_INLINE void scale_into(const F* __restrict p, const F* __restrict d, F scale_p, F scale_n, int64_t n,
                           F* __restrict out_p, F* __restrict out_d) {
     const F difference = scale_p - scale_n;
     RF_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        const F value = scale_p * p[i];
-        out_p[i] = add ? out_p[i] + value : value;
+        const F value = scale_p * p[i], before = add ? out_p[i] : F(0);
+        const F result = add ? before + value : value;
+        out_p[i] = result;
         if (contrast) {
             const F other = scale_n * d[i] + difference * p[i];
-            out_d[i] = add ? out_d[i] + other : other;
+            const bool zero = add ? (d[i] == p[i]) & (out_d[i] == before) : d[i] == p[i];
+            out_d[i] = zero ? result : add ? out_d[i] + other : other;
         }
     }
 }

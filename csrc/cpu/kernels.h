@@ -266,8 +266,19 @@ struct AttentionArgs {
     int threads;
 };
 
+// Of `count` pieces of memory.
+struct ChecksumArgs {
+    const std::uint64_t* addresses;
+    const std::int64_t* bytes;
+    const std::uint8_t* sampled;  // whether one line in 64 is enough
+    std::uint64_t* out;
+    std::int64_t count, total;  // of bytes
+    int threads;
+};
+
 #define RF_DECLARE_KERNELS(isa)                    \
     namespace isa {                                \
+    void checksum(const ChecksumArgs&);            \
     void combine(const CombineArgs&);              \
     void split(const SplitArgs&);                  \
     void centring(const CentringArgs&);            \

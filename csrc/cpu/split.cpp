@@ -88,10 +88,14 @@ RF_INLINE void split_span(const Split<F>& job, const Scales<F>& scales, int64_t 
             const V q = read<V>(args.second, row + i);
             if (contrast) {
                 const V e = read<V>(args.second, row_d + i);
-                of_d = (scales.first_n * of_d + (scales.first_p - scales.first_n) * of_p) +
-                       (scales.second_n * e + (scales.second_p - scales.second_n) * q);
+                const V scaled = (scales.first_n * of_d + (scales.first_p - scales.first_n) * of_p) +
+                                 (scales.second_n * e + (scales.second_p - scales.second_n) * q);
+                const auto zero_n = (of_d == of_p) & (e == q);  // which it stays, to the last bit
+                of_p = scales.first_p * of_p + scales.second_p * q;
+                of_d = zero_n ? of_p : scaled;
+            } else {
+                of_p = scales.first_p * of_p + scales.second_p * q;
             }
-            of_p = scales.first_p * of_p + scales.second_p * q;
         }
         write<V>(args.c_a, row + i, to_a * of_p, past);
         write<V>(args.c_b, row + i, open_b * of_p, past);

@@ -84,12 +84,17 @@ def halves(c: Tensor, contrast: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def rescale_equation(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
-    """P <- s_P P, D <- s_N D + (s_P - s_N) P, in the dtype of its arguments."""
+    """P <- s_P P, D <- s_N D + (s_P - s_N) P, in the dtype of its arguments.
+
+    Where D is P, which says that N is zero, it stays P to the last bit: N would become a rounding error otherwise, and
+    grow to the mass of a map where nothing else of N is left.
+    """
     p, d = halves(c, contrast)
     scale_p, scale_n = halves(per_sample(scale, c), contrast)
     if d is None or scale_n is None:
         return scale_p * p
-    return torch.cat((scale_p * p, scale_n * d + (scale_p - scale_n) * p))
+    scaled = scale_p * p
+    return torch.cat((scaled, torch.where(d == p, scaled, scale_n * d + (scale_p - scale_n) * p)))
 
 
 def mass_equation(x: Tensor, c: Tensor, contrast: bool) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ramp_fast import graph as g
 from ramp_fast.graph import Node
 from ramp_fast.ops._common import divide
-from ramp_fast.relevance import Contribution
+from ramp_fast.relevance import Contribution, unit_mass
 from ramp_fast.rules.base import Facts, Operation
 from ramp_fast.rules.diagonal import (
     Absorbed,
@@ -123,7 +123,7 @@ class AbsLRP:
     def leave(self, node: Node, contribution: Contribution) -> Contribution:
         """What leaves an operation: with equal shares every operation but a move has mass 1 below it."""
         if self.shares == "equal" and node.kind not in (g.MOVE, g.PARTS, g.PART):
-            contribution.target = torch.ones_like(contribution.target)
+            contribution.target = unit_mass(contribution.target)
         return contribution
 
     def gated_output(self, node: Node) -> bool:

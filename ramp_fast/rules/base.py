@@ -13,7 +13,8 @@ from ramp_fast import graph as g
 from ramp_fast import ops
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
-from ramp_fast.relevance import Bookkeeping, Contribution
+from ramp_fast.relevance import Bookkeeping, Contribution, unit_mass
+from ramp_fast.rules.gradients import gradient
 
 
 class Flow(NamedTuple):
@@ -78,6 +79,7 @@ class Values:
     def __init__(self, constants: dict[Node, Any]) -> None:
         self._constants = constants
         self._values: dict[Node, Any] = {}
+        self._bounds: dict[Node, float] = {}
 
     def __getitem__(self, node: Any) -> Any:
         if not isinstance(node, Node):
@@ -92,9 +94,48 @@ class Values:
     def drop(self, node: Node) -> None:
         self._values.pop(node, None)
 
+    def bound(self, node: Node) -> float:
+        """A number that no entry of the node's value exceeds in size; not finite where one is not.
+
+        Known for what :meth:`limit` was called for and what only passes its operand's values on, else measured.
+        """
+        source = node
+        while source not in self._bounds and len(source.operands) == 1 and _no_larger(source):
+            source = source.operands[0]
+        known = self._bounds.get(source)
+        return self.measure(node) if known is None else known
+
+    def limit(self, node: Node, bound: float) -> None:
+        """Say what no entry of the node's value exceeds."""
+        self._bounds[node] = bound
+
+    def limit_as(self, node: Node, source: Node) -> None:
+        """Say that the node's value is that of ``source``."""
+        if source in self._bounds:
+            self._bounds[node] = self._bounds[source]
+
+    def measure(self, node: Node) -> float:
+        """The largest size of an entry of the node's value, NaN where one is."""
+        value: Tensor = self[node]
+        largest = 0.0
+        if value.numel():
+            low, high = torch.aminmax(value)
+            largest = float(torch.maximum(high, -low))
+        self._bounds[node] = largest
+        return largest
+
     def call(self, node: Node) -> Any:
         """The node's own ATen call on these values."""
         return node.target(*g.map_nodes(self.__getitem__, node.args), **g.map_nodes(self.__getitem__, node.kwargs))
+
+
+def _no_larger(node: Node) -> bool:
+    """Whether no entry of the value is larger than the largest of the operand."""
+    if node.kind == g.ACTIVATION:
+        return node.params["how"] == "relu"
+    if node.kind == g.MOVE:
+        return node.params["how"] in ("reshape", "permute", "slice", "select")
+    return node.kind == g.MAX_POOL or (node.kind == g.LINEAR_POOL and node.params["how"] == "mean")
 
 
 class Operation:
@@ -155,7 +196,7 @@ def vjp(function: Callable[[Tensor], Tensor], like: Tensor | tuple[int, ...], c:
             leaf = like.detach().to(c.dtype)
         leaf = leaf.requires_grad_()
         out = function(leaf)
-        grads = [torch.autograd.grad(out, leaf, side, retain_graph=True)[0] for side in c]
+        grads = [gradient(out, leaf, side) for side in c]
     return torch.stack(grads)
 
 
@@ -193,7 +234,7 @@ def stacked_view(pieces: list[Tensor], dim: int) -> Tensor | None:
 def share(target: Tensor, masses: list[Tensor], shares: str) -> Sequence[Tensor]:
     """Target masses of a junction's operands."""
     if shares == "equal":
-        return [torch.ones_like(target)] * len(masses)
+        return [unit_mass(target)] * len(masses)
     return ops.share(target, masses).unbind(0)
 
 

@@ -15,6 +15,7 @@ from ramp_fast.graph import Node
 from ramp_fast.ops._common import divide
 from ramp_fast.relevance import Bookkeeping, Contribution
 from ramp_fast.rules.base import Facts, Flow, Operation, Values, gate, reduce_to
+from ramp_fast.rules.gradients import gradient
 from ramp_fast.rules.weighted import affine
 
 
@@ -75,7 +76,8 @@ class Activation(_Diagonal):
             tanh = self.node.kwargs.get("approximate", "none") == "tanh"
             y, factor = ops.gelu_factor(x, tanh, dtype)
             return y, factor
-        y, factor = smooth_factor(lambda u: self._function(u, values), x)
+        even = self.node.params["function"] in _EVEN_SLOPE
+        y, factor = smooth_factor(lambda u: self._function(u, values), x, even)
         return y, factor.to(dtype)
 
     def _function(self, u: Tensor, values: Values) -> Tensor:
@@ -84,20 +86,27 @@ class Activation(_Diagonal):
         return y
 
 
-def smooth_factor(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """``f(x)`` and ``[f(x) > 0] (sign(x) f'(x) + f'(|x|))``, slopes by autograd; 0 where a slope is not finite."""
+# Functions whose slope at -x is that at x: nothing is left of it below zero, where a computed difference would leave
+# rounding errors of either sign.
+_EVEN_SLOPE = frozenset({"sigmoid", "special_expit", "tanh", "erf", "special_erf", "atan", "arctan", "sin"})
+
+
+def smooth_factor(function: Callable[[Tensor], Tensor], x: Tensor, even: bool) -> tuple[Tensor, Tensor]:
+    """``f(x)`` and ``[f(x) > 0] (sign(x) f'(x) + f'(|x|))``, slopes by autograd; 0 where a slope is not finite.
+
+    ``even`` says that ``f'(-x)`` is ``f'(x)``.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
 
     def slope(u: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
             y = function(leaf)
-            (d,) = torch.autograd.grad(y.sum(), leaf)
-        return y.detach(), d
+        return y.detach(), gradient(y, leaf, torch.ones_like(y))
 
     y, at_x = slope(wide)
-    _, at_abs = slope(wide.abs())
-    factor = torch.where(y > 0, wide.sign() * at_x + at_abs, torch.zeros_like(y))
+    both = (1 + wide.sign()) * at_x if even else wide.sign() * at_x + slope(wide.abs())[1]
+    factor = torch.where(y > 0, both, torch.zeros_like(y))
     return y.to(x.dtype), torch.nan_to_num(factor, nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -128,6 +137,7 @@ class BatchNorm(_Diagonal):
     def forward(self, values: Values) -> tuple[Any, Any]:
         x = values[self.node.operands[0]]
         if self.facts.computed_in is not None:
+            values.limit_as(self.node, self.facts.computed_in)
             return x, None
         relu = self.facts.relu
         cap = relu.params["cap"] if relu is not None else math.inf
@@ -290,5 +300,6 @@ class Generic(_Diagonal):
             y: Tensor = self.node.target(*args, **self.node.kwargs)
             return y
 
-        y, factor = smooth_factor(function, values[source])
+        name = str(self.node.target).removeprefix("aten.").split(".")[0]
+        y, factor = smooth_factor(function, values[source], name in _EVEN_SLOPE)
         return y, factor.to(self.facts.precision.pullback)

@@ -55,6 +55,7 @@ class Add(Operation):
     def forward(self, values: Values) -> tuple[Any, Any]:
         conv = self.facts.computed_in
         if conv is not None:  # the same tensor; only the BatchNorm's is sure to be still there
+            values.limit_as(self.node, conv)
             return values[self._operands_of(conv)[0]], None
         relu = self.facts.relu
         if relu is not None:
@@ -125,17 +126,17 @@ class Add(Operation):
             scaled = [book.scale(z, p, self.node.batch) for p in parts]
             scales = [scale for scale, _ in scaled]
             target = scaled[0][1] + scaled[1][1]
-            first, second = (p.c.movedim(2, -1) for p in parts)
+            first, second = (book.channels_last(p.c, 1) for p in parts)
         else:
             part = parts[0] if len(parts) == 1 else book.merge(z, parts, self.node.batch)
-            first, target = part.c.movedim(2, -1), part.target
+            first, target = book.channels_last(part.c, 1), part.target
         c_x, c_b, m_y, m_b = ops.residual_pullback(
             first,
             scales[0],
             second,
             scales[1],
-            z.movedim(1, -1),
-            b.movedim(1, -1),
+            book.channels_last(z, 0),
+            book.channels_last(b, 0),
             self.gain,
             self.shift,
             book.contrast,
@@ -143,8 +144,8 @@ class Add(Operation):
         )
         t_y, t_b = share(target, [m_y, m_b], self.facts.shares)
         # Two readers have just been given their masses, of P and of N.
-        yield Flow(conv, Contribution(c_x.movedim(-1, 2), t_y, centred=len(parts) == 2))
-        yield Flow(other, Contribution(c_b.movedim(-1, 2), t_b, m_b))
+        yield Flow(conv, Contribution(book.channels_first(c_x, z), t_y, centred=len(parts) == 2))
+        yield Flow(other, Contribution(book.channels_first(c_b, z), t_b, m_b))
 
     def _general(self, part: Contribution, values: Values, book: Bookkeeping, shares: str) -> Iterator[Flow]:
         p = self.node.params

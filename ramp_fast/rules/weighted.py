@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -15,6 +16,9 @@ from ramp_fast import graph as g
 from ramp_fast.graph import Node
 from ramp_fast.relevance import Bookkeeping, Contribution
 from ramp_fast.rules.base import Flow, Operation, Values, selected
+
+# Below this sums of float32 cannot overflow, whatever the rounding of the bound.
+_OVERFLOW = 1e37
 
 Pullback = TypeVar("Pullback", bound=gemm.Packed)
 
@@ -181,8 +185,24 @@ class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelecti
             self.pullback_kernel += " W+" if self.facts.positive_input else " W+|W-"
 
     def forward(self, values: Values) -> tuple[Any, Any]:
-        addend = [] if self.facts.addend is None else [values[self.facts.addend]]
-        return self.by_sample(self.forward_map, 0, values[self.node.operands[0]], *addend), None
+        operands = [self.node.operands[0], *([] if self.facts.addend is None else [self.facts.addend])]
+        forward: Callable[..., Tensor] = self.forward_map
+        if self.facts.batch_norm is not None and isinstance(forward, gemm.ConvForward):
+            safe = self._bounded(forward, operands, values, values.bound) or self._bounded(
+                forward, operands, values, values.measure
+            )
+            if not safe:
+                forward = functools.partial(forward, apart=True)
+        return self.by_sample(forward, 0, *(values[n] for n in operands)), None
+
+    def _bounded(
+        self, forward: gemm.ConvForward, operands: list[Node], values: Values, bound: Callable[[Node], float]
+    ) -> bool:
+        """Whether no sum of this step can overflow: then there is no NaN, which a ReLU computed with it would hide."""
+        growth, offset = forward.reach
+        largest = bound(operands[0]) * growth + offset + sum(bound(n) for n in operands[1:])
+        values.limit(self.node, largest)
+        return largest < _OVERFLOW
 
     def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
         part = book.centred(self.merged(parts, values, book), self.node.batch)

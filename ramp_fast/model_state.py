@@ -1,0 +1,217 @@
+"""What a model was when it was captured, so that it is noticed when it has changed.
+
+Capture and packed weights hold for the model of that moment. :class:`Structure` compares everything in Python that a
+forward pass may read: modules, their attributes, hooks and classes. :class:`Weights` compares tensors: where they lie,
+their version counters, and checksums of their bytes, since writes through ``.data``, NumPy views and fused optimizers
+leave the counters as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, get_num_threads
+from torch.nn.modules import module as hooks_of_all_modules
+
+from ramp_fast.ops.checksum import PIECE, checksum, pieces, whole_checksum
+
+# Attributes of attributes of modules are looked at, no deeper: configurations, not what they refer to.
+_DEPTH = 2
+_SMALL_ARRAY = 1 << 20  # bytes of a NumPy array that is compared by value
+_OPAQUE = (
+    *(torch.nn.Module, torch.dtype, torch.device, logging.Logger, type, types.ModuleType),
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
+)
+# Of a module's own dictionaries: watched as tensors, taken by themselves, or of no effect on a forward pass.
+_NOT_WITHIN = frozenset({"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"})
+_WITHOUT_EFFECT = frozenset(
+    {"_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks"}
+    | {"_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
+)
+
+
+class Structure:
+    """Modules of a model with everything in their attributes that its forward pass may read."""
+
+    def __init__(self, model: torch.nn.Module, unwatched: frozenset[str] = frozenset()) -> None:
+        self.model, self.unwatched = model, unwatched
+        self.tensors: dict[str, Tensor] = {}  # that are neither parameters nor buffers
+        self._copies: list[tuple[str, Any, Any]] = []
+        self._empty: list[Any] = []
+        self._arrays: list[tuple[str, Any, bytes]] = []
+        self._seen: set[int] = set()
+        for path, module in model.named_modules():
+            self._take(path or "(model)", vars(module), _DEPTH)
+        for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
+            self._take(f"torch.nn.modules.module.{name}", getattr(hooks_of_all_modules, name, {}), 0)
+        self._classes = {(kind, kind.forward) for kind in {type(m) for m in model.modules()}}
+
+    def _take(self, path: str, value: Any, depth: int) -> None:
+        """Keep what ``value`` is now, and what it holds."""
+        if isinstance(value, Tensor):
+            if not path.endswith((".grad", "._grad")):
+                self.tensors[path] = value
+            return
+        if value is None or isinstance(value, (bool, int, float, complex, str, bytes, *_OPAQUE)):
+            return
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, np.ndarray):
+            if value.nbytes <= _SMALL_ARRAY and not value.dtype.hasobject:
+                self._arrays.append((path, value, value.tobytes()))
+        elif isinstance(value, functools.partial):
+            self._take(path, value.keywords, depth)
+            self._take(path, value.args, depth)
+        elif isinstance(value, dict):
+            own = path.rpartition(".")[2]
+            if own in _WITHOUT_EFFECT:
+                return
+            self._keep(path, value, dict(value))
+            if own not in _NOT_WITHIN:
+                for key, item in value.items():
+                    self._take(f"{path}.{key}", item, depth)
+        elif isinstance(value, (list, set)):
+            self._keep(path, value, type(value)(value))
+            for i, item in enumerate(value):
+                self._take(f"{path}.{i}", item, depth)
+        elif isinstance(value, (tuple, frozenset)):
+            for i, item in enumerate(value):
+                self._take(f"{path}.{i}", item, depth)
+        elif depth and hasattr(value, "__dict__"):
+            self._take(path, vars(value), depth - 1)
+
+    def _keep(self, path: str, value: Any, copy: Any) -> None:
+        if not value:
+            self._empty.append((path, value))
+        else:
+            self._copies.append((path, value, copy))
+
+    def changes(self) -> Iterator[str]:
+        """Paths of what is no longer what it was, without those that are not watched."""
+        for path, value in self._empty:
+            if value and path not in self.unwatched:
+                yield path
+        for path, value, copy in self._copies:
+            if not _equal(value, copy):
+                for key in _differing(path, value, copy):
+                    if key not in self.unwatched:
+                        yield key
+        for path, array, before in self._arrays:
+            if array.tobytes() != before and path not in self.unwatched:
+                yield path
+        for kind, forward in self._classes:
+            if kind.forward is not forward:
+                yield f"{kind.__qualname__}.forward"
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two containers hold the same; what cannot be compared is not."""
+    try:
+        return bool(a == b)
+    except Exception:  # tensors and arrays, of several elements, that have been replaced
+        return False
+
+
+def _differing(path: str, value: Any, copy: Any) -> list[str]:
+    if not isinstance(value, dict):
+        return [path]
+    keys = [*value, *(key for key in copy if key not in value)]
+    absent = object()
+
+    def same(key: Any) -> bool:
+        a, b = value.get(key, absent), copy.get(key, absent)
+        return a is b or (not isinstance(a, Tensor) and _equal(a, b))
+
+    return [f"{path}.{key}" for key in keys if not same(key)]
+
+
+class _Identity(NamedTuple):
+    address: int
+    version: int | None
+    layout: tuple[Any, ...]  # what a captured graph depends on
+
+
+def _identity(tensor: Tensor) -> _Identity:
+    plain = tensor.layout == torch.strided and not tensor.is_meta
+    return _Identity(
+        tensor.data_ptr() if plain else id(tensor),
+        None if tensor.is_inference() else tensor._version,
+        (tensor.shape, tensor.dtype, tensor.device, tensor.stride() if plain else ()),
+    )
+
+
+# What is compared of all bytes for every image.
+_BYTES_PER_IMAGE = 32 << 20
+
+
+class Weights:
+    """Tensors whose values a captured model depends on.
+
+    Attributes
+    ----------
+    tensors : dict of str to Tensor
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self._identities = [_identity(t) for t in tensors.values()]
+        parts = [(i, *piece) for i, t in enumerate(tensors.values()) if _readable(t) for piece in pieces(t)]
+        self._owner = [i for i, _, _ in parts]
+        self._addresses = np.array([address for _, address, _ in parts], dtype=np.uint64)
+        self._bytes = np.array([size for _, _, size in parts], dtype=np.int64)
+        self._sums = {sampled: self._checksums(np.full(len(parts), sampled, np.uint8)) for sampled in (0, 1)}
+        self._end = np.cumsum(self._bytes)
+        self._turn = 0
+
+    def changes(self, images: int, look: bool) -> tuple[list[str], bool]:
+        """Names of tensors that have changed, and whether one of them has another shape, dtype, device or strides.
+
+        Parameters
+        ----------
+        images : int
+            How many will be computed: the more, the more bytes are compared, all of them in turns.
+        look : bool
+            Whether to compare bytes at all.
+        """
+        now = [_identity(t) for t in self.tensors.values()]
+        other = {i for i, (a, b) in enumerate(zip(now, self._identities, strict=True)) if a != b}
+        layout = any(now[i].layout != self._identities[i].layout for i in other)
+        if look and not other and len(self._owner):
+            other = self._with_other_bytes(images)
+        names = list(self.tensors)
+        return [names[i] for i in sorted(other)], layout
+
+    def _with_other_bytes(self, images: int) -> set[int]:
+        sampled = np.ones(len(self._owner), np.uint8)
+        total = int(self._end[-1])
+        budget = images * _BYTES_PER_IMAGE
+        if budget >= total:
+            sampled[:] = 0
+        else:
+            start = self._turn
+            inside = (self._end - 1 - start) % total < budget + PIECE
+            sampled[inside] = 0
+            self._turn = (start + budget) % total
+        found = self._checksums(sampled)
+        right = found == np.where(sampled, self._sums[1], self._sums[0])
+        return {self._owner[i] for i in np.flatnonzero(~right)}
+
+    def _checksums(self, sampled: Any) -> Any:
+        return checksum(self._addresses, self._bytes, sampled, get_num_threads())
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether its bytes lie in this process' memory."""
+    return tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.numel() > 0
+
+
+def content_key(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """What tells apart tensors with other values: packed weights are shared where it is the same."""
+    return tuple((_identity(t), whole_checksum(t)) for t in tensors)
