@@ -99,11 +99,16 @@ class Values:
 
         Known for what :meth:`limit` was called for and what only passes its operand's values on, else measured.
         """
-        source = node
-        while source not in self._bounds and len(source.operands) == 1 and _no_larger(source):
-            source = source.operands[0]
-        known = self._bounds.get(source)
+        known = self.known_bound(node)
         return self.measure(node) if known is None else known
+
+    def known_bound(self, node: Node) -> float | None:
+        """:meth:`bound` where nothing has to be measured for it."""
+        if node in self._bounds or not _no_larger(node):
+            return self._bounds.get(node)
+        found = [self.known_bound(n) for n in node.operands]
+        known = [bound for bound in found if bound is not None]
+        return max(known) if len(known) == len(found) else None
 
     def limit(self, node: Node, bound: float) -> None:
         """Say what no entry of the node's value exceeds."""
@@ -130,11 +135,11 @@ class Values:
 
 
 def _no_larger(node: Node) -> bool:
-    """Whether no entry of the value is larger than the largest of the operand."""
+    """Whether no entry of the value is larger than the largest of the operands."""
     if node.kind == g.ACTIVATION:
         return node.params["how"] == "relu"
     if node.kind == g.MOVE:
-        return node.params["how"] in ("reshape", "permute", "slice", "select")
+        return node.params["how"] in ("reshape", "permute", "slice", "select", "cat", "stack")
     return node.kind == g.MAX_POOL or (node.kind == g.LINEAR_POOL and node.params["how"] == "mean")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -128,6 +129,11 @@ class BatchNorm(_Diagonal):
         wide = self.facts.precision.accumulate
         self.gain, self.shift = (t.to(wide) for t in affine(self.node.params, constants))
 
+    @functools.cached_property
+    def _reach(self) -> tuple[float, float]:
+        """The most that ``|x|`` can grow, and the most that is added."""
+        return float(self.gain.abs().amax()), float(self.shift.abs().amax())
+
     def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         return super().keeps() if self.facts.computed_in is None else []
 
@@ -139,6 +145,9 @@ class BatchNorm(_Diagonal):
         if self.facts.computed_in is not None:
             values.limit_as(self.node, self.facts.computed_in)
             return x, None
+        known = values.known_bound(self.node.operands[0])
+        if known is not None:
+            values.limit(self.node, known * self._reach[0] + self._reach[1])
         relu = self.facts.relu
         cap = relu.params["cap"] if relu is not None else math.inf
         return ops.affine_factor(x, self.gain, self.shift, relu is not None, cap, self.facts.precision.pullback)

@@ -187,7 +187,11 @@ class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelecti
     def forward(self, values: Values) -> tuple[Any, Any]:
         operands = [self.node.operands[0], *([] if self.facts.addend is None else [self.facts.addend])]
         forward: Callable[..., Tensor] = self.forward_map
-        if self.facts.batch_norm is not None and isinstance(forward, gemm.ConvForward):
+        if isinstance(forward, gemm.ConvForward) and self.facts.relu is None:
+            known = [values.known_bound(n) for n in operands]
+            if None not in known:
+                self._bounded(forward, operands, values, values.bound)
+        elif isinstance(forward, gemm.ConvForward):
             safe = self._bounded(forward, operands, values, values.bound) or self._bounded(
                 forward, operands, values, values.measure
             )
