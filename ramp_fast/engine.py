@@ -167,6 +167,11 @@ class Engine:
         own = precision_for(self.precision, _device(self.model)).forward
         return torch.promote_types(own, dtype) == own
 
+    def classes(self, images: Tensor) -> int:
+        """How many logits the model has for images ``[B, C, H, W]`` like these; nothing is computed."""
+        plan, _ = self._for_images(images, False)
+        return int(plan.graph.output.example[1])
+
     @property
     def _settings(self) -> dict[str, Any]:
         names = "rule", "precision", "strict", "micro_batch", "cuda_graphs"
