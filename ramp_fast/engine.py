@@ -15,6 +15,7 @@ from torch import Tensor
 from ramp_fast import graph as g
 from ramp_fast import ops, rules, transfer
 from ramp_fast._checks import finite_samples
+from ramp_fast._patched import warn_of_patches
 from ramp_fast.capture import capture, static_batch
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.gemm import exact_float32, precision_for
@@ -392,6 +393,7 @@ class Engine:
             self._last = None
         plan = self._plans.get(shape)
         if plan is None:
+            warn_of_patches(self.model)
             graph = capture(self.model, shape, strict=self.strict)
             canonicalize(graph, fold_batchnorm=self.rule.fold_batchnorm)
             plan = self._plans[shape] = self._prepared(graph)

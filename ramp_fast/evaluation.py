@@ -63,7 +63,8 @@ class Evaluation:
     results : dict of method to dict of metric to Result
         In the order asked for. A pair that failed in its first batch is missing.
     metrics : dict of metric to dict
-        "higher_is_better", "settings", "group" (images per value), and "axis" (label and values) where it has curves.
+        "higher_is_better", "settings", "group" (images that belong together), and "axis" (label and
+        values) where it has curves.
     failures : dict of "method / metric" to str
         Why a pair stopped; its values of earlier batches are in the results.
     names : list of str
@@ -317,6 +318,7 @@ class Evaluator:
         self._templates = {
             label: _metric(spec, model, seed, batch_size) for label, spec in labelled(metrics, "metric").items()
         }
+        self._noticed: list[str] = []  # of the model, by any of the metrics: said once
         given = labelled(methods, "method")
         if not self._templates or not given:
             raise InputError(
@@ -328,6 +330,9 @@ class Evaluator:
             method: {label: template.fresh(first_image) for label, template in self._templates.items()}
             for method in self._methods
         }
+        for metrics_of in self._metrics.values():
+            for metric in metrics_of.values():
+                metric.notices_are(self._noticed)
         for label, template in self._templates.items():
             try:  # what could not be saved in the end is refused now
                 json.dumps(template.settings(), allow_nan=False)

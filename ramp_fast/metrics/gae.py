@@ -131,7 +131,8 @@ class GAE(Metric):
         faithfulness = self._share(chains.impact, of_start, channels)
         robustness = 1 - 2 * _distance(self._map_changes(of_start, along), self._logit_changes(chains.outputs))
         consistency = F.relu(faithfulness + robustness) / 2
-        weights = self._tile_weights(sample.logits.view(groups, TILES, -1)[rows, chosen], labels, chosen, images)
+        certain = self.probabilities(images, sample.logits).view(groups, TILES, -1)[rows, chosen]
+        weights = self._tile_weights(certain, labels, chosen, images)
         contrastiveness = F.relu(self._share(weights, of_mosaic, channels))
         chain_values = {
             f"{name}_{what}": values.view(2, groups, -1)[i]
@@ -151,9 +152,9 @@ class GAE(Metric):
 
     def _tiles(self, values: Tensor) -> Tensor:
         """What images ``[4 G, ...]`` have, as mosaics take it, ``[G, 4, ...]``."""
-        if self.protocol == "default":
-            return values.unflatten(0, (-1, TILES))
-        return values.unflatten(0, (-1, TILES, (self.batch or values.shape[0]) // TILES)).transpose(1, 2).flatten(0, 1)
+        count = 1 if self.protocol == "default" else (self.batch or values.shape[0]) // TILES  # of mosaics of a batch
+        tiles = values.view(-1, TILES, count, *values.shape[1:])
+        return tiles.transpose(1, 2).flatten(0, 1)
 
     def _checked(self, images: Tensor, target: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
         if isinstance(images, Tensor) and images.dim() == 4 and (images.shape[2] % 2 or images.shape[3] % 2):
@@ -260,9 +261,9 @@ class GAE(Metric):
 
         return moved(morf[:, 1:]) - moved(lerf[:, 1:])
 
-    def _tile_weights(self, logits: Tensor, labels: Tensor, chosen: Tensor, images: Tensor) -> Tensor:
-        """``[G, 1, H, W]``."""
-        probability = _wide(logits).softmax(1).gather(1, labels)
+    def _tile_weights(self, certain: Tensor, labels: Tensor, chosen: Tensor, images: Tensor) -> Tensor:
+        """``[G, 1, H, W]``, of the positive images' probabilities ``[G, classes]``."""
+        probability = certain.gather(1, labels)
         own = probability.gather(1, chosen.unsqueeze(1))
         weights = self._tiles((2 * probability / own - 1).flatten()).view(-1, 1, 2, 2)
         height, width = images.shape[-2:]
