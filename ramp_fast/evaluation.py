@@ -491,7 +491,7 @@ def evaluate(
         As for :class:`Evaluator`.
     batch_size : int
         Images per batch where data are tensors; and of metrics given by name, images that go through the model
-        together. Results do not depend on it.
+        together. Results do not depend on it, but for those of GAE's protocol "published" without its setting ``batch``.
     progress : callable, optional
         Called after each batch with its number of images.
 

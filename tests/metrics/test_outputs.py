@@ -75,7 +75,7 @@ def test_an_engine_of_one_logit_has_no_contrast() -> None:
     found = engine.evaluate((images, torch.zeros(8, dtype=torch.long)), ["deletion:steps=4"], strict=True)
     maps = engine.attribute(images, 0, "none").maps
     expected = Deletion(engine, steps=4).update(images, 0, None, maps=maps)["deletion"]
-    assert torch.equal(found.results["abslrp"]["deletion"].values["deletion"], expected.double())
+    assert torch.equal(found.results["abslrp"]["deletion:steps=4"].values["deletion"], expected.double())
 
 
 def test_refused_for_one_logit() -> None:
