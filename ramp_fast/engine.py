@@ -307,7 +307,7 @@ class Engine:
         methods
             As there: further methods. The engine comes first, under its rule's name, unless it is among them.
         **options
-            As there: batch_size, seed, explain, strict, progress.
+            As there: batch_size, seed, explain, strict, contrast, progress.
 
         Returns
         -------

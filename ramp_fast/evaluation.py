@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ramp_fast._checks import positive
 from ramp_fast.data import Batch
-from ramp_fast.engine import Engine
+from ramp_fast.engine import CONTRASTS, Engine
 from ramp_fast.errors import InputError, RampFastError
 from ramp_fast.methods import METHODS, Method, make_method
 from ramp_fast.metrics import METRICS, Metric, make_metric
@@ -290,6 +290,9 @@ class Evaluator:
         Raise the first failure of a method or metric, instead of going on with the others.
     first_image : int
         The number of the first image, where several processes evaluate parts of one data set: see ``Metric.fresh``.
+    contrast : {"others", "none"}, optional
+        Of the maps of engines among the methods: see :meth:`Engine.attribute`. By default "others", and "none" where
+        the model has a single logit.
 
     Raises
     ------
@@ -308,7 +311,10 @@ class Evaluator:
         explain: str = "label",
         strict: bool = False,
         first_image: int = 0,
+        contrast: str | None = None,
     ) -> None:
+        if contrast not in (None, *CONTRASTS):
+            raise InputError(f"contrast must be one of {', '.join(map(repr, CONTRASTS))}, or None; got {contrast!r}")
         if explain not in EXPLAINED:
             raise InputError(f"explain must be label or predicted, got {explain!r}")
         self.model, self._answering = module_of(model), model
@@ -332,7 +338,7 @@ class Evaluator:
         }
         for metrics_of in self._metrics.values():
             for metric in metrics_of.values():
-                metric.notices_are(self._noticed)
+                metric.belong_together(self._noticed, contrast)
         for label, template in self._templates.items():
             try:  # what could not be saved in the end is refused now
                 json.dumps(template.settings(), allow_nan=False)
@@ -476,6 +482,7 @@ def evaluate(
     seed: int = 0,
     explain: str = "label",
     strict: bool = False,
+    contrast: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Evaluate attribution methods of a model.
@@ -487,11 +494,11 @@ def evaluate(
     data : Tensor, tuple of Tensors, or iterable of batches
         Images ``[N, C, H, W]``; or (images, target ``[N]``), or (images, target, masks ``[N, 1, H, W]``), each of them
         but the images may be None; or an iterable (a DataLoader) of such tuples or of ``ramp_fast.data.Batch``.
-    metrics, methods, seed, explain, strict
+    metrics, methods, seed, explain, strict, contrast
         As for :class:`Evaluator`.
     batch_size : int
         Images per batch where data are tensors; and of metrics given by name, images that go through the model
-        together. Results do not depend on it, but for those of GAE's protocol "published" without its setting ``batch``.
+        together. Results do not depend on it, but for GAE's protocol "published" without its setting ``batch``.
     progress : callable, optional
         Called after each batch with its number of images.
 
@@ -509,7 +516,9 @@ def evaluate(
         ``failures``, and the others go on.
     """
     positive("evaluate", "batch_size", batch_size)
-    run = Evaluator(model, metrics, methods, seed=seed, batch_size=batch_size, explain=explain, strict=strict)
+    run = Evaluator(
+        model, metrics, methods, seed=seed, batch_size=batch_size, explain=explain, strict=strict, contrast=contrast
+    )
     try:
         for batch in _batches(data, batch_size):
             run.update(batch)

@@ -104,7 +104,7 @@ def _recognize_norms(graph: Graph) -> None:
         if order != list(range(rank)):
             moved = _permuted(source, order, f"{node.name}_in")
             before.append(moved)
-        weight, bias = (_flat_constant(constant, sizes, before) for constant in (weight, bias))
+        weight, bias = (_flat_constant(constant, sizes, norm.name, before) for constant in (weight, bias))
         norm.module, norm.operands, norm.kwargs = node.module, [moved], {}
         norm.shape, norm.example, norm.batch = moved.shape, moved.example, moved.batch
         norm.params = {"weight": weight, "eps": eps, "dims": len(dims)}
@@ -225,11 +225,11 @@ def _affine(
     return (reader, constant) if padded == wanted else None
 
 
-def _flat_constant(constant: Node | None, sizes: list[int], before: list[Node]) -> Node | None:
+def _flat_constant(constant: Node | None, sizes: list[int], norm: str, before: list[Node]) -> Node | None:
     """A weight or bias in the shape that functional norms take, by a node in ``before`` where it has another."""
     if constant is None or constant.example == tuple(sizes):
         return constant
-    name = f"{constant.name}_flat"
+    name = f"{norm}_{constant.name}"
     found = Node(name, g.CONST, aten.reshape.default, (constant, sizes), shape=tuple(sizes), example=tuple(sizes))
     found.params["floating"] = True
     before.append(found)

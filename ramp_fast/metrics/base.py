@@ -175,6 +175,7 @@ class Metric:
         self._batches = 0
         self._classes: int | None = None
         self._noticed: list[str] = []  # shared with copies: what is said of a model is said once
+        self.contrast: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """What two states must agree in to be merged: plain JSON values."""
@@ -262,9 +263,9 @@ class Metric:
         other._values, other.images_seen, other._batches = [], 0, 0
         return other
 
-    def notices_are(self, noticed: list[str]) -> None:
-        """Share what has been said of the model with other metrics of it."""
-        self._noticed = noticed
+    def belong_together(self, noticed: list[str], contrast: str | None) -> None:
+        """Share with other metrics of the model what has been said of it, and the contrast of engines' maps."""
+        self._noticed, self.contrast = noticed, contrast
 
     def compute(self) -> Result:
         """All values so far.
@@ -343,13 +344,14 @@ class Metric:
         if isinstance(method, Engine) and model is not None:
             method = method.for_model(model)
         model = model or self.model
-        # a single logit has no others to be contrasted with
-        contrast = "none" if isinstance(method, Engine) and self.classes(images) == 1 else "others"
+        contrast = self.contrast
+        if contrast is None and isinstance(method, Engine):  # a single logit has no others to be contrasted with
+            contrast = "none" if self.classes(images) == 1 else "others"
         pieces = []
         for here in self.slices(images):
             try:
                 if isinstance(method, Engine):
-                    maps = method.attribute(images[here], target[here], contrast).maps
+                    maps = method.attribute(images[here], target[here], contrast or "others").maps
                 else:
                     maps = method(model, images[here].clone(), target[here].clone())  # which it may write to
             except Exception as error:
@@ -534,7 +536,8 @@ def check_classes(name: str, target: Tensor, classes: int) -> None:
     """Raise InputError where a target is not one of the model's classes."""
     if bool(((target < 0) | (target >= classes)).any()):
         low, high = int(target.min()), int(target.max())
-        raise InputError(f"{name}: target must be 0 to {classes - 1}, the model's classes; got {low} to {high}")
+        which = "the model's classes" if classes > 1 else "the model's one logit, whatever the label"
+        raise InputError(f"{name}: target must be 0 to {classes - 1}, {which}; got {low} to {high}")
 
 
 def checked_masks(name: str, masks: Tensor, images: Tensor) -> Tensor:

@@ -78,6 +78,18 @@ def test_an_engine_of_one_logit_has_no_contrast() -> None:
     assert torch.equal(found.results["abslrp"]["deletion:steps=4"].values["deletion"], expected.double())
 
 
+def test_evaluate_can_be_told_the_contrast() -> None:
+    engine = Engine(classifier().float(), precision="float32")
+    images = IMAGES.float()
+    target = torch.arange(8) % 5
+    found = engine.evaluate((images, target), {"deletion": "deletion:steps=4"}, contrast="none", strict=True)
+    maps = engine.attribute(images, target, "none").maps
+    expected = Deletion(engine, steps=4).update(images, target, None, maps=maps)["deletion"]
+    assert torch.equal(found.results["abslrp"]["deletion"].values["deletion"], expected.double())
+    with pytest.raises(InputError, match="contrast must be one of 'others', 'none', or None; got 'all'"):
+        engine.evaluate(images, ["deletion"], contrast="all")
+
+
 def test_refused_for_one_logit() -> None:
     with pytest.raises(InputError, match="gae: the model has a single class"):
         GAE(single()).update(IMAGES, None, input_x_gradient)
