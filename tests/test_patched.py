@@ -29,10 +29,9 @@ LXT = from_library(
     "lxt.efficient.patches",
     """
 def layer_norm_forward(self, x):
-    mean = x.mean(dim=-1, keepdim=True)
-    var = ((x - mean) ** 2).mean(dim=-1, keepdim=True)
-    std = (var + self.eps).sqrt()
-    y = (x - mean) / std.detach()
+    centred = x - x.mean(-1, keepdim=True)
+    spread = ((centred**2).mean(-1, keepdim=True) + self.eps).sqrt()
+    y = centred / spread.detach()
     y *= self.weight
     y += self.bias
     return y

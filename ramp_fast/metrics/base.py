@@ -463,7 +463,8 @@ def squashing(model: nn.Module, images: Tensor, outputs: Tensor) -> str | None:
         last = model(images[:1].clone().requires_grad_()).grad_fn
     while last is not None and last.name().startswith(_VIEWS):
         last = last.next_functions[0][0]
-    return "sigmoid" if last is not None and last.name().startswith("SigmoidBackward") else None
+    name = "" if last is None else last.name()
+    return next((how for how in ("sigmoid", "softmax") if name.startswith(f"{how.capitalize()}Backward")), None)
 
 
 # The beginnings of autograd's names for operations that only arrange values.

@@ -112,17 +112,18 @@ ENDS = {
     "softmax": lambda: nn.Sequential(classifier(), nn.Softmax(1)),
     "sigmoid": lambda: nn.Sequential(classifier(), nn.Sigmoid()),
     "sigmoid of one": lambda: Functional(single()),
+    "softmax of one": lambda: nn.Sequential(single(), nn.Softmax(1)),
 }
 
 
 @pytest.mark.parametrize(
-    ("kind", "end"), [(k, e) for k in ("deletion", "road", "gae") for e in ENDS if (k, e) != ("gae", "sigmoid of one")]
+    ("kind", "end"), [(k, e) for k in ("deletion", "road", "gae") for e in ENDS if k != "gae" or "one" not in e]
 )
 def test_probabilities_are_noticed(kind: str, end: str) -> None:
     model = ENDS[end]().eval()
     metric = METRICS[kind](model)
     message = f"{kind}: .* returns probabilities, its last operation is a {end.split()[0]}: .* without its"
-    if kind == "road" and end != "sigmoid of one":  # the largest probability is the largest logit
+    if kind == "road" and "one" not in end:  # the largest probability is the largest logit
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             metric.update(IMAGES, None, input_x_gradient)
