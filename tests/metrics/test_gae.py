@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ramp_fast import Engine, InputError
+from ramp_fast.evaluation import evaluate
 from ramp_fast.methods import input_x_gradient
 from ramp_fast.metrics import GAE, MethodError, make_metric
 
@@ -100,6 +101,12 @@ def test_mosaics_of_the_published_protocol_are_of_its_batch() -> None:
     found = eights.update(images, labels, input_x_gradient, positive=2)["contrastiveness"]
     torch.testing.assert_close(found, values[8], rtol=1e-9, atol=1e-12)
     assert eights.settings() != GAE(model, "published").settings()
+    spec = "gae:protocol=published,batch=8,steps=2"
+    runs = [evaluate(model, images[:12], [spec], ["ixg"], batch_size=size) for size in (3, 12)]
+    for run in runs:
+        assert run.left_out == {spec: 4}
+        gae = run.results["ixg"][spec].values["gae"]
+        torch.testing.assert_close(gae, runs[0].results["ixg"][spec].values["gae"], rtol=1e-9, atol=1e-12)
     with pytest.raises(InputError, match="groups of 8, got 4"):
         eights.update(images[:4], labels[:4], input_x_gradient)
     for settings in ({"protocol": "published", "batch": 6}, {"batch": 8}):
