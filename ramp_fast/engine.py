@@ -18,6 +18,7 @@ from torch import Tensor
 from ramp_fast import graph as g
 from ramp_fast import ops, rules, transfer
 from ramp_fast._checks import finite_samples
+from ramp_fast._patched import warn_of_patches
 from ramp_fast.capture import capture, static_batch
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.gemm import exact_float32, precision_for
@@ -179,6 +180,11 @@ class Engine:
         own = precision_for(self.precision, _device(self.model)).forward
         return torch.promote_types(own, dtype) == own
 
+    def classes(self, images: Tensor) -> int:
+        """How many logits the model has for images ``[B, C, H, W]`` like these; nothing is computed."""
+        plan, _ = self._for_images(images, False)
+        return int(plan.graph.output.example[1])
+
     @property
     def _settings(self) -> dict[str, Any]:
         names = "rule", "precision", "strict", "micro_batch", "cuda_graphs"
@@ -325,7 +331,7 @@ class Engine:
         methods
             As there: further methods. The engine comes first, under its rule's name, unless it is among them.
         **options
-            As there: batch_size, seed, explain, strict, progress.
+            As there: batch_size, seed, explain, strict, contrast, progress.
 
         Returns
         -------
@@ -412,6 +418,7 @@ class Engine:
         if plan is None:
             if self._structure is None:
                 _check_model(self.model)
+                warn_of_patches(self.model)
                 self._structure = Structure(self.model, frozenset(self._unwatched))
                 self._device = _device(self.model)
             elif self._weights is not None:

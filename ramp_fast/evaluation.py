@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ramp_fast._checks import positive
 from ramp_fast.data import Batch
-from ramp_fast.engine import Engine
+from ramp_fast.engine import CONTRASTS, Engine
 from ramp_fast.errors import InputError, RampFastError
 from ramp_fast.methods import METHODS, Method, make_method
 from ramp_fast.metrics import METRICS, Metric, make_metric
@@ -63,7 +63,8 @@ class Evaluation:
     results : dict of method to dict of metric to Result
         In the order asked for. A pair that failed in its first batch is missing.
     metrics : dict of metric to dict
-        "higher_is_better", "settings", "group" (images per value), and "axis" (label and values) where it has curves.
+        "higher_is_better", "settings", "group" (images that belong together), and "axis" (label and
+        values) where it has curves.
     failures : dict of "method / metric" to str
         Why a pair stopped; its values of earlier batches are in the results.
     names : list of str
@@ -289,6 +290,9 @@ class Evaluator:
         Raise the first failure of a method or metric, instead of going on with the others.
     first_image : int
         The number of the first image, where several processes evaluate parts of one data set: see ``Metric.fresh``.
+    contrast : {"others", "none"}, optional
+        Of the maps of engines among the methods: see :meth:`Engine.attribute`. By default "others", and "none" where
+        the model has a single logit.
 
     Raises
     ------
@@ -307,7 +311,10 @@ class Evaluator:
         explain: str = "label",
         strict: bool = False,
         first_image: int = 0,
+        contrast: str | None = None,
     ) -> None:
+        if contrast not in (None, *CONTRASTS):
+            raise InputError(f"contrast must be one of {', '.join(map(repr, CONTRASTS))}, or None; got {contrast!r}")
         if explain not in EXPLAINED:
             raise InputError(f"explain must be label or predicted, got {explain!r}")
         self.model, self._answering = module_of(model), model
@@ -317,6 +324,7 @@ class Evaluator:
         self._templates = {
             label: _metric(spec, model, seed, batch_size) for label, spec in labelled(metrics, "metric").items()
         }
+        self._noticed: list[str] = []  # of the model, by any of the metrics: said once
         given = labelled(methods, "method")
         if not self._templates or not given:
             raise InputError(
@@ -328,6 +336,9 @@ class Evaluator:
             method: {label: template.fresh(first_image) for label, template in self._templates.items()}
             for method in self._methods
         }
+        for metrics_of in self._metrics.values():
+            for metric in metrics_of.values():
+                metric.belong_together(self._noticed, contrast)
         for label, template in self._templates.items():
             try:  # what could not be saved in the end is refused now
                 json.dumps(template.settings(), allow_nan=False)
@@ -471,6 +482,7 @@ def evaluate(
     seed: int = 0,
     explain: str = "label",
     strict: bool = False,
+    contrast: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Evaluate attribution methods of a model.
@@ -482,11 +494,11 @@ def evaluate(
     data : Tensor, tuple of Tensors, or iterable of batches
         Images ``[N, C, H, W]``; or (images, target ``[N]``), or (images, target, masks ``[N, 1, H, W]``), each of them
         but the images may be None; or an iterable (a DataLoader) of such tuples or of ``ramp_fast.data.Batch``.
-    metrics, methods, seed, explain, strict
+    metrics, methods, seed, explain, strict, contrast
         As for :class:`Evaluator`.
     batch_size : int
         Images per batch where data are tensors; and of metrics given by name, images that go through the model
-        together. Results do not depend on it.
+        together. Results do not depend on it, but for GAE's protocol "published" without its setting ``batch``.
     progress : callable, optional
         Called after each batch with its number of images.
 
@@ -504,7 +516,9 @@ def evaluate(
         ``failures``, and the others go on.
     """
     positive("evaluate", "batch_size", batch_size)
-    run = Evaluator(model, metrics, methods, seed=seed, batch_size=batch_size, explain=explain, strict=strict)
+    run = Evaluator(
+        model, metrics, methods, seed=seed, batch_size=batch_size, explain=explain, strict=strict, contrast=contrast
+    )
     try:
         for batch in _batches(data, batch_size):
             run.update(batch)

@@ -5,14 +5,16 @@ All of them keep the function that the graph computes. Order matters: see :func:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ramp_fast import graph as g
 from ramp_fast.graph import Graph, Node
+from ramp_fast.vocabulary import bind
 
 aten = torch.ops.aten
 
@@ -35,6 +37,8 @@ def canonicalize(graph: Graph, *, fold_batchnorm: bool = False) -> Graph:
     """
     if fold_batchnorm:
         _fold_batchnorm(graph)
+    _recognize_norms(graph)
+    _join_projections(graph)
     _fold_channel_scales(graph)
     _recognize_attention(graph)
     _assign_matmul_roles(graph)
@@ -60,6 +64,243 @@ def _fold_batchnorm(graph: Graph) -> None:
             layer.params["batch_norm"] = dict(node.params)
             graph.replace_uses(node, layer)
     graph.prune()
+
+
+def _recognize_norms(graph: Graph) -> None:
+    """A written-out ``(x - mean) / sqrt(var + eps) * w + b`` becomes a LayerNorm, ``x / sqrt(mean(x^2) + eps) * w`` an
+    RMSNorm: functions of torch.nn.functional have one map, however they are written.
+
+    Statistics are over any axes but the batch's; those that are not the last are moved there and back.
+    """
+    users = graph.users()
+    for node in list(graph.nodes):
+        if node.kind != g.DIV:
+            continue
+        found = _denominator(node.params["denominator"], node.params["inverse"])
+        if found is None:
+            continue
+        variance, eps = found
+        centred = _centred(node.operands[0])
+        source, dims = centred or (node.operands[0], _square_mean_axes(variance, node.operands[0]))
+        if not dims or (centred and not _is_variance(variance, source, dims)) or source.batch.axis in dims:
+            continue
+        rank = len(source.example)
+        sizes = [source.example[d] for d in dims]
+        if any(isinstance(source.shape[d], str) for d in dims):
+            continue
+        last, weight, bias = node, None, None
+        factor = _affine(users, last, g.SCALE, dims, rank)
+        if factor is not None:
+            last, weight = factor
+            added = _affine(users, last, g.ADD, dims, rank) if centred else None
+            if added is not None:
+                last, bias = added
+        here = graph.nodes.index(last)
+        order = [d for d in range(rank) if d not in dims] + dims
+        norm = _copy(last)
+        norm.name = f"{node.name}_norm"
+        before: list[Node] = []
+        moved = source
+        if order != list(range(rank)):
+            moved = _permuted(source, order, f"{node.name}_in")
+            before.append(moved)
+        weight, bias = (_flat_constant(constant, sizes, norm.name, before) for constant in (weight, bias))
+        norm.module, norm.operands, norm.kwargs = node.module, [moved], {}
+        norm.shape, norm.example, norm.batch = moved.shape, moved.example, moved.batch
+        norm.params = {"weight": weight, "eps": eps, "dims": len(dims)}
+        if centred:
+            norm.kind, norm.target, norm.args = g.LAYER_NORM, aten.layer_norm.default, (moved, sizes, weight, bias, eps)
+            norm.params["bias"] = bias
+        else:
+            norm.kind, norm.target, norm.args = g.RMS_NORM, aten.rms_norm.default, (moved, sizes, weight, eps)
+        after = norm
+        if moved is not source:
+            after = _permuted(norm, [order.index(d) for d in range(rank)], f"{node.name}_out")
+        graph.nodes[here + 1 : here + 1] = [*before, *dict.fromkeys((norm, after))]
+        graph.replace_uses(last, after, keep=[norm, after])
+        users = graph.users()
+    graph.prune()
+
+
+def _denominator(node: Node, inverse: bool) -> tuple[Node, float] | None:
+    """``v`` and ``eps`` of a denominator ``sqrt(v + eps)``, or of a factor that is one by it."""
+    node = _reshaped_from(node)
+    if inverse and node.kind == g.ACTIVATION and node.params["function"] == "reciprocal":
+        return _denominator(node.operands[0], False)
+    if node.kind != g.ACTIVATION:
+        return None
+    power = node.args[1] if node.params["function"] == "pow" else None
+    if not (node.params["function"] == ("rsqrt" if inverse else "sqrt") or power == (-0.5 if inverse else 0.5)):
+        return None
+    total = _reshaped_from(node.operands[0])
+    if total.kind != g.ADD or len(total.operands) != 1 or total.params["signs"] != (1, 1):
+        return None
+    numbers = [n for n in (total.params["first"], total.params["second"]) if isinstance(n, (int, float))]
+    return (_reshaped_from(total.operands[0]), float(numbers[0])) if numbers and numbers[0] >= 0 else None
+
+
+def _reshaped_from(node: Node) -> Node:
+    """Statistics before axes of length one are put back."""
+    while node.kind == g.MOVE and node.params["how"] == "reshape":
+        node = node.operands[0]
+    return node
+
+
+def _mean_axes(node: Node, source: Node) -> list[int]:
+    """The axes that a node is the mean of ``source`` over, none where it is not."""
+    node = _reshaped_from(node)
+    if (
+        node.kind == g.LINEAR_POOL
+        and node.params["how"] == "mean"
+        and node.operands[0] is source
+        and "dims" in node.params
+    ):
+        return sorted(d % len(source.example) for d in node.params["dims"])
+    return []
+
+
+def _centred(node: Node) -> tuple[Node, list[int]] | None:
+    """``x`` and the axes of a node ``x - mean(x)``, of which the mean keeps or gets back its axes in their places."""
+    if node.kind != g.ADD or node.params["signs"] != (1, -1) or len(node.operands) != 2:
+        return None
+    source, mean = node.operands
+    dims = _mean_axes(mean, source)
+    kept = tuple(1 if d in dims else n for d, n in enumerate(source.example))
+    return (source, dims) if dims and mean.example == kept else None
+
+
+def _squared(node: Node) -> Node | None:
+    """``x`` of a node ``x * x``."""
+    if node.kind == g.ACTIVATION and node.params["function"] in ("square", "pow"):
+        return node.operands[0] if node.params["function"] == "square" or node.args[1] == 2 else None
+    return node.operands[0] if node.kind == g.MUL and node.operands[0] is node.operands[1] else None
+
+
+def _square_mean_axes(node: Node, source: Node) -> list[int]:
+    """The axes that a node is the mean of the squares of ``source`` over, none where it is not."""
+    node = _reshaped_from(node)
+    square = node.operands[0] if node.kind == g.LINEAR_POOL else node
+    return _mean_axes(node, square) if _squared(square) is source else []
+
+
+def _is_variance(node: Node, source: Node, dims: list[int]) -> bool:
+    """Whether a node is the variance of ``source`` over ``dims``: of the sample itself, without a correction."""
+    if node.kind == g.FUNCTION and "var" in str(node.target):
+        bound = bind(node.target, node.args, node.kwargs)
+        own = sorted(d % len(source.example) for d in bound.get("dim") or [])
+        plain = bound.get("correction") == 0 or bound.get("unbiased") is False
+        centred = _centred(node.operands[0])
+        return plain and own == dims and (node.operands[0] is source or centred == (source, dims))
+    if node.kind == g.ADD and node.params["signs"] == (1, -1) and len(node.operands) == 2:  # E[x^2] - E[x]^2
+        mean = _squared(node.operands[1])
+        return (
+            mean is not None
+            and _mean_axes(mean, source) == dims
+            and _square_mean_axes(node.operands[0], source) == dims
+        )
+    square = _squared(node.operands[0]) if node.kind == g.LINEAR_POOL else None
+    return square is not None and _centred(square) == (source, dims) and _mean_axes(node, node.operands[0]) == dims
+
+
+def _affine(
+    users: dict[Node, list[Node]], node: Node, kind: str, dims: list[int], rank: int
+) -> tuple[Node, Node] | None:
+    """The only reader of ``node`` and the constant of entries ``dims`` that it multiplies (adds), if it does."""
+    reader = _only_user(users, node)
+    if reader is None or reader.kind != kind or reader.example != node.example:
+        return None
+    if kind == g.SCALE:
+        constant = None if reader.params["inverse"] else reader.params["factor"]
+    else:
+        others = [n for n in reader.operands if n.constant]
+        constant = others[0] if others and reader.params["signs"] == (1, 1) else None
+    if (
+        not isinstance(constant, Node)
+        or len(constant.example) > rank
+        or any(isinstance(n, str) for n in constant.shape)
+    ):
+        return None
+    padded = (1,) * (rank - len(constant.example)) + constant.example
+    wanted = tuple(node.example[d] if d in dims else 1 for d in range(rank))
+    return (reader, constant) if padded == wanted else None
+
+
+def _flat_constant(constant: Node | None, sizes: list[int], norm: str, before: list[Node]) -> Node | None:
+    """A weight or bias in the shape that functional norms take, by a node in ``before`` where it has another."""
+    if constant is None or constant.example == tuple(sizes):
+        return constant
+    name = f"{norm}_{constant.name}"
+    found = Node(name, g.CONST, aten.reshape.default, (constant, sizes), shape=tuple(sizes), example=tuple(sizes))
+    found.params["floating"] = True
+    before.append(found)
+    return found
+
+
+def _permuted(source: Node, order: list[int], name: str) -> Node:
+    return Node(
+        name,
+        g.MOVE,
+        aten.permute.default,
+        (source, order),
+        operands=[source],
+        params={"how": "permute", "dims": order},
+        module=source.module,
+        shape=tuple(source.shape[d] for d in order),
+        example=tuple(source.example[d] for d in order),
+        batch=replace(source.batch, axis=order.index(source.batch.axis)),
+    )
+
+
+def _join_projections(graph: Graph) -> None:
+    """Linear layers of one input by all the chunks of one weight become the layer that the chunks are of.
+
+    nn.MultiheadAttention computes queries, keys and values at once where it is given one tensor three times, and one
+    after the other where it is given that tensor under three names (detached, for example): both have one map.
+    """
+    groups: dict[Any, dict[int, Node]] = {}
+    for node in graph.nodes:
+        if node.kind != g.LINEAR or node.target is not aten.linear.default:
+            continue
+        weight, bias = _chunk(node.params["weight"]), _chunk(node.params["bias"])
+        if weight is None or (bias is None) != (node.params["bias"] is None) or (bias and bias[1] != weight[1]):
+            continue
+        key = weight[0], bias and bias[0], _origin(node.operands[0])
+        groups.setdefault(key, {})[weight[1]] = node
+    for (weights, biases, _), layers in groups.items():
+        if len(layers) < 2 or sorted(layers) != list(range(len(layers))):
+            continue
+        first, axis = layers[0], len(layers[0].example) - 1
+        width, total = first.example[axis], weights.args[0].example[0]
+        if sum(layer.example[axis] for layer in layers.values()) != total:
+            continue
+        joined = _copy(first)
+        joined.name = f"{first.name}_joined"
+        joined.params = {**first.params, "weight": weights.args[0], "bias": biases and biases.args[0]}
+        joined.args = (first.operands[0], joined.params["weight"], joined.params["bias"])
+        joined.shape, joined.example = _resized(first, axis, total)
+        graph.insert_after(first, joined)
+        for number, layer in layers.items():
+            graph.replace_uses(layer, _slice_of(graph, joined, axis, number * width, (number + 1) * width, 1))
+    graph.prune()
+
+
+def _chunk(node: Node | None) -> tuple[Node, int] | None:
+    """Of which call of ``chunk`` along the first axis a constant is a part, and which."""
+    if node is None or node.target is not operator.getitem or not isinstance(node.args[0], Node):
+        return None
+    whole = node.args[0]
+    if whole.target is not aten.chunk.default or (len(whole.args) > 2 and whole.args[2] != 0) or whole.kwargs:
+        return None
+    return whole, node.args[1]
+
+
+def _origin(node: Node) -> tuple[Any, ...]:
+    """What tells whether two nodes are one: a source, and the moves from there with their arguments."""
+    moves = []
+    while node.kind == g.MOVE and len(node.operands) == 1:
+        moves.append((node.target, repr(node.args[1:]), repr(node.kwargs)))
+        node = node.operands[0]
+    return node, *moves
 
 
 def _fold_channel_scales(graph: Graph) -> None:

@@ -105,8 +105,10 @@ class Result:
     class_names: list[str]
 
     def probability(self) -> float:
-        """Softmax probability of the target, in [0, 1]."""
+        """Softmax probability of the target, in [0, 1]; of a single logit the sigmoid."""
         logits = self.logits.astype(np.float64)
+        if logits.size == 1:  # is the first of two, of which the other is 0
+            logits = np.append(logits, 0.0)
         weights = np.exp(logits - logits.max())
         return float(weights[self.target] / weights.sum())
 

@@ -348,7 +348,10 @@ def _mul(node: Node, b: Bound) -> None:
 def _is_inverse(node: Node) -> bool:
     while node.kind == g.MOVE and len(node.operands) == 1:
         node = node.operands[0]
-    return node.kind == g.ACTIVATION and node.params["function"] in ("rsqrt", "reciprocal")
+    if node.kind != g.ACTIVATION:
+        return False
+    power = node.args[1] if node.params["function"] == "pow" else 0
+    return node.params["function"] in ("rsqrt", "reciprocal") or power < 0
 
 
 @handles("addcmul.default")

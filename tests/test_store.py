@@ -56,6 +56,11 @@ def test_round_trip(tmp_path: Path, source: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+def test_probability_of_a_single_logit() -> None:
+    single = Result(np.zeros((3, 4, 4), np.float32), 0, np.array([-2.0]), ["name"])
+    assert single.probability() == pytest.approx(1 / (1 + np.exp(2)))
+
+
 def test_needs_no_pickle_and_keeps_float64(tmp_path: Path, source: Path) -> None:
     store = Store(tmp_path / "out", SETTINGS)
     base = result()

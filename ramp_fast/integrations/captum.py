@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ except ImportError:  # the class works without captum, as nothing but its base i
 
 
 __all__ = ["AbsLRP"]
+
+_NO_DELTA = "absLRP has no convergence delta: its maps are normalised and do not add up to the logit"
 
 
 class AbsLRP(Attribution):  # type: ignore[misc]  # captum has no types, and may not be there
@@ -82,8 +85,11 @@ class AbsLRP(Attribution):  # type: ignore[misc]  # captum has no types, and may
     def attribute(
         self,
         inputs: Tensor | tuple[Tensor, ...],
-        target: int | list[int] | Tensor | None = None,
-        additional_forward_args: None = None,
+        target: int | tuple[int, ...] | list[int] | list[tuple[int, ...]] | Tensor | None = None,
+        additional_forward_args: tuple[()] | None = None,
+        *,
+        internal_batch_size: int | None = None,
+        return_convergence_delta: bool = False,
     ) -> Tensor | tuple[Tensor, ...]:
         """Relevance maps.
 
@@ -91,10 +97,15 @@ class AbsLRP(Attribution):  # type: ignore[misc]  # captum has no types, and may
         ----------
         inputs : Tensor [N, C, H, W] or tuple of one such Tensor
             Preprocessed for the model.
-        target : int, list of int or integer Tensor [N] or [1], optional
-            The classes to explain; None: the predicted ones.
-        additional_forward_args : None
+        target : int, tuple of one int, list of either, integer Tensor [N] or [1]
+            The classes to explain. None is for models of one logit, as in captum: NoiseTunnel, infidelity and
+            sensitivity call this function with noisy copies, each of which might be predicted as another class.
+        additional_forward_args : None or ()
             For captum's callers; the engine's models take images alone.
+        internal_batch_size : int, optional
+            Work on this many images at a time. Results do not depend on it.
+        return_convergence_delta : False
+            For captum's callers; there is no delta.
 
         Returns
         -------
@@ -106,8 +117,16 @@ class AbsLRP(Attribution):  # type: ignore[misc]  # captum has no types, and may
         InputError
             An argument is not as described.
         """
-        if additional_forward_args is not None:
-            raise InputError("additional_forward_args: the engine's models take images alone, pass None")
+        if not (
+            additional_forward_args is None
+            or (isinstance(additional_forward_args, tuple) and not additional_forward_args)
+        ):
+            raise InputError(
+                "additional_forward_args: the engine's models take images alone, pass None; a module around the model "
+                "can hold what else it takes"
+            )
+        if return_convergence_delta:
+            raise InputError(f"return_convergence_delta: {_NO_DELTA}")
         images = inputs
         if isinstance(inputs, tuple):
             if len(inputs) != 1:
@@ -115,10 +134,23 @@ class AbsLRP(Attribution):  # type: ignore[misc]  # captum has no types, and may
             images = inputs[0]
         if not isinstance(images, Tensor):
             raise InputError(f"inputs must be a Tensor [N, C, H, W], got {type(images).__name__}")
+        classes = self._classes(target, images)
         maps = self.engine.attribute(
-            images, _classes(target, images.shape[0]), contrast=self.contrast, normalize=self.normalize
+            images, classes, contrast=self.contrast, normalize=self.normalize, batch_size=internal_batch_size
         ).maps.to(images)
         return (maps,) if isinstance(inputs, tuple) else maps
+
+    def _classes(self, target: Any, images: Tensor) -> int | Tensor:
+        """Captum's ways to name classes in the engine's."""
+        if target is None:
+            count = self.engine.classes(images)
+            if count != 1:
+                raise InputError(
+                    f"target is None, and the model has {count} classes: name those to explain, for example "
+                    "target=model(images).argmax(1), so that noisy copies of an image are explained for one class"
+                )
+            return 0
+        return _classes(target, images.shape[0])
 
     def attribute_future(self) -> None:
         """Not there, as for most of captum's methods.
@@ -131,8 +163,18 @@ class AbsLRP(Attribution):  # type: ignore[misc]  # captum has no types, and may
         raise NotImplementedError("AbsLRP has no attribute_future: call attribute")
 
     def has_convergence_delta(self) -> bool:
-        """False: nothing is approximated."""
+        """False: maps do not add up to the logit, so nothing is left over to be a delta."""
         return False
+
+    def compute_convergence_delta(self, *_: Any, **__: Any) -> Tensor:
+        """Not there: see :meth:`has_convergence_delta`.
+
+        Raises
+        ------
+        NotImplementedError
+            Always, as for captum's methods without a delta.
+        """
+        raise NotImplementedError(_NO_DELTA)
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -140,16 +182,33 @@ class AbsLRP(Attribution):  # type: ignore[misc]  # captum has no types, and may
         return True
 
 
-def _classes(target: Any, count: int) -> int | Tensor | None:
+def _classes(target: Any, count: int) -> int | Tensor:
     """Captum's ways to name classes in the engine's."""
-    if isinstance(target, list):
-        if not all(isinstance(t, int) and not isinstance(t, bool) for t in target) or len(target) != count:
-            raise InputError(f"target must be a list of {count} classes, one per image; got {target!r}")
-        return torch.tensor(target)
-    if isinstance(target, Tensor) and target.numel() == 1 and target.dim() < 2 and not target.is_floating_point():
-        return target.reshape(1).expand(count)  # one class for all images
-    if target is None or isinstance(target, (int, Tensor)):
-        if isinstance(target, Tensor) and (target.dim() != 1 or target.is_floating_point()):
+    if isinstance(target, Tensor):
+        whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+        if whole and target.numel() == 1 and target.dim() < 2:
+            return target.reshape(1).expand(count)  # one class for all images
+        if not whole or target.shape != (count,):
             raise InputError(f"target must be integers [{count}], got {list(target.shape)}, {target.dtype}")
         return target
-    raise InputError(f"target must be an int, a list of int, an integer Tensor or None, got {type(target).__name__}")
+    if isinstance(target, list):
+        if len(target) != count:
+            raise InputError(f"target must be a list of {count} classes, one per image; got {target!r}")
+        return torch.tensor([_class(t) for t in target], dtype=torch.long)
+    return _class(target)
+
+
+def _class(target: Any) -> int:
+    """One class: an integer, or a tuple of one as captum has it for outputs of one axis behind the batch's."""
+    if isinstance(target, tuple):
+        if len(target) != 1:
+            raise InputError(
+                f"target must have one index, the class, as the model returns [N, classes]; got {target!r}"
+            )
+        target = target[0]
+    if isinstance(target, bool) or not hasattr(target, "__index__"):
+        raise InputError(
+            f"target must be a class, a tuple of one, a list of these or an integer Tensor; got "
+            f"{type(target).__name__} {target!r}"
+        )
+    return operator.index(target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -173,6 +174,8 @@ class Metric:
         self.first_image = self.images_seen = 0
         self._batches = 0
         self._classes: int | None = None
+        self._noticed: list[str] = []  # shared with copies: what is said of a model is said once
+        self.contrast: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """What two states must agree in to be merged: plain JSON values."""
@@ -260,6 +263,10 @@ class Metric:
         other._values, other.images_seen, other._batches = [], 0, 0
         return other
 
+    def belong_together(self, noticed: list[str], contrast: str | None) -> None:
+        """Share with other metrics of the model what has been said of it, and the contrast of engines' maps."""
+        self._noticed, self.contrast = noticed, contrast
+
     def compute(self) -> Result:
         """All values so far.
 
@@ -315,9 +322,7 @@ class Metric:
         if images.shape[0] % self.group:
             raise InputError(f"{self.name}: images come in groups of {self.group}, got {images.shape[0]}")
         if target is not None:
-            if self._classes is None:
-                self._classes = self.logits(images[:1]).shape[1]
-            check_classes(self.name, target, self._classes)
+            check_classes(self.name, target, self.classes(images))
         return images, target
 
     def attribute(
@@ -339,11 +344,14 @@ class Metric:
         if isinstance(method, Engine) and model is not None:
             method = method.for_model(model)
         model = model or self.model
+        contrast = self.contrast
+        if contrast is None and isinstance(method, Engine):  # a single logit has no others to be contrasted with
+            contrast = "none" if self.classes(images) == 1 else "others"
         pieces = []
         for here in self.slices(images):
             try:
                 if isinstance(method, Engine):
-                    maps = method.attribute(images[here], target[here]).maps
+                    maps = method.attribute(images[here], target[here], contrast or "others").maps
                 else:
                     maps = method(model, images[here].clone(), target[here].clone())  # which it may write to
             except Exception as error:
@@ -370,6 +378,40 @@ class Metric:
     def answer(self, images: Tensor) -> Tensor:
         """:func:`answer` of the metric's model or engine."""
         return answer(self.engine or self.model, images)
+
+    def classes(self, images: Tensor) -> int:
+        """How many logits the model has; the first time, one of the images goes through it."""
+        if self._classes is None:
+            self._classes = self.logits(images[:1]).shape[1]
+        return self._classes
+
+    def probabilities(self, images: Tensor, logits: Tensor) -> Tensor:
+        """Of logits ``[..., classes]``, in float32 or better: their softmax, of a single one the sigmoid."""
+        self._warn_of_probabilities(images, logits)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.sigmoid() if logits.shape[-1] == 1 else logits.softmax(-1)
+
+    def predictions(self, images: Tensor, logits: Tensor) -> Tensor:
+        """Predicted classes of logits ``[..., classes]``; of a single one 0, and -1 where it is not positive."""
+        if logits.shape[-1] > 1:
+            return logits.argmax(-1)
+        self._warn_of_probabilities(images, logits)
+        return (logits[..., 0] > 0).long() - 1
+
+    def _warn_of_probabilities(self, images: Tensor, logits: Tensor) -> None:
+        """Say once that what should be logits are probabilities; ``images`` are any of the model's."""
+        if self._noticed:
+            return
+        self._noticed.append(self.name)
+        last = squashing(self.model, images, logits)
+        if last is not None:
+            warnings.warn(
+                f"{self.name}: {type(self.model).__name__} returns probabilities, its last operation is a {last}: "
+                f"metrics take logits, and squash these a second time, which flattens curves. Evaluate the model "
+                f"without its {last} (or with output='logit', where a metric has it: the output as it is)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def finite(self, logits: Tensor) -> Tensor:
         """Logits ``[..., classes]`` as they are, or InputError where some are not finite."""
@@ -399,6 +441,34 @@ class Metric:
         ``stream`` tells apart draws for different purposes.
         """
         return torch.Generator().manual_seed(_mixed(self.seed, number, stream))
+
+
+def squashing(model: nn.Module, images: Tensor, outputs: Tensor) -> str | None:
+    """What the outputs ``[..., classes]`` of a model come from, "softmax" or "sigmoid"; None where they are logits.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    images : Tensor [N, C, H, W]
+        One of them goes through the model again where all outputs are in [0, 1], to see which operation is its last.
+    outputs : Tensor [..., classes]
+        Of any images.
+    """
+    if not outputs.numel() or not bool(((outputs >= 0) & (outputs <= 1)).all()):
+        return None
+    near = 1e-3 if torch.finfo(outputs.dtype).eps < 1e-5 else 2e-2  # rounding of many classes in half precision
+    if outputs.shape[-1] > 1 and bool(((outputs.double().sum(-1) - 1).abs() < near).all()):
+        return "softmax"
+    with torch.enable_grad():
+        last = model(images[:1].clone().requires_grad_()).grad_fn
+    while last is not None and last.name().startswith(_VIEWS):
+        last = last.next_functions[0][0]
+    name = "" if last is None else last.name()
+    return next((how for how in ("sigmoid", "softmax") if name.startswith(f"{how.capitalize()}Backward")), None)
+
+
+# The beginnings of autograd's names for operations that only arrange values.
+_VIEWS = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Alias", "Clone", "ToCopy", "Transpose", "TBackward")
 
 
 def module_of(model: Model) -> nn.Module:
@@ -467,7 +537,8 @@ def check_classes(name: str, target: Tensor, classes: int) -> None:
     """Raise InputError where a target is not one of the model's classes."""
     if bool(((target < 0) | (target >= classes)).any()):
         low, high = int(target.min()), int(target.max())
-        raise InputError(f"{name}: target must be 0 to {classes - 1}, the model's classes; got {low} to {high}")
+        which = "the model's classes" if classes > 1 else "the model's one logit, whatever the label"
+        raise InputError(f"{name}: target must be 0 to {classes - 1}, {which}; got {low} to {high}")
 
 
 def checked_masks(name: str, masks: Tensor, images: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class Masking(Metric):
         image), "black", "white" (its smallest and largest value), "blur", "uniform" (random), "road" (noisy linear
         imputation), a number, or values ``[C]``, ``[C, H, W]``, ``[N, C, H, W]``.
     output : {"probability", "logit"}
-        What is watched: the softmax probability of the explained class, or its logit.
+        What is watched: the softmax probability of the explained class (the sigmoid where the model has one logit), or
+        its logit. For a model that ends in a softmax or sigmoid "logit" is that probability.
     noise : float
         Standard deviation of what the baseline "road" adds.
     """
@@ -91,10 +92,12 @@ class Masking(Metric):
         generators = [self.generator(n, stream) for n in sample.numbers]
         return filling(self.baseline, sample.images, generators, self.noise, self.name)
 
-    def watched(self, logits: Tensor, target: Tensor) -> Tensor:
+    def watched(self, sample: Sample, logits: Tensor, target: Tensor) -> Tensor:
         """The output of the explained class, ``[..., N]`` of logits ``[..., N, classes]``, float32 or better."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        values = logits.softmax(-1) if self.output == "probability" else logits
+        if self.output == "probability":
+            values = self.probabilities(sample.images, logits)
+        else:
+            values = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return values.gather(-1, target.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 
     def logits_of_steps(self, sample: Sample, steps: Tensor, count: int, *, reveal: bool = False) -> Tensor:
@@ -120,7 +123,7 @@ class Masking(Metric):
 
     def curve(self, sample: Sample, steps: Tensor, count: int, *, reveal: bool = False) -> Tensor:
         """The watched output after every step, ``[N, count]``, float32 or better."""
-        return self.watched(self.logits_of_steps(sample, steps, count, reveal=reveal), sample.target).t()
+        return self.watched(sample, self.logits_of_steps(sample, steps, count, reveal=reveal), sample.target).t()
 
 
 def area(curve: Tensor) -> Tensor:
@@ -308,8 +311,9 @@ class ROAD(Masking):
 
     For every percentage p the ``floor(p H W / 100)`` most important pixels are filled in by noisy linear imputation;
     ``curve`` ``[P]`` says whether the model still predicts the explained class (1 or 0), ``road`` is its mean over p,
-    in [0, 1]; lower is better. Rong et al. 2022, arXiv 2202.00449. As Quantus', whose code takes images
-    and maps of one channel, and reports means over the first batch only.
+    in [0, 1]; lower is better. A single logit has to keep the sign that it has for the whole image. Rong et al. 2022,
+    arXiv 2202.00449. As Quantus', whose code takes images and maps of one channel, and reports means over the first
+    batch only.
 
     Parameters
     ----------
@@ -339,5 +343,6 @@ class ROAD(Masking):
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         steps = self.features(sample).percentages(self.percentages, descending=True)
         logits = self.logits_of_steps(sample, steps, len(self.percentages))
-        curve = (logits.argmax(-1) == sample.target).t().to(torch.float32)
+        kept = self.predictions(sample.images, sample.logits) if logits.shape[-1] == 1 else sample.target
+        curve = (self.predictions(sample.images, logits) == kept).t().to(torch.float32)
         return {self.name: curve.mean(1), "curve": curve}

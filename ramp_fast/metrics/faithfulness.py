@@ -59,8 +59,8 @@ class _Subsets(Masking):
             rows = torch.arange(start, stop, device=images.device).repeat(self.samples)
             spread = features.spread(steps).flatten(0, 1)
             logits = self.logits_of_copies(images[rows], fill.of(rows), spread, len(sizes))
-            outputs = self.watched(logits, sample.target[rows]).unflatten(1, (self.samples, stop - start))
-            drops = self.watched(sample.logits[here], sample.target[here]) - outputs  # [sizes, samples, n]
+            outputs = self.watched(sample, logits, sample.target[rows]).unflatten(1, (self.samples, stop - start))
+            drops = self.watched(sample, sample.logits[here], sample.target[here]) - outputs  # [sizes, samples, n]
             sums = torch.stack([((steps <= s) * features.sums.double()).sum(-1) for s in range(len(sizes))])
             found.append(pearson(sums.movedim(1, -1), drops.movedim(1, -1)).t())
         return torch.cat(found)
@@ -250,7 +250,7 @@ class Infidelity(Masking):
                 f"infidelity: squares of {max(self.sizes)} pixels do not fit images {height} x {width}: "
                 f"give smaller sizes"
             )
-        whole = self.watched(sample.logits, sample.target)
+        whole = self.watched(sample, sample.logits, sample.target)
         values = []
         for i, number in enumerate(sample.numbers):
             generator = self.generator(number, _SUBSETS)
@@ -273,7 +273,7 @@ class Infidelity(Masking):
                         copies = fill.of(rows).copies(image, everything, 0, 1)[0] + noise
                 counted = inside * explained if self.times_input else (image - copies) * explained
                 products.append(counted.flatten(1).sum(1, dtype=torch.float64))
-                drops.append(whole[i] - self.watched(self.logits(copies), sample.target[i : i + 1]))
+                drops.append(whole[i] - self.watched(sample, self.logits(copies), sample.target[i : i + 1]))
             values.append(self._distance(torch.cat(products), torch.cat(drops).double()))
         return {self.name: torch.stack(values)}
 
@@ -405,7 +405,7 @@ class MonotonicityCorrelation(Masking):
         ranks = ops.mask_steps(features.scores, range(1, features.scores.shape[1] + 1), False).long()
         group = ranks * self.groups // counts  # [N, M]; of features that an image does not have, one that is none
         numbers = torch.arange(self.groups, device=device).view(-1, 1, 1)
-        whole = self.watched(sample.logits, sample.target)
+        whole = self.watched(sample, sample.logits, sample.target)
         random = isinstance(self.baseline, str) and self.baseline in ("uniform", "road")
         squares = torch.zeros(self.groups, images.shape[0], dtype=torch.float64, device=device)
         spread = features.spread(group.to(torch.int32))
@@ -416,7 +416,7 @@ class MonotonicityCorrelation(Masking):
                 others = spread[start:stop].unsqueeze(0) != numbers.view(-1, 1, 1, 1, 1)
                 steps = others.to(torch.int32).flatten(0, 1)
                 logits = self.logits_of_copies(images[rows], fill.of(rows), steps, 1)[0]
-                outputs = self.watched(logits, sample.target[rows]).unflatten(0, (self.groups, stop - start))
+                outputs = self.watched(sample, logits, sample.target[rows]).unflatten(0, (self.groups, stop - start))
                 squares[:, start:stop] += (whole[start:stop] - outputs).double().square()
         sums = ((group == numbers) * features.sums.double()).sum(-1)
         return {self.name: spearman(sums.t(), squares.t())}
@@ -425,10 +425,10 @@ class MonotonicityCorrelation(Masking):
 class Sufficiency(Metric):
     """Sufficiency: how often images that are explained alike are predicted alike.
 
-    The share of an image's likes that have its predicted class, in [0, 1], higher is better; NaN for an image without
-    any. Two images are alike whose maps are at most ``threshold`` times the largest distance of any two maps apart;
-    distances are Euclidean with every feature divided by its standard deviation. Dasgupta, Frost and Moshkovitz 2022,
-    arXiv 2202.00734, for maps as in Quantus.
+    The share of an image's likes that have its predicted class (its sign, where there is a single logit), in [0, 1],
+    higher is better; NaN for an image without any. Two images are alike whose maps are at most ``threshold`` times the
+    largest distance of any two maps apart; distances are Euclidean with every feature divided by its standard
+    deviation. Dasgupta, Frost and Moshkovitz 2022, arXiv 2202.00734, for maps as in Quantus.
 
     Necessarily an image's value depends on the others: what ``update`` returns is of its images among themselves,
     ``compute`` takes all images so far, which costs the square of their number. ``likes`` says how many an image has.
@@ -478,7 +478,7 @@ class Sufficiency(Metric):
 
     def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
         signature = self.granularity.of(sample.images, with_sign(sample.maps, self.sign)).scores
-        predicted = sample.logits.argmax(1)
+        predicted = self.predictions(sample.images, sample.logits)
         return {**self._among(signature, predicted), "signature": signature, "predicted": predicted}
 
     def compute(self) -> Result:

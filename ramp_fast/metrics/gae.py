@@ -21,6 +21,10 @@ PROTOCOLS = ("default", "published")
 TILES = 4
 # The published code's, in every denominator that may be zero.
 EPSILON = 1e-9
+# Ranking scores of both chains closer than this are taken for equal, as a multiple of their root mean square: so many
+# times the rounding unit of the images' dtype (scores of float32 networks were up to 130 units off), but no more than
+# the second number, which changes no sign that means something.
+TIE = 1024, 1e-3
 
 
 class GAE(Metric):
@@ -31,7 +35,8 @@ class GAE(Metric):
     * Two chains start at ``a``: MoRF sets the entries of largest absolute input x gradient of ``y`` to zero, LeRF the
       smallest, a share of ``t / S`` after step t, ranked anew at every step.
     * Faithfulness ``F = sum s R+ / sum R+`` in [-1, 1]: ``R+`` is the positive part of the map of ``a``, ``s`` the sign
-      of LeRF's mean ranking scores minus MoRF's.
+      of LeRF's mean ranking scores minus MoRF's, 0 where they are equal but for rounding. (All are where
+      the gradient is zero at what MoRF leaves, and the same at every step of LeRF: F is 0 then.)
     * Robustness ``1 - 2 d(dr, do)`` in [-1, 1]: the map's distance from the start along both chains, ``dr_t``, must go
       with that of the logit, ``do_t``; ``d(u, v) = sum |u - v| / (sum |u| + sum |v|)``.
     * Local consistency ``LC = relu(F + robustness) / 2``.
@@ -44,15 +49,21 @@ class GAE(Metric):
     model : torch.nn.Module
         In eval mode; its classes are what is explained. It is left as it is.
     protocol : {"default", "published"}
-        "published" repeats the published code, including what its authors may not have meant: MoRF's steps add up (from
-        the fifth on nothing is left of an image), ``do_t = (o_LeRF - o_MoRF) / (o_0 + 1e-9)`` is unbounded, only four
-        pixels in the centre of a mosaic belong to no tile, and a map of one channel counts as often as the image has
-        channels. Its C is unbounded where ``target`` says that the positive image is of another class than predicted,
-        since ``q_a`` is taken at its label. "default" masks exactly t / S, takes ``do_t = |o_0 - o_MoRF| / (|o_0| +
-        |o_MoRF|)`` minus the same of LeRF, gives the two rows and two columns where tiles meet weight 1, and counts
-        maps of one channel once.
+        "published" repeats the published code, including what its authors may not have meant: mosaic m of a batch of
+        4 n images has the images m, m + n, m + 2 n and m + 3 n, while its positive image, and the classes by which that
+        is drawn, are among 4 m to 4 m + 3; MoRF's steps add up (from the fifth on nothing is left of an image);
+        ``do_t = (o_LeRF - o_MoRF) / (o_0 + 1e-9)`` is unbounded; the signs s of scores that are equal are those of
+        rounding; only four pixels in the centre of a mosaic belong to no tile; and a map of one channel counts as often
+        as the image has channels. Its C is unbounded where ``target`` says that the positive image is of another class
+        than predicted, since ``q_a`` is taken at its label. "default" makes mosaics of the group, masks exactly t / S,
+        takes ``do_t = |o_0 - o_MoRF| / (|o_0| + |o_MoRF|)`` minus the same of LeRF, gives the two rows and two columns
+        where tiles meet weight 1, and counts maps of one channel once.
     steps : int
         S, at least 2.
+    batch : int, optional
+        For the protocol "published": how many images, a multiple of four, the published code's batches have;
+        ``update`` takes multiples of it. By default what ``update`` is given is one batch, so that values hang on how
+        images are split, as they do there.
     seed : int
         Of the choice of positive images; the n-th group of a metric always draws the same number.
     batch_size : int, optional
@@ -81,6 +92,7 @@ class GAE(Metric):
         protocol: str = "default",
         *,
         steps: int = 10,
+        batch: int | None = None,
         seed: int = 0,
         batch_size: int | None = None,
     ) -> None:
@@ -88,16 +100,26 @@ class GAE(Metric):
         if protocol not in PROTOCOLS:
             raise InputError(f"gae: protocol must be one of {', '.join(map(repr, PROTOCOLS))}; got {protocol!r}")
         positive("gae", "steps", steps, least=2)
-        self.protocol, self.steps = protocol, steps
+        if batch is not None:
+            positive("gae", "batch", batch)
+            if batch % TILES or protocol != "published":
+                raise InputError(
+                    f'gae: batch is a multiple of {TILES}, and for protocol "published"; got {batch} for {protocol!r}'
+                )
+            self.group = batch  # type: ignore[misc]  # of this metric alone
+        self.protocol, self.steps, self.batch = protocol, steps, batch
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "protocol": self.protocol, "steps": self.steps}
+        own = {"protocol": self.protocol, "steps": self.steps}
+        return {**super().settings(), **own, **({"batch": self.batch} if self.batch else {})}
 
     def measure(self, sample: Sample, positive: int | Tensor | None = None, **options: Any) -> dict[str, Tensor]:
         images, groups = sample.images, sample.images.shape[0] // TILES
         predicted = sample.logits.argmax(1).view(groups, TILES)
         labels = predicted if self.protocol == "default" else sample.target.view(groups, TILES)
-        mosaic = _mosaic(images)
+        if sample.logits.shape[1] < 2:
+            raise InputError("gae: the model has a single class: mosaics tell classes apart, and there is no other one")
+        mosaic = _mosaic(self._tiles(images))
         distribution = self.logits(mosaic).gather(1, predicted).softmax(1)
         chosen = self._positive(positive, distribution, sample.numbers.start // TILES)
         rows = torch.arange(groups, device=images.device)
@@ -109,7 +131,8 @@ class GAE(Metric):
         faithfulness = self._share(chains.impact, of_start, channels)
         robustness = 1 - 2 * _distance(self._map_changes(of_start, along), self._logit_changes(chains.outputs))
         consistency = F.relu(faithfulness + robustness) / 2
-        weights = self._tile_weights(sample.logits.view(groups, TILES, -1)[rows, chosen], labels, chosen, images)
+        certain = self.probabilities(images, sample.logits).view(groups, TILES, -1)[rows, chosen]
+        weights = self._tile_weights(certain, labels, chosen, images)
         contrastiveness = F.relu(self._share(weights, of_mosaic, channels))
         chain_values = {
             f"{name}_{what}": values.view(2, groups, -1)[i]
@@ -126,6 +149,12 @@ class GAE(Metric):
             **chain_values,
             "tile_distribution": distribution,
         }
+
+    def _tiles(self, values: Tensor) -> Tensor:
+        """What images ``[4 G, ...]`` have, as mosaics take it, ``[G, 4, ...]``."""
+        count = 1 if self.protocol == "default" else (self.batch or values.shape[0]) // TILES  # of mosaics of a batch
+        tiles = values.view(-1, TILES, count, *values.shape[1:])
+        return tiles.transpose(1, 2).flatten(0, 1)
 
     def _checked(self, images: Tensor, target: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
         if isinstance(images, Tensor) and images.dim() == 4 and (images.shape[2] % 2 or images.shape[3] % 2):
@@ -151,8 +180,11 @@ class GAE(Metric):
         count = start[0].numel()
         images, classes = torch.cat([start, start]), torch.cat([y, y])
         masked = torch.zeros(images.shape[0], count, dtype=torch.bool, device=start.device)
-        scores_sum = torch.zeros_like(_wide(images))
-        sign = torch.ones(2, dtype=scores_sum.dtype, device=start.device).repeat_interleave(start.shape[0]).unsqueeze(1)
+        # in float64, so that equal scores stay equal in sum; the published code has the images' precision
+        scores_sum = torch.zeros_like(images, dtype=torch.float64 if self.protocol == "default" else _wide(start).dtype)
+        sign = (
+            torch.ones(2, dtype=_wide(start).dtype, device=start.device).repeat_interleave(start.shape[0]).unsqueeze(1)
+        )
         sign[start.shape[0] :] = -1
         states, outputs, zeroed = [], [], []
         for step in range(self.steps):
@@ -172,8 +204,19 @@ class GAE(Metric):
             masked = ops.mask_steps(ranking, [self._masked(step + 1, count)], True) == 0
             images = images.masked_fill(masked.view(images.shape), 0.0)
         morf, lerf = scores_sum.chunk(2)
-        impact = (_normalized(lerf) - _normalized(morf)).sign()
+        impact = self._impact(morf, lerf, torch.finfo(start.dtype).eps).to(sign.dtype)
         return _Chains(torch.stack(states), torch.stack(outputs, 1), torch.stack(zeroed, 1), impact)
+
+    def _impact(self, morf: Tensor, lerf: Tensor, rounding: float) -> Tensor:
+        """The sign ``s`` of sums of scores ``[G, C, H, W]``."""
+        if self.protocol == "published":
+            return (_normalized(lerf) - _normalized(morf)).sign()
+        # EPSILON would make a difference of its own between sums of unlike size
+        morf, lerf = (total / total.flatten(1).sum(1).view(-1, 1, 1, 1).clamp_min(1e-300) for total in (morf, lerf))
+        size = ((morf.square() + lerf.square()) / 2).flatten(1).mean(1).sqrt().view(-1, 1, 1, 1)
+        units, most = TIE
+        difference = lerf - morf
+        return difference.masked_fill(difference.abs() <= min(units * rounding, most) * size, 0).sign()
 
     def _masked(self, step: int, count: int) -> int:
         """How many of ``count`` entries a step masks."""
@@ -218,11 +261,11 @@ class GAE(Metric):
 
         return moved(morf[:, 1:]) - moved(lerf[:, 1:])
 
-    def _tile_weights(self, logits: Tensor, labels: Tensor, chosen: Tensor, images: Tensor) -> Tensor:
-        """``[G, 1, H, W]``."""
-        probability = _wide(logits).softmax(1).gather(1, labels)
+    def _tile_weights(self, certain: Tensor, labels: Tensor, chosen: Tensor, images: Tensor) -> Tensor:
+        """``[G, 1, H, W]``, of the positive images' probabilities ``[G, classes]``."""
+        probability = certain.gather(1, labels)
         own = probability.gather(1, chosen.unsqueeze(1))
-        weights = (2 * probability / own - 1).view(-1, 1, 2, 2)
+        weights = self._tiles((2 * probability / own - 1).flatten()).view(-1, 1, 2, 2)
         height, width = images.shape[-2:]
         weights = weights.repeat_interleave(height // 2, 2).repeat_interleave(width // 2, 3)
         row, column = slice(height // 2 - 1, height // 2 + 1), slice(width // 2 - 1, width // 2 + 1)
@@ -241,9 +284,9 @@ class _Chains:
         self.states, self.outputs, self.zeroed, self.impact = states, outputs, zeroed, impact
 
 
-def _mosaic(images: Tensor) -> Tensor:
-    """Groups of four at half size (nearest), ``[G, C, H, W]``: top left, top right, bottom left, bottom right."""
-    half = images[..., ::2, ::2].unflatten(0, (-1, TILES))
+def _mosaic(tiles: Tensor) -> Tensor:
+    """Four images ``[G, 4, C, H, W]`` at half size (nearest), ``[G, C, H, W]``: top left, right, bottom left, right."""
+    half = tiles[..., ::2, ::2]
     top, bottom = (torch.cat([half[:, i], half[:, i + 1]], -1) for i in (0, 2))
     return torch.cat([top, bottom], -2)
 

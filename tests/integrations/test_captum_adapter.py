@@ -9,8 +9,10 @@ from typing import Any
 
 import captum.attr
 import captum.metrics
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -32,24 +34,43 @@ def test_gives_the_engines_maps() -> None:
         found = method.attribute(x, TARGET)
     assert isinstance(method, captum.attr.Attribution)
     assert torch.equal(found, engine.attribute(x, TARGET, "none", "sum").maps)
-    predicted = method.attribute(x)
-    assert torch.equal(predicted, engine.attribute(x, None, "none", "sum").maps)
     assert method.forward_func is model
     assert not method.has_convergence_delta()
-    with pytest.raises(NotImplementedError):
-        method.attribute_future()
+    for missing in (method.attribute_future, method.compute_convergence_delta):
+        with pytest.raises(NotImplementedError, match=r"AbsLRP has no attribute_future|no convergence delta"):
+            missing()
 
 
 def test_captums_ways_to_name_classes_and_inputs() -> None:
     method, x = AbsLRP(vgg()), images()
     expected = method.attribute(x, 4)
-    for target in (torch.tensor(4), torch.tensor([4]), [4, 4, 4], torch.tensor([4, 4, 4])):
+    for target in (
+        torch.tensor(4),
+        torch.tensor([4]),
+        [4, 4, 4],
+        torch.tensor([4, 4, 4]),
+        (4,),
+        [(4,)] * 3,
+        np.int64(4),
+    ):
         assert torch.equal(method.attribute(x, target=target), expected)
+    assert torch.equal(method.attribute(x, 4, (), internal_batch_size=2), expected)
     (inside,) = method.attribute((x,), 4)
     assert torch.equal(inside, expected)
     assert torch.equal(method.attribute(x, [1, 7, 4]), method.attribute(x, TARGET))
     assert not torch.equal(method.attribute(x, [1, 7, 4]), method.attribute(x, [4, 7, 1]))
     assert method.attribute(x.double(), 4).dtype == torch.float64
+
+
+def test_no_target_is_for_models_of_one_logit() -> None:
+    """Captum's wrappers pass noisy copies on: each of them could be predicted as another class."""
+    method, x = AbsLRP(vgg()), images()
+    for call in (method.attribute, captum.attr.NoiseTunnel(method).attribute):
+        with pytest.raises(InputError, match=r"target is None, and the model has 10 classes: .*argmax\(1\)"):
+            call(x)
+    model = nn.Sequential(*vgg()[:-1], nn.Linear(256, 1)).eval()
+    single = AbsLRP(model, contrast="none")
+    assert torch.equal(single.attribute(x), single.attribute(x, 0))
 
 
 def test_noise_tunnel() -> None:
@@ -88,12 +109,16 @@ def test_sensitivity() -> None:
     ("inputs", "arguments", "message"),
     [
         (images(), {"additional_forward_args": 3}, "additional_forward_args"),
+        (images(), {"additional_forward_args": images()}, "additional_forward_args"),
+        (images(), {"target": 1, "return_convergence_delta": True}, "has no convergence delta"),
+        (images(), {"target": (1, 2)}, r"one index, the class, .* got \(1, 2\)"),
+        (images(), {"target": True}, "got bool True"),
         ((images(), images()), {}, "one input, the images; got 2"),
         ([1], {}, r"inputs must be a Tensor \[N, C, H, W\], got list"),
         (images(), {"target": [1, 2]}, r"list of 3 classes, one per image; got \[1, 2\]"),
-        (images(), {"target": [1.0, 2.0, 3.0]}, "list of 3 classes"),
+        (images(), {"target": [1.0, 2.0, 3.0]}, "a list of these or an integer Tensor; got float 1.0"),
         (images(), {"target": torch.rand(3, 10)}, r"target must be integers \[3\], got \[3, 10\], torch.float32"),
-        (images(), {"target": "cat"}, "integer Tensor or None, got str"),
+        (images(), {"target": "cat"}, "integer Tensor; got str 'cat'"),
         (images(), {"target": 10}, "target must be between 0 and 9"),
     ],
 )

@@ -43,7 +43,9 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
 def test_gives_the_engines_maps() -> None:
     model = vgg()
     with Watch(model):
-        found = explain(model, X, Y, rule="abslrp-release", precision="float64", contrast="none", normalize="sum")
+        found = explain(
+            model, X, Y, rule="abslrp-release", precision="float64", contrast="none", normalize="sum", reduce_axes=()
+        )
     engine = Engine(model, "abslrp-release", "float64")
     expected = engine.attribute(torch.from_numpy(X), torch.from_numpy(Y), "none", "sum").maps.numpy()
     assert found.dtype == expected.dtype == np.float64
@@ -58,7 +60,84 @@ def test_arrays_tensors_and_predicted_classes() -> None:
     np.testing.assert_array_equal(explain(model, X.astype(np.float64), Y), expected)
     predicted = model(torch.from_numpy(X)).argmax(1)
     np.testing.assert_array_equal(explain(model, X, None), explain(model, X, predicted))
-    np.testing.assert_array_equal(explain(model, X, 4), explain(model, X, np.array([4, 4, 4])))
+    for four in (4, np.int64(4), torch.tensor(4)):
+        np.testing.assert_array_equal(explain(model, X, four), explain(model, X, np.array([4, 4, 4])))
+
+
+def test_channels_are_summed_as_by_quantus() -> None:
+    model = vgg()
+    whole = explain(model, X, Y, reduce_axes=())
+    assert whole.shape == X.shape
+    summed = explain(model, X, Y)
+    assert summed.shape == quantus.explain(model, X, Y, method="Saliency", device="cpu").shape
+    np.testing.assert_array_equal(summed, whole.sum(1, keepdims=True))
+    np.testing.assert_array_equal(explain(model, X, Y, reduce_axes=[-3], keepdims=False), whole.sum(1))
+    np.testing.assert_array_equal(explain(model, X, Y, abs=True, softmax=False, method="any"), np.abs(summed))
+    largest = np.abs(explain(model, X, Y, normalise=True)).max((1, 2, 3))
+    np.testing.assert_allclose(largest, 1, rtol=1e-6)
+    by_quantus = explain(model, X, Y, normalise=True, normalise_func=quantus.normalise_func.normalise_by_max)
+    np.testing.assert_array_equal(by_quantus, quantus.normalise_func.normalise_by_max(summed))
+
+
+class ChannelsLast(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = vgg()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.permute(0, 3, 1, 2))
+
+
+def test_channels_last() -> None:
+    model = ChannelsLast().eval()
+    found = explain(model, X.transpose(0, 2, 3, 1), Y, channel_first=False)
+    np.testing.assert_allclose(found, explain(model.inner, X, Y).transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-7)
+
+
+# What every metric of Quantus is given beside its defaults, so that it is quick on three images of 16 x 16 pixels.
+STEPS = {"features_in_step": 64}
+QUICK: dict[str, dict[str, Any]] = {
+    "FaithfulnessCorrelation": {"nr_runs": 4, "subset_size": 16},
+    "FaithfulnessEstimate": STEPS,
+    "PixelFlipping": STEPS,
+    "RegionPerturbation": {"patch_size": 4, "regions_evaluation": 3},
+    "MonotonicityCorrelation": {"nr_samples": 2, **STEPS},
+    "Selectivity": {"patch_size": 8},
+    "SensitivityN": STEPS,
+    "Infidelity": {"perturb_patch_sizes": [8], "n_perturb_samples": 2},
+    "Sufficiency": {},
+    "LocalLipschitzEstimate": {"nr_samples": 2},
+    "MaxSensitivity": {"nr_samples": 2},
+    "AvgSensitivity": {"nr_samples": 2},
+    "RelativeInputStability": {"nr_samples": 2},
+    "RelativeOutputStability": {"nr_samples": 2},
+    "PointingGame": {},
+    "AttributionLocalisation": {},
+    "TopKIntersection": {"k": 20},
+    "RelevanceRankAccuracy": {},
+    "RelevanceMassAccuracy": {},
+    "AUC": {},
+    "Sparseness": {},
+    "Complexity": {},
+    "EffectiveComplexity": {},
+    "MPRT": {},
+    "EfficientMPRT": {},
+    "RandomLogit": {"num_classes": 10},
+    "InputInvariance": {},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_evaluate() -> None:
+    """By ``quantus.evaluate``, which hands every function its name and prints the errors it swallows."""
+    objects = np.zeros((3, 1, 16, 16), bool)
+    objects[:, :, 3:9, 4:12] = True
+    metrics = {name: getattr(quantus, name)(disable_warnings=True, **own) for name, own in QUICK.items()}
+    methods = {"absLRP": explain}
+    call = {"once": {"device": "cpu", "channel_first": True}}
+    found = quantus.evaluate(metrics, methods, vgg(), X, Y, objects, explain_func_kwargs={}, call_kwargs=call)
+    assert list(found["absLRP"]) == list(QUICK)
+    assert all(len(scores) for scores in found["absLRP"].values())
 
 
 def test_max_sensitivity() -> None:
@@ -68,7 +147,8 @@ def test_max_sensitivity() -> None:
 
     def ours(model: torch.nn.Module, inputs: np.ndarray, targets: np.ndarray, **options: Any) -> np.ndarray:
         kept.append(np.array(inputs))
-        return engine.attribute(torch.from_numpy(inputs).float(), torch.from_numpy(targets), "none").maps.numpy()
+        maps = engine.attribute(torch.from_numpy(inputs).float(), torch.from_numpy(targets), "none").maps
+        return maps.numpy().sum(1, keepdims=True)
 
     def scores(function: Any, **options: Any) -> list[float]:
         np.random.seed(0)  # noqa: NPY002  # what Quantus draws from
@@ -106,7 +186,7 @@ def test_weights_that_change_are_noticed(captures: list[Engine]) -> None:
     assert not np.allclose(after, before)
     model[4] = torch.nn.Linear(256, 10).eval()
     expected = Engine(model).attribute(torch.from_numpy(X), torch.from_numpy(Y)).maps.numpy()
-    np.testing.assert_array_equal(explain(model, X, Y), expected)
+    np.testing.assert_array_equal(explain(model, X, Y, reduce_axes=()), expected)
     assert len(captures) == 1
 
 
@@ -140,6 +220,9 @@ def test_training_mode_is_noticed() -> None:
         (X, Y, {"device": "gpu"}, "device must be the name of a torch device, got 'gpu'"),
         (X, Y, {"device": "cuda"}, r"the model is on cpu, not on cuda: move it there first, model.to\('cuda'\)"),
         (X, Y, {"batch_size": 0}, "batch_size must be a positive integer"),
+        (X, Y, {"softmax": True}, "absLRP explains logits, not probabilities"),
+        (X, Y, {"reduce_axes": (0,)}, r"reduce_axes must be axes of an image's map, 1 to 3; got \(0,\)"),
+        (X, True, {}, r"targets must be 3 integers, one per image; got \[\], torch.bool"),
     ],
 )
 def test_refused(inputs: Any, targets: Any, options: dict[str, Any], message: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ramp_fast import Engine, InputError
+from ramp_fast.evaluation import evaluate
 from ramp_fast.methods import input_x_gradient
 from ramp_fast.metrics import GAE, MethodError, make_metric
 
@@ -57,6 +58,80 @@ def test_labels_weigh_the_tiles_of_the_published_protocol() -> None:
     for wrong in (-1, 10):
         with pytest.raises(InputError, match="target must be 0 to 9"):
             GAE(model).update(images, torch.tensor([0, 1, 2, wrong]), input_x_gradient)
+
+
+def published_contrastiveness(model: nn.Module, images: Tensor, labels: Tensor, positive: int) -> list[float]:
+    """C of a batch as the published code makes mosaics of it: a plain loop."""
+    count = images.shape[0] // 4
+    with torch.no_grad():
+        logits = model(images)
+    small, found = images[..., ::2, ::2], []
+    for m in range(count):
+        tiles = [m, m + count, m + 2 * count, m + 3 * count]
+        weights = []
+        for tile in tiles:  # by the probabilities of the positive image of the four that the tile is listed with
+            own = tile // 4 * 4 + positive
+            q = logits[own].softmax(0)
+            weights.append((2 * q[labels[tile]] / q[labels[own]] - 1).expand_as(small[0]))
+        mosaic, weight = (
+            torch.cat([torch.cat([t[0], t[1]], -1), torch.cat([t[2], t[3]], -1)], -2)
+            for t in (small[tiles], torch.stack(weights))
+        )
+        height, width = images.shape[-2:]
+        weight[:, height // 2 - 1 : height // 2 + 1, width // 2 - 1 : width // 2 + 1] = 1
+        shown = input_x_gradient(model, mosaic[None], logits[4 * m + positive].argmax()[None]).relu()
+        found.append(float((weight * shown[0]).sum() / shown.sum()))
+    return [max(c, 0.0) for c in found]
+
+
+def test_mosaics_of_the_published_protocol_are_of_its_batch() -> None:
+    model, images, _ = recipe.build("vit", batch=16, seed=6)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    values = {}
+    for batch in (4, 8, 16):
+        metric = GAE(model, "published")
+        for part, own in zip(images.split(batch), labels.split(batch), strict=True):
+            found = metric.update(part, own, input_x_gradient, positive=2)["contrastiveness"]
+            np.testing.assert_allclose(found, published_contrastiveness(model, part, own, 2), rtol=1e-6, atol=1e-12)
+        values[batch] = metric.compute().values["contrastiveness"]
+    assert not torch.allclose(values[4], values[8])
+    assert not torch.allclose(values[8], values[16])
+    eights = GAE(model, "published", batch=8)  # whatever is given at a time
+    found = eights.update(images, labels, input_x_gradient, positive=2)["contrastiveness"]
+    torch.testing.assert_close(found, values[8], rtol=1e-9, atol=1e-12)
+    assert eights.settings() != GAE(model, "published").settings()
+    spec = "gae:protocol=published,batch=8,steps=2"
+    runs = [evaluate(model, images[:12], [spec], ["ixg"], batch_size=size) for size in (3, 12)]
+    for run in runs:
+        assert run.left_out == {spec: 4}
+        gae = run.results["ixg"][spec].values["gae"]
+        torch.testing.assert_close(gae, runs[0].results["ixg"][spec].values["gae"], rtol=1e-9, atol=1e-12)
+    with pytest.raises(InputError, match="groups of 8, got 4"):
+        eights.update(images[:4], labels[:4], input_x_gradient)
+    for settings in ({"protocol": "published", "batch": 6}, {"batch": 8}):
+        with pytest.raises(InputError, match="batch is a multiple of 4, and for protocol"):
+            GAE(model, **settings)  # type: ignore[arg-type]
+
+
+class FewPixels(nn.Module):
+    """Only the first row counts, and MoRF masks all of it at once: both chains rank alike from then on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(10, 3 * 16, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, 0].flatten(1) @ self.weight.t()
+
+
+def test_scores_that_are_equal_but_for_rounding_have_no_sign() -> None:
+    model = FewPixels().eval()
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    for dtype in (torch.float32, torch.float64):
+        found = GAE(model.to(dtype)).update(images.to(dtype), None, input_x_gradient, positive=1)
+        assert found["faithfulness"].tolist() == [0.0]
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +369,7 @@ def test_what_does_not_fit(setting: tuple[nn.Module, Tensor]) -> None:
         (lambda: GAE(model, "other"), "protocol"),
         (lambda: GAE(model, steps=1), "steps"),
         (lambda: GAE(model, batch_size=0), "batch_size"),
-        (lambda: make_metric("gae", model, depth=3), "no setting 'depth'; it has batch_size, protocol, seed, steps"),
+        (lambda: make_metric("gae", model, depth=3), "no setting 'depth'; it has batch, batch_size, protocol, seed, steps"),
         (lambda: make_metric("gea", model), r"no metric 'gea' \(did you mean 'gae'\?\); there are"),
         (lambda: GAE(training).update(images[:4], None, noise), "training mode"),
     ):

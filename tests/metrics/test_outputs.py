@@ -1,0 +1,154 @@
+"""What metrics watch where a model has one logit, or returns probabilities."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from small import classifier, normal
+from torch import Tensor, nn
+
+from ramp_fast import Engine, InputError
+from ramp_fast.evaluation import evaluate
+from ramp_fast.methods import input_x_gradient
+from ramp_fast.metrics import GAE, METRICS, ROAD, Deletion, Infidelity, Sufficiency
+
+IMAGES = normal(8, 3, 8, 8, seed=1)
+
+
+def single() -> nn.Sequential:
+    """One logit; of half of the images it is negative."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(256, 1)).double().eval()
+    with torch.no_grad():
+        model[3].bias.copy_(-model(IMAGES).median())
+    return model
+
+
+def with_zero(model: nn.Module) -> nn.Module:
+    """The same classifier as two logits, of which the first is always 0: its softmax is the sigmoid."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            logit = self.inner(x)
+            return torch.cat([torch.zeros_like(logit), logit], 1)
+
+    return Two().eval()
+
+
+@pytest.mark.parametrize(
+    "name", ["deletion", "insertion", "abpc", "aopc", "irof", "monotonicity", "sensitivity_n", "infidelity"]
+)
+def test_one_logit_counts_by_its_sigmoid(name: str) -> None:
+    settings = {"irof": {"granularity": "patch:4"}, "aopc": {"regions": 3}, "infidelity": {"samples": 5, "sizes": (4,)}}
+    given = settings.get(name, {"samples": 5} if name == "sensitivity_n" else {"steps": 4})
+    model = single()
+    one = METRICS[name](model, **given).update(IMAGES, 0, input_x_gradient)[name]
+    maps = input_x_gradient(model, IMAGES, torch.zeros(8, dtype=torch.long))
+    two = METRICS[name](with_zero(model), **given).update(IMAGES, 1, None, maps=maps)[name]
+    torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12, equal_nan=True)
+    if name != "monotonicity":
+        assert one.unique().numel() > 1
+
+
+def test_one_logit_decides_by_its_sign() -> None:
+    model, percentages = single(), (0, 50, 100)
+    found = ROAD(model, percentages=percentages).update(IMAGES, 0, input_x_gradient)["curve"]
+    assert (found[:, 0] == 1).all()
+    assert found.unique().numel() == 2
+    two = with_zero(model)
+    maps = input_x_gradient(model, IMAGES, torch.zeros(8, dtype=torch.long))
+    expected = ROAD(two, percentages=percentages).update(IMAGES, None, None, maps=maps)["curve"]
+    assert torch.equal(found, expected)
+    assert Sufficiency(model, threshold=1.0).update(IMAGES, 0, input_x_gradient)["sufficiency"].unique().numel() == 2
+
+
+def test_an_engine_of_one_logit_has_no_contrast() -> None:
+    engine = Engine(single().float(), precision="float32")
+    images = IMAGES.float()
+    found = engine.evaluate((images, torch.zeros(8, dtype=torch.long)), ["deletion:steps=4"], strict=True)
+    maps = engine.attribute(images, 0, "none").maps
+    expected = Deletion(engine, steps=4).update(images, 0, None, maps=maps)["deletion"]
+    assert torch.equal(found.results["abslrp"]["deletion:steps=4"].values["deletion"], expected.double())
+
+
+def test_evaluate_can_be_told_the_contrast() -> None:
+    engine = Engine(classifier().float(), precision="float32")
+    images = IMAGES.float()
+    target = torch.arange(8) % 5
+    found = engine.evaluate((images, target), {"deletion": "deletion:steps=4"}, contrast="none", strict=True)
+    maps = engine.attribute(images, target, "none").maps
+    expected = Deletion(engine, steps=4).update(images, target, None, maps=maps)["deletion"]
+    assert torch.equal(found.results["abslrp"]["deletion"].values["deletion"], expected.double())
+    with pytest.raises(InputError, match="contrast must be one of 'others', 'none', or None; got 'all'"):
+        engine.evaluate(images, ["deletion"], contrast="all")
+
+
+def test_refused_for_one_logit() -> None:
+    with pytest.raises(InputError, match="gae: the model has a single class"):
+        GAE(single()).update(IMAGES, None, input_x_gradient)
+    with pytest.raises(InputError, match="target must be 0 to 0"):
+        Deletion(single(), steps=2).update(IMAGES, 1, input_x_gradient)
+
+
+class Functional(nn.Module):
+    """A sigmoid that is no module, and a reshape behind it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.inner(x)).flatten(1)
+
+
+ENDS = {
+    "softmax": lambda: nn.Sequential(classifier(), nn.Softmax(1)),
+    "sigmoid": lambda: nn.Sequential(classifier(), nn.Sigmoid()),
+    "sigmoid of one": lambda: Functional(single()),
+    "softmax of one": lambda: nn.Sequential(single(), nn.Softmax(1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "end"), [(k, e) for k in ("deletion", "road", "gae") for e in ENDS if k != "gae" or "one" not in e]
+)
+def test_probabilities_are_noticed(kind: str, end: str) -> None:
+    model = ENDS[end]().eval()
+    metric = METRICS[kind](model)
+    message = f"{kind}: .* returns probabilities, its last operation is a {end.split()[0]}: .* without its"
+    if kind == "road" and "one" not in end:  # the largest probability is the largest logit
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            metric.update(IMAGES, None, input_x_gradient)
+        return
+    with pytest.warns(RuntimeWarning, match=message):
+        metric.update(IMAGES, None, input_x_gradient)
+
+
+def test_evaluate_notices_once() -> None:
+    model = nn.Sequential(classifier(), nn.Softmax(1)).eval()
+    metrics, methods = ["deletion:steps=2", "insertion:steps=2", "gae:steps=2"], ["ixg", "random"]
+    with pytest.warns(RuntimeWarning) as said:
+        evaluate(model, IMAGES, metrics, methods, batch_size=4)
+    assert len([w for w in said if "returns probabilities" in str(w.message)]) == 1
+
+
+def test_logits_are_not_taken_for_probabilities() -> None:
+    """Neither small positive ones, nor logarithms of probabilities, whose softmax they are of."""
+    bounded = copy.deepcopy(classifier())
+    with torch.no_grad():
+        bounded[3].weight.mul_(1e-3)
+        bounded[3].bias.fill_(0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model in (bounded, nn.Sequential(classifier(), nn.LogSoftmax(1)).eval(), single()):
+            Deletion(model, steps=2).update(IMAGES, 0, input_x_gradient)
+        ends = nn.Sequential(classifier(), nn.Softmax(1)).eval()
+        Infidelity(ends, samples=2, sizes=(4,)).update(IMAGES, 0, input_x_gradient)
