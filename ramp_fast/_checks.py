@@ -22,6 +22,12 @@ def positive(name: str, setting: str, value: Any, least: int = 1) -> None:
         raise InputError(f"{name}: {setting} must be {what}, got {value!r}")
 
 
+def flag(name: str, setting: str, value: Any) -> None:
+    """Refuse a setting of ``name`` that is neither True nor False; any other text or number would count as one."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}: {setting} must be True or False, got {value!r}")
+
+
 def finite_samples(values: Tensor) -> Tensor:
     """Which of ``values`` ``[N, ...]`` are finite throughout, bool ``[N]``.
 
