@@ -264,9 +264,10 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     Parameters
     ----------
     path : str or pathlib.Path
-        ``*.safetensors``, or a file written by ``torch.save``, told by content where it has another name. The wrappers of common training scripts
-        (``state_dict``, ``model``, ``model_state_dict``) are removed, and so is what DataParallel, torch.compile, FSDP and
-        activation checkpointing put into names (``module.``, ``_orig_mod.`` and the like), in any order.
+        ``*.safetensors``, or a file written by ``torch.save``, told by content where it has another name. The wrappers
+        of common training scripts (``state_dict``, ``model``, ``model_state_dict``) are removed, and so is what
+        DataParallel, torch.compile, FSDP and activation checkpointing put into names (``module.``, ``_orig_mod.`` and
+        the like), in any order.
 
     Returns
     -------
@@ -356,7 +357,7 @@ def _check_archive(file: Path) -> None:
         raise ModelError(f"{file}: a damaged archive ({reason(error)})") from error
     if damaged is not None:
         raise ModelError(
-            f"{file}: the checksum of {damaged} in it is wrong: the file is damaged (or was saved without checksums, by "
+            f"{file}: the checksum of {damaged} in it is wrong: the file is damaged (or was saved without, by "
             "torch.serialization.set_crc32_options(False): save it once more with them)"
         )
 

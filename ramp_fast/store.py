@@ -23,6 +23,7 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ramp_fast._checks import flag
 from ramp_fast._files import open_regular, reason
 from ramp_fast.errors import RampFastError
 from ramp_fast.marks import NPZ_EXTRA, NPZ_TAIL, PNG_CHUNK, SOFTWARE, is_replaceable
@@ -279,6 +280,7 @@ class Store:
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, object], overlays: bool = True) -> None:
+        flag("Store", "overlays", overlays)
         self.folder = Path(folder)
         self.overlays = overlays
         # Through JSON once, so that tuples and lists compare as they will when read back.

@@ -602,13 +602,12 @@ class _VocRegion:
             return None
         try:
             with open_regular(path) as file, opened(file) as picture:
-                if picture.mode not in ("P", "L"):
-                    raise ImageError(f"{folder}/{self.stem}.png has no numbers of objects (mode {picture.mode})")
+                mode = picture.mode
                 numbers: npt.NDArray[Any] = np.asarray(picture)
-        except ImageError as error:
-            raise ImageError(f"{folder}/{self.stem}.png: {error}") from error
         except Exception as error:  # as of photographs
             raise ImageError(f"{folder}/{self.stem}.png is broken: {reason(error)}") from error
+        if mode not in ("P", "L"):
+            raise ImageError(f"{folder}/{self.stem}.png has no numbers of objects (mode {mode})")
         if numbers.shape != size:
             raise ImageError(
                 f"{folder}/{self.stem}.png has {numbers.shape[1]} x {numbers.shape[0]} pixels, the image {size[1]} x "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from collections.abc import Iterator
@@ -24,17 +25,18 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM
 MAX_ASPECT = 50
 """Longest side over shortest: beyond it, scaling the short side to the model's input explodes the long one."""
 
-MAX_DECODED_BYTES = 384_000_000
-"""What decoding an image may take: 48 million pixels in the simple formats."""
+MAX_DECODED_BYTES = 368_000_000
+"""What decoding an image may take: 46 million pixels in the simple formats."""
 
 MAX_METADATA_BYTES = 16 * 2**20
 """Profiles, comments and the like in front of the pixels; Pillow holds several copies."""
 
 # Bytes per pixel that decoding and converting take at their peak, measured. Pillow stores RGB in four bytes, and
 # rotating or converting needs a second picture.
-_PEAK_BYTES = {"TIFF": 16, "WEBP": 20, "AVIF": 20, "JPEG2000": 24}
-_PEAK_BYTES_PROGRESSIVE = 14  # the coefficients of the whole image
+_PEAK_BYTES = {"WEBP": 17, "AVIF": 18, "JPEG2000": 24}
+_PEAK_BYTES_PROGRESSIVE = 12  # the coefficients of the whole image
 _PEAK_BYTES_OTHERS = 8
+_PEAK_BYTES_STRIP = 8  # of a TIFF's strip, which may be the whole image
 
 # Pillow joins a GIF's comments block by block, in quadratic time.
 _MAX_GIF_METADATA_BYTES = 2**20
@@ -42,6 +44,9 @@ _MAX_GIF_METADATA_BYTES = 2**20
 # Decoders of these hold the whole file.
 _MAX_HELD_FILE_BYTES = 96 * 2**20
 _HELD_WHOLE = (b"RIFF", b"ftyp")
+
+# TIFF's tags
+_STRIP_ROWS, _TILE_ROWS = 278, 323
 
 _STRIP_PIXELS = 2**20
 
@@ -94,7 +99,7 @@ def read_image(path: str | Path) -> Image.Image:
     except FileNotFoundError as error:
         raise ImageError("no such file") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"not an image, or not in a format that is opened: {', '.join(FORMATS)}") from error
+        raise ImageError(_unidentified(path)) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"too large: {reason(error)}; scale it down first") from error
     except OSError as error:
@@ -119,14 +124,16 @@ def opened(file: BinaryIO) -> Image.Image:
     """
     head = file.read(16)
     file.seek(0)
-    metered = _Metered(file, _metadata_limit(head, os.fstat(file.fileno()).st_size))
+    size = os.fstat(file.fileno()).st_size
+    is_held = head.startswith(_HELD_WHOLE) or head[4:8] in _HELD_WHOLE
+    metered = _Metered(file, _metadata_limit(head, is_held))
     if not Image.OPEN.keys() >= set(FORMATS):
         Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]
-    image = Image.open(metered, formats=known)  # type: ignore[arg-type]  # it needs read, seek, tell and fileno
+    image = Image.open(metered, formats=known)  # it needs read, seek, tell and fileno
     metered.left = None
     _check_shape(image.size)
-    _check_memory(image)
+    _check_memory(image, size if is_held else 0)
     if image.format == "PNG":
         at = file.tell()
         _check_png(file)
@@ -154,8 +161,21 @@ class _Metered:
         return getattr(self.file, name)
 
 
-def _metadata_limit(head: bytes, size: int) -> int:
-    if head.startswith(_HELD_WHOLE) or head[4:8] in _HELD_WHOLE:
+def _unidentified(path: str | Path) -> str:
+    with open_regular(path) as file:
+        head = file.read(16)
+    # Looking at first bytes is all that an `accept` does; the decoders behind stay untouched.
+    others = (
+        name for name, (_, accept) in Image.OPEN.items() if name not in FORMATS and accept and accept(head) is True
+    )
+    found = next(others, None)
+    if found is None:
+        return "not an image, or in a format that Pillow cannot read here"
+    return f"in a format that is not opened ({found}); convert it to one of {', '.join(FORMATS)}"
+
+
+def _metadata_limit(head: bytes, held: bool) -> int:
+    if held:
         return _MAX_HELD_FILE_BYTES
     return _MAX_GIF_METADATA_BYTES if head.startswith(b"GIF8") else MAX_METADATA_BYTES
 
@@ -168,12 +188,21 @@ def _check_shape(size: tuple[int, int]) -> None:
         raise ImageError(f"too elongated ({width} x {height}, more than {MAX_ASPECT} to 1); crop it first")
 
 
-def _check_memory(image: Image.Image) -> None:
-    width, height = image.size
-    per_pixel = _PEAK_BYTES.get(image.format or "", _PEAK_BYTES_OTHERS)
+def _peak_bytes(image: Image.Image) -> int:
+    """Bytes per pixel."""
     if "progressive" in image.info or "progression" in image.info:
-        per_pixel = max(per_pixel, _PEAK_BYTES_PROGRESSIVE)
-    most = MAX_DECODED_BYTES // per_pixel
+        return _PEAK_BYTES_PROGRESSIVE
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]  # of the class for this format
+        rows = next((n for n in (tags.get(_TILE_ROWS), tags.get(_STRIP_ROWS)) if isinstance(n, int)), image.height)
+        return _PEAK_BYTES_OTHERS + math.ceil(_PEAK_BYTES_STRIP * min(1, rows / image.height))
+    return _PEAK_BYTES.get(image.format or "", _PEAK_BYTES_OTHERS)
+
+
+def _check_memory(image: Image.Image, held: int) -> None:
+    """Refuse an image whose decoding would take too much, ``held`` bytes of its file among it."""
+    width, height = image.size
+    most = (MAX_DECODED_BYTES - held) // _peak_bytes(image)
     if width * height > most:
         raise ImageError(
             f"too large: {width} x {height} pixels; {most / 1e6:.0f} million can be decoded in this format "
