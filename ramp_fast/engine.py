@@ -544,7 +544,8 @@ def _check_images(images: Any, check: bool | None) -> None:
         raise InputError(f"images must be [B, C, H, W], got shape {list(images.shape)}")
     if images.dtype not in IMAGE_DTYPES:
         raise InputError(
-            f"images must be floating point of 16 bits or more and preprocessed as the model wants them, got {images.dtype}"
+            "images must be floating point (16 bits or more) and preprocessed as the model wants them, got "
+            f"{images.dtype}"
         )
     if _looks_at(images, check) and not bool(finite_samples(images).all()):
         raise InputError("images have values that are not finite")

@@ -33,7 +33,7 @@ MAX_METADATA_BYTES = 16 * 2**20
 
 # Bytes per pixel that decoding and converting take at their peak, measured. Pillow stores RGB in four bytes, and
 # rotating or converting needs a second picture.
-_PEAK_BYTES = {"WEBP": 17, "AVIF": 18, "JPEG2000": 24}
+_PEAK_BYTES = {"WEBP": 17, "AVIF": 18, "JPEG2000": 28}
 _PEAK_BYTES_PROGRESSIVE = 12  # the coefficients of the whole image
 _PEAK_BYTES_OTHERS = 8
 _PEAK_BYTES_STRIP = 8  # of a TIFF's strip, which may be the whole image

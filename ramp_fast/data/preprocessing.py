@@ -31,8 +31,7 @@ class Preprocessing:
     Raises
     ------
     InputError
-        The model does not take 3 channels, or a mean, a standard deviation or the crop is not a share in [0, 1], 0 being
-        none for the last two.
+        The model does not take 3 channels, a mean is not in [0, 1], or a standard deviation or the crop not in (0, 1].
 
     Examples
     --------
