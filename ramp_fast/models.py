@@ -38,6 +38,9 @@ DATA_PARALLEL = "module."
 WRAPPER_MODULES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """What torch.compile, FSDP and activation checkpointing put into names, at any level."""
 
+# An archive, and a pickle since Python 2.3: older ones are never plain state dicts.
+_TORCH_STARTS = (b"PK", b"\x80")
+
 NOT_BY_ARGUMENT = {
     "pretrained": "weights are pretrained without --checkpoint, and the file's with it",
     "checkpoint_path": "give the file by --checkpoint, which cannot run code",
@@ -289,7 +292,12 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{file}: not a file but {error}".removesuffix(", not a file")) from error
     except OSError as error:
         raise ModelError(f"{file}: cannot be read ({reason(error)})") from error
-    content = _unwrapped(_read_safetensors(file) if _is_safetensors(file, head) else _read_torch(file))
+    if _is_safetensors(file, head):
+        content = _unwrapped(_read_safetensors(file))
+    elif head.startswith(_TORCH_STARTS):
+        content = _unwrapped(_read_torch(file))
+    else:
+        raise ModelError(f"{file}: not a checkpoint: neither safetensors nor what torch.save writes")
     if not isinstance(content, Mapping) or not content:
         raise ModelError(f"{file}: holds {type(content).__name__}, not a state dict")
     stray = [str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
@@ -373,7 +381,7 @@ def _fit(model: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str)
         if key in state and state[key].shape != own[key].shape
     ]
     of_another_kind = [
-        f"{key} {state[key].dtype} instead of {own[key].dtype}"
+        f"{key} {_kind(state[key])} instead of {own[key].dtype}"
         for key in own
         if key in state and not _fits_kind(state[key], own[key])
     ]
@@ -391,6 +399,13 @@ def _fit(model: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str)
         hint = _hint(model, state)
         raise ModelError(f"wrong checkpoint: {source} does not fit the model: {'; '.join(problems)}{hint}")
     model.load_state_dict(state, strict=False)
+
+
+def _kind(tensor: Tensor) -> str:
+    """The dtype, and what else sets a tensor apart from one that holds its values."""
+    if tensor.is_meta:
+        return f"{tensor.dtype} without values (meta device)"
+    return str(tensor.dtype) if tensor.layout == torch.strided else f"{tensor.dtype} as {tensor.layout}"
 
 
 def _fits_kind(given: Tensor, own: Tensor) -> bool:

@@ -152,7 +152,8 @@ def check_free(path: str | Path) -> None:
             return
         why = "was not written by ramp-fast"
     except OSError as error:
-        why = f"cannot be told from a file of yours ({reason(error)})"
+        dangling = isinstance(error, FileNotFoundError)
+        why = "is a link to nothing" if dangling else f"cannot be told from a file of yours ({reason(error)})"
     raise StoreError(f"{path} {why}, so it is kept: move it away, or choose another --out")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from collections.abc import Callable, Iterator
@@ -78,8 +79,7 @@ def test_images(tmp_path: Path, name: str) -> None:
             warnings.simplefilter("ignore")  # Pillow's, of odd metadata
             try:
                 image = read_image(file)
-            except ImageError as error:
-                assert "\n" not in str(error)
+            except ImageError:
                 continue
         assert image.mode == "RGB"
         if name == "PNG":  # every chunk has a checksum
@@ -179,8 +179,7 @@ def test_checkpoints(tmp_path: Path, name: str) -> None:
         file.write_bytes(changed)
         try:
             found = read_checkpoint(file)
-        except ModelError as error:
-            assert "\n" not in str(error)
+        except ModelError:
             continue
         assert all(isinstance(tensor, torch.Tensor) for tensor in found.values())
         if name == "archive.pth":  # every file in it has a checksum, which torch.load does not look at
@@ -200,7 +199,13 @@ def test_class_names(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     for changed in damaged("\ufeffkočka\r\npes\r\n\r\n".encode()):
         file.write_bytes(changed)
-        try:
+        with contextlib.suppress(InputError):
             assert len(ClassNames.from_file(file, 2).all()) == 2
-        except InputError as error:
-            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_very_short_files_are_no_images(tmp_path: Path, size: int) -> None:
+    for name in IMAGES:
+        (tmp_path / "x").write_bytes(encoded(name, **IMAGES[name])[:size])
+        with pytest.raises(ImageError):
+            read_image(tmp_path / "x")

@@ -307,10 +307,12 @@ class _Job:
         for entry in items:
             if isinstance(entry, Problem):
                 self.report.failure(entry.path, entry.message)
+            elif not self._may_write(entry):
+                continue
             elif self._is_done(entry):
                 self.report.skip()
                 self._to_sheet(entry)
-            elif self._may_write(entry):
+            else:
                 yield entry
 
     def _is_done(self, item: ImageItem) -> bool:
@@ -373,6 +375,7 @@ class _Job:
         try:
             image = fingerprint(item.path)  # before: if the file changes meanwhile, the result is that of the old one
         except OSError as error:
+            read_image(item.path)  # which says why it cannot be read
             raise ImageError(file_reason(error)) from error
         return _Read(item, self.loaded.preprocessing(read_image(item.path)), image)
 

@@ -83,7 +83,7 @@ def find_images(paths: Sequence[str | Path], out: str | Path | None = None) -> I
     keys = _argument_keys(unique)
     for path in unique:
         if not shown[path]:
-            yield Problem("", "an empty name; '.' is the current folder")
+            yield Problem("''", "an empty name; '.' is the current folder")
         elif os.path.isdir(path):
             if out is not None and os.path.realpath(os.path.join(out, keys[path])) == os.path.realpath(path):
                 yield Problem(shown[path], "the results would go into this folder itself; choose another --out")

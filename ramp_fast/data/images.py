@@ -46,7 +46,17 @@ _MAX_HELD_FILE_BYTES = 96 * 2**20
 _HELD_WHOLE = (b"RIFF", b"ftyp")
 
 # TIFF's tags
-_STRIP_ROWS, _TILE_ROWS = 278, 323
+_COMPRESSION, _STRIP_ROWS, _TILE_ROWS = 259, 278, 323
+
+# What is likely to be met, by its first 16 bytes.
+_NOT_OPENED = {
+    b"%!PS": "PostScript",
+    b"\xc5\xd0\xd3\xc6": "PostScript",
+    b"%PDF": "a PDF",
+    b"8BPS": "a Photoshop file",
+    b"ftyphei": "a HEIC image",
+    b"ftypmif1": "a HEIF image",
+}
 
 _STRIP_PIXELS = 2**20
 
@@ -164,14 +174,10 @@ class _Metered:
 def _unidentified(path: str | Path) -> str:
     with open_regular(path) as file:
         head = file.read(16)
-    # Looking at first bytes is all that an `accept` does; the decoders behind stay untouched.
-    others = (
-        name for name, (_, accept) in Image.OPEN.items() if name not in FORMATS and accept and accept(head) is True
-    )
-    found = next(others, None)
+    found = next((name for start, name in _NOT_OPENED.items() if start in head), None)
     if found is None:
         return "not an image, or in a format that Pillow cannot read here"
-    return f"in a format that is not opened ({found}); convert it to one of {', '.join(FORMATS)}"
+    return f"{found}, which is not opened; convert it to one of {', '.join(FORMATS)}"
 
 
 def _metadata_limit(head: bytes, held: bool) -> int:
@@ -194,6 +200,8 @@ def _peak_bytes(image: Image.Image) -> int:
         return _PEAK_BYTES_PROGRESSIVE
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]  # of the class for this format
+        if tags.get(_COMPRESSION) == 1:  # none: read row by row
+            return _PEAK_BYTES_OTHERS + 2
         rows = next((n for n in (tags.get(_TILE_ROWS), tags.get(_STRIP_ROWS)) if isinstance(n, int)), image.height)
         return _PEAK_BYTES_OTHERS + math.ceil(_PEAK_BYTES_STRIP * min(1, rows / image.height))
     return _PEAK_BYTES.get(image.format or "", _PEAK_BYTES_OTHERS)
