@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 from pathlib import Path
 from typing import BinaryIO
 
@@ -88,4 +89,8 @@ def printable(text: str) -> str:
     """The text as one line that can be shown: control characters and broken names as escapes."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if _can_be_shown(c) else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _can_be_shown(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs"  # other spaces, in Japanese names

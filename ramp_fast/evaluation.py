@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ramp_fast._checks import flag, is_whole, positive
-from ramp_fast._files import read_text, reason
+from ramp_fast._files import printable, read_text, reason
 from ramp_fast.data import Batch
 from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
@@ -217,8 +217,8 @@ class Evaluation:
     def to_csv(self, path: str | Path, *, per_image: bool = False) -> None:
         """Write the table, or the values of all images, as CSV.
 
-        Text that a spreadsheet would take for a formula gets an apostrophe in front; names that are not Unicode are
-        written with escapes.
+        Text that a spreadsheet would take for a formula gets an apostrophe in front; control characters and names that
+        are not Unicode are written as escapes.
         """
         rows = self.value_rows() if per_image else self.rows()
         if not rows:
@@ -228,7 +228,7 @@ class Evaluation:
             writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
             writer.writerows({key: _inert(value) for key, value in row.items()} for row in rows)
-            file.write("".join(lines).encode("utf-8", "backslashreplace"))
+            file.write("".join(lines).encode())
 
     def plot(self, kind: str = "bars", metrics: Sequence[str] | None = None) -> Figure:
         """A figure of one panel per metric.
@@ -262,13 +262,16 @@ class Evaluation:
 _PLAIN_FIELDS = ("metrics", "failures", "names", "images", "left_out", "seconds")
 
 
-_FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+_FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 """What spreadsheets take for the start of a formula, full-width forms included."""
 
 
 def _inert(value: Any) -> Any:
-    """Text as a cell that no spreadsheet computes; numbers as they are."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    """Text as a cell in one line that no spreadsheet computes; numbers as they are."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 class _Lines(list[str]):
