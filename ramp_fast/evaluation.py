@@ -349,6 +349,7 @@ class Evaluator:
         if self.model.training:
             raise InputError("the model is in training mode: call model.eval()")
         flag("Evaluator", "strict", strict)
+        positive("Evaluator", "first_image", first_image, least=0)
         self.explain, self.strict = explain, strict
         self._templates = {
             label: _metric(spec, model, seed, batch_size) for label, spec in labelled(metrics, "metric").items()

@@ -124,6 +124,8 @@ def _runs(process: int) -> bool:
     """Whether another process of that number is running."""
     if process == os.getpid():
         return False
+    if os.name == "nt":  # where the question below would be an order
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -150,7 +152,7 @@ def check_free(path: str | Path) -> None:
     try:
         if is_replaceable(path):
             return
-        why = "was not written by ramp-fast"
+        why = "has no mark of ramp-fast"
     except OSError as error:
         dangling = isinstance(error, FileNotFoundError)
         why = "is a link to nothing" if dangling else f"cannot be told from a file of yours ({reason(error)})"

@@ -306,10 +306,10 @@ class TestRerun:
         Image.new("RGB", (9, 9)).save(out / "contact_sheet.png")
         before = (out / "contact_sheet.png").read_bytes()
         assert run(photos) == 2
-        assert "contact_sheet.png was not written by ramp-fast" in one_line(capsys.readouterr().err)
+        assert "contact_sheet.png has no mark of ramp-fast" in one_line(capsys.readouterr().err)
         assert stub.calls == []
         assert run(photos, "--sheet", 0, "--batch-size", 1) == 2
-        assert "a.npz was not written by ramp-fast" in one_line(capsys.readouterr().err)
+        assert "a.npz has no mark of ramp-fast" in one_line(capsys.readouterr().err)
         assert len(stub.calls) == 2
         assert (out / "a.npz").read_bytes() == b"my own notes"
         assert (out / "contact_sheet.png").read_bytes() == before

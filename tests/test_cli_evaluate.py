@@ -208,7 +208,7 @@ def test_files_of_others_are_kept(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_bytes(b"mine")
     assert run(*([] if has_matplotlib() or name != "bars.png" else ["--no-plots"])) == 2
-    assert f"{name} was not written by ramp-fast" in capsys.readouterr().err
+    assert f"{name} has no mark of ramp-fast" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").iterdir()] == [name]
     assert (tmp_path / "out" / name).read_bytes() == b"mine"
 

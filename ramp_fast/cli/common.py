@@ -172,8 +172,9 @@ def say_line(text: str, stream: TextIO | None, bar: Any = None) -> None:
 def silence(stream: TextIO) -> None:
     """Drop what is printed to a stream from now on; otherwise the interpreter complains once more on exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # streams within Python have no descriptor
+        descriptor = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
+        os.dup2(nowhere, descriptor)
         os.close(nowhere)
 
 
