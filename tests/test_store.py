@@ -278,26 +278,25 @@ def test_what_others_put_there_is_kept(tmp_path: Path, source: Path, kind: str, 
 def test_leftovers_of_killed_runs_are_removed(tmp_path: Path, source: Path) -> None:
     store = Store(tmp_path / "out", SETTINGS)
     store.save("sub/x", source, result(), picture())
-    code = (
-        "import os, sys; from ramp_fast.store import atomic_write\n"
-        "with atomic_write(sys.argv[1]) as file: print(flush=True); sys.stdin.read(); os._exit(9)"
-    )
-    run = [sys.executable, "-c", code, str(tmp_path / "out/sub/y")]
-    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        assert len(leftovers(tmp_path)) == 1
+    folder = tmp_path / "out/sub"
+
+    def left_by(process: int, host: str = store_module._HOST) -> str:
+        name = store_module._temporary_name().replace(f"-{os.getpid()}-", f"-{process}-")
+        (folder / name.replace(store_module._HOST, host)).touch()
+        return name
+
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        name = left_by(process.pid)
         assert Store(tmp_path / "out", SETTINGS).is_finished("sub/x", source)
-        assert len(leftovers(tmp_path)) == 1  # it is running
+        assert leftovers(tmp_path) == [name]  # it is running
         process.communicate()
-    mine = tmp_path / "out/sub/.ramp_fast-notes.tmp"
-    mine.touch()
-    elsewhere = leftovers(tmp_path)[0].replace(store_module._HOST, "0" * 8)
-    (tmp_path / "out/sub" / elsewhere).touch()
-    with atomic_write(tmp_path / "out/sub/z"):
-        assert len(leftovers(tmp_path)) == 4
+    left_by(os.getpid())  # of an earlier process of the same number
+    left_by(process.pid, host="0" * 8)  # another computer's
+    (folder / ".ramp_fast-notes.tmp").touch()  # of another name
+    with atomic_write(folder / "z"):
+        assert len(leftovers(tmp_path)) == 5
         assert Store(tmp_path / "out", SETTINGS).is_finished("sub/x", source)
-        assert len(leftovers(tmp_path)) == 3  # another computer's, one of another name, and that being written
+        assert len(leftovers(tmp_path)) == 3
 
 
 def test_no_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
