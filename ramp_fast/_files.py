@@ -58,7 +58,7 @@ def _check_regular(mode: int) -> None:
         raise NotRegularError(f"{kind}, not a file")
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, most: int = MAX_TEXT_BYTES) -> str:
     """The text of a UTF-8 file, without the byte order mark that some editors put first, with line feeds as line ends.
 
     Raises
@@ -66,12 +66,12 @@ def read_text(path: str | Path) -> str:
     OSError
         It cannot be read.
     ValueError
-        It is not UTF-8 text, or larger than :data:`MAX_TEXT_BYTES`.
+        It is not UTF-8 text, or larger than ``most`` bytes.
     """
     with open_regular(path) as file:
-        data = file.read(MAX_TEXT_BYTES + 1)
-    if len(data) > MAX_TEXT_BYTES:
-        raise ValueError(f"more than {MAX_TEXT_BYTES // 2**20} MB")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"more than {most // 2**20} MB")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

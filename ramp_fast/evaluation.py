@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 Data = Tensor | tuple[Tensor, ...] | Iterable[Batch | tuple[Tensor, ...]]
 EXPLAINED = ("label", "predicted")
 FORMAT = 1
+MAX_BYTES = 2**32  # curves of a million images
 
 
 class EvaluationError(RampFastError):
@@ -185,7 +186,7 @@ class Evaluation:
             The file is not one of these.
         """
         try:
-            document = json.loads(read_text(path))
+            document = json.loads(read_text(path, most=MAX_BYTES))
             if document["format"] != FORMAT:
                 raise InputError(f"{path} has format {document['format']}; this version reads {FORMAT}")
             results = {

@@ -322,7 +322,8 @@ class _Job:
             return False
         state = self.store.state(item.key, item.path)
         if state in (State.DAMAGED, State.MIXED):
-            self.report.note(item.path, f"{state.value} ({self.store.map_path(item.key)}); it is done again")
+            path = (self.store.map_path if state is State.DAMAGED else self.store.picture_path)(item.key)
+            self.report.note(item.path, f"{state.value} ({path}); it is done again")
         return state is State.FINISHED
 
     def _may_write(self, item: ImageItem) -> bool:
