@@ -69,9 +69,9 @@ def read_text(path: str | Path, most: int = MAX_TEXT_BYTES) -> str:
         It is not UTF-8 text, or larger than ``most`` bytes.
     """
     with open_regular(path) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"more than {most // 2**20} MB")
+        if os.fstat(file.fileno()).st_size > most:
+            raise ValueError(f"more than {most // 2**20} MB")
+        data = file.read()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -296,6 +296,18 @@ class TestRerun:
         assert run(photos / "a.jpg", "--target", 3) == 0
         assert not sheet.exists()
 
+    def test_an_old_sheet_goes_when_the_run_is_interrupted(
+        self, run: Callable[..., int], photos: Path, stub: type[StubEngine], tmp_path: Path
+    ) -> None:
+        def interrupt(images: torch.Tensor) -> None:
+            if len(stub.calls) == 3:  # the first call was another run's
+                raise KeyboardInterrupt
+
+        assert run(photos) == 0
+        stub.before = staticmethod(interrupt)  # type: ignore[assignment]
+        assert run(photos, "--target", 3, "--batch-size", 1) == 130
+        assert "contact_sheet.png" not in files(tmp_path / "out")
+
     def test_files_of_others_are_kept(
         self, run: Callable[..., int], photos: Path, stub: type[StubEngine], tmp_path: Path,
         capsys: pytest.CaptureFixture[str],

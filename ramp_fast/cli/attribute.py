@@ -236,6 +236,9 @@ def _attribute_all(
         report.bar = _progress_bar(paths, arguments.out, already=report.failed)
     try:
         job.run(items)
+    except BaseException:
+        job.remove_old_sheet()  # pictures on it may have been replaced
+        raise
     finally:
         if report.bar is not None:
             report.bar.close()
@@ -462,14 +465,15 @@ class _Job:
             check_free(path)
             save_picture(path, contact_sheet(pictures), {SHEET_PICTURES: json.dumps(digests)})
         else:
-            self._remove_old_sheet(path)
+            self.remove_old_sheet()
 
-    def _remove_old_sheet(self, path: Path) -> None:
+    def remove_old_sheet(self) -> None:
         """Remove the sheet of an earlier run if it is damaged, or shows a picture that is no longer there."""
         from PIL import Image
 
         from ramp_fast.store import check_free
 
+        path = self.store.folder / SHEET
         try:
             check_free(path)
             with Image.open(path, formats=["PNG"]) as sheet:
