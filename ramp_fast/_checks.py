@@ -22,6 +22,23 @@ def positive(name: str, setting: str, value: Any, least: int = 1) -> None:
         raise InputError(f"{name}: {setting} must be {what}, got {value!r}")
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def fraction(name: str, setting: str, value: Any, *, zero: bool = True) -> None:
+    """Refuse a setting of ``name`` that is not a number from 0 to 1, or that is 0 where that is no value."""
+    if not is_number(value) or not 0 <= value <= 1 or (value == 0 and not zero):
+        raise InputError(f"{name}: {setting} must be a number in {'[' if zero else '('}0, 1], got {value!r}")
+
+
+def flag(name: str, setting: str, value: Any) -> None:
+    """Refuse a setting of ``name`` that is neither True nor False; any other text or number would count as one."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}: {setting} must be True or False, got {value!r}")
+
+
 def finite_samples(values: Tensor) -> Tensor:
     """Which of ``values`` ``[N, ...]`` are finite throughout, bool ``[N]``.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ramp_fast import graph as g
 from ramp_fast import ops, rules, transfer
-from ramp_fast._checks import finite_samples
+from ramp_fast._checks import finite_samples, flag, is_whole, positive
 from ramp_fast._patched import warn_of_patches
 from ramp_fast.capture import capture, static_batch
 from ramp_fast.errors import InputError, UnsupportedModelError
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("float64", "float32", "mixed", "fast")
 CONTRASTS = ("others", "none")
+IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NORMALIZATIONS = ("max", "sum", "none")
 
 # The exporter changes the state of the process and, while it runs, the parameters of a model that engines may share:
@@ -140,11 +141,15 @@ class Engine:
         _one_of("precision", precision, PRECISIONS)
         if precision == "fast":
             _require_stabilizer(self.rule)
-        if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1):
-            raise ValueError(f"micro_batch must be a positive integer, got {micro_batch!r}")
-        self.model, self.precision, self.strict, self.micro_batch = model, precision, bool(strict), micro_batch
+        if micro_batch is not None:
+            positive("Engine", "micro_batch", micro_batch)
+        flag("Engine", "strict", strict)
+        flag("Engine", "cuda_graphs", cuda_graphs)
+        if input_shape is not None:
+            _check_shape(input_shape)
+        self.model, self.precision, self.strict, self.micro_batch = model, precision, strict, micro_batch
         self._plans: dict[tuple[int, int, int], Plan] = {}
-        self.cuda_graphs = bool(cuda_graphs)
+        self.cuda_graphs = cuda_graphs
         self._groups: dict[tuple[int, ...], Groups] = {}
         self._recordings: weakref.WeakKeyDictionary[Plan, Recordings] = weakref.WeakKeyDictionary()
         self._structure: Structure | None = None
@@ -245,8 +250,8 @@ class Engine:
         """
         _one_of("contrast", contrast, CONTRASTS)
         _one_of("normalize", normalize, NORMALIZATIONS)
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
+        if batch_size is not None:
+            positive("attribute", "batch_size", batch_size)
         images, plan, device = self._for_images(images, check)
         classes = int(plan.graph.output.example[1])
         wanted = _Target(target, images.shape[0], classes, contrast, check)
@@ -532,13 +537,18 @@ class _Target:
         if isinstance(target, bool) or not (target is None or isinstance(target, (int, Tensor))):
             raise InputError(f"target must be None, an int, a Tensor or a callable, got {type(target).__name__}")
         if isinstance(target, int):
+            if _unlike_a_class(target) or (check is not False and not 0 <= target < classes):
+                raise InputError(f"target must be between 0 and {classes - 1}, got {target}")
             target = torch.full((batch,), target)
         if isinstance(target, Tensor):
             self._check(target, batch)
         self.count = self.ids.shape[1] if self.ids is not None else 1
 
     def _check(self, target: Tensor, batch: int) -> None:
+        _check_dense("target", target)
         if target.is_floating_point():
+            if target.dtype not in IMAGE_DTYPES:
+                raise InputError(f"a seed must be floating point of 16 bits or more, got {target.dtype}")
             if target.shape != (batch, self.classes):
                 raise InputError(f"a seed must be [{batch}, {self.classes}] (batch, classes), got {list(target.shape)}")
             self._require_no_contrast()
@@ -553,12 +563,13 @@ class _Target:
         if target.dim() not in (1, 2) or target.shape[0] != batch or (target.dim() == 2 and target.shape[1] == 0):
             raise InputError(f"target must be [{batch}] or [{batch}, K], got {list(target.shape)}")
         looks = _looks_at(target, self.check)
-        if looks and target.numel() and (int(target.min()) < 0 or int(target.max()) >= self.classes):
+        ids = target.long()  # first: unsigned integers have no extremes in PyTorch
+        if looks and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.classes):
             raise InputError(
-                f"target must be between 0 and {self.classes - 1}, got {int(target.min())} to {int(target.max())}"
+                f"target must be between 0 and {self.classes - 1}, got {int(ids.min())} to {int(ids.max())}"
             )
         self.several = target.dim() == 2
-        self.ids = target.long().reshape(batch, target.shape[1] if self.several else 1)
+        self.ids = ids.reshape(batch, target.shape[1] if self.several else 1)
         if not looks:
             self.unchecked = (self.ids < 0) | (self.ids >= self.classes)
 
@@ -651,7 +662,7 @@ def _normalized(maps: Tensor, how: str) -> Tensor:
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} must be one of {', '.join(repr(k) for k in known)}; got {value!r}")
 
 
@@ -668,12 +679,40 @@ def _require_stabilizer(rule: AbsLRP) -> None:
 def _check_images(images: Any, check: bool | None) -> None:
     if not isinstance(images, Tensor):
         raise InputError(f"images must be a torch.Tensor, got {type(images).__name__}")
+    if check is not None:
+        flag("images", "check", check)
+    _check_dense("images", images)
     if images.dim() != 4:
         raise InputError(f"images must be [B, C, H, W], got shape {list(images.shape)}")
-    if not images.is_floating_point():
-        raise InputError(f"images must be floating point and preprocessed as the model wants them, got {images.dtype}")
+    if images.dtype not in IMAGE_DTYPES:
+        raise InputError(
+            "images must be floating point (16 bits or more) and preprocessed as the model wants them, got "
+            f"{images.dtype}"
+        )
     if _looks_at(images, check) and not bool(finite_samples(images).all()):
         raise InputError("images have values that are not finite")
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor whose values do not lie in memory one by one."""
+    kinds = {
+        "nested": tensor.is_nested,
+        "on the meta device, without values": tensor.is_meta,
+        "quantised": tensor.is_quantized,
+        f"in the layout {tensor.layout}": tensor.layout != torch.strided,
+    }
+    found = next((kind for kind, is_kind in kinds.items() if is_kind), None)
+    if found is not None:
+        raise InputError(f"{name} must be an ordinary dense tensor, this one is {found}")
+
+
+def _check_shape(shape: Any) -> None:
+    if not isinstance(shape, Sequence) or len(shape) != 3 or not all(is_whole(n) for n in shape):
+        raise InputError(f"input_shape must be three positive integers (C, H, W), got {shape!r}")
+
+
+def _unlike_a_class(target: int) -> bool:
+    return not -(2**63) <= target < 2**63
 
 
 def _check_model(model: torch.nn.Module) -> None:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ramp_fast._checks import positive
+from ramp_fast._checks import flag, is_whole, positive
+from ramp_fast._files import printable, read_text, reason
 from ramp_fast.data import Batch
 from ramp_fast.engine import CONTRASTS, Engine
 from ramp_fast.errors import InputError, RampFastError
+from ramp_fast.marks import SOFTWARE
 from ramp_fast.methods import METHODS, Method, make_method
 from ramp_fast.metrics import METRICS, Metric, make_metric
 from ramp_fast.metrics.base import (
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 Data = Tensor | tuple[Tensor, ...] | Iterable[Batch | tuple[Tensor, ...]]
 EXPLAINED = ("label", "predicted")
 FORMAT = 1
+MAX_BYTES = 2**32  # curves of a million images
 
 
 class EvaluationError(RampFastError):
@@ -163,6 +166,7 @@ class Evaluation:
     def save(self, path: str | Path) -> None:
         """Write all of it as JSON; a file that is there is whole."""
         document = {
+            "software": SOFTWARE,  # first, by which the file is known
             "format": FORMAT,
             "results": {
                 method: {metric: {"name": r.name, "values": _plain(r.values)} for metric, r in results.items()}
@@ -183,21 +187,41 @@ class Evaluation:
             The file is not one of these.
         """
         try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            document = json.loads(read_text(path, most=MAX_BYTES))
             if document["format"] != FORMAT:
                 raise InputError(f"{path} has format {document['format']}; this version reads {FORMAT}")
             results = {
                 method: {metric: Result(r["name"], _tensors(r["values"])) for metric, r in of_method.items()}
                 for method, of_method in document["results"].items()
             }
-            return cls(results, **{name: document[name] for name in _PLAIN_FIELDS})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path} is not an evaluation: {type(error).__name__}: {error}") from error
+            loaded = cls(results, **{name: document[name] for name in _PLAIN_FIELDS})
+            loaded._check_fields()
+        except InputError:
+            raise
+        except Exception as error:  # what is no evaluation may fail in any way, by its depth too
+            raise InputError(f"{path} is not an evaluation: {type(error).__name__}: {reason(error)}") from error
+        return loaded
+
+    def _check_fields(self) -> None:
+        """Raise where a field is not as described: JSON may hold anything."""
+        kinds = {"metrics": dict, "failures": dict, "names": list, "left_out": dict, "seconds": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind)]
+        if wrong or not is_whole(self.images, 0) or not all(isinstance(name, str) for name in self.names):
+            raise TypeError(f"{wrong[0] if wrong else 'images or names'} is of another type")
+        for about in self.metrics.values():
+            if not {"higher_is_better", "settings", "group", "axis"} <= about.keys():
+                raise KeyError("a metric is not described")
+        for of_method in self.results.values():
+            for metric, result in of_method.items():
+                if metric not in self.metrics or result.name not in result.values:
+                    raise KeyError(metric)
 
     def to_csv(self, path: str | Path, *, per_image: bool = False) -> None:
-        """Write the table, or the values of all images, as CSV."""
+        """Write the table, or the values of all images, as CSV.
+
+        Text that a spreadsheet would take for a formula gets an apostrophe in front; control characters and names that
+        are not Unicode are written as escapes.
+        """
         rows = self.value_rows() if per_image else self.rows()
         if not rows:
             raise InputError("there are no results to write")
@@ -205,7 +229,7 @@ class Evaluation:
             lines = _Lines()
             writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({key: _inert(value) for key, value in row.items()} for row in rows)
             file.write("".join(lines).encode())
 
     def plot(self, kind: str = "bars", metrics: Sequence[str] | None = None) -> Figure:
@@ -238,6 +262,18 @@ class Evaluation:
 
 
 _PLAIN_FIELDS = ("metrics", "failures", "names", "images", "left_out", "seconds")
+
+
+_FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
+"""What spreadsheets take for the start of a formula, full-width forms included."""
+
+
+def _inert(value: Any) -> Any:
+    """Text as a cell in one line that no spreadsheet computes; numbers as they are."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 class _Lines(list[str]):
@@ -320,6 +356,8 @@ class Evaluator:
         self.model, self._answering = module_of(model), model
         if self.model.training:
             raise InputError("the model is in training mode: call model.eval()")
+        flag("Evaluator", "strict", strict)
+        positive("Evaluator", "first_image", first_image, least=0)
         self.explain, self.strict = explain, strict
         self._templates = {
             label: _metric(spec, model, seed, batch_size) for label, spec in labelled(metrics, "metric").items()

@@ -11,6 +11,7 @@ import socket
 import urllib.parse
 import urllib.request
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ramp_fast._checks import is_whole, positive
+from ramp_fast._files import NotRegularError, open_regular, reason
 from ramp_fast.data import ClassNames, Preprocessing
 from ramp_fast.demo import DEMO_ARCHITECTURE, DEMO_CONFIG, demo_state_dict, demo_weights_path
 from ramp_fast.errors import RampFastError
@@ -28,8 +32,20 @@ __all__ = ["LoadedModel", "ModelError", "load_model", "read_checkpoint"]
 WRAPPERS = ("state_dict", "model", "model_state_dict")
 """Entries under which training scripts keep the state dict."""
 
-PREFIXES = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put before every name."""
+DATA_PARALLEL = "module."
+"""What DataParallel puts before every name."""
+
+WRAPPER_MODULES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""What torch.compile, FSDP and activation checkpointing put into names, at any level."""
+
+# An archive, and a pickle since Python 2.3: older ones are never plain state dicts.
+_TORCH_STARTS = (b"PK", b"\x80")
+
+NOT_BY_ARGUMENT = {
+    "pretrained": "weights are pretrained without --checkpoint, and the file's with it",
+    "checkpoint_path": "give the file by --checkpoint, which cannot run code",
+}
+"""Arguments of timm.create_model that would bring other weights than those that results name."""
 
 
 class ModelError(RampFastError):
@@ -98,8 +114,9 @@ def load_model(
     -----
     The caller's random state is left as it was, although timm initialises the weights at random first.
     """
-    extra = dict(model_args or {})
+    extra = _model_arguments(model_args)
     if num_classes is not None:
+        positive("load_model", "num_classes", num_classes)
         if checkpoint is None:
             raise ModelError("--num-classes needs --checkpoint: pretrained weights have their own number of classes")
         extra["num_classes"] = num_classes
@@ -133,16 +150,34 @@ def load_model(
     names = ClassNames.imagenet(count) if class_names is None else ClassNames.from_file(class_names, count)
     if "img_size" in extra:
         # timm builds the model for this size, but its data config goes on naming the published one.
-        size = extra["img_size"]
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        preprocessing.setdefault("input_size", (3, int(height), int(width)))
+        preprocessing.setdefault("input_size", (3, *_height_width(extra["img_size"])))
     return LoadedModel(model.eval(), full_name, weights, Preprocessing.of_model(model, **preprocessing), names)
+
+
+def _model_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    extra = dict(given or {})
+    for key, instead in NOT_BY_ARGUMENT.items():
+        if key in extra:
+            raise ModelError(f"{key} is not an argument to pass on to timm: {instead}")
+    for key in ("pretrained_cfg", "pretrained_cfg_overlay"):
+        if isinstance(extra.get(key), Mapping) and "file" in extra[key]:
+            raise ModelError(f"{key} names a file of weights: give it by --checkpoint, which cannot run code")
+    return extra
+
+
+def _height_width(size: Any) -> tuple[int, int]:
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2 or not all(is_whole(n) for n in pair):
+        raise ModelError(f"img_size must be a positive integer or two of them (height, width), got {size!r}")
+    return pair
 
 
 def _check_name(name: str) -> None:
     import timm
     from timm.models import split_model_name_tag
 
+    if not isinstance(name, str):
+        raise ModelError(f"a model is the name of a timm architecture, got {type(name).__name__}")
     if ":" in name or "/" in name:
         raise ModelError(f"{name!r} is not a timm architecture: give its name, and weights of your own by --checkpoint")
     architecture, tag = split_model_name_tag(name)
@@ -180,10 +215,10 @@ def _create(name: str, *, pretrained: bool, **extra: Any) -> torch.nn.Module:
     try:
         with _quiet_and_reproducible():
             model: torch.nn.Module = timm.create_model(name, pretrained=pretrained, **extra)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # an argument that timm does not check may fail anywhere
         if pretrained:
             raise
-        raise ModelError(f"timm cannot build {name}: {_first_line(error)}") from error
+        raise ModelError(f"timm cannot build {name}: {reason(error)}") from error
     return model
 
 
@@ -199,7 +234,7 @@ def _create_pretrained(name: str, **extra: Any) -> torch.nn.Module:
         return _create(name, pretrained=True, **extra)
     except Exception as error:  # hub, network, disk and format errors share no base class
         raise ModelError(
-            f"cannot load pretrained weights for {name} ({_first_line(error)}); pass --checkpoint FILE"
+            f"cannot load pretrained weights for {name} ({reason(error)}); pass --checkpoint FILE"
         ) from error
 
 
@@ -232,8 +267,10 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     Parameters
     ----------
     path : str or pathlib.Path
-        ``*.safetensors``, or a file written by ``torch.save``. The wrappers of common training scripts
-        (``state_dict``, ``model``, ``model_state_dict``) and prefixes (``module.``, ``_orig_mod.``) are removed.
+        ``*.safetensors``, or a file written by ``torch.save``, told by content where it has another name. The wrappers
+        of common training scripts (``state_dict``, ``model``, ``model_state_dict``) are removed, and so is what
+        DataParallel, torch.compile, FSDP and activation checkpointing put into names (``module.``, ``_orig_mod.`` and
+        the like), in any order.
 
     Returns
     -------
@@ -243,40 +280,66 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     Raises
     ------
     ModelError
-        The file is missing, not of these formats, would run code when loaded, or holds no state dict.
+        The file is missing, damaged, not of these formats, would run code when loaded, or holds no state dict.
     """
     file = Path(path)
-    if not file.is_file():
-        raise ModelError(f"{file}: {'not a file' if file.exists() else 'no such checkpoint file'}")
-    content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    while isinstance(content, Mapping):
-        wrapped = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if wrapped is None:
-            break
-        content = wrapped
+    try:
+        with open_regular(file) as opened:
+            head = opened.read(9)
+    except FileNotFoundError as error:
+        raise ModelError(f"{file}: no such checkpoint file") from error
+    except NotRegularError as error:
+        raise ModelError(f"{file}: not a file but {error}".removesuffix(", not a file")) from error
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({reason(error)})") from error
+    if _is_safetensors(file, head):
+        content = _unwrapped(_read_safetensors(file))
+    elif head.startswith(_TORCH_STARTS):
+        content = _unwrapped(_read_torch(file))
+    else:
+        raise ModelError(f"{file}: not a checkpoint: neither safetensors nor what torch.save writes")
     if not isinstance(content, Mapping) or not content:
         raise ModelError(f"{file}: holds {type(content).__name__}, not a state dict")
-    stray = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    stray = [str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if stray:
         raise ModelError(f"{file}: not a state dict, these entries are not tensors: {_some(stray)}")
-    state = {str(key): value for key, value in content.items()}
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key[len(prefix) :]: value for key, value in state.items()}
+    state = {_plain_name(key): value for key, value in content.items()}
+    if len(state) < len(content):
+        raise ModelError(f"{file}: names that differ only by {', '.join(sorted(WRAPPER_MODULES))}")
+    while all(key.startswith(DATA_PARALLEL) for key in state):
+        state = {key.removeprefix(DATA_PARALLEL): value for key, value in state.items()}
     return state
 
 
+def _unwrapped(content: Any) -> Any:
+    """What is within the wrappers of training scripts."""
+    seen: set[int] = set()
+    while isinstance(content, Mapping) and id(content) not in seen:  # a wrapper may hold itself
+        seen.add(id(content))
+        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    return content
+
+
+def _plain_name(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in WRAPPER_MODULES)
+
+
+def _is_safetensors(file: Path, head: bytes) -> bool:
+    """By its name, or by how it begins: the length of a header, which is JSON."""
+    return file.suffix == ".safetensors" or (head[8:] == b"{" and int.from_bytes(head[:8], "little") < 2**27)
+
+
 def _read_safetensors(file: Path) -> Any:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: not a readable safetensors file ({_first_line(error)})") from error
+    except Exception as error:  # damaged headers raise SafetensorError, OverflowError, MemoryError and others
+        raise ModelError(f"{file}: not a readable safetensors file ({reason(error)})") from error
 
 
 def _read_torch(file: Path) -> Any:
+    _check_archive(file)
     try:
         with warnings.catch_warnings():
             # torch warns of old pickle protocols; whether it can read the file is all that matters here.
@@ -288,7 +351,23 @@ def _read_torch(file: Path) -> Any:
             "save one with torch.save(model.state_dict(), FILE) or as safetensors"
         ) from error
     except Exception as error:  # a damaged archive raises RuntimeError, EOFError, OSError, ValueError and others
-        raise ModelError(f"{file}: not a readable PyTorch checkpoint ({_first_line(error)})") from error
+        raise ModelError(f"{file}: not a readable PyTorch checkpoint ({reason(error)})") from error
+
+
+def _check_archive(file: Path) -> None:
+    """Compare the checksums of an archive by torch.save: torch.load does not, so damaged weights would be loaded."""
+    try:
+        if not zipfile.is_zipfile(file):
+            return
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # damaged archives raise BadZipFile, NotImplementedError, zlib.error and others
+        raise ModelError(f"{file}: a damaged archive ({reason(error)})") from error
+    if damaged is not None:
+        raise ModelError(
+            f"{file}: the checksum of {damaged} in it is wrong: the file is damaged (or was saved without, by "
+            "torch.serialization.set_crc32_options(False): save it once more with them)"
+        )
 
 
 def _fit(model: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
@@ -301,15 +380,38 @@ def _fit(model: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str)
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    of_another_kind = [
+        f"{key} {_kind(state[key])} instead of {own[key].dtype}"
+        for key in own
+        if key in state and not _fits_kind(state[key], own[key])
+    ]
     problems = [
         f"{len(keys)} {label} ({_some(keys)})"
-        for label, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+        for label, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", reshaped),
+            ("of another kind", of_another_kind),
+        )
         if keys
     ]
     if problems:
         hint = _hint(model, state)
         raise ModelError(f"wrong checkpoint: {source} does not fit the model: {'; '.join(problems)}{hint}")
     model.load_state_dict(state, strict=False)
+
+
+def _kind(tensor: Tensor) -> str:
+    """The dtype, and what else sets a tensor apart from one that holds its values."""
+    if tensor.is_meta:
+        return f"{tensor.dtype} without values (meta device)"
+    return str(tensor.dtype) if tensor.layout == torch.strided else f"{tensor.dtype} as {tensor.layout}"
+
+
+def _fits_kind(given: Tensor, own: Tensor) -> bool:
+    """Whether copying keeps the values: quantised integers and complex numbers would be cast without a word."""
+    dense = given.layout == torch.strided and not given.is_quantized and not given.is_meta
+    return dense and given.is_complex() == own.is_complex() and given.is_floating_point() == own.is_floating_point()
 
 
 def _hint(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> str:
@@ -323,11 +425,6 @@ def _hint(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> str:
 def _some(keys: Sequence[str], limit: int = 3) -> str:
     more = f", and {len(keys) - limit} more" if len(keys) > limit else ""
     return ", ".join(keys[:limit]) + more
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 def _sha256(path: str | Path) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from ramp_fast._checks import fraction, is_number, positive
 from ramp_fast.errors import InputError
 
 __all__ = ["blend", "colourise", "contact_sheet", "overlay", "scale_of"]
@@ -53,6 +54,8 @@ def scale_of(relevance: npt.ArrayLike, percentile: float = 99.5) -> float:
     InputError
         Not a map, or values that are not finite.
     """
+    if not is_number(percentile) or not 0 < percentile <= 100:
+        raise InputError(f"percentile must be in (0, 100], got {percentile!r}")
     sizes = np.abs(_flat(relevance))
     scale = float(np.percentile(sizes, percentile))
     return scale if scale > 0 else float(sizes.max()) or 1.0
@@ -107,6 +110,9 @@ def blend(
         Shapes differ, or values are not finite.
     """
     values = _flat(relevance)
+    fraction("blend", "backdrop", backdrop)
+    if scale is not None and not (is_number(scale) and scale > 0):
+        raise InputError(f"scale must be a number above 0, got {scale!r}")
     if photograph.shape != (*values.shape, 3):
         raise InputError(f"photograph {list(photograph.shape)} and map {list(values.shape)} do not match")
     strength = np.clip(values / (scale_of(values) if scale is None else scale), -1, 1)[..., None]
@@ -127,8 +133,9 @@ def _font(size: int) -> Any:
 
 
 def _fitting(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
-    if draw.textlength(text, font=font) <= width:
+    if len(text) <= width and draw.textlength(text, font=font) <= width:
         return text
+    text = text[: max(width, 0)]  # a character is no narrower than a pixel; measuring more would take for ever
     while text and draw.textlength(text + "...", font=font) > width:
         text = text[:-1]
     return text.rstrip(" ,") + "..."
@@ -174,6 +181,8 @@ def overlay(
     InputError
         Shapes differ, or values are not finite.
     """
+    if probability is not None:
+        fraction("overlay", "probability", probability)
     left, right = _panel(photograph), _panel(blend(photograph, relevance))
     font = _font(15)
     width = left.width + right.width + 3 * MARGIN
@@ -210,6 +219,8 @@ def contact_sheet(pictures: Sequence[tuple[str, Image.Image]], columns: int | No
     """
     if not pictures:
         raise InputError("a contact sheet needs at least one picture")
+    if columns is not None:
+        positive("contact_sheet", "columns", columns)
     font, title_height, max_width = _font(13), 20, 480
     fitted = []
     for title, picture in pictures:

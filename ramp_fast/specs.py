@@ -31,14 +31,22 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def literal(text: str) -> Any:
-    """The value of a Python literal, of true, false and none in any case, or the text itself."""
+    """The value of a Python literal, of true, false and none in any case, or the text itself.
+
+    Raises
+    ------
+    InputError
+        It is nested deeper than Python can read.
+    """
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):  # TypeError: a list as a key
         return text
+    except (RecursionError, MemoryError) as error:
+        raise InputError(f"{text[:20]}... is nested too deeply to be a value") from error
 
 
 def check_flags(name: str, settings: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
+import hashlib
 import io
 import json
 import os
+import re
 import secrets
+import socket
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +23,40 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ramp_fast.data.images import SOFTWARE
+from ramp_fast._checks import flag
+from ramp_fast._files import open_regular, reason
 from ramp_fast.errors import RampFastError
+from ramp_fast.marks import NPZ_EXTRA, NPZ_TAIL, PNG_CHUNK, SOFTWARE, is_replaceable
 
-__all__ = ["Result", "Store", "StoreError", "atomic_write", "check_writable", "read_result", "save_picture"]
+__all__ = [
+    "DamagedResultError",
+    "Result",
+    "State",
+    "Store",
+    "StoreError",
+    "atomic_write",
+    "check_free",
+    "check_writable",
+    "encoded_picture",
+    "fingerprint",
+    "read_result",
+    "remove_leftovers",
+    "save_picture",
+]
+
+_HOST = hashlib.sha256(socket.gethostname().encode("utf-8", "replace")).hexdigest()[:8]
+_TEMPORARY = re.compile(rf"\.{SOFTWARE}-(?P<host>[0-9a-f]{{8}})-(?P<process>[0-9]+)-[0-9a-f]{{12}}\.tmp")
+
+# Temporary files that this process is writing.
+_under_way: set[str] = set()
 
 
 class StoreError(RampFastError):
     """A result cannot be written; the message says why."""
+
+
+class DamagedResultError(StoreError, ValueError):
+    """A file is not a whole result of this package."""
 
 
 @contextmanager
@@ -51,13 +82,14 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     Notes
     -----
     Not flushed to the disk for each file: after a power failure a file may be incomplete, which
-    `Store.is_finished` notices.
+    `Store.is_finished` notices. What a killed process leaves is for `remove_leftovers`.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # A short name of its own: the final one may already be as long as the file system allows. Created by
     # open, not by tempfile, so that the user's umask sets the permissions.
-    temporary = target.parent / f".{SOFTWARE}-{secrets.token_hex(6)}.tmp"
+    temporary = target.parent / _temporary_name()
+    _under_way.add(temporary.name)
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -65,22 +97,143 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        _under_way.discard(temporary.name)
 
 
-def save_picture(path: str | Path, picture: Image.Image) -> None:
+def _temporary_name() -> str:
+    return f".{SOFTWARE}-{_HOST}-{os.getpid()}-{secrets.token_hex(6)}.tmp"
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the temporary files that killed processes have left in a folder.
+
+    Those of processes that are running, or that ran on another computer, are left alone.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return  # not made yet, or for the writing to complain about
+    for name in names:
+        found = _TEMPORARY.fullmatch(name)
+        if found and found["host"] == _HOST and name not in _under_way and not _runs(int(found["process"])):
+            Path(folder, name).unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether another process of that number is running."""
+    if process == os.getpid():
+        return False
+    if os.name == "nt":  # where the question below would be an order
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it is another user's, or nobody can say
+        return True
+    return True
+
+
+def check_free(path: str | Path) -> None:
+    """Refuse to write over a file that this package did not write.
+
+    Raises
+    ------
+    StoreError
+        There is such a file, or something that is no file.
+    OSError
+        The name cannot be looked at, as one that is too long.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        if is_replaceable(path):
+            return
+        why = "has no mark of ramp-fast"
+    except OSError as error:
+        dangling = isinstance(error, FileNotFoundError)
+        why = "is a link to nothing" if dangling else f"cannot be told from a file of yours ({reason(error)})"
+    raise StoreError(f"{path} {why}, so it is kept: move it away, or choose another --out")
+
+
+def encoded_picture(picture: Image.Image, text: Mapping[str, str] | None = None) -> bytes:
+    """A picture as PNG, marked as made by this package.
+
+    Parameters
+    ----------
+    picture : PIL.Image.Image
+        Any mode that PNG holds.
+    text : mapping of str to str, optional
+        Further entries.
+    """
+    info = PngInfo()
+    info.add_text("Software", SOFTWARE)
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    info.add(PNG_CHUNK, SOFTWARE.encode(), after_idat=True)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def save_picture(path: str | Path, picture: Image.Image, text: Mapping[str, str] | None = None) -> None:
     """Write a PNG atomically, marked as made by this package.
 
     Parameters
     ----------
     path : str or pathlib.Path
         Ends in ``.png``.
-    picture : PIL.Image.Image
-        Any mode that PNG holds.
+    picture, text
+        As for `encoded_picture`.
     """
-    info = PngInfo()
-    info.add_text("Software", SOFTWARE)
+    data = encoded_picture(picture, text)
     with atomic_write(path) as file:
-        picture.save(file, format="PNG", pnginfo=info)
+        file.write(data)
+
+
+def fingerprint(path: str | Path) -> dict[str, object]:
+    """What tells one version of a photograph from another: size, time of modification and SHA-256.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    """
+    with open_regular(path) as file:
+        status = os.fstat(file.fileno())
+        return {"size": status.st_size, "modified": status.st_mtime_ns, "sha256": _digest(file)}
+
+
+def _digest(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    for block in iter(lambda: file.read(1 << 20), b""):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str | None:
+    """SHA-256 of a file; None where there is none that can be read."""
+    try:
+        with open_regular(path) as file:
+            return _digest(file)
+    except OSError:
+        return None
+
+
+_HEX_DIGITS = 64
+"""Of a SHA-256."""
+
+
+class State(enum.Enum):
+    """What is there of a result."""
+
+    FINISHED = "all of its files are there, whole, and belong together"
+    MISSING = "a file is missing, or was made from something else"
+    DAMAGED = "its map is damaged"
+    MIXED = "its picture is damaged, or belongs to another map"
 
 
 @dataclass(frozen=True)
@@ -132,12 +285,14 @@ class Store:
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, object], overlays: bool = True) -> None:
+        flag("Store", "overlays", overlays)
         self.folder = Path(folder)
         self.overlays = overlays
         # Through JSON once, so that tuples and lists compare as they will when read back.
         self.settings: dict[str, object] = json.loads(json.dumps(dict(settings)))
         self._names: tuple[list[str], bytes] | None = None
-        check_writable(self.folder)
+        self._tidied: Path | None = None
+        check_writable(folder)
 
     def map_path(self, key: str) -> Path:
         """Where the map of ``key`` lies."""
@@ -148,25 +303,74 @@ class Store:
         return self.folder / f"{key}.png"
 
     def is_finished(self, key: str, source: str | Path) -> bool:
-        """Whether a complete result of the same image under the same settings is there.
+        """Whether a whole result of the same image under the same settings is there; see `state`."""
+        return self.state(key, source) is State.FINISHED
+
+    def state(self, key: str, source: str | Path) -> State:
+        """What is there of a result.
 
         Parameters
         ----------
         key : str
             Relative to the folder, without suffix.
         source : str or pathlib.Path
-            The image: it must have the size and time of modification it had when it was attributed.
+            The image: it must be the one that was attributed, see `fingerprint`.
         """
-        if self.overlays and not self.picture_path(key).is_file():
-            return False
+        self._tidy(key)
+        path = self.map_path(key)
         try:
-            with np.load(self.map_path(key), allow_pickle=False) as stored:
-                return bool(json.loads(str(stored["settings"])) == self._settings_of(source))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
-            return False
+            if not os.path.lexists(path) or not is_replaceable(path):
+                return State.MISSING
+            stored = read_result(path)
+            settings, picture = json.loads(str(stored["settings"])), str(stored["picture"])
+        except (OSError, ValueError, KeyError):
+            return State.DAMAGED
+        try:
+            if settings != self._settings_of(fingerprint(source)):
+                return State.MISSING
+        except OSError:
+            return State.MISSING  # for the reading of it to complain about
+        return self._state_of_picture(key, picture)
 
-    def save(self, key: str, source: str | Path, result: Result, picture: Image.Image | None = None) -> None:
-        """Write a result; the map comes last, so that its presence says that all is there.
+    def _state_of_picture(self, key: str, wanted: str) -> State:
+        """``wanted`` is the SHA-256 of the picture that belongs to the map, empty where it has none."""
+        path = self.picture_path(key)
+        if wanted and _file_digest(path) == wanted:
+            return State.FINISHED
+        if not os.path.lexists(path):
+            return State.MISSING if self.overlays else State.FINISHED
+        try:
+            foreign = not is_replaceable(path)
+        except OSError:
+            foreign = True
+        return State.FINISHED if foreign and not self.overlays else State.MIXED
+
+    def check_free(self, key: str, source: str | Path) -> None:
+        """Refuse to write a result over files that this package did not write.
+
+        Raises
+        ------
+        StoreError
+            There is such a file.
+        OSError
+            The name cannot be looked at, as one that is too long.
+        """
+        picture = self.picture_path(key)
+        if self.overlays:
+            if picture.exists() and os.path.samefile(picture, source):
+                raise StoreError(f"{picture} is the image itself; choose another --out")
+            check_free(picture)
+        check_free(self.map_path(key))
+
+    def save(
+        self,
+        key: str,
+        source: str | Path,
+        result: Result,
+        picture: Image.Image | None = None,
+        image: Mapping[str, object] | None = None,
+    ) -> None:
+        """Write a result; the map comes last and names its picture, so that neither counts without the other.
 
         Parameters
         ----------
@@ -177,7 +381,9 @@ class Store:
         result : Result
             What to write.
         picture : PIL.Image.Image, optional
-            Its overlay.
+            Its overlay. Without it an overlay of an earlier run is removed.
+        image : mapping, optional
+            The image's `fingerprint` from before it was read; by default that of now.
 
         Raises
         ------
@@ -186,39 +392,44 @@ class Store:
         OSError
             The file cannot be written.
         """
-        self._keep_foreign(key, source)
-        if picture is not None:
-            save_picture(self.picture_path(key), picture)
+        self.check_free(key, source)
+        settings = self._settings_of(fingerprint(source) if image is None else image)
+        digest = ""
+        if picture is None:
+            self._remove_own(self.picture_path(key))
+        else:
+            data = encoded_picture(picture)
+            digest = hashlib.sha256(data).hexdigest()
+            with atomic_write(self.picture_path(key)) as file:
+                file.write(data)
+        archive = self._archive(result, source, settings, digest)
         with atomic_write(self.map_path(key)) as file:
-            self._write(file, result, source)
+            file.write(archive)
 
-    def _settings_of(self, source: str | Path) -> dict[str, object]:
-        status = os.stat(source)
-        return {**self.settings, "image": [status.st_size, status.st_mtime_ns]}
+    def discard(self, key: str) -> None:
+        """Remove what an earlier run has left of a result, where it is this package's."""
+        for path in (self.map_path(key), self.picture_path(key)):
+            self._remove_own(path)
 
-    def _keep_foreign(self, key: str, source: str | Path) -> None:
-        picture, numbers = self.picture_path(key), self.map_path(key)
-        if self.overlays and picture.exists():
-            if os.path.samefile(picture, source):
-                raise StoreError(f"{picture} is the image itself; choose another --out")
-            try:
-                with Image.open(picture) as image:
-                    ours = image.info.get("Software") == SOFTWARE
-            except (OSError, ValueError, SyntaxError):
-                ours = False
-            if not ours:
-                raise StoreError(f"{picture} is not a result of ramp-fast, so it is kept; choose another --out")
-        if numbers.exists():
-            try:
-                with np.load(numbers, allow_pickle=False) as stored:
-                    ours = "settings" in stored
-            except (OSError, ValueError, zipfile.BadZipFile, EOFError):
-                # Nothing readable: what a power failure leaves of our own files looks the same.
-                ours = True
-            if not ours:
-                raise StoreError(f"{numbers} is not a result of ramp-fast, so it is kept; choose another --out")
+    def _remove_own(self, path: Path) -> None:
+        with contextlib.suppress(OSError):
+            if is_replaceable(path):
+                path.unlink()
 
-    def _write(self, file: IO[bytes], result: Result, source: str | Path) -> None:
+    def picture_digests(self, keys: Iterable[str]) -> dict[str, str | None]:
+        """SHA-256 of the pictures of ``keys``, None where there is none."""
+        return {key: _file_digest(self.picture_path(key)) for key in keys}
+
+    def _tidy(self, key: str) -> None:
+        folder = self.map_path(key).parent
+        if folder != self._tidied:
+            remove_leftovers(folder)
+            self._tidied = folder
+
+    def _settings_of(self, image: Mapping[str, object]) -> dict[str, object]:
+        return {**self.settings, "image": dict(image)}
+
+    def _archive(self, result: Result, source: str | Path, settings: Mapping[str, object], picture: str) -> bytes:
         top = np.argsort(-result.logits, kind="stable")[:5].astype(np.int64)
         arrays = {
             "map": result.map,
@@ -228,14 +439,19 @@ class Store:
             "logits": result.logits,
             "top_classes": top,
             "top_names": np.array([result.class_names[int(k)] for k in top]),
-            "settings": np.str_(json.dumps(self._settings_of(source), sort_keys=True)),
+            "settings": np.str_(json.dumps(settings, sort_keys=True)),
             "source": np.str_(os.fspath(source)),
+            "picture": np.str_(picture),
         }
+        buffer = io.BytesIO()
         # np.savez compresses all or nothing: maps hardly shrink and are slow to deflate, names shrink 30-fold.
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
             for name, array in arrays.items():
-                archive.writestr(_entry(name), _npy(np.asarray(array)))
+                archive.writestr(_entry(name, b"" if archive.filelist else NPZ_EXTRA), _npy(np.asarray(array)))
             archive.writestr(_entry("class_names"), self._npy_names(result.class_names), zipfile.ZIP_DEFLATED)
+            archive.comment = NPZ_TAIL + bytes(_HEX_DIGITS)
+        body = buffer.getvalue()[:-_HEX_DIGITS]
+        return body + hashlib.sha256(body).hexdigest().encode()
 
     def _npy_names(self, names: list[str]) -> bytes:
         if self._names is None or self._names[0] is not names:
@@ -249,28 +465,35 @@ def _npy(array: npt.NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _entry(name: str) -> zipfile.ZipInfo:
+def _entry(name: str, extra: bytes = b"") -> zipfile.ZipInfo:
     # A fixed date: equal results are equal files.
-    return zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+    entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+    entry.extra = extra
+    return entry
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make a folder and try to write into it.
+    """Make a folder, try to write into it, and remove what killed runs have left there.
 
     Raises
     ------
     StoreError
-        It cannot be made, is a file, or cannot be written to.
+        It has no name, cannot be made, is a file, or cannot be written to.
     """
+    if not os.fspath(folder):  # which pathlib takes for the current folder
+        raise StoreError("the output folder has an empty name; '.' is the current folder")
     path = Path(folder)
-    probe = path / f".{SOFTWARE}-{secrets.token_hex(6)}.tmp"
     try:
         path.mkdir(parents=True, exist_ok=True)
+        probe = path / _temporary_name()
         probe.touch(exist_ok=False)
         probe.unlink()
-    except OSError as error:
-        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or str(error)
-        raise StoreError(f"cannot write to the output folder {path}: {reason}") from error
+    except FileExistsError as error:
+        what = "a link to nothing" if path.is_symlink() and not path.exists() else "a file"
+        raise StoreError(f"cannot write to the output folder {path}: it is {what}") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte within the name
+        raise StoreError(f"cannot write to the output folder {path}: {reason(error)}") from error
+    remove_leftovers(path)
 
 
 def read_result(path: str | Path) -> dict[str, npt.NDArray[Any]]:
@@ -285,12 +508,30 @@ def read_result(path: str | Path) -> dict[str, npt.NDArray[Any]]:
     -------
     dict of str to numpy.ndarray
         ``map`` [C, H, W], ``target``, ``class_name``, ``probability``, ``logits`` [classes],
-        ``class_names`` [classes], ``top_classes`` and ``top_names`` [5 at most], ``settings`` (JSON), ``source``.
+        ``class_names`` [classes], ``top_classes`` and ``top_names`` [5 at most], ``settings`` (JSON), ``source``,
+        ``picture`` (SHA-256 of the overlay, empty without one).
 
     Raises
     ------
-    OSError, ValueError
-        Not such a file.
+    OSError
+        The file cannot be read.
+    DamagedResultError
+        Not such a file, or not to the last byte as it was written. It is a ValueError.
     """
-    with np.load(path, allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
+    damaged = f"{path} is not a whole result of ramp-fast"
+    with open_regular(path) as file:
+        # The mark first: a file of another kind may be of any size.
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - len(NPZ_TAIL) - _HEX_DIGITS))
+        if not file.read().startswith(NPZ_TAIL):
+            raise DamagedResultError(damaged)
+        file.seek(0)
+        data = file.read()
+    body, digest = data[:-_HEX_DIGITS], data[-_HEX_DIGITS:]
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise DamagedResultError(damaged)
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except Exception as error:  # only a file that was made to deceive gets here
+        raise DamagedResultError(f"{damaged}: {reason(error)}") from error

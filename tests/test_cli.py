@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -29,6 +31,7 @@ from ramp_fast.cli import attribute
 from ramp_fast.data import ClassNames, Preprocessing, read_image
 from ramp_fast.errors import RampFastError, UnsupportedModelError
 from ramp_fast.models import LoadedModel, ModelError, load_model, read_checkpoint
+from ramp_fast.store import read_result
 
 SMALL = "test_vit"  # timm's own miniature, 0.4 M parameters
 SIZE = 32  # pixels: four patches
@@ -245,6 +248,84 @@ class TestRerun:
         assert sum(call["n"] for call in stub.calls) == 6
         assert "4 passed over" in capsys.readouterr().out
 
+    def test_other_class_names_are_done_again(
+        self, run: Callable[..., int], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for word in ("old", "new"):
+            (tmp_path / word).write_text("\n".join(f"{word} {i}" for i in range(7)))
+            assert run(photos, "--class-names", tmp_path / word) == 0
+            with np.load(tmp_path / "out/a.npz") as stored:
+                assert str(stored["class_name"]).startswith(word)
+        assert "skipped" not in capsys.readouterr().out
+
+    def test_the_picture_of_another_run_does_not_count(
+        self, run: Callable[..., int], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run(photos, "--target", 5) == 0
+        five = (tmp_path / "out/a.png").read_bytes()
+        assert run(photos, "--target", 6, "--no-overlay") == 0
+        assert files(tmp_path / "out") == {"a.npz", "sub/a.npz", "sub/b.npz"}  # nor does the sheet
+        assert run(photos, "--target", 6) == 0
+        assert (tmp_path / "out/a.png").read_bytes() != five
+        capsys.readouterr()
+        (tmp_path / "out/a.png").write_bytes(five)
+        assert run(photos, "--target", 6) == 0
+        said = capsys.readouterr()
+        assert "a.jpg: its picture is damaged, or belongs to another map" in one_line(said.err)
+        assert "1 attributed; 2 skipped" in said.out
+        assert (tmp_path / "out/a.png").read_bytes() != five
+
+    def test_damaged_results_are_named_and_done_again(
+        self, run: Callable[..., int], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run(photos) == 0
+        path = tmp_path / "out/a.npz"
+        whole = path.read_bytes()
+        at = whole.index(b"PK\x01\x02") + 6  # the version of the format that is needed
+        path.write_bytes(whole[:at] + b"\xef" + whole[at + 1 :])
+        capsys.readouterr()
+        assert run(photos) == 0
+        assert "a.jpg: its map is damaged" in one_line(capsys.readouterr().err)
+        assert read_result(path).keys() == read_result(tmp_path / "out/sub/a.npz").keys()
+
+    def test_an_old_sheet_goes_with_its_pictures(self, run: Callable[..., int], photos: Path, tmp_path: Path) -> None:
+        sheet = tmp_path / "out/contact_sheet.png"
+        assert run(photos) == 0
+        assert run(photos / "a.jpg") == 0
+        assert sheet.exists()
+        assert run(photos / "a.jpg", "--target", 3) == 0
+        assert not sheet.exists()
+
+    def test_an_old_sheet_goes_when_the_run_is_interrupted(
+        self, run: Callable[..., int], photos: Path, stub: type[StubEngine], tmp_path: Path
+    ) -> None:
+        def interrupt(images: torch.Tensor) -> None:
+            if len(stub.calls) == 3:  # the first call was another run's
+                raise KeyboardInterrupt
+
+        assert run(photos) == 0
+        stub.before = staticmethod(interrupt)  # type: ignore[assignment]
+        assert run(photos, "--target", 3, "--batch-size", 1) == 130
+        assert "contact_sheet.png" not in files(tmp_path / "out")
+
+    def test_files_of_others_are_kept(
+        self, run: Callable[..., int], photos: Path, stub: type[StubEngine], tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "a.npz").write_bytes(b"my own notes")
+        Image.new("RGB", (9, 9)).save(out / "contact_sheet.png")
+        before = (out / "contact_sheet.png").read_bytes()
+        assert run(photos) == 2
+        assert "contact_sheet.png has no mark of ramp-fast" in one_line(capsys.readouterr().err)
+        assert stub.calls == []
+        assert run(photos, "--sheet", 0, "--batch-size", 1) == 2
+        assert "a.npz has no mark of ramp-fast" in one_line(capsys.readouterr().err)
+        assert len(stub.calls) == 2
+        assert (out / "a.npz").read_bytes() == b"my own notes"
+        assert (out / "contact_sheet.png").read_bytes() == before
+
 
 class TestInterruption:
     def test_ctrl_c_leaves_whole_files_and_the_rest_follows(
@@ -358,8 +439,6 @@ class TestBrokenImages:
         self, run: Callable[..., int], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        import errno
-
         replace, moved = os.replace, []
 
         def full(source: Path, target: Path) -> None:
@@ -374,6 +453,95 @@ class TestBrokenImages:
         assert "No space left" in one_line(said.err)
         assert "1 attributed" in said.out
         assert files(tmp_path / "out") == {"a.npz", "a.png"}
+
+    def test_odd_things_in_the_folder_cost_only_themselves(
+        self, run: Callable[..., int], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        os.mkfifo(photos / "pipe.jpg")
+        (photos / "self.jpg").symlink_to("self.jpg")
+        (photos / "zero.jpg").symlink_to("/dev/zero")
+        (photos / "folder.jpg").mkdir()
+        for suffix in (".jpg", ".png"):  # so that both keep it, and with .npz are longer than names may be
+            Image.new("RGB", (60, 50)).save(photos / ("x" * 251 + suffix))
+        odd = Path(os.fsdecode(os.fsencode(photos) + b"/caf\xe9\x1b.png"))
+        Image.new("RGB", (60, 50)).save(tmp_path / "x.png")
+        (tmp_path / "x.png").rename(odd)
+        assert run(photos) == 2
+        said = capsys.readouterr()
+        assert len(said.err.splitlines()) == 5
+        assert said.err.isprintable() is False  # its line ends
+        assert all(line.isprintable() for line in (said.err + said.out).splitlines())
+        assert "File name too long" in said.err
+        assert r"caf\udce9\x1b.png" in said.out
+        assert "4 attributed; 5 failed" in said.out
+
+    def test_results_of_other_settings_do_not_stay_where_this_one_is_not_finite(
+        self, run: Callable[..., int], photos: Path, stub: type[StubEngine], tmp_path: Path
+    ) -> None:
+        assert run(photos / "a.jpg") == 0
+        stub.before = staticmethod(lambda images: images.fill_(float("nan")))  # type: ignore[assignment]
+        assert run(photos / "a.jpg", "--target", 2) == 2
+        assert files(tmp_path / "out") == set()
+
+
+class Full(io.StringIO):
+    """What a full disk, or a reader that has gone, is to the one who prints."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+class TestStreams:
+    @pytest.fixture
+    def foreign_names(self, photos: Path) -> Path:
+        (photos / "a.jpg").rename(photos / "日本.jpg")
+        return photos
+
+    @pytest.mark.parametrize("progress", ["--progress", "--no-progress"])
+    def test_names_that_the_terminal_cannot_show(
+        self, run: Callable[..., int], foreign_names: Path, monkeypatch: pytest.MonkeyPatch, progress: str
+    ) -> None:
+        out, err = (io.TextIOWrapper(io.BytesIO(), "latin-1") for _ in range(2))
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            assert run(foreign_names, foreign_names / "中.jpg", progress) == 2
+        assert rb"\u65e5\u672c.jpg: class" in out.buffer.getvalue()  # type: ignore[attr-defined]  # it is a BytesIO
+        assert rb"\u4e2d.jpg: no such file" in err.buffer.getvalue()  # type: ignore[attr-defined]  # it is a BytesIO
+
+    @pytest.mark.parametrize("progress", ["--progress", "--no-progress"])
+    def test_no_streams_at_all(
+        self, run: Callable[..., int], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: str
+    ) -> None:
+        for name in ("stdin", "stdout", "stderr"):
+            monkeypatch.setattr(sys, name, None)
+        assert run(photos, progress) == 0
+        assert run(photos, tmp_path / "none.jpg", progress) == 2
+        assert "sub/b.npz" in files(tmp_path / "out")
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE])
+    def test_what_is_printed_finds_no_room(
+        self, run: Callable[..., int], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch, number: int,
+    ) -> None:  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", Full(number))
+            assert run(photos, "--batch-size", 1) == 2
+        assert f"cannot print: {os.strerror(number)}" in capsys.readouterr().err
+        assert {"a.npz", "a.png"} <= files(tmp_path / "out")
+
+    def test_closed_descriptors_are_not_given_to_files(self, tmp_path: Path) -> None:
+        code = (
+            "import os, sys; from ramp_fast.cli import main; main(['--help'])\n"
+            "file = open(sys.argv[1], 'w'); os.write(2, b'a warning'); sys.exit(file.fileno() < 3)"
+        )
+        run = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "x", sys.executable, "-c", code, str(tmp_path / "x")]
+        assert subprocess.run(run, check=False, cwd=tmp_path).returncode == 0
+        assert (tmp_path / "x").read_bytes() == b""
 
 
 class TestRefusals:
@@ -443,6 +611,32 @@ class TestRefusals:
             assert wrong[0] in capsys.readouterr().err
         assert run(photos, "--model-arg", "no_such_argument=1") == 2
         assert "no_such_argument" in one_line(capsys.readouterr().err)
+
+    @pytest.mark.parametrize(
+        ("options", "problem"),
+        [
+            (("--model-arg", "x=" + "-" * 20000 + "1"), "nested too deeply"),
+            (("--batch-size", 10**20), "is not between 1 and"),
+            (("--workers", 10**6), "is not between 0 and 256"),
+            (("--sheet", 10**6), "is not between 0 and 1000"),
+            (("--target", 2**70), "classes 0 to 6"),
+            (("--crop-pct", "nan"), "the crop nan"),
+            (("--mean", "nan", 0, 0), "the means"),
+            (("--out", ""), "empty name"),
+            (("--model-arg", "pretrained=True"), "pretrained is not an argument"),
+            (("--model-arg", "checkpoint_path=x.pth"), "by --checkpoint, which cannot run code"),
+            (("--model-arg", "img_size=(1, 2, 3)"), "image size"),
+        ],
+    )
+    def test_values_that_are_none(
+        self, run: Callable[..., int], photos: Path, stub: type[StubEngine], capsys: pytest.CaptureFixture[str],
+        options: tuple[object, ...], problem: str,
+    ) -> None:  # fmt: skip
+        assert run(photos, *options) == 2
+        said = capsys.readouterr().err
+        assert problem in said
+        assert len(said) < 3000
+        assert stub.calls == []
 
     def test_debug_shows_the_traceback(self, run: Callable[..., int], photos: Path) -> None:
         with pytest.raises(RampFastError):
@@ -529,6 +723,51 @@ class TestCheckpoints:
             with pytest.raises(ModelError, match="weights_only"):
                 read_checkpoint(tmp_path / name)
         assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize(
+        "prefix", ["module._orig_mod.", "_orig_mod.module.", "module.module._orig_mod.", "_fsdp_wrapped_module.module."]
+    )
+    def test_what_wrappers_put_into_names(self, tmp_path: Path, prefix: str) -> None:
+        torch.save({f"{prefix}a._orig_mod.b": torch.ones(1), f"{prefix}c": torch.ones(1)}, tmp_path / "x.pth")
+        assert list(read_checkpoint(tmp_path / "x.pth")) == ["a.b", "c"]
+        torch.save({"a._orig_mod.b": torch.ones(1), "a.b": torch.ones(1)}, tmp_path / "x.pth")
+        with pytest.raises(ModelError, match="differ only by"):
+            read_checkpoint(tmp_path / "x.pth")
+
+    def test_a_wrapper_that_holds_itself(self, tmp_path: Path) -> None:
+        one: dict[str, Any] = {}
+        two = {"state_dict": one}
+        one["model"] = two
+        torch.save(one, tmp_path / "x.pth")
+        with pytest.raises(ModelError, match="not a state dict"):
+            read_checkpoint(tmp_path / "x.pth")
+
+    def test_content_counts_where_the_name_says_nothing(self, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+        safetensors.torch.save_file(state, tmp_path / "x.bin")
+        assert read_checkpoint(tmp_path / "x.bin").keys() == state.keys()
+        Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+        with pytest.raises(ModelError, match="not a checkpoint"):
+            read_checkpoint(tmp_path / "x.png")
+        os.mkfifo(tmp_path / "pipe.pth")
+        with pytest.raises(ModelError, match="not a file but a named pipe"):
+            read_checkpoint(tmp_path / "pipe.pth")
+
+    @pytest.mark.parametrize(
+        ("change", "kind"),
+        [
+            (lambda t: t.to(torch.int8), "torch.int8 instead of torch.float32"),
+            (lambda t: t.to(torch.complex64), "torch.complex64"),
+            (lambda t: t.to("meta"), "meta device"),
+            (lambda t: t.to_sparse(), "torch.sparse_coo"),
+        ],
+        ids=["int8", "complex", "meta", "sparse"],
+    )
+    def test_values_that_copying_would_change(
+        self, state: dict[str, torch.Tensor], tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], kind: str
+    ) -> None:
+        torch.save({**state, "head.weight": change(state["head.weight"])}, tmp_path / "x.pth")
+        with pytest.raises(ModelError, match=f"of another kind .*{kind}"):
+            load_small(tmp_path / "x.pth")
 
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
     def test_damaged_files(self, checkpoint: Path, tmp_path: Path, suffix: str) -> None:

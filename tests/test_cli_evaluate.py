@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ramp_fast import cli, models
 from ramp_fast.data import ClassNames, Preprocessing
 from ramp_fast.evaluation import Evaluation
 from ramp_fast.methods import METHODS, MethodEntry
+from ramp_fast.store import save_picture
 
 NAMES = ("cat", "dog", "fox")
 
@@ -185,6 +187,43 @@ def test_what_does_not_fit(
     assert problem in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_own_pictures_are_no_photographs(
+    run: Callable[..., int], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "maps").mkdir()
+    save_picture(photos / "maps" / "0.png", Image.new("RGB", (40, 40)))
+    (photos / "cat" / "overlay.jpg").write_bytes((photos / "maps" / "0.png").read_bytes())  # known only when read
+    for _ in range(2):  # the second time its own results lie there
+        plots = [] if has_matplotlib() else ["--no-plots"]
+        assert run("--out", photos / "results", *plots) == 0, capsys.readouterr().err
+        assert "6 images (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "table.csv", "values.csv", "bars.png"])
+def test_files_of_others_are_kept(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"mine")
+    assert run(*([] if has_matplotlib() or name != "bars.png" else ["--no-plots"])) == 2
+    assert f"{name} has no mark of ramp-fast" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [name]
+    assert (tmp_path / "out" / name).read_bytes() == b"mine"
+
+
+def test_odd_names_and_nothing_named(
+    run: Callable[..., int], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "cat" / "0.png").rename(Path(os.fsdecode(os.fsencode(photos) + b"/cat/caf\xe9.png")))
+    os.mkfifo(photos / "dog" / "pipe.jpg")
+    assert run("--no-plots") == 2
+    assert "pipe.jpg: a named pipe, not a file" in capsys.readouterr().err
+    assert r"cat/caf\udce9" in (tmp_path / "out" / "values.csv").read_text(encoding="utf-8")
+    assert run("--data", "") == 2  # not the demonstration's photographs
+    assert run("--out", "") == 2
+    assert run("--layout", "voc", "--class-of", "dog=True") == 2
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -644,12 +644,33 @@ def test_threads_share_an_engine() -> None:
         ({"normalize": "l2"}, "'max', 'sum', 'none'; got 'l2'"),
         ({"batch_size": 0}, "batch_size.*0"),
         ({"batch_size": 2.0}, "batch_size.*2.0"),
+        ({"batch_size": True}, "batch_size.*True"),
+        ({"check": "no"}, "check.*'no'"),
+        ({"contrast": torch.ones(2)}, "tensor"),
+        ({"target": 2**70}, f"between 0 and 9, got {2**70}"),
+        ({"target": 2**70, "check": False}, f"between 0 and 9, got {2**70}"),
+        ({"target": torch.tensor([1, 2, 2**63], dtype=torch.uint64)}, "between 0 and 9"),
+        ({"target": torch.zeros(3, dtype=torch.long, device="meta")}, "target must be an ordinary.*meta"),
+        ({"target": torch.zeros(3, dtype=torch.long).to_sparse()}, "target must be an ordinary.*sparse_coo"),
+        ({"target": torch.rand(3, CLASSES).to(torch.float8_e5m2), "contrast": "none"}, "float8"),
+        ({"images": torch.zeros(3, 3, SIZE, SIZE, device="meta")}, "images must be an ordinary.*meta"),
+        ({"images": torch.zeros(3, 3, SIZE, SIZE).to_sparse()}, "images must be an ordinary.*sparse_coo"),
+        ({"images": torch.zeros(1, 3, SIZE, SIZE).to(torch.float8_e4m3fn)}, "float8"),
     ],
 )
 def test_wrong_arguments(engine: Engine, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         engine.attribute(**{"images": images(), **arguments})
     assert bool(engine.attribute(images(1), 0).maps.any())  # the engine is still usable
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, of both kinds
+def test_images_that_are_no_array(engine: Engine) -> None:
+    x = images()
+    with pytest.raises(InputError, match=r"images must be an ordinary.*nested"):
+        engine.attribute(torch.nested.nested_tensor(list(x)))
+    with pytest.raises(InputError, match=r"images must be an ordinary.*quantised"):
+        engine.attribute(torch.quantize_per_tensor(x, 1, 0, torch.qint8))
 
 
 @pytest.mark.parametrize(
@@ -663,6 +684,11 @@ def test_wrong_arguments(engine: Engine, arguments: dict[str, Any], words: str) 
         ({"precision": "fast", "rule": AbsLRP(stabilizer=0.5)}, ValueError, "0.5"),
         ({"precision": "fast", "rule": AbsLRP(stabilizer=RelativeStabilizer(0.01))}, ValueError, "0.05.*0.01"),
         ({"micro_batch": 0}, ValueError, "0"),
+        ({"micro_batch": True}, InputError, "micro_batch.*True"),
+        ({"strict": "no"}, InputError, "strict.*'no'"),
+        ({"cuda_graphs": 1}, InputError, "cuda_graphs.*1"),
+        ({"input_shape": (3, SIZE, float("nan"))}, InputError, "input_shape.*nan"),
+        ({"input_shape": (3, SIZE)}, InputError, "input_shape.*three"),
         ({"input_shape": (3, 20, 20)}, InputError, r"\[3, 20, 20\]"),
     ],
 )
@@ -678,6 +704,9 @@ def test_wrong_construction(arguments: dict[str, Any], error: type[Exception], w
         ({"maxpool": "avg"}, "'avg'"),
         ({"stabilizer": -1.0}, "-1.0"),
         ({"stabilizer": float("nan")}, "nan"),
+        ({"stabilizer": float("inf")}, "inf"),
+        ({"stabilizer": True}, "True"),
+        ({"fold_batchnorm": "no"}, "'no'"),
     ],
 )
 def test_wrong_rule_options(options: dict[str, Any], words: str) -> None:

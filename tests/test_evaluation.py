@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ramp_fast import Engine, InputError
 from ramp_fast.data import Batch
 from ramp_fast.evaluation import Evaluation, EvaluationError, Evaluator, evaluate
+from ramp_fast.marks import is_own
 from ramp_fast.methods import input_x_gradient
 from ramp_fast.metrics import GAE, Deletion, PointingGame
+from ramp_fast.metrics.base import Result
 from ramp_fast.specs import parse_spec
 
 METRICS = ["gae:steps=3", "deletion:steps=4,granularity=patch:4", "sparseness"]
@@ -325,6 +327,34 @@ def test_saved_and_loaded(model: nn.Module, images: Tensor, tmp_path: Path) -> N
     assert float(rows[3]["value"]) == values(result, "ixg", "d")[3].item()
 
 
+def test_names_that_a_spreadsheet_would_compute(tmp_path: Path) -> None:
+    names = ["=1+1", "-x", "+x", "@x", "\uff1dx", "a=b", "a\r=1", "a\n,", "\t=1", "caf\udce9", "日\u3000本"]
+    about = {"higher_is_better": True, "settings": {}, "group": 1, "axis": None}
+    numbers = torch.linspace(-1, 1, len(names), dtype=torch.float64)
+    result = Evaluation({"=m": {"d": Result("d", {"d": numbers})}}, {"d": about}, names=names, images=len(names))
+    result.to_csv(tmp_path / "values.csv", per_image=True)
+    with open(tmp_path / "values.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [
+        *(f"'{name}" for name in names[:5]),
+        *("a=b", r"a\r=1", r"a\n,", r"\t=1", r"caf\udce9", "日\u3000本"),
+    ]
+    assert {row["method"] for row in rows} == {"'=m"}
+    assert [float(row["value"]) for row in rows] == numbers.tolist()  # negative ones as they are
+
+
+def test_files_are_known_by_their_content(tmp_path: Path) -> None:
+    about = {"higher_is_better": True, "settings": {}, "group": 1, "axis": None}
+    result = Evaluation({"m": {"d": Result("d", {"d": torch.ones(1)})}}, {"d": about}, images=1)
+    result.save(tmp_path / "a.json")
+    result.to_csv(tmp_path / "b.csv")
+    result.to_csv(tmp_path / "c.csv", per_image=True)
+    for name in ("a.json", "b.csv", "c.csv"):
+        assert is_own(tmp_path / name)
+        (tmp_path / name).write_text('{"format": 1}' if name == "a.json" else "method,metric\n")
+        assert not is_own(tmp_path / name)
+
+
 def test_tables(model: nn.Module, images: Tensor) -> None:
     pandas = pytest.importorskip("pandas")
     result = evaluate(model, images, ["deletion:steps=3", "sparseness"], ["ixg"])
@@ -369,5 +399,8 @@ def test_specs() -> None:
         "b": [(1, 2), (3, 4)],
         **{"c": False, "d": False, "e": None, "f": None},
     }
+    assert parse_spec("a:b={[]: 1}")[1] == {"b": "{[]: 1}"}
     with pytest.raises(InputError, match="'3' is not key=value"):
         parse_spec("road:3")
+    with pytest.raises(InputError, match="nested too deeply"):
+        parse_spec("road:noise=" + "-" * 20000 + "1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -118,3 +120,27 @@ def test_contact_sheet_bounds_large_pictures_and_refuses_none() -> None:
     assert sheet.width <= 1000
     with pytest.raises(InputError):
         contact_sheet([])
+
+
+@pytest.mark.parametrize("caption", ["", "x" * 10**6, "\u0301" * 10**6, "a\nb\x00c", "日本語" * 1000])
+def test_captions_of_any_length(caption: str) -> None:
+    crop = np.zeros((8, 8, 3), np.uint8)
+    assert overlay(crop, np.zeros((8, 8)), caption, 0.5).size == overlay(crop, np.zeros((8, 8)), "cat", 0.5).size
+    assert contact_sheet([(caption, Image.new("RGB", (50, 50)))]).width < 100
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: scale_of(np.ones((2, 2)), float("nan")),
+        lambda: scale_of(np.ones((2, 2)), 0),
+        lambda: colourise(np.ones((2, 2)), scale=0),
+        lambda: colourise(np.ones((2, 2)), scale=float("inf")),
+        lambda: blend(np.zeros((2, 2, 3), np.uint8), np.ones((2, 2)), backdrop=float("nan")),
+        lambda: overlay(np.zeros((2, 2, 3), np.uint8), np.ones((2, 2)), "cat", float("nan")),
+        lambda: contact_sheet([("a", Image.new("RGB", (2, 2)))], columns=True),
+    ],
+)
+def test_numbers_that_are_none(call: Callable[[], object]) -> None:
+    with pytest.raises(InputError):
+        call()

@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ramp_fast.store import Result, Store, StoreError, atomic_write, check_writable, read_result
+from ramp_fast import store as store_module
+from ramp_fast.store import (
+    Result,
+    State,
+    Store,
+    StoreError,
+    atomic_write,
+    check_writable,
+    fingerprint,
+    read_result,
+)
 
 SETTINGS: dict[str, object] = {"model": "m", "rule": "abslrp", "target": "predicted", "mean": (0.5, 0.5, 0.5)}
 
@@ -192,6 +204,113 @@ def test_names_are_stored_small(tmp_path: Path, source: Path) -> None:
     logits = np.zeros(1000, np.float32)
     store.save("x", source, Result(np.zeros((3, 4, 4), np.float32), 0, logits, names), picture())
     assert store.map_path("x").stat().st_size < 25_000
+
+
+def test_a_picture_counts_only_with_its_own_map(tmp_path: Path, source: Path) -> None:
+    old, new = (Store(tmp_path / "out", {**SETTINGS, "target": k}) for k in (5, 6))
+    old.save("x", source, result(), picture())
+    of_old = old.picture_path("x").read_bytes()
+    without = Store(tmp_path / "out", {**SETTINGS, "target": 6}, overlays=False)
+    without.save("x", source, result())
+    assert not new.picture_path("x").exists()  # it was that of the old map
+    assert without.is_finished("x", source)
+    assert new.state("x", source) is State.MISSING
+    new.picture_path("x").write_bytes(of_old)
+    assert new.state("x", source) is State.MIXED
+    assert without.state("x", source) is State.MIXED
+    new.save("x", source, result(), Image.new("RGB", (8, 8)))
+    assert new.is_finished("x", source)
+    assert without.is_finished("x", source)
+    new.picture_path("x").write_bytes(of_old)
+    assert new.state("x", source) is State.MIXED
+
+
+def test_an_image_of_other_content_is_another_image(tmp_path: Path, source: Path) -> None:
+    store = Store(tmp_path / "out", SETTINGS)
+    before = source.stat()
+    store.save("x", source, result(), picture())
+    content = bytearray(source.read_bytes())
+    content[-1] ^= 1
+    source.write_bytes(content)
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert store.state("x", source) is State.MISSING
+
+
+def test_an_image_that_changes_while_it_is_attributed(tmp_path: Path, source: Path) -> None:
+    store = Store(tmp_path / "out", SETTINGS)
+    image = fingerprint(source)
+    picture().save(source)
+    store.save("x", source, result(), picture(), image)
+    assert store.state("x", source) is State.MISSING
+
+
+@pytest.mark.parametrize("suffix", [".png", ".npz"])
+@pytest.mark.parametrize("remains", [b"", b"\0" * 5000, "magic"])
+def test_what_a_crash_leaves_is_replaced(tmp_path: Path, source: Path, suffix: str, remains: bytes | str) -> None:
+    store = Store(tmp_path / "out", SETTINGS)
+    store.save("x", source, result(), picture())
+    path = store.map_path("x").with_suffix(suffix)
+    path.write_bytes(path.read_bytes()[:6] if isinstance(remains, str) else remains)
+    assert not store.is_finished("x", source)
+    store.save("x", source, result(), picture())
+    assert store.is_finished("x", source)
+
+
+def make_foreign(path: Path, kind: str) -> None:
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link to nothing":
+        path.symlink_to("nowhere")
+    else:
+        path.write_bytes(b"notes")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "pipe", "link to nothing"])
+@pytest.mark.parametrize("suffix", [".png", ".npz"])
+def test_what_others_put_there_is_kept(tmp_path: Path, source: Path, kind: str, suffix: str) -> None:
+    store = Store(tmp_path / "out", SETTINGS)
+    path = store.map_path("x").with_suffix(suffix)
+    make_foreign(path, kind)
+    before = os.lstat(path)
+    with pytest.raises(StoreError, match=f"x{suffix} .*kept: move it away"):
+        store.save("x", source, result(), picture())
+    assert os.lstat(path) == before
+    assert os.listdir(tmp_path / "out") == [path.name]
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path: Path, source: Path) -> None:
+    store = Store(tmp_path / "out", SETTINGS)
+    store.save("sub/x", source, result(), picture())
+    folder = tmp_path / "out/sub"
+
+    def left_by(process: int, host: str = store_module._HOST) -> str:
+        name = store_module._temporary_name().replace(f"-{os.getpid()}-", f"-{process}-")
+        (folder / name.replace(store_module._HOST, host)).touch()
+        return name
+
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        name = left_by(process.pid)
+        assert Store(tmp_path / "out", SETTINGS).is_finished("sub/x", source)
+        assert leftovers(tmp_path) == [name]  # it is running
+        process.communicate()
+    left_by(os.getpid())  # of an earlier process of the same number
+    left_by(process.pid, host="0" * 8)  # another computer's
+    (folder / ".ramp_fast-notes.tmp").touch()  # of another name
+    with atomic_write(folder / "z"):
+        assert len(leftovers(tmp_path)) == 5
+        assert Store(tmp_path / "out", SETTINGS).is_finished("sub/x", source)
+        assert len(leftovers(tmp_path)) == 3
+
+
+def test_no_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="empty name"):
+        check_writable("")
+    (tmp_path / "link").symlink_to("nowhere/at/all")
+    with pytest.raises(StoreError, match="a link to nothing"):
+        Store(tmp_path / "link", SETTINGS)
 
 
 def test_unusable_folders(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ramp_fast.cli import attribute, evaluate
-from ramp_fast.cli.common import FAILED, INTERRUPTED, complain, reason
+from ramp_fast.cli.common import FAILED, INTERRUPTED, complain, reason, silence
 from ramp_fast.errors import RampFastError
 
 __all__ = ["main"]
@@ -27,12 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0 when all was done, 2 when anything failed, 130 when interrupted.
     """
-    parser = argparse.ArgumentParser(prog="ramp-fast", description="Fast absLRP attributions for image classifiers.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    attribute.add_command(commands)
-    evaluate.add_command(commands)
+    _keep_standard_descriptors()
     try:
-        arguments = parser.parse_args(argv)
+        arguments = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed the reason, or the help
         return int(stop.code or 0)
     try:
@@ -40,9 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         complain(f"interrupted; {arguments.kept}")
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone; without this the interpreter complains again on exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # of a progress bar
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                silence(stream)
         return FAILED
     except RampFastError as error:
         if arguments.debug:
@@ -54,3 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(f"{reason(error)} (--debug shows where)")
         return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ramp-fast", description="Fast absLRP attributions for image classifiers.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    attribute.add_command(commands)
+    evaluate.add_command(commands)
+    return parser
+
+
+def _keep_standard_descriptors() -> None:
+    """Where standard input, output or error are closed, have nothing in their place.
+
+    Otherwise the next file that is opened takes the number, and libraries write their warnings into it.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import sys
 import time
@@ -11,8 +12,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ramp_fast._files import reason as file_reason
 from ramp_fast.cli.common import (
     FAILED,
     OK,
@@ -20,11 +23,10 @@ from ramp_fast.cli.common import (
     add_running_options,
     chosen_device,
     complain,
+    count,
     load,
-    not_negative,
-    positive,
     reason,
-    shown,
+    say_line,
     shows_bar,
 )
 from ramp_fast.errors import InputError, RampFastError
@@ -43,6 +45,11 @@ __all__ = ["add_command", "make_engine"]
 
 NAMED_FAILURES = 20
 """How many failures the summary names; each one was reported when it happened."""
+
+SHEET = "contact_sheet.png"
+
+# The entry of the sheet's PNG that says which pictures are on it.
+SHEET_PICTURES = "Pictures"
 
 # The disk is full, over quota or gone: every further image would fail in the same way.
 FATAL_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
@@ -101,13 +108,13 @@ def add_command(commands: Any) -> None:
     )
 
     how = run.add_argument_group("running")
-    how.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
+    how.add_argument("--batch-size", type=count(1), default=8, metavar="N", help="default: 8")
     add_running_options(how)
     how.add_argument("--overwrite", action="store_true", help="do finished images again")
     how.add_argument("--overlay", action=argparse.BooleanOptionalAction, default=True, help="write overlays (default)")
     how.add_argument(
         "--sheet",
-        type=not_negative,
+        type=count(0, 1000),
         default=24,
         metavar="N",
         help="images on the contact sheet, 0 for none (default 24)",
@@ -131,14 +138,17 @@ class _Report:
     def failure(self, path: str, message: str) -> None:
         self.failed += 1
         if len(self.first_failed) < NAMED_FAILURES:
-            self.first_failed.append(shown(path))
-        self._line(f"ramp-fast: {shown(path)}: {message}", sys.stderr)
+            self.first_failed.append(path)
+        self._line(f"ramp-fast: {path}: {message}", sys.stderr)
         self._advance()
+
+    def note(self, path: str, message: str) -> None:
+        self._line(f"ramp-fast: {path}: {message}", sys.stderr)
 
     def finished(self, path: str, name: str, probability: float) -> None:
         self.done += 1
         if not self.quiet:
-            self._line(f"{shown(path)}: {name} ({100 * probability:.1f} %)", sys.stdout)
+            self._line(f"{path}: {name} ({100 * probability:.1f} %)", sys.stdout)
         self._advance()
 
     def skip(self) -> None:
@@ -154,10 +164,7 @@ class _Report:
             self.bar.update()
 
     def _line(self, text: str, stream: Any) -> None:
-        if self.bar is None:
-            print(text, file=stream, flush=True)
-        else:
-            self.bar.write(text, file=stream)
+        say_line(text, stream, self.bar)
 
     def summary(self, out: str, seconds: float) -> str:
         parts = [f"{self.done} attributed"]
@@ -169,7 +176,7 @@ class _Report:
             more = self.failed - len(self.first_failed)
             names = ", ".join(self.first_failed) + (f" and {more} more" if more else "")
             parts.append(f"{self.failed} failed: {names}")
-        return f"{shown(out)}: {'; '.join(parts)} ({seconds:.1f} s)"
+        return f"{out}: {'; '.join(parts)} ({seconds:.1f} s)"
 
 
 def _attribute(arguments: argparse.Namespace) -> int:
@@ -206,15 +213,17 @@ def _attribute(arguments: argparse.Namespace) -> int:
                 # What was done before counts: the disk may have filled up after hours.
                 complain(str(error))
                 stopped = True
-    print(report.summary(arguments.out, time.perf_counter() - started), file=sys.stdout, flush=True)
+    say_line(report.summary(arguments.out, time.perf_counter() - started), sys.stdout)
     return FAILED if report.failed or stopped else OK
 
 
 def _attribute_all(
     arguments: argparse.Namespace, paths: Sequence[str], items: Iterable[ImageItem | Problem], report: _Report
 ) -> None:
-    from ramp_fast.store import Store
+    from ramp_fast.store import Store, check_free
 
+    if arguments.overlay and arguments.sheet and (len(paths) > 1 or os.path.isdir(paths[0])):
+        check_free(Path(arguments.out) / SHEET)  # hours later would be late
     device = chosen_device(arguments.device)
     loaded = load(arguments)
     classes = len(loaded.class_names)
@@ -227,6 +236,9 @@ def _attribute_all(
         report.bar = _progress_bar(paths, arguments.out, already=report.failed)
     try:
         job.run(items)
+    except BaseException:
+        job.remove_old_sheet()  # pictures on it may have been replaced
+        raise
     finally:
         if report.bar is not None:
             report.bar.close()
@@ -239,6 +251,7 @@ def _settings(arguments: argparse.Namespace, loaded: LoadedModel) -> dict[str, o
         "model": loaded.name,
         "weights": loaded.weights,
         "model_args": {key: repr(value) for key, value in sorted(dict(arguments.model_arg).items())},
+        "class_names": loaded.class_names.digest(),
         "preprocessing": loaded.preprocessing.settings(),
         "rule": arguments.rule,
         "precision": arguments.precision,
@@ -263,6 +276,7 @@ def _progress_bar(paths: Sequence[str], out: str, already: int) -> Any:
 class _Read:
     item: ImageItem
     tensor: torch.Tensor
+    image: dict[str, object]  # the fingerprint of the file
 
 
 class _Job:
@@ -278,7 +292,7 @@ class _Job:
         self.report = report
         self.names = loaded.class_names.all()
         self.engine: _Engine | None = None
-        self.on_sheet: list[tuple[str, str]] = []
+        self.on_sheet: list[str] = []
 
     def run(self, items: Iterable[ImageItem | Problem]) -> None:
         batch: list[_Read] = []
@@ -296,11 +310,38 @@ class _Job:
         for entry in items:
             if isinstance(entry, Problem):
                 self.report.failure(entry.path, entry.message)
-            elif not self.arguments.overwrite and self.store.is_finished(entry.key, entry.path):
+            elif not self._may_write(entry):
+                continue
+            elif self._is_done(entry):
                 self.report.skip()
                 self._to_sheet(entry)
             else:
                 yield entry
+
+    def _is_done(self, item: ImageItem) -> bool:
+        from ramp_fast.store import State
+
+        if self.arguments.overwrite:
+            return False
+        state = self.store.state(item.key, item.path)
+        if state in (State.DAMAGED, State.MIXED):
+            path = (self.store.map_path if state is State.DAMAGED else self.store.picture_path)(item.key)
+            self.report.note(item.path, f"{state.value} ({path}); it is done again")
+        return state is State.FINISHED
+
+    def _may_write(self, item: ImageItem) -> bool:
+        """Whether its result can have its names: asked before anything is computed."""
+        from ramp_fast.store import StoreError
+
+        try:
+            self.store.check_free(item.key, item.path)
+        except StoreError as error:
+            self.report.failure(item.path, str(error))
+        except OSError as error:
+            self.report.failure(item.path, f"cannot write its result: {reason(error)}")
+        else:
+            return True
+        return False
 
     def _read_ahead(self, items: Iterator[ImageItem]) -> Iterator[_Read]:
         from ramp_fast.data import ImageError
@@ -332,9 +373,15 @@ class _Job:
             self.report.failure(item.path, str(error))
 
     def _read(self, item: ImageItem) -> _Read:
-        from ramp_fast.data import read_image
+        from ramp_fast.data import ImageError, read_image
+        from ramp_fast.store import fingerprint
 
-        return _Read(item, self.loaded.preprocessing(read_image(item.path)))
+        try:
+            image = fingerprint(item.path)  # before: if the file changes meanwhile, the result is that of the old one
+        except OSError as error:
+            read_image(item.path)  # which says why it cannot be read
+            raise ImageError(file_reason(error)) from error
+        return _Read(item, self.loaded.preprocessing(read_image(item.path)), image)
 
     def _attribute(self, batch: list[_Read]) -> None:
         import torch
@@ -373,6 +420,7 @@ class _Job:
         from ramp_fast.store import Result, StoreError
 
         if not (numpy.isfinite(relevance).all() and numpy.isfinite(logits).all()):
+            self.store.discard(read.item.key)  # of other settings, which would pass for this one's
             self.report.failure(read.item.path, "the map or the logits are not finite; nothing was written")
             return
         result = Result(relevance, target, logits, self.names)
@@ -381,7 +429,7 @@ class _Job:
         if self.arguments.overlay:
             picture = overlay(self.loaded.preprocessing.to_display(read.tensor), relevance, name, probability)
         try:
-            self.store.save(read.item.key, read.item.path, result, picture)
+            self.store.save(read.item.key, read.item.path, result, picture, read.image)
         except StoreError as error:
             self.report.failure(read.item.path, str(error))
             return
@@ -395,23 +443,46 @@ class _Job:
 
     def _to_sheet(self, item: ImageItem) -> None:
         if self.arguments.overlay and len(self.on_sheet) < self.arguments.sheet:
-            self.on_sheet.append((item.key, str(self.store.picture_path(item.key))))
+            self.on_sheet.append(item.key)
 
     def write_sheet(self) -> None:
-        """Write the contact sheet of the first images, those finished before included."""
+        """Write the contact sheet of the first images, those finished before included, or remove an old one."""
         from PIL import Image
 
         from ramp_fast.render import contact_sheet
-        from ramp_fast.store import save_picture
+        from ramp_fast.store import check_free, save_picture
 
-        if len(self.on_sheet) < 2:
-            return
-        pictures = []
-        for key, path in self.on_sheet:
+        path = self.store.folder / SHEET
+        pictures, digests = [], {}
+        for key, digest in self.store.picture_digests(self.on_sheet).items():
             try:
-                with Image.open(path) as picture:
+                with Image.open(self.store.picture_path(key), formats=["PNG"]) as picture:
                     pictures.append((key, picture.convert("RGB")))
-            except OSError:
+            except (OSError, ValueError, SyntaxError):
                 continue  # removed or replaced by someone since
-        if pictures:
-            save_picture(self.store.folder / "contact_sheet.png", contact_sheet(pictures))
+            digests[key] = digest
+        if len(self.on_sheet) > 1 and pictures:
+            check_free(path)
+            save_picture(path, contact_sheet(pictures), {SHEET_PICTURES: json.dumps(digests)})
+        else:
+            self.remove_old_sheet()
+
+    def remove_old_sheet(self) -> None:
+        """Remove the sheet of an earlier run if it is damaged, or shows a picture that is no longer there."""
+        from PIL import Image
+
+        from ramp_fast.store import check_free
+
+        path = self.store.folder / SHEET
+        try:
+            check_free(path)
+            with Image.open(path, formats=["PNG"]) as sheet:
+                sheet.load()
+                shown = json.loads(sheet.info[SHEET_PICTURES])
+            if self.store.picture_digests(shown) == shown:
+                return
+        except (RampFastError, FileNotFoundError):
+            return
+        except Exception:  # broken pictures make Pillow raise almost anything
+            pass
+        path.unlink(missing_ok=True)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TextIO
 
-from ramp_fast.errors import InputError
+from ramp_fast._files import printable
+from ramp_fast._files import reason as file_reason
+from ramp_fast.errors import InputError, RampFastError
 from ramp_fast.specs import literal
 
 # torch and timm take seconds to import: `--help` and a mistyped option should not wait for them.
@@ -18,34 +23,35 @@ if TYPE_CHECKING:
 OK, FAILED, INTERRUPTED = 0, 2, 130
 
 
-def positive(text: str) -> int:
-    """The type of a count."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+MOST = 2**31 - 1
+"""The largest number that is a count."""
 
 
-positive.__name__ = "number"  # argparse puts it into its messages
+class OutputError(RampFastError):
+    """What is printed cannot be written: its reader has gone, or the disk is full."""
 
 
-def not_negative(text: str) -> int:
-    """The type of a count that may be 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
+def count(least: int, most: int = MOST) -> Callable[[str], int]:
+    """The type of a count from ``least`` to ``most``."""
 
+    def number(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{printable(text[:40])} is not between {least} and {most}")
+        return value
 
-not_negative.__name__ = "number"
+    return number  # argparse puts its name into messages
 
 
 def key_value(text: str) -> tuple[str, Any]:
     """The type of KEY=VALUE; a value is a Python literal or text."""
     key, separator, value = text.partition("=")
     if not separator or not key.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    return key, literal(value)
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not KEY=VALUE")
+    try:
+        return key, literal(value)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(f"{key}={printable(str(error))}") from error
 
 
 def add_model_options(run: argparse.ArgumentParser) -> None:
@@ -53,7 +59,7 @@ def add_model_options(run: argparse.ArgumentParser) -> None:
     model = run.add_argument_group("model")
     model.add_argument("--model", default="demo", metavar="NAME", help="timm's name, or 'demo' (default)")
     model.add_argument("--checkpoint", metavar="FILE", help="weights: safetensors, or a state dict by torch.save")
-    model.add_argument("--num-classes", type=positive, metavar="N", help="classes of the checkpoint")
+    model.add_argument("--num-classes", type=count(1), metavar="N", help="classes of the checkpoint")
     model.add_argument("--class-names", metavar="FILE", help="text file, one name per line (default: ImageNet's)")
     model.add_argument(
         "--model-arg",
@@ -89,7 +95,7 @@ def add_running_options(how: argparse._ArgumentGroup) -> None:
     how.add_argument(
         "--device", default="auto", metavar="DEVICE", help="cpu, cuda, ... (default: cuda if there is one)"
     )
-    how.add_argument("--workers", type=not_negative, metavar="N", help="threads that read images (default: up to 4)")
+    how.add_argument("--workers", type=count(0, 256), metavar="N", help="threads that read images (default: up to 4)")
     how.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, default=None, help="progress bar (default: on a terminal)"
     )
@@ -118,23 +124,61 @@ def chosen_device(name: str) -> torch.device:
 
 def shows_bar(arguments: argparse.Namespace) -> bool:
     """Whether there is a progress bar: as said, or on a terminal."""
+    if sys.stderr is None or sys.stderr.closed:  # as daemons have it
+        return False
     return sys.stderr.isatty() if arguments.progress is None else bool(arguments.progress)
 
 
 def reason(error: BaseException) -> str:
     """An error in one line."""
-    text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        text = file_reason(error)
+        return f"{text}: {error.filename}" if error.filename else text
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def shown(path: str) -> str:
-    """A file's name in one printable line."""
-    # File names may hold anything; a message is one line that every terminal can print.
-    return path if path.isprintable() else path.encode("unicode_escape", "replace").decode("ascii")
+def printed(text: str, stream: TextIO) -> str:
+    """The text as the stream can encode it; characters it has not are shown as escapes."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding, "replace")
+
+
+def say(text: str, stream: TextIO | None, bar: Any = None) -> None:
+    """Print text, above the progress bar if there is one; nothing where the stream is closed.
+
+    Raises
+    ------
+    OutputError
+        The stream takes no more; from now on what is printed there is dropped.
+    """
+    if stream is None or stream.closed:
+        return
+    try:
+        if bar is None:
+            print(printed(text, stream), file=stream, flush=True)
+        else:
+            bar.write(printed(text, stream), file=stream)
+    except OSError as error:
+        silence(stream)
+        raise OutputError(f"cannot print: {file_reason(error)}") from error
+
+
+def say_line(text: str, stream: TextIO | None, bar: Any = None) -> None:
+    """As :func:`say`, in one line whatever a name within the text holds."""
+    say(printable(text), stream, bar)
+
+
+def silence(stream: TextIO) -> None:
+    """Drop what is printed to a stream from now on; otherwise the interpreter complains once more on exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # streams within Python have no descriptor
+        descriptor = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 def complain(message: str) -> None:
-    """Say what went wrong."""
-    print(f"ramp-fast: {message}", file=sys.stderr, flush=True)
+    """Say what went wrong, in one line."""
+    with contextlib.suppress(OutputError):
+        say_line(f"ramp-fast: {message}", sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import io
 import sys
 import time
 import warnings
@@ -18,16 +19,18 @@ from ramp_fast.cli.common import (
     add_running_options,
     chosen_device,
     complain,
+    count,
     key_value,
     load,
-    positive,
-    shown,
+    say,
+    say_line,
     shows_bar,
 )
 from ramp_fast.errors import InputError, RampFastError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
     from ramp_fast.data import Dataset
     from ramp_fast.evaluation import Evaluation, Evaluator
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
 
 METHODS = ("abslrp", "ixg", "random")
 METRICS = ("gae", "deletion", "insertion")
+
+FILES = ("evaluation.json", "table.csv", "values.csv")
+PLOTS = ("bars.png", "curves.png")
 
 SAVE_EVERY = 60.0
 """Seconds between two writings of what has been evaluated so far."""
@@ -85,10 +91,10 @@ def add_command(commands: Any) -> None:
         metavar="NAME=K",
         help="for Pascal VOC: the model's class of one of its classes; may be repeated",
     )
-    data.add_argument("--limit", type=positive, metavar="N", help="evaluate so many images, evenly spaced")
+    data.add_argument("--limit", type=count(1), metavar="N", help="evaluate so many images, evenly spaced")
 
     how = run.add_argument_group("running")
-    how.add_argument("--batch-size", type=positive, default=16, metavar="N", help="default: 16")
+    how.add_argument("--batch-size", type=count(1), default=16, metavar="N", help="default: 16")
     add_running_options(how)
     how.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True, help="write plots (default)")
     run.set_defaults(run=_evaluate, kept="what was evaluated before is in evaluation.json")
@@ -96,7 +102,7 @@ def add_command(commands: Any) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.list:
-        print(_listing())
+        say(_listing(), sys.stdout)
         return OK
     if arguments.out is None:
         raise InputError("--out DIR is missing: where results go")
@@ -104,10 +110,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise RampFastError("plots need matplotlib: pip install 'ramp_fast[evaluate]', or pass --no-plots")
     from ramp_fast.demo import demo_photographs
     from ramp_fast.evaluation import Evaluator
-    from ramp_fast.store import check_writable
+    from ramp_fast.store import check_free, check_writable
 
     started = time.perf_counter()
     check_writable(arguments.out)
+    for name in FILES + (PLOTS if arguments.plots else ()):
+        check_free(Path(arguments.out) / name)  # hours later would be late
     device = chosen_device(arguments.device)
     loaded = load(arguments)
     from ramp_fast.data import open_data
@@ -116,7 +124,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         # Pillow warns of large images and odd metadata; what matters of it is a problem of the data here.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         data = open_data(
-            arguments.data or demo_photographs()[0].parent,
+            demo_photographs()[0].parent if arguments.data is None else arguments.data,
             arguments.layout,
             preprocessing=loaded.preprocessing,
             class_names=loaded.class_names,
@@ -139,9 +147,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             if result.images:
                 _write(result, arguments)
     for problem in data.problems:
-        complain(f"{shown(problem.path)}: {problem.message}")
-    print(result)
-    print(_summary(result, len(data.problems), arguments.out, time.perf_counter() - started), flush=True)
+        complain(f"{problem.path}: {problem.message}")
+    say(str(result), sys.stdout)
+    say_line(_summary(result, len(data.problems), arguments.out, time.perf_counter() - started), sys.stdout)
     return FAILED if result.failures or data.problems or not result.images else OK
 
 
@@ -161,13 +169,14 @@ def _run(run: Evaluator, data: Dataset, arguments: argparse.Namespace) -> None:
     from ramp_fast.data import batches
 
     saved = time.monotonic()
+    shown = shows_bar(arguments)
     with (
-        tqdm(
-            total=len(data), unit="image", file=sys.stderr, dynamic_ncols=True, disable=not shows_bar(arguments)
-        ) as bar,
+        tqdm(total=len(data), unit="image", file=sys.stderr, dynamic_ncols=True, disable=not shown) as bar,
         warnings.catch_warnings(),
     ):
-        warnings.showwarning = lambda message, *rest, **more: bar.write(f"ramp-fast: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *rest, **more: say_line(
+            f"ramp-fast: {message}", sys.stderr, bar if shown else None
+        )
         warnings.simplefilter("always", RuntimeWarning)
         for batch in batches(data, arguments.batch_size, arguments.workers):
             run.update(batch)
@@ -179,19 +188,41 @@ def _run(run: Evaluator, data: Dataset, arguments: argparse.Namespace) -> None:
 
 def _write(result: Evaluation, arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
-    result.save(out / "evaluation.json")
+    document, table, values = (_free(out / name) for name in FILES)
+    result.save(document)
     if not result.rows():
         return
-    result.to_csv(out / "table.csv")
-    result.to_csv(out / "values.csv", per_image=True)
+    result.to_csv(table)
+    result.to_csv(values, per_image=True)
     if arguments.plots:
-        result.plot().savefig(out / "bars.png", dpi=120)
+        bars, curves = (_free(out / name) for name in PLOTS)
+        _draw(result.plot(), bars)
         if any(about["axis"] for about in result.metrics.values()):
-            result.plot("curves").savefig(out / "curves.png", dpi=120)
+            _draw(result.plot("curves"), curves)
+
+
+def _free(path: Path) -> Path:
+    """The path, once more: a file of the user's may have got this name during the evaluation."""
+    from ramp_fast.store import check_free
+
+    check_free(path)
+    return path
+
+
+def _draw(figure: Figure, path: Path) -> None:
+    """Write a figure as other pictures of this package, so that it is not taken for a photograph."""
+    from PIL import Image
+
+    from ramp_fast.store import save_picture
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    with Image.open(buffer, formats=["PNG"]) as picture:
+        save_picture(path, picture)
 
 
 def _class_number(name: str, value: Any) -> int:
-    if not isinstance(value, int):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise InputError(f"--class-of {name}={value}: {value!r} is not the number of a class")
     return value
 
@@ -220,4 +251,4 @@ def _summary(result: Evaluation, problems: int, out: str, seconds: float) -> str
         parts.append(f"{problems} unreadable")
     if result.failures:
         parts.append(f"{len(result.failures)} pairs of method and metric failed: {', '.join(result.failures)}")
-    return f"{shown(out)}: {'; '.join(parts)} ({seconds:.1f} s)"
+    return f"{out}: {'; '.join(parts)} ({seconds:.1f} s)"

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ramp_fast._checks import positive
+from ramp_fast._files import read_text, reason
 from ramp_fast.errors import InputError
 
-__all__ = ["ClassNames"]
+__all__ = ["MAX_NAME", "ClassNames"]
+
+MAX_NAME = 1000
+"""Characters: every result holds all names, in an array as wide as the longest."""
 
 
 class ClassNames:
@@ -27,6 +34,7 @@ class ClassNames:
     """
 
     def __init__(self, count: int, names: Sequence[str] | None = None) -> None:
+        positive("ClassNames", "count", count)
         if names is not None and len(names) != count:
             raise InputError(f"{len(names)} class names for a model with {count} classes; give one per class")
         self.count = count
@@ -64,22 +72,26 @@ class ClassNames:
         Parameters
         ----------
         path : str or pathlib.Path
-            UTF-8 text; empty lines at the end are ignored.
+            UTF-8 text, with a byte order mark or without; empty lines at the end are ignored, others are classes
+            without a name.
         count : int
             Number of classes of the model.
 
         Raises
         ------
         InputError
-            The file cannot be read as text or does not have ``count`` lines.
+            The file cannot be read as text, does not have ``count`` lines, or has one beyond ``MAX_NAME``.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise InputError(f"cannot read class names from {path}: {reason}") from error
+            text = read_text(path).rstrip()
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read class names from {path}: {reason(error)}") from error
+        names = [line.strip() for line in text.split("\n")] if text else []
+        long = next((number for number, name in enumerate(names, 1) if len(name) > MAX_NAME), None)
+        if long is not None:
+            raise InputError(f"{path}: line {long} has more than {MAX_NAME} characters, which is no name of a class")
         try:
-            return cls(count, [line.strip() for line in text.rstrip().splitlines()])
+            return cls(count, names)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
@@ -102,3 +114,7 @@ class ClassNames:
     def all(self) -> list[str]:
         """Every name, in the order of the classes."""
         return [self[i] for i in range(self.count)]
+
+    def digest(self) -> str:
+        """SHA-256 of the names: a result that shows other names is another one."""
+        return hashlib.sha256(json.dumps(self.all()).encode()).hexdigest()

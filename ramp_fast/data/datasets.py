@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ramp_fast._checks import is_whole, positive
+from ramp_fast._files import open_regular, read_text, reason
 from ramp_fast.data.boxes import boxes_to_masks
 from ramp_fast.data.classes import ClassNames
 from ramp_fast.data.files import ImageItem, Problem, find_images
-from ramp_fast.data.images import ImageError, read_image
+from ramp_fast.data.images import ImageError, OwnPictureError, opened, read_image
 from ramp_fast.data.preprocessing import Preprocessing
 from ramp_fast.data.reading import read_ahead, usual_workers
 from ramp_fast.errors import InputError
+from ramp_fast.marks import is_own
 
 __all__ = ["LAYOUTS", "VOC_CLASSES", "Batch", "Dataset", "Example", "batches", "open_data"]
 
@@ -150,12 +151,14 @@ class Dataset:
         for found in read_ahead(range(len(self)), self._read, workers, window):
             if isinstance(found, Example):
                 yield found
-            elif found not in self.problems:  # met before, in another pass
+            elif found is not None and found not in self.problems:  # met before, in another pass
                 self.problems.append(found)
 
-    def _read(self, index: int) -> Example | Problem:
+    def _read(self, index: int) -> Example | Problem | None:
         try:
             return self[index]
+        except OwnPictureError:  # under a name by which it was not known in opening
+            return None
         except ImageError as error:
             return Problem(self._records[index].path, str(error))
 
@@ -221,6 +224,8 @@ def open_data(
 ) -> Dataset:
     """Open a folder of photographs; names are read now, images later.
 
+    Pictures that this package made are passed over.
+
     Parameters
     ----------
     path : str or pathlib.Path
@@ -275,8 +280,8 @@ def open_data(
     root = os.fspath(path)
     if layout not in ("auto", *LAYOUTS):
         raise InputError(f"layout must be auto, {', '.join(LAYOUTS)}; got {layout!r}")
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise InputError(f"limit must be a positive integer, got {limit!r}")
+    if limit is not None:
+        positive("open_data", "limit", limit)
     if not os.path.isdir(root):
         raise InputError(f"{root}: {'not a folder' if os.path.exists(root) else 'no such folder'}")
     kind = _told(root) if layout == "auto" else layout
@@ -305,7 +310,11 @@ def _told(root: str) -> str:
         return "voc"
     if os.path.isfile(os.path.join(root, "wnids.txt")):
         return "tiny-imagenet"
-    nested = [name for name in sorted(os.listdir(root)) if os.path.isdir(os.path.join(root, name, "JPEGImages"))]
+    try:
+        names = sorted(os.listdir(root))
+    except OSError as error:
+        raise InputError(f"{root}: cannot be read: {reason(error)}") from error
+    nested = [name for name in names if os.path.isdir(os.path.join(root, name, "JPEGImages"))]
     if nested:
         raise InputError(f"{root}: holds Pascal VOC one level down; open {os.path.join(root, nested[-1])}")
     depths = {os.sep in os.path.relpath(item.path, root) for item in _images(root, [])}
@@ -321,8 +330,18 @@ def _images(root: str, problems: list[Problem]) -> Iterator[ImageItem]:
     for entry in find_images([root]):
         if isinstance(entry, Problem):
             problems.append(entry)
-        else:
+        elif not _made_here(entry.path):
             yield entry
+
+
+def _made_here(path: str) -> bool:
+    """Whether it is a picture by this package: results may lie among the photographs."""
+    if os.path.splitext(path)[1] != ".png":
+        return False
+    try:
+        return is_own(path)
+    except OSError:
+        return False  # for the reading to complain about
 
 
 def _folders(root: str, class_names: ClassNames | None, problems: list[Problem]) -> list[_Record]:
@@ -399,10 +418,9 @@ def _some(names: Sequence[str], limit: int = 3) -> str:
 
 def _lines(path: str) -> list[str]:
     try:
-        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"cannot read {path}: {reason}") from error
+        return [line for line in read_text(path).split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {reason(error)}") from error
 
 
 def _boxes(boxes: Sequence[tuple[int, int, int, int]], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
@@ -537,7 +555,8 @@ def _voc_annotation(root: str, stem: str) -> tuple[tuple[int, int] | None, list[
     """The size (height, width) that the annotation says, and its objects in order."""
     path = os.path.join(root, "Annotations", f"{stem}.xml")
     try:
-        tree = ET.parse(path).getroot()
+        with open_regular(path) as file:
+            tree = ET.parse(file).getroot()
         size = tree.find("size")
         says = None if size is None else (int(size.findtext("height", "")), int(size.findtext("width", "")))
         objects = []
@@ -547,8 +566,8 @@ def _voc_annotation(root: str, stem: str) -> tuple[tuple[int, int] | None, list[
             left, top, right, bottom = corners
             objects.append(_VocObject(found.findtext("name", "").strip(), (left, top, right, bottom)))
     except OSError as error:
-        raise ImageError(f"its annotation cannot be read: {error.strerror}") from error
-    except (ET.ParseError, ValueError) as error:
+        raise ImageError(f"its annotation cannot be read: {reason(error)}") from error
+    except (ET.ParseError, ValueError, OverflowError, RecursionError, MemoryError, LookupError) as error:
         raise ImageError(f"its annotation {stem}.xml is broken: {error}") from error
     return says, objects
 
@@ -582,12 +601,13 @@ class _VocRegion:
         if not os.path.isfile(path):
             return None
         try:
-            with Image.open(path) as picture:
-                if picture.mode not in ("P", "L"):
-                    raise ImageError(f"{folder}/{self.stem}.png has no numbers of objects (mode {picture.mode})")
+            with open_regular(path) as file, opened(file) as picture:
+                mode = picture.mode
                 numbers: npt.NDArray[Any] = np.asarray(picture)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ImageError(f"{folder}/{self.stem}.png is broken: {error}") from error
+        except Exception as error:  # as of photographs
+            raise ImageError(f"{folder}/{self.stem}.png is broken: {reason(error)}") from error
+        if mode not in ("P", "L"):
+            raise ImageError(f"{folder}/{self.stem}.png has no numbers of objects (mode {mode})")
         if numbers.shape != size:
             raise ImageError(
                 f"{folder}/{self.stem}.png has {numbers.shape[1]} x {numbers.shape[0]} pixels, the image {size[1]} x "

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ramp_fast._files import reason
+
 __all__ = ["IMAGE_SUFFIXES", "ImageItem", "Problem", "find_images"]
 
 IMAGE_SUFFIXES = frozenset(
@@ -21,6 +23,9 @@ IMAGE_SUFFIXES = frozenset(
 
 RESERVED = frozenset({"contact_sheet"})
 """Names at the top of the output folder that no image may take."""
+
+RESULT_SUFFIXES = (".npz", ".png")
+"""What is written for an image has these."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ def find_images(paths: Sequence[str | Path], out: str | Path | None = None) -> I
     A single folder is mirrored from its own top; several arguments keep their own last name, and where two
     share it, all are mirrored from the folder that holds them all. A result is named after its image without
     the suffix; images of one folder that differ only by suffix (or by case) keep it. Names starting with a
-    dot are passed over, links are followed, loops of links are not.
+    dot are passed over, links are followed, loops of links are not, nor is a link within a linked folder to one
+    that has been read.
 
     Only the names of one folder per level are held at a time, never an image.
 
@@ -76,12 +82,14 @@ def find_images(paths: Sequence[str | Path], out: str | Path | None = None) -> I
     unique = list(dict.fromkeys(arguments))
     keys = _argument_keys(unique)
     for path in unique:
-        if os.path.isdir(path):
+        if not shown[path]:
+            yield Problem("''", "an empty name; '.' is the current folder")
+        elif os.path.isdir(path):
             if out is not None and os.path.realpath(os.path.join(out, keys[path])) == os.path.realpath(path):
                 yield Problem(shown[path], "the results would go into this folder itself; choose another --out")
                 continue
             found = False
-            for entry in _walk(shown[path], keys[path], excluded, ()):
+            for entry in _walk(shown[path], keys[path], excluded):
                 found = True
                 yield entry
             if not found:
@@ -110,7 +118,8 @@ def _argument_keys(paths: Sequence[str]) -> dict[str, str]:
         else:
             in_folder.setdefault(folder, []).append(path)
     for folder, files in in_folder.items():
-        stems = result_names([os.path.basename(f) for f in files], reserved=RESERVED if not folder else frozenset())
+        beside = [n for p, n in zip(paths, names, strict=True) if os.path.isdir(p)]
+        stems = result_names([os.path.basename(f) for f in files], reserved=_taken(folder, beside))
         for file in files:
             keys[file] = os.path.join(folder, stems[os.path.basename(file)])
     return keys
@@ -150,30 +159,68 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _walk(
-    folder: str, key: str, excluded: tuple[int, int] | None, above: tuple[tuple[int, int], ...]
-) -> Iterator[ImageItem | Problem]:
-    identity = _identity(folder)
-    if identity is not None and (identity == excluded or identity in above):
-        return
+def _taken(key: str, folders: Iterable[str]) -> frozenset[str]:
+    """Stems that no image may take: results of this one would have the name of a folder of results, or of the sheet."""
+    names = (os.path.splitext(folder) for folder in folders)
+    beside = frozenset(stem for stem, suffix in names if suffix.lower() in RESULT_SUFFIXES)
+    return beside if key else beside | RESERVED
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder to walk. ``above`` are the folders that hold it, itself included; ``linked``: one of them is a link."""
+
+    path: str
+    key: str
+    above: tuple[tuple[int, int], ...]
+    linked: bool
+
+
+def _walk(top: str, key: str, excluded: tuple[int, int] | None) -> Iterator[ImageItem | Problem]:
+    # Folders that links led to: with every folder linked in every other there are more ways than anyone could walk.
+    visited: set[tuple[int, int]] = set()
+    waiting = [_Folder(top, key, (), False)]  # not by recursion: folders may be nested deeper than Python's stack
+    while waiting:
+        folder = waiting.pop()
+        identity = _identity(folder.path)
+        if identity is not None and (identity == excluded or identity in folder.above):
+            continue
+        is_link = folder.path != top and os.path.islink(folder.path)
+        if is_link and identity is not None:
+            if folder.linked and identity in visited:
+                continue
+            visited.add(identity)
+        try:
+            files, folders, problems = _entries(folder.path)
+        except OSError as error:
+            yield Problem(folder.path, reason(error))
+            continue
+        yield from problems
+        names = result_names(files, reserved=_taken(folder.key, folders))
+        for name in sorted(files):
+            yield ImageItem(os.path.join(folder.path, name), os.path.join(folder.key, names[name]))
+        above = folder.above if identity is None else (*folder.above, identity)
+        for name in sorted(folders, reverse=True):
+            path = os.path.join(folder.path, name)
+            waiting.append(_Folder(path, os.path.join(folder.key, name), above, folder.linked or is_link))
+
+
+def _entries(folder: str) -> tuple[list[str], list[str], list[Problem]]:
+    """Images and folders of a folder by name, and links that cannot be followed."""
     files: list[str] = []
     folders: list[str] = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.name)
-                elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-                    files.append(entry.name)
-    except OSError as error:
-        yield Problem(folder, error.strerror or str(error))
-        return
-    names = result_names(files, reserved=RESERVED if not key else frozenset())
-    for name in sorted(files):
-        yield ImageItem(os.path.join(folder, name), os.path.join(key, names[name]))
-    del files, names
-    here = above if identity is None else (*above, identity)
-    for name in sorted(folders):
-        yield from _walk(os.path.join(folder, name), os.path.join(key, name), excluded, here)
+    problems: list[Problem] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:  # a link to itself, or into a folder that may not be entered
+                problems.append(Problem(entry.path, reason(error)))
+                continue
+            if is_folder:
+                folders.append(entry.name)
+            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                files.append(entry.name)
+    return files, folders, sorted(problems, key=lambda problem: problem.path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,13 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from ramp_fast._checks import is_number, is_whole
 from ramp_fast.errors import InputError
 
 __all__ = ["Preprocessing"]
+
+_SMALLEST = 1e-6
+"""Of a standard deviation and a crop: what is smaller was meant to be something else."""
 
 
 class Preprocessing:
@@ -27,7 +31,7 @@ class Preprocessing:
     Raises
     ------
     InputError
-        The model does not take 3 channels, or a standard deviation or the crop is not a share in (0, 1].
+        The model does not take 3 channels, a mean is not in [0, 1], or a standard deviation or the crop not in (0, 1].
 
     Examples
     --------
@@ -38,13 +42,18 @@ class Preprocessing:
     def __init__(self, config: Mapping[str, Any]) -> None:
         from timm.data.transforms_factory import create_transform
 
-        channels, height, width = (int(n) for n in config["input_size"])
+        size = config["input_size"]
+        if not isinstance(size, Sequence) or len(size) != 3 or not all(is_whole(n) for n in size):
+            raise InputError(f"input_size must be three positive integers (channels, height, width), got {size!r}")
+        channels, height, width = size
         if channels != 3:
             raise InputError(f"the model takes {channels} input channels; photographs have 3 (RGB)")
-        if not all(0 < float(v) <= 1 for v in config["std"]):
-            raise InputError(f"the standard deviations {list(config['std'])} are not in (0, 1]")
-        if not 0 < float(config.get("crop_pct", 1.0)) <= 1:
-            raise InputError(f"the crop {config['crop_pct']} is not in (0, 1]")
+        if not _are_shares(config["mean"], least=0):
+            raise InputError(f"the means {config['mean']} are not three numbers in [0, 1]")
+        if not _are_shares(config["std"], least=_SMALLEST):
+            raise InputError(f"the standard deviations {config['std']} are not three numbers in (0, 1]")
+        if not _is_share(config.get("crop_pct", 1.0), _SMALLEST):
+            raise InputError(f"the crop {config['crop_pct']!r} is not a number in (0, 1]")
         self.input_size = (channels, height, width)
         self.config = dict(config)
         self._transform: Callable[[Image.Image], torch.Tensor] = create_transform(**self.config, is_training=False)
@@ -137,3 +146,11 @@ class Preprocessing:
             for key, value in sorted(self.config.items())
             if isinstance(value, (str, int, float, tuple, list))
         }
+
+
+def _is_share(value: Any, least: float) -> bool:
+    return is_number(value) and least <= value <= 1
+
+
+def _are_shares(values: Any, least: float) -> bool:
+    return isinstance(values, Sequence) and len(values) == 3 and all(_is_share(v, least) for v in values)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ramp_fast import graph as g
+from ramp_fast._checks import flag, is_number
 from ramp_fast.graph import Node
 from ramp_fast.ops._common import divide
 from ramp_fast.relevance import Contribution, unit_mass
@@ -54,8 +55,8 @@ class RelativeStabilizer:
     factor: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.factor > 0:
-            raise ValueError(f"RelativeStabilizer needs a positive factor, got {self.factor}")
+        if not (is_number(self.factor) and self.factor > 0):
+            raise ValueError(f"RelativeStabilizer needs a positive factor, got {self.factor!r}")
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,10 @@ class AbsLRP:
             raise ValueError(f'shares must be "kept" or "equal", got {self.shares!r}')
         if self.maxpool not in ("auto", "divided", "undivided"):
             raise ValueError(f'maxpool must be "auto", "divided" or "undivided", got {self.maxpool!r}')
-        if not isinstance(self.stabilizer, RelativeStabilizer) and not float(self.stabilizer) >= 0:
-            raise ValueError(f"stabilizer must not be negative, got {self.stabilizer}")
+        own = isinstance(self.stabilizer, RelativeStabilizer)
+        if not own and not (is_number(self.stabilizer) and self.stabilizer >= 0):  # type: ignore[operator]  # a number
+            raise ValueError(f"stabilizer must be a number that is not negative, got {self.stabilizer!r}")
+        flag("AbsLRP", "fold_batchnorm", self.fold_batchnorm)
 
     @property
     def gates_attention(self) -> bool:
