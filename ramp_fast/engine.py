@@ -79,7 +79,7 @@ class Engine:
     ----------
     model : torch.nn.Module
         A classifier in eval mode that maps ``[B, C, H, W]`` to logits ``[B, classes]``. It is never changed;
-        when its weights are, the engine notices and uses the new ones.
+        when you change it, results are those of the model as it is now (Notes say what is noticed).
     rule : str or AbsLRP
         "abslrp" (shares kept at junctions), "abslrp-release" (equal shares), or a rule object.
     precision : {"mixed", "float32", "float64", "fast"}
@@ -122,6 +122,20 @@ class Engine:
 
     Where the model is on a GPU and the images are not, ``batch_size`` (or ``micro_batch``) lets the copies of one batch
     run beside the computation of another.
+
+    Before every call the engine compares the model with what it was when it was captured. Noticed at once:
+
+    * modules, parameters, buffers and attributes that were replaced, also within lists, dicts and plain objects that
+      are attributes (NumPy arrays of up to 1 MB by value); hooks; modes; the ``forward`` of instances and classes;
+    * tensors whose memory, shape, dtype, device or version counter is another, as after ``copy_`` or ``mul_``;
+    * on CPUs writes that no counter shows (``.data``, NumPy views, fused optimizers), by checksums: of all bytes, if
+      the model has no more than 32 MB for every image in the call. Of a larger one a line of 64 bytes in every 4 KB,
+      and 32 MB per image in turns: a write to a whole tensor, or to 8 KB in a row, is noticed at once, a write to a
+      few numbers of a model of S MB at the latest after S / 32 images.
+
+    Not noticed: writes of the third kind on GPUs or under ``check=False``; values in closures, globals and objects
+    deeper within attributes. :meth:`refresh` makes the engine look again. An attribute that has changed three times
+    without any effect on what is computed is no longer watched, with a warning.
     """
 
     def __init__(
@@ -187,7 +201,7 @@ class Engine:
 
     def classes(self, images: Tensor) -> int:
         """How many logits the model has for images ``[B, C, H, W]`` like these; nothing is computed."""
-        plan, _ = self._for_images(images, False)
+        _, plan, _ = self._for_images(images, False)
         return int(plan.graph.output.example[1])
 
     @property
@@ -428,7 +442,9 @@ class Engine:
                 self._device = _device(self.model)
             elif self._weights is not None:
                 self._notice_weights(math.inf, True)  # all of them: they are summed up anew below
-            graph = capture(self.model, shape, strict=self.strict)
+            # Tensors made in inference mode can only be exported in it.
+            with torch.inference_mode(any(t.is_inference() for t in _tensors(self.model).values())):
+                graph = capture(self.model, shape, strict=self.strict)
             self._learn(shape, graph)
             canonicalize(graph, fold_batchnorm=self.rule.fold_batchnorm)
             plan = self._plans[shape] = self._prepared(graph)
@@ -453,7 +469,9 @@ class Engine:
         if not names:
             return
         tensors = self._weights.tensors
-        packed = {id(n.params["tensor"]) for plan in self._plans.values() for n in plan.graph.nodes if n.kind == g.PARAM}
+        packed = {
+            id(n.params["tensor"]) for plan in self._plans.values() for n in plan.graph.nodes if n.kind == g.PARAM
+        }
         # One number may have decided about the graph (`float(self.scale)`), and so may what is not in it.
         if layout or any(tensors[n].numel() == 1 or id(tensors[n]) not in packed for n in names):
             self._forget(())
@@ -604,15 +622,14 @@ class _Target:
         n = rule.start((1 - positive) / (self.classes - 1), logits)
         return ids, torch.cat([p, p - n])
 
-
     def _computed(self, logits: Tensor) -> Tensor:
         assert self.function is not None
         seed = self.function(logits.clone())
         if not isinstance(seed, Tensor) or not seed.is_floating_point() or seed.shape != logits.shape:
             found = f"{seed.dtype} {list(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
             raise InputError(
-                f"target, a callable, must return a floating-point seed {list(logits.shape)} (images, classes) for these "
-                f"logits; it returned {found}"
+                f"target, a callable, must return a floating-point seed {list(logits.shape)} (images, classes) for "
+                f"these logits; it returned {found}"
             )
         return seed.detach().to(logits)
 

@@ -170,12 +170,12 @@ class Weights:
         self._end = np.cumsum(self._bytes)
         self._turn = 0
 
-    def changes(self, images: int, look: bool) -> tuple[list[str], bool]:
+    def changes(self, images: float, look: bool) -> tuple[list[str], bool]:
         """Names of tensors that have changed, and whether one of them has another shape, dtype, device or strides.
 
         Parameters
         ----------
-        images : int
+        images : float
             How many will be computed: the more, the more bytes are compared, all of them in turns.
         look : bool
             Whether to compare bytes at all.
@@ -188,7 +188,7 @@ class Weights:
         names = list(self.tensors)
         return [names[i] for i in sorted(other)], layout
 
-    def _with_other_bytes(self, images: int) -> set[int]:
+    def _with_other_bytes(self, images: float) -> set[int]:
         sampled = np.ones(len(self._owner), np.uint8)
         total = int(self._end[-1])
         budget = images * _BYTES_PER_IMAGE
@@ -198,7 +198,7 @@ class Weights:
             start = self._turn
             inside = (self._end - 1 - start) % total < budget + PIECE
             sampled[inside] = 0
-            self._turn = (start + budget) % total
+            self._turn = int(start + budget) % total
         found = self._checksums(sampled)
         right = found == np.where(sampled, self._sums[1], self._sums[0])
         return {self._owner[i] for i in np.flatnonzero(~right)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import multiprocessing
+import os
 import pickle
 import types
 import warnings
@@ -97,6 +99,37 @@ def test_seed(engine: Engine) -> None:
     assert torch.equal(a.maps, engine.attribute(images(), torch.tensor([1, 2, 3]), contrast="none").maps)
 
 
+def test_seeds_keep_their_mass(engine: Engine) -> None:
+    seed = torch.randn(3, CLASSES, generator=torch.Generator().manual_seed(0))
+    maps = {n: engine.attribute(images(), seed, "none", n).maps for n in ("none", "sum")}
+    size = seed.abs().sum(1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(maps["none"], size * maps["sum"], rtol=1e-5, atol=1e-7)
+    assert torch.equal(engine.attribute(images(), 4 * seed, "none", "none").maps, 4 * maps["none"])
+    assert torch.equal(engine.attribute(images(), 4 * seed, "none", "sum").maps, maps["sum"])
+    assert not engine.attribute(images(), 0 * seed, "none", "none").maps.any()
+
+
+def test_seeds_computed_from_logits(engine: Engine) -> None:
+    def margin(logits: Tensor) -> Tensor:
+        logits.sub_(logits.logsumexp(1, keepdim=True))  # which are the caller's own to write to
+        return F.one_hot(logits.argmax(1), CLASSES) - logits.exp()
+
+    logits = engine.logits(images())
+    seed = F.one_hot(logits.argmax(1), CLASSES) - logits.softmax(1)
+    a = engine.attribute(images(), margin, "none", "none")
+    b = engine.attribute(images(), a.target, "none", "none")
+    torch.testing.assert_close(a.target, seed)
+    assert torch.equal(a.maps, b.maps)
+    assert torch.equal(a.logits, logits)
+    assert torch.equal(engine.attribute(images(), margin, "none", "none", batch_size=2).maps, a.maps)
+    with pytest.raises(InputError, match="contrast"):
+        engine.attribute(images(), margin)
+    with pytest.raises(InputError, match=r"must return a floating-point seed \[\d, 10\].*int64 \[\d\]"):
+        engine.attribute(images(), lambda logits: logits.argmax(1), "none")
+    maps = engine.attribute(images(), lambda logits: logits / 0, "none").maps
+    assert maps.isnan().all()
+
+
 def test_contrast_is_the_difference_of_two_normalised_maps() -> None:
     engine = Engine(vit(), precision="float64")
     target = torch.tensor([1, 2, 3])
@@ -184,12 +217,43 @@ def test_images_that_require_grad(engine: Engine) -> None:
     assert x.grad is None
 
 
-def test_under_the_users_autocast_and_inference_mode(engine: Engine) -> None:
-    expected = engine.attribute(images(), 0).maps
+def test_under_the_users_autocast_and_inference_mode(family: Engine) -> None:
+    expected = family.attribute(images(), 0).maps
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(engine.attribute(images(), 0).maps, expected)
+        assert torch.equal(family.attribute(images(), 0).maps, expected)
     with torch.inference_mode():
-        assert torch.equal(engine.attribute(images(), 0).maps, expected)
+        own = images()
+        found = family.attribute(own, 0)
+        assert torch.equal(found.maps, expected)
+        assert torch.equal(family.logits(own), found.logits)
+        made_here = Engine(copy.deepcopy(family.model), input_shape=(3, SIZE, SIZE))
+        assert torch.equal(made_here.attribute(own, 0).maps, expected)
+    assert torch.equal(family.attribute(own, 0).maps, expected)
+    found.maps.mul_(2)  # ordinary tensors
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_in_a_forked_process(family: Engine) -> None:
+    """Autograd's engine does not run in a child of a process that has used it."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the workers of a DataLoader have; OpenMP's threads do not survive a fork
+    try:
+        expected = family.attribute(images(), 0)
+        torch.ones(1, requires_grad=True).sum().backward()
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+
+        def child() -> None:
+            a = family.attribute(images(), 0)
+            queue.put(torch.equal(a.maps, expected.maps) and torch.equal(a.logits, expected.logits))
+
+        process = context.Process(target=child)
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+        assert queue.get(timeout=10)
+    finally:
+        torch.set_num_threads(count)
 
 
 def test_several_image_sizes() -> None:
@@ -513,7 +577,105 @@ def test_changes_are_noticed_for_every_size() -> None:
         assert torch.equal(engine.attribute(images(1, size=size), 1).maps, fresh.maps)
 
 
+# The model's own NaN
+
+
+def nan_in_weights(norms: list[nn.Module], convs: list[nn.Module]) -> None:
+    convs[0].weight.view(-1)[0] = float("nan")
+
+
+def nan_in_statistics(norms: list[nn.Module], convs: list[nn.Module]) -> None:
+    norms[0].running_mean[0] = float("nan")
+
+
+def negative_variance(norms: list[nn.Module], convs: list[nn.Module]) -> None:
+    norms[1].running_var[0] = -1.0
+
+
+def overflow(norms: list[nn.Module], convs: list[nn.Module]) -> None:
+    for conv in convs:
+        conv.weight.mul_(1e30)
+
+
+def late_overflow(norms: list[nn.Module], convs: list[nn.Module]) -> None:
+    """Large, but finite, up to a layer whose positive and negative products are both infinite."""
+    convs[0].weight.mul_(1e20)
+    convs[-1].weight.mul_(1e25)
+
+
+@pytest.mark.parametrize("precision", ["mixed", "float32"])
+@pytest.mark.parametrize("change", [nan_in_weights, nan_in_statistics, negative_variance, overflow, late_overflow])
+def test_nan_of_the_model_is_shown(change: Callable[..., None], precision: str) -> None:
+    model = resnet()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        change(norms, convs)
+        expected = model(images())
+    assert not expected.isfinite().any()
+    engine = Engine(model, precision=precision)
+    a = engine.attribute(images(), 1)
+    assert not a.logits.isfinite().any()
+    assert not engine.logits(images()).isfinite().any()
+    assert a.maps.isnan().all()
+
+
+def test_one_overflowing_image_leaves_the_others_alone(family: Engine) -> None:
+    batch = images(3)
+    expected = family.attribute(batch, torch.tensor([1, 2, 3]))
+    batch[1] = batch[1].sign() * 3e38
+    a = family.attribute(batch, torch.tensor([1, 2, 3]))
+    assert torch.equal(a.maps[[0, 2]], expected.maps[[0, 2]])
+    with torch.no_grad():
+        own = family.model(batch)
+    assert torch.equal(a.logits.isfinite(), own.isfinite())
+    assert bool(a.maps[1].isnan().all()) == (not own[1].isfinite().all())
+
+
+class LeavesOut(nn.Module):
+    """Classes that are left out have a logit of minus infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = vgg()
+        self.register_buffer("out", torch.arange(CLASSES) % 3 == 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).masked_fill(self.out, float("-inf"))
+
+
+def test_classes_that_are_left_out() -> None:
+    engine = Engine(LeavesOut().eval(), precision="float32")
+    maps = engine.attribute(images(), torch.tensor([[1, 0, 2]] * 3)).maps
+    assert maps[:, [0, 2]].isfinite().all()
+    assert maps[:, [0, 2]].flatten(2).any(2).all()
+    assert maps[:, 1].isnan().all()
+
+
 # Kinds of models
+
+
+class Tiles(nn.Module):
+    """Four tiles of every image go through a network side by side in the batch, and are averaged."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        tiles = x.unfold(2, half, half).unfold(3, half, half).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, half, half)
+        return self.network(tiles).view(x.shape[0], 4, -1).mean(1)
+
+
+@pytest.mark.parametrize("name", ["resnet", "vgg"])
+def test_tiles_of_an_image_in_the_batch(name: str) -> None:
+    model = Tiles(FAMILIES[name]()).eval()
+    rule = AbsLRP(stabilizer=RelativeStabilizer(0.1))
+    exact = Engine(model, rule, "float64").attribute(images(size=2 * SIZE), 0, normalize="sum").maps
+    for precision, allowed in (("float32", 1e-5), ("mixed", 3e-2)):
+        maps = Engine(model, rule, precision).attribute(images(size=2 * SIZE), 0, normalize="sum").maps
+        assert float((maps - exact).norm() / exact.norm()) < allowed
 
 
 class BatchSecond(nn.Module):

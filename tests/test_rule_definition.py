@@ -754,6 +754,19 @@ def test_unknown_elementwise_operation_follows_the_definition() -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("precision", ["float64", "float32", "mixed"])
+@pytest.mark.parametrize("function", [torch.sigmoid, torch.tanh, F.hardsigmoid, torch.erf, torch.atan])
+def test_even_slopes_leave_nothing_below_zero(function: Callable[[Tensor], Tensor], precision: str) -> None:
+    """``f'(-x) = f'(x)``: the relevance of a class with a negative argument is zero, not a rounding error."""
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    classes = torch.arange(40)
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(12, 40))
+    model, x = nn.Sequential(body, Fn(function)).to(dtype).eval(), torch.randn(3, 3, 2, 2, dtype=dtype)
+    maps = Engine(model, precision=precision).attribute(x, classes.expand(3, -1), "none", "none").maps
+    assert torch.equal(maps.flatten(2).any(2), body(x) > 0)
+
+
 def test_folded_batch_norm_is_the_folded_network() -> None:
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(2, 3, 3, padding=1), batch_norm(nn.BatchNorm2d(3))

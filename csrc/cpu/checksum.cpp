@@ -67,7 +67,8 @@ uint64_t sample_of(const char* data, int64_t bytes) {
 void checksum_one(int64_t index, const void* context, void*) {
     const ChecksumArgs& args = *static_cast<const ChecksumArgs*>(context);
     const char* data = reinterpret_cast<const char*>(args.addresses[index]);
-    args.out[index] = args.sampled[index] ? sample_of(data, args.bytes[index]) : checksum_of(data, args.bytes[index]);
+    args.out[index] =
+        args.sampled[index] ? sample_of(data, args.bytes[index]) : checksum_of(data, args.bytes[index]);
 }
 
 }  // namespace

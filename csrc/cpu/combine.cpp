@@ -4,8 +4,8 @@
 namespace rf::RF_ISA {
 namespace {
 
-// d <- s_N d + (s_P - s_N) p, p <- s_P p; without contrast p <- s_P p. Where d is p, N is zero: it stays so, to
-// the last bit, or a rounding error would pass for relevance.
+// d <- s_N d + (s_P - s_N) p, p <- s_P p; without contrast p <- s_P p. Where d is p, N is zero: it stays so,
+// to the last bit, or a rounding error would pass for relevance.
 template <class F, bool contrast, bool add>
 RF_INLINE void scale_into(const F* __restrict p, const F* __restrict d, F scale_p, F scale_n, int64_t n,
                           F* __restrict out_p, F* __restrict out_d) {

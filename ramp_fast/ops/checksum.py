@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, get_num_threads
 
-from ramp_fast.ops._common import C
-
+from ramp_fast.ops._registry import extension
 
 _LINE, _PAGE = 64, 4096  # bytes
 # Bytes of a piece of memory that has a checksum of its own.
@@ -43,8 +42,8 @@ def checksum(addresses: Any, sizes: Any, sampled: Any, threads: int) -> Any:
         They depend on the processor's byte order and on whether there is a C++ extension.
     """
     out = np.zeros(len(addresses), np.uint64)
-    if C is not None:
-        C.checksum(addresses, sizes, sampled, out, threads)
+    if extension is not None:
+        extension.checksum(addresses, sizes, sampled, out, threads)
         return out
     for i, (address, size) in enumerate(zip(addresses.tolist(), sizes.tolist(), strict=True)):
         data = np.frombuffer((ctypes.c_char * size).from_address(address), np.uint8)

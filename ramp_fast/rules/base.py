@@ -137,7 +137,7 @@ class Values:
 def _no_larger(node: Node) -> bool:
     """Whether no entry of the value is larger than the largest of the operands."""
     if node.kind == g.ACTIVATION:
-        return node.params["how"] == "relu"
+        return bool(node.params["how"] == "relu")
     if node.kind == g.MOVE:
         return node.params["how"] in ("reshape", "permute", "slice", "select", "cat", "stack")
     return node.kind == g.MAX_POOL or (node.kind == g.LINEAR_POOL and node.params["how"] == "mean")

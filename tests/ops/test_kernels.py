@@ -336,3 +336,39 @@ def test_results_of_junctions_in_float64(variant: str) -> None:
     c_a, c_b, _, _ = ops.junction(c, a, b, False, torch.float64)  # by vectors and a tail
     assert torch.equal(c_a, torch.tensor([[[2.0, 0.0] * 20]]))
     assert torch.equal(c_b, 2 * c.double())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_where_n_is_zero_it_stays_zero(variant: str) -> None:
+    """D that is P to the last bit stays so: what rounds the two apart would grow to a map of its own."""
+    choose(variant)
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        shape = 2, 3, 37, 8
+
+        def drawn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        def pair(shape: tuple[int, ...] = shape) -> Tensor:
+            p, d = drawn(*shape), drawn(*shape)
+            d[..., ::2] = p[..., ::2]
+            return torch.cat((p, d))
+
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        scale, other, n_scale = (drawn(n, 3, dtype=wide).abs() for n in (4, 4, 2))
+        a, b = drawn(3, 37, 8), drawn(3, 37, 8)
+        gain, shift = drawn(8, dtype=wide), drawn(8, dtype=wide)
+        results = [
+            ops.rescale(pair(), scale, True),
+            ops.rescale_parts(pair((2, 3, 5, 4, 8)), drawn(4, 3, 4, dtype=wide), True),
+            ops.merge(pair(), scale, pair(), other, True),
+            ops.scale_by(pair(), a, n_scale),
+            ops.gate(pair(), a, n_scale),
+            ops.affine_pullback(pair(), a, gain, shift, True, n_scale),
+            *ops.merge_junction(pair(), scale, pair(), other, a, b, True, relu=True)[:2],
+            *ops.residual_pullback(pair(), scale, pair(), other, a.relu(), b, gain, shift, True)[:2],
+        ]
+        for c in results:
+            p, d = c.chunk(2)
+            assert torch.equal(p[..., ::2], d[..., ::2])
+            assert not torch.equal(p, d)

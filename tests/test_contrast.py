@@ -1,0 +1,92 @@
+"""Contrast where no relevance of the other classes arrives: their map is zero and the result is that of the class."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ramp_fast import Engine
+from ramp_fast.rules import AbsLRP, RelativeStabilizer
+
+
+class Heads(nn.Module):
+    """Features, and a head by name; ``scale`` multiplies the logits."""
+
+    def __init__(self, head: str, classes: int = 2, scale: float = 1.0) -> None:
+        super().__init__()
+        self.head, self.scale = head, scale
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.first, self.second = nn.Linear(8, classes), nn.Linear(8, classes)
+        self.weight, self.bias = nn.Parameter(torch.randn(8, classes)), nn.Parameter(torch.randn(classes) * 0.1)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return F.relu(x + self.branch(x)).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.features(x)
+        logits = {
+            "one": lambda: self.first(f),
+            "two averaged": lambda: (self.first(f) + self.second(f)) / 2,
+            "copies averaged": lambda: (self.first(f) + self.first(self.features(x.flip(3)))) / 2,
+            "sum at the end": lambda: f @ self.weight + self.bias,
+            "ReLU at the end": lambda: F.relu(self.first(f)),
+            "tanh at the end": lambda: torch.tanh(self.first(f)),
+            "sigmoid at the end": lambda: torch.sigmoid(self.first(f)) - 0.5,
+        }[self.head]()
+        return logits * self.scale
+
+
+def distilled(classes: int, scale: float) -> nn.Module:
+    sizes = {"img_size": 16, "patch_size": 4, "depth": 2, "num_classes": classes}
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **sizes)
+    for own in (model.head, model.head_dist):
+        nn.init.normal_(own.weight, std=scale)
+    return model
+
+
+def affected(model: nn.Module, x: Tensor, precision: str, rule: str) -> tuple[Tensor, Tensor]:
+    """Maps with contrast, and those without, of images where the other classes' map is zero."""
+    own = AbsLRP(stabilizer=RelativeStabilizer(0.1)) if precision == "fast" else rule
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    engine, x = Engine(model.to(dtype).eval(), own, precision), x.to(dtype)
+    plain = engine.attribute(x, contrast="none", normalize="none")
+    classes = plain.logits.shape[1]
+    rest = torch.ones(len(x), classes).scatter(1, plain.target.view(-1, 1), 0)
+    others = engine.attribute(x, rest.to(dtype), contrast="none", normalize="none").maps
+    found = (others.abs().flatten(1).sum(1) == 0) & (plain.maps.abs().flatten(1).sum(1) > 0.5)
+    return engine.attribute(x, normalize="none").maps[found], plain.maps[found]
+
+
+ENDS = ["one", "sum at the end", "ReLU at the end", "tanh at the end", "sigmoid at the end"]
+
+
+@pytest.mark.parametrize(
+    ("head", "precision"),
+    [(head, precision) for head in ENDS for precision in ("float64", "mixed")]
+    + [(head, p) for head in ("two averaged", "copies averaged") for p in ("float64", "float32", "mixed", "fast")],
+)
+def test_the_map_is_that_of_the_class(head: str, precision: str) -> None:
+    count = 0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = Heads(head, 2 + seed % 2, (1.0, 1e-7, 1e7)[seed % 3])
+        maps, expected = affected(model, torch.randn(3, 3, 8, 8), precision, ("abslrp", "abslrp-release")[seed // 4])
+        count += len(maps)
+        assert torch.equal(maps, expected)
+    assert count or head == "one"
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+def test_transformers_with_two_heads(precision: str) -> None:
+    count = 0
+    for seed in range(2):
+        torch.manual_seed(seed)
+        maps, expected = affected(distilled(2, 0.1), torch.randn(3, 3, 16, 16), precision, "abslrp")
+        count += len(maps)
+        assert torch.equal(maps, expected)
+    assert count
