@@ -21,14 +21,15 @@ from torch import fx
 from ramp_fast import graph as g
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.graph import Graph, Node
+from ramp_fast.samples import EXAMPLE_BATCH, locate_samples
 from ramp_fast.vocabulary import VOCABULARY, Unsupported, bind
 
 # Nodes that compute nothing: shape and dtype guards left by export.
 _GUARDS = ("_assert", "sym_constrain", "_guards_fn")
 # The result depends on the shape of the first operand only.
 _SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_tensor"}
-
-EXAMPLE_BATCH = 2  # torch.export specialises a batch of 1
+# Of the second operand only the shape (or dtype) is read.
+_SHAPED_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
 
 
 class _NeedsFunctionalForm(Exception):
@@ -65,13 +66,23 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
             "Wrap it in a module that returns the logits alone."
         )
     graph.prune()
-    _infer_batch_axes(graph, batch_symbol is not None)
+    if batch_symbol is None:
+        _one_sample(graph)
+    else:
+        locate_samples(graph)
     if batch_symbol is not None and graph.output.batch != g.BatchAxis():
         raise UnsupportedModelError(
             f"the model must return logits of shape [batch, classes]; the samples of its {list(graph.output.shape)} "
             f"are in axis {graph.output.batch.axis}, {graph.output.batch.inner} rows each"
         )
     return graph
+
+
+def _one_sample(graph: Graph) -> None:
+    """Whatever is computed from one image belongs to it."""
+    for node in graph.nodes:
+        if not node.constant and node.shape:
+            node.batch = g.BatchAxis(0, 1, node.shape[0] if isinstance(node.shape[0], int) else 1)
 
 
 def static_batch(graph: Graph) -> int | None:
@@ -166,11 +177,22 @@ def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> torch.
                     "Control flow that depends on values must be rewritten."
                 ) from error
         else:
-            sample = next(n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs)
-            if isinstance(sample.meta["val"].shape[0], int):
+            if _known_size(_images_of(program).shape[0]) is not None:
                 # The exporter gave up on the batch silently: one image at a time is always right.
                 program = export(1)
     return program
+
+
+def _images_of(program: torch.export.ExportedProgram) -> torch.Tensor:
+    """The example that stands for the images."""
+    sample = next(n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs)
+    images: torch.Tensor = sample.meta["val"]
+    return images
+
+
+def _known_size(size: int | torch.SymInt) -> int | None:
+    """A size that the exporter took for fixed, if it did: then it may still come as a symbol."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def _first_line(error: BaseException) -> str:
@@ -230,6 +252,7 @@ class _Translator:
         self.position = {node: i for i, node in enumerate(_flattened(program.graph_module))}
         self.inlined: dict[fx.Node, list[Any]] = {}
         self.names: dict[str, int] = {}
+        self.sizes: dict[Any, tuple[int | str, int]] = {}
 
     def emit(self, node: Node, origin: fx.Node) -> Node:
         taken = self.names.setdefault(node.name, 0)
@@ -254,15 +277,32 @@ class _Translator:
         """Sizes for people: the batch shows by name."""
         if not isinstance(value, torch.Tensor):
             return ()
-        return tuple(s if isinstance(s, int) else str(s).replace(str(self.batch_symbol), "batch") for s in value.shape)
+        return tuple(s if isinstance(s, int) else self.size(s)[0] for s in value.shape)
 
     def example(self, value: Any) -> tuple[int, ...]:
         """Sizes at the example batch; for a size itself, its value."""
         if isinstance(value, torch.Tensor):
             return tuple(self.example(s)[0] for s in value.shape)
         if isinstance(value, torch.SymInt):
-            return (int(value.node.expr.subs(self.batch_symbol.node.expr, EXAMPLE_BATCH)),)
+            return (self.size(value)[1],)
         return (value,) if isinstance(value, (bool, int)) else ()
+
+    def size(self, value: torch.SymInt) -> tuple[int | str, int]:
+        """A size for people, "batch", "4*batch" or what else it is, and its value at the example batch."""
+        expression = value.node.expr
+        if expression not in self.sizes:
+            known = value.node.maybe_as_int()
+            if known is not None:
+                self.sizes[expression] = known, known
+            else:
+                symbol = self.batch_symbol.node.expr
+                here, more = (int(expression.subs(symbol, n)) for n in (EXAMPLE_BATCH, EXAMPLE_BATCH + 1))
+                each = here // EXAMPLE_BATCH
+                name = str(value).replace(str(symbol), "batch")
+                if (here, more) == (each * EXAMPLE_BATCH, each * (EXAMPLE_BATCH + 1)):
+                    name = "batch" if each == 1 else f"{each}*batch"
+                self.sizes[expression] = name, here
+        return self.sizes[expression]
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -309,7 +349,7 @@ class _Translator:
             self.emit(Node(node.name, g.CONST, _no_call), node)
             return
         batch: Any = value.shape[0]
-        if not isinstance(batch, int):
+        if _known_size(batch) is None:
             self.batch_symbol = batch
         leaf = Node(node.name, g.INPUT, _no_call, shape=self.shape(value), example=self.example(value))
         self.input = self.emit(leaf, node)
@@ -341,7 +381,7 @@ class _Translator:
         variable = any(not ref.constant for ref in out.references())
         if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
             out.kind = g.INT
-        elif not variable or name.split(".")[0] in _SHAPE_ONLY:
+        elif not variable or _constant_valued(name.split(".")[0], args):
             out.kind = g.CONST
             out.params["floating"] = isinstance(value, torch.Tensor) and value.is_floating_point()
         else:
@@ -458,6 +498,11 @@ def _short_name(target: Any) -> str:
     return getattr(target, "__name__", str(target))
 
 
+def _constant_valued(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether the images decide nothing but the shape."""
+    return name in _SHAPE_ONLY or (name in _SHAPED_LIKE and isinstance(args[0], Node) and args[0].constant)
+
+
 def _is_inplace(target: torch._ops.OpOverload) -> bool:
     arguments = target._schema.arguments
     return bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
@@ -486,144 +531,3 @@ def _module_name(node: fx.Node) -> str:
         if isinstance(path, str) and not path.startswith("_empty_nn_module_stack"):
             return path
     return ""
-
-
-# Numbers of the example's samples; 0 stands for values that belong to none (constants, zero padding).
-_SAMPLES = torch.arange(1, EXAMPLE_BATCH + 1, dtype=torch.int16)
-
-
-def _infer_batch_axes(graph: Graph, symbolic: bool) -> None:
-    """Find where the samples of every tensor live.
-
-    Sample numbers are pushed through the graph: the real operation for those that only move values, the
-    number of the operand's position for all others. Strided views keep this nearly free.
-    """
-    if not symbolic:
-        for node in graph.nodes:
-            if not node.constant and node.shape:
-                node.batch = g.BatchAxis(0, 1, node.shape[0] if isinstance(node.shape[0], int) else 1)
-        return
-    count = EXAMPLE_BATCH
-    values: dict[Node, Any] = {}
-    for node in graph.nodes:
-        if node.kind == g.INT:
-            values[node] = node.example[0]
-        elif node.constant:
-            values[node] = _constant_ids(node)
-        elif node.kind == g.INPUT:
-            ids = _SAMPLES.view(count, *[1] * (len(node.example) - 1))
-            values[node] = ids.expand(node.example)
-        elif node.kind == g.MOVE and node.params["how"] == "vjp":
-            values[node] = _moved(node, values)
-        elif node.kind in (g.MOVE, g.PARTS, g.PART):
-            values[node] = _run(node, values)
-        else:
-            values[node] = _positionwise(node, values)
-        if not node.constant and isinstance(values[node], torch.Tensor):
-            node.batch = _locate(values[node], count, node)
-
-
-def _constant_ids(node: Node) -> Any:
-    """A constant belongs to no sample, or, expanded along the batch, to one sample each.
-
-    Integers may be indices and stay what they are.
-    """
-    batched = [i for i, s in enumerate(node.shape) if s == "batch"]
-    if node.params.get("floating", True) and len(batched) == 1:
-        return _SAMPLES.view(*[-1 if i == batched[0] else 1 for i in range(len(node.shape))]).expand(node.example)
-    if node.params.get("floating", True):
-        return torch.zeros((1,) * len(node.example), dtype=torch.int16).expand(node.example)
-    known: dict[Node, Any] = {}
-
-    def value(n: Node) -> Any:
-        if n not in known:
-            if n.kind == g.PARAM:
-                known[n] = n.params["tensor"]
-            elif n.kind == g.INT:
-                known[n] = n.example[0]
-            else:
-                known[n] = n.target(*g.map_nodes(value, n.args), **g.map_nodes(value, n.kwargs))
-        return known[n]
-
-    return value(node)
-
-
-def _run(node: Node, values: dict[Node, Any]) -> Any:
-    args = g.map_nodes(values.__getitem__, node.args)
-    kwargs = g.map_nodes(values.__getitem__, node.kwargs)
-    return node.target(*args, **kwargs)
-
-
-def _moved(node: Node, values: dict[Node, Any]) -> torch.Tensor:
-    """Sample numbers moved by an operation that knows floating tensors only; padding belongs to no sample."""
-    source = node.operands[0]
-    if node.params.get("masks"):
-        return values[source].expand(node.example)  # type: ignore[no-any-return]
-    args = g.map_nodes(lambda n: values[n].float() if n is source else values[n], node.args)
-    if node.params.get("pads"):
-        args = (args[0], args[1])
-    moved: torch.Tensor = node.target(*args, **g.map_nodes(values.__getitem__, node.kwargs))
-    return moved.to(torch.int16)
-
-
-def _contracted(node: Node, values: dict[Node, Any]) -> torch.Tensor:
-    """Sample numbers of an einsum: those of its first operand that has any, axis by axis."""
-    labels, result = node.params["labels"]
-    at, source = next((i, n) for i, n in enumerate(node.operands) if not n.constant)
-    own = labels[at]
-    gone = [i for i, label in enumerate(own) if label not in result]
-    ids: torch.Tensor = values[source]
-    ids = ids.amax(gone) if gone else ids
-    left = [label for label in own if label in result]
-    order = [left.index(label) for label in result if label in left]
-    ids = ids.permute(order)
-    shape = iter(ids.shape)
-    return ids.reshape([next(shape) if label in left else 1 for label in result]).expand(node.example)
-
-
-def _positionwise(node: Node, values: dict[Node, Any]) -> torch.Tensor:
-    """Sample numbers of an operation that computes: the operand's, with contracted axes collapsed."""
-    shape = node.example
-    if "labels" in node.params:
-        return _contracted(node, values)
-    source: torch.Tensor = max((values[n] for n in node.sources), key=lambda v: v.dim() * 10**9 + v.numel())
-    if source.shape != shape:
-        try:
-            source.expand(shape)
-        except RuntimeError:
-            if node.kind in (g.LINEAR, g.MATMUL, g.ATTENTION) or node.params.get("contracts"):
-                axes = -1 if source.shape[:-1] == shape[:-1] else (-2, -1)
-                source = source.amax(axes, keepdim=True)
-            else:  # convolutions, pools and reductions: the batch leads
-                source = source.reshape(source.shape[0], -1).amax(1)
-                source = source.view(-1, *[1] * (len(shape) - 1))
-    return source.expand(shape)
-
-
-def _locate(ids: torch.Tensor, count: int, node: Node) -> g.BatchAxis:
-    if not ids.numel():  # empty slices: nothing is there to be mixed
-        return g.BatchAxis(next((i for i, s in enumerate(node.shape) if isinstance(s, str)), 0))
-    for axis in range(ids.dim()):
-        length = ids.shape[axis]
-        if length % count:
-            continue
-        index: list[Any] = [0] * ids.dim()
-        index[axis] = slice(None)
-        line = ids[tuple(index)]
-        # Values that belong to no sample say nothing: look at the whole slice.
-        if bool((line == 0).any()):
-            line = ids.movedim(axis, 0).reshape(length, -1).amax(1)
-        change = (line != line[0]).nonzero()
-        if not len(change):
-            continue
-        inner = int(change[0])
-        if length % (count * inner):
-            continue
-        outer = length // (count * inner)
-        expected = _SAMPLES.repeat_interleave(inner).repeat(outer)
-        shaped = expected.view(*[-1 if i == axis else 1 for i in range(ids.dim())])
-        if torch.equal(line, expected) and bool(((ids == shaped) | (ids == 0)).all()):
-            return g.BatchAxis(axis, outer, inner)
-    raise UnsupportedModelError(
-        f"{node.kind} in {node.module or 'the model'} mixes the samples of a batch ({node.name}, shape {node.shape})"
-    )
