@@ -6,21 +6,25 @@ weights. Everything the vocabulary lacks is collected and reported at once.
 
 from __future__ import annotations
 
-import copy
+import inspect
 import logging
 import operator
+import traceback
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils import _pytree as pytree
 
 from ramp_fast import graph as g
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.graph import Graph, Node
+from ramp_fast.preserve import preserved, user_hooks, without_hooks
 from ramp_fast.samples import EXAMPLE_BATCH, locate_samples
 from ramp_fast.vocabulary import VOCABULARY, Unsupported, bind
 
@@ -32,12 +36,22 @@ _SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", 
 _SHAPED_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
 
 
+_CHATTY = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+
+
 class _NeedsFunctionalForm(Exception):
     """An in-place operation writes through a view that is read later."""
 
 
+class _SizesFromValues(Exception):
+    """The exporter has lost track of a size on its way through a tensor."""
+
+
 def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict: bool = True) -> Graph:
     """Capture ``model`` for images of one shape.
+
+    Its forward hooks are part of it where they change the result. That shows on one random image, run with and without
+    them; what hooks keep on the way (in lists, attributes, closures) is put back.
 
     Parameters
     ----------
@@ -53,29 +67,127 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
     InputError
         The model cannot take images of this shape.
     UnsupportedModelError
-        Operations are unsupported (all of them are listed), or the model cannot be exported.
+        Operations are unsupported (all of them are listed), samples of a batch are mixed, or the model cannot be
+        exported.
     """
-    program = _export(model, image_shape)
+    with torch.no_grad(), preserved(model):
+        hooked = _hooks_matter(model, image_shape)
+        with nullcontext() if hooked else without_hooks(model):
+            program = _export(model, image_shape)
+            try:
+                graph = _graph(program, strict)
+            except _SizesFromValues:
+                graph = _graph(_export_one(model, image_shape), strict)
+            if static_batch(graph) is not None:
+                _check_alone(model, image_shape, strict)
+    return graph
+
+
+def _graph(program: torch.export.ExportedProgram, strict: bool) -> Graph:
+    _check_outputs(program)
     try:
         graph, batch_symbol = _translate(program, strict)
     except _NeedsFunctionalForm:
         graph, batch_symbol = _translate(program.run_decompositions({}), strict)
-    if len(graph.output.shape) != 2:
-        raise UnsupportedModelError(
-            f"the model must return logits of shape [batch, classes]; it returns {list(graph.output.shape)}. "
-            "Wrap it in a module that returns the logits alone."
-        )
     graph.prune()
-    if batch_symbol is None:
+    if batch_symbol is None and static_batch(graph) == 1:
         _one_sample(graph)
-    else:
-        locate_samples(graph)
-    if batch_symbol is not None and graph.output.batch != g.BatchAxis():
+        return graph
+    locate_samples(graph, symbolic=batch_symbol is not None)
+    if graph.output.batch != g.BatchAxis():
         raise UnsupportedModelError(
             f"the model must return logits of shape [batch, classes]; the samples of its {list(graph.output.shape)} "
             f"are in axis {graph.output.batch.axis}, {graph.output.batch.inner} rows each"
         )
     return graph
+
+
+def _example(
+    model: torch.nn.Module, batch: int, image_shape: tuple[int, int, int], *, noise: bool = False
+) -> torch.Tensor:
+    """Images in the dtype and on the device of the model."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    dtype, device = (tensors[0].dtype, tensors[0].device) if tensors else (torch.float32, torch.device("cpu"))
+    if not noise:
+        return torch.zeros(batch, *image_shape, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, *image_shape, dtype=torch.float32, generator=generator).to(device, dtype)
+
+
+def _results(model: torch.nn.Module, images: torch.Tensor) -> list[Any]:
+    """What the model returns for ``images``, as a flat list."""
+    devices = [images.device] if images.is_cuda else []
+    with torch.random.fork_rng(devices), torch.autocast(images.device.type, enabled=False), _quiet():
+        return pytree.tree_leaves(model(images))
+
+
+def _hooks_matter(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> bool:
+    """Whether the user's hooks change what the model computes."""
+    if not user_hooks(model):
+        return False
+    images = _example(model, 1, image_shape, noise=True)
+    try:
+        with without_hooks(model):
+            plain = _results(model, images)
+    except Exception:  # hooks may complete the model: the exporter will tell
+        return True
+    try:
+        hooked = _results(model, images)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run with its hooks, and runs without them: {_first_line(error)}"
+        ) from error
+    return len(plain) != len(hooked) or not all(_close(a, b) for a, b in zip(plain, hooked, strict=True))
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Whether two results agree but for rounding, which is some units in the last place: to half of their digits."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return bool(a is b or a == b)
+    if a.shape != b.shape or not a.is_floating_point():
+        return a.shape == b.shape and bool((a == b).all())
+    size = float(b.nan_to_num().abs().max()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=0, atol=torch.finfo(a.dtype).eps ** 0.5 * size, equal_nan=True)
+
+
+def _check_alone(model: torch.nn.Module, image_shape: tuple[int, int, int], strict: bool) -> None:
+    """Of a model that was captured for one image: the image must get the same logits beside another one."""
+    images = _example(model, EXAMPLE_BATCH, image_shape, noise=True)
+    try:
+        together = _results(model, images)
+    except Exception:
+        return  # it takes images one at a time, as the engine will give them
+    alone = zip(*(_results(model, image) for image in images.split(1)), strict=True)
+    if all(_close(torch.cat(parts), whole) for parts, whole in zip(alone, together, strict=True)):
+        return
+    _graph(_exported(model, EXAMPLE_BATCH, image_shape, symbolic=False), strict)  # names the operation, if one mixes
+    raise UnsupportedModelError(
+        f"{type(model).__name__} gives an image other logits in a batch of {EXAMPLE_BATCH} than alone: a map would "
+        "depend on the images beside it. Does its forward pass use the size of the batch?"
+    )
+
+
+def _check_outputs(program: torch.export.ExportedProgram) -> None:
+    """One tensor of logits, which depends on the images."""
+    values = [n.meta.get("val") if isinstance(n, fx.Node) else n for n in program.graph.output_node().args[0]]
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    if len(tensors) != 1 or len([v for v in values if v is not None]) != 1:
+        kinds = ", ".join("a tensor" if isinstance(v, torch.Tensor) else type(v).__name__ for v in values) or "nothing"
+        raise UnsupportedModelError(
+            f"the model must return exactly one tensor, the logits; it returns {len(values)} values ({kinds}). "
+            "Wrap it in a module that returns the logits alone."
+        )
+    (logits,) = tensors
+    if logits.dim() != 2:
+        sizes = ["batch" if not isinstance(s, int) else s for s in logits.shape]
+        raise UnsupportedModelError(
+            f"the model must return logits of shape [batch, classes]; it returns {sizes}. "
+            "Wrap it in a module that returns the logits alone."
+        )
+    if not logits.is_floating_point():
+        raise UnsupportedModelError(
+            f"the model must return logits, which are floating point; it returns {logits.dtype}"
+        )
 
 
 def _one_sample(graph: Graph) -> None:
@@ -94,93 +206,108 @@ def static_batch(graph: Graph) -> int | None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's warnings about the model's internals from the user's terminal."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _attributes_restored(model: torch.nn.Module) -> Iterator[None]:
-    """The exporter leaves copies of lists and dicts among a module's attributes: put the user's own back.
-
-    What a model caches in them while it is traced would be tensors without values: the contents are put back too.
-    """
-    before = [(module, dict(vars(module))) for module in model.modules()]
-    contents = [(own, copy.copy(own)) for own in _containers(v for _, a in before for v in a.values())]
-    try:
-        yield
-    finally:
-        for own, kept in contents:
-            if not _same_items(own, kept):
-                own.clear()
-                (own.extend if isinstance(own, list) else own.update)(kept)
-        for module, attributes in before:
-            now = vars(module)
-            for name in [n for n in now if n not in attributes]:
-                del now[name]
-            for name, value in attributes.items():
-                if now.get(name, now) is not value:
-                    now[name] = value
-
-
-def _containers(values: Iterable[Any]) -> Iterator[Any]:
-    """Every dict, list and set among ``values``, nested ones included, each once."""
-    waiting, seen = list(values), set()
-    while waiting:
-        value = waiting.pop()
-        if type(value) in (dict, list, set, OrderedDict) and id(value) not in seen:
-            seen.add(id(value))
-            yield value
-            waiting.extend(value.values() if isinstance(value, dict) else value)
-
-
-def _same_items(a: Any, b: Any) -> bool:
-    """Whether two containers hold the same objects, compared by identity."""
-    if isinstance(a, set):
-        return {id(v) for v in a} == {id(v) for v in b}
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(a[k] is b[k] for k in a)
-    return len(a) == len(b) and all(v is w for v, w in zip(a, b, strict=True))
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
-    parameter = next(model.parameters(), None)
-    dtype = torch.float32 if parameter is None else parameter.dtype
-    device = torch.device("cpu") if parameter is None else parameter.device
-
-    def export(batch: int) -> torch.export.ExportedProgram:
-        example = torch.zeros(batch, *image_shape, dtype=dtype, device=device)
-        shapes = ({0: torch.export.Dim.AUTO},) if batch > 1 else None
-        return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
-
-    with torch.no_grad(), _quiet(), _attributes_restored(model):
-        try:
-            program = export(EXAMPLE_BATCH)
-        except Exception as error:
-            try:
-                model(torch.zeros(1, *image_shape, dtype=dtype, device=device))
-            except Exception as failure:
-                raise InputError(
-                    f"the model cannot take images of shape {list(image_shape)}: {_first_line(failure)}"
-                ) from failure
-            try:
-                program = export(1)
-            except Exception:
-                raise UnsupportedModelError(
-                    f"torch.export cannot capture {type(model).__name__}: {_first_line(error)}. "
-                    "Control flow that depends on values must be rewritten."
-                ) from error
-        else:
-            if _known_size(_images_of(program).shape[0]) is not None:
-                # The exporter gave up on the batch silently: one image at a time is always right.
-                program = export(1)
+    """The exported program: for any batch where the exporter finds a way, else for one image."""
+    try:
+        program = _exported(model, EXAMPLE_BATCH, image_shape)
+    except Exception as error:
+        return _export_one(model, image_shape, error)
+    if _known_size(_images_of(program).shape[0]) is not None:
+        # The exporter gave up on the batch silently: one image at a time is always right.
+        return _export_one(model, image_shape)
     return program
+
+
+def _exported(
+    model: torch.nn.Module, batch: int, image_shape: tuple[int, int, int], *, symbolic: bool = True
+) -> torch.export.ExportedProgram:
+    shapes: Any = None
+    if symbolic and batch > 1:
+        shapes = ({0: torch.export.Dim.AUTO},)
+        first = next(iter(_parameters(model)), None)
+        if first is not None and first.kind is first.VAR_POSITIONAL:  # forward(self, *inputs) gets a tuple
+            shapes = (shapes,)
+    with _quiet():
+        images = _example(model, batch, image_shape)
+        return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
+
+
+def _export_one(
+    model: torch.nn.Module, image_shape: tuple[int, int, int], failure: Exception | None = None
+) -> torch.export.ExportedProgram:
+    """The program for one image, or why there is none; ``failure`` is what the export of a batch ended with."""
+    try:
+        return _exported(model, 1, image_shape)
+    except Exception as error:
+        failure = failure or error
+    name = type(model).__name__
+    _check_arguments(model)
+    try:
+        results = _results(model, _example(model, 1, image_shape))
+    except Exception as error:
+        try:
+            _results(model, _example(model, EXAMPLE_BATCH, image_shape))
+        except Exception:
+            raise InputError(
+                f"the model cannot take images of shape {list(image_shape)}: {_first_line(error)}"
+            ) from error
+        raise UnsupportedModelError(
+            f"{name} runs on {EXAMPLE_BATCH} images and not on one: it must take batches of any size"
+        ) from error
+    if any(not isinstance(r, torch.Tensor | int | float | None) for r in results):
+        kinds = ", ".join(type(r).__name__ for r in results)
+        raise UnsupportedModelError(
+            f"the model must return exactly one tensor, the logits; it returns {kinds}. "
+            "Wrap it in a module that returns the logits alone."
+        ) from failure
+    if isinstance(failure, GuardOnDataDependentSymNode):
+        raise UnsupportedModelError(
+            f"the forward pass of {name} decides by values of its tensors{_place(failure)}: control flow that depends "
+            f"on values must be rewritten ({_first_line(failure)})"
+        ) from failure
+    raise UnsupportedModelError(f"torch.export cannot capture {name}: {_first_line(failure)}") from failure
+
+
+def _parameters(model: torch.nn.Module) -> list[inspect.Parameter]:
+    """What the forward method takes, as far as Python knows."""
+    try:
+        return list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
+def _check_arguments(model: torch.nn.Module) -> None:
+    """The images must be all that the model needs."""
+    parameters = _parameters(model)
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind in (*named, inspect.Parameter.KEYWORD_ONLY)]
+    first = [p.name for p in parameters if p.kind in (*named, inspect.Parameter.VAR_POSITIONAL)][:1]
+    more = [name for name in needed if name not in first]
+    if more:
+        raise UnsupportedModelError(
+            f"the model must take exactly one input, the images; {type(model).__name__}.forward also needs "
+            f"{', '.join(more)}. Wrap it in a module whose forward takes the images alone."
+        )
+
+
+def _place(error: BaseException) -> str:
+    """The line of the model that an error of the exporter comes from, if it is known."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename.replace("\\", "/")]
+    frames = [f for f in frames if not f.filename.endswith("ramp_fast/capture.py")]
+    return f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name}: {frames[-1].line})" if frames else ""
 
 
 def _images_of(program: torch.export.ExportedProgram) -> torch.Tensor:
@@ -207,11 +334,6 @@ def _translate(program: torch.export.ExportedProgram, strict: bool) -> tuple[Gra
         raise UnsupportedModelError(f"the model writes to its own state in the forward pass: {', '.join(names)}")
     if len(signature.user_inputs) != 1:
         raise UnsupportedModelError("the model must take exactly one input, the images")
-    if len(signature.user_outputs) != 1:
-        raise UnsupportedModelError(
-            f"the model must return exactly one tensor, the logits; it returns {len(signature.user_outputs)}. "
-            "Wrap it in a module that returns the logits alone."
-        )
     leaves: dict[str, str] = {}
     for mapping in (
         signature.inputs_to_parameters,
@@ -232,6 +354,8 @@ def _translate(program: torch.export.ExportedProgram, strict: bool) -> tuple[Gra
         )
     assert translator.input is not None
     assert translator.output is not None
+    if translator.output.constant:
+        raise UnsupportedModelError("the model's logits do not depend on the images")
     return Graph(translator.nodes, translator.input, translator.output), translator.batch_symbol
 
 
@@ -266,7 +390,7 @@ class _Translator:
     def resolve(self, value: Any) -> Any:
         """``value`` with the nodes of this graph in place of the exporter's."""
         if isinstance(value, fx.Node):
-            return self.env[value]
+            return self.env[value] if value in self.env else _submodule(value)  # the body of a region
         if isinstance(value, (tuple, list)):
             return type(value)(self.resolve(v) for v in value)
         if isinstance(value, dict):
@@ -295,7 +419,9 @@ class _Translator:
             if known is not None:
                 self.sizes[expression] = known, known
             else:
-                symbol = self.batch_symbol.node.expr
+                symbol = self.batch_symbol.node.expr if self.batch_symbol is not None else None
+                if expression.free_symbols != {symbol}:
+                    raise _SizesFromValues
                 here, more = (int(expression.subs(symbol, n)) for n in (EXAMPLE_BATCH, EXAMPLE_BATCH + 1))
                 each = here // EXAMPLE_BATCH
                 name = str(value).replace(str(symbol), "batch")
@@ -308,7 +434,7 @@ class _Translator:
         if node.op == "placeholder":
             self._placeholder(node)
         elif node.op == "output":
-            self.output = self.env[node.args[0][0]]  # type: ignore[index]
+            self.output = next(self.env[n] for n in node.all_input_nodes)
         elif node.op == "call_function":
             self._call(node)
         elif node.op == "get_attr" and isinstance(_submodule(node), fx.GraphModule):

@@ -16,10 +16,11 @@ from ramp_fast import graph as g
 from ramp_fast import ops, rules, transfer
 from ramp_fast._checks import finite_samples
 from ramp_fast.capture import capture, static_batch
-from ramp_fast.errors import InputError, UnsupportedModelError
+from ramp_fast.errors import InputError
 from ramp_fast.gemm import exact_float32, precision_for
 from ramp_fast.graph import Graph
 from ramp_fast.heap import keep_freed_memory
+from ramp_fast.model_checks import check_model, require_module
 from ramp_fast.passes import canonicalize
 from ramp_fast.plan import Plan
 from ramp_fast.replay import Recordings, on, records
@@ -80,7 +81,8 @@ class Engine:
         Refuse operations outside the vocabulary (docs/rules.md). With False, elementwise and linear ones
         follow the rule's generic definition, with one warning each.
     input_shape : (C, H, W), optional
-        Capture for this shape now. By default timm's configuration says it, or the first images do.
+        Capture for this shape now. By default timm's configuration says it, if the model takes such images, or the
+        first images do.
     micro_batch : int, optional
         Images that go through the model together. By default the whole batch on GPUs; on CPUs one, and after some
         images four, if a trial shows that this is faster and changes no bit of any result.
@@ -126,8 +128,7 @@ class Engine:
         micro_batch: int | None = None,
         cuda_graphs: bool = True,
     ) -> None:
-        if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        require_module(model)
         self.rule = rules.resolve(rule)
         _one_of("precision", precision, PRECISIONS)
         if precision == "fast":
@@ -142,11 +143,17 @@ class Engine:
         self._state: dict[str, tuple[Any, ...]] = {}
         self._layout: tuple[Any, ...] = ()
         self._last: Plan | None = None
+        if input_shape is not None:
+            _check_shape(input_shape)
         shape = input_shape or _configured_shape(model)
         with _CAPTURE:
-            _check_model(model)
+            check_model(model)
             if shape is not None:
-                self._plan_for(tuple(shape))  # type: ignore[arg-type]
+                try:
+                    self._plan_for(tuple(shape))  # type: ignore[arg-type]
+                except InputError:
+                    if input_shape is not None:
+                        raise  # the configuration may be another model's: the first images will tell
 
     @property
     def plan(self) -> Plan:
@@ -349,7 +356,7 @@ class Engine:
         _check_images(images, check)
         torch.get_num_threads()  # until torch is asked, oneDNN's loops in a new thread take OpenMP's default number
         with _CAPTURE:
-            _check_model(self.model)
+            check_model(self.model)
             return self._plan_for(tuple(images.shape[1:])), _device(self.model)  # type: ignore[arg-type]
 
     def _ranges(
@@ -513,6 +520,12 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(repr(k) for k in known)}; got {value!r}")
 
 
+def _check_shape(shape: Any) -> None:
+    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
+    if len(sizes) != 3 or not all(isinstance(s, int) and s > 0 for s in sizes):
+        raise ValueError(f"input_shape must be (channels, height, width), got {shape!r}")
+
+
 def _require_stabilizer(rule: AbsLRP) -> None:
     s = rule.stabilizer
     if not isinstance(s, RelativeStabilizer) or s.factor < _SMALLEST_FAST_STABILIZER:
@@ -532,30 +545,6 @@ def _check_images(images: Any, check: bool | None) -> None:
         raise InputError(f"images must be floating point and preprocessed as the model wants them, got {images.dtype}")
     if _looks_at(images, check) and not bool(finite_samples(images).all()):
         raise InputError("images have values that are not finite")
-
-
-def _check_model(model: torch.nn.Module) -> None:
-    for name, module in model.named_modules():
-        if ".quantized" in type(module).__module__:
-            raise UnsupportedModelError(
-                f"{name} is a quantised module ({type(module).__name__}): use the floating-point model"
-            )
-    training = [name or "(model)" for name, m in model.named_modules() if m.training]
-    if training:
-        others = " and others" if len(training) > 1 else ""
-        raise UnsupportedModelError(f"the model is in training mode ({training[0]}{others}): call model.eval()")
-    devices = set()
-    for name, tensor in _tensors(model).items():
-        devices.add(tensor.device)
-        if tensor.is_quantized or (isinstance(tensor, torch.nn.Parameter) and not tensor.is_floating_point()):
-            raise UnsupportedModelError(
-                f"parameter {name} is {tensor.dtype}: quantised and non-floating models cannot be attributed; "
-                "use the floating-point model"
-            )
-    if len(devices) > 1:
-        raise UnsupportedModelError(f"the model is spread over several devices: {sorted(map(str, devices))}")
-    if any(d.type == "meta" for d in devices):
-        raise UnsupportedModelError("the model has no weights (meta device)")
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -62,8 +62,8 @@ def locate_samples(graph: Graph, *, symbolic: bool = True) -> None:
                 numbers = _pattern(node)
         except _Mixed:
             raise UnsupportedModelError(
-                f"{_described(node)} mixes the samples of a batch ({node.name}, shape {_sizes(node.shape)}): a map would "
-                "depend on the images beside it. Is the batch where the operation expects it "
+                f"{_described(node)} mixes the samples of a batch ({node.name}, shape {_sizes(node.shape)}): a map "
+                "would depend on the images beside it. Is the batch where the operation expects it "
                 "(batch_first=True, dim=...)?"
             ) from None
         values[node] = numbers
@@ -71,7 +71,8 @@ def locate_samples(graph: Graph, *, symbolic: bool = True) -> None:
 
 def _described(node: Node) -> str:
     name = str(node.target).removeprefix("aten.").split(".")[0]
-    return f"{node.kind if node.kind == name or not name.isidentifier() else f'{node.kind} ({name})'} in {node.module or 'the model'}"
+    kind = node.kind if node.kind == name or not name.isidentifier() else f"{node.kind} ({name})"
+    return f"{kind} in {node.module or 'the model'}"
 
 
 def _sizes(shape: tuple[int | str, ...]) -> str:
@@ -99,8 +100,8 @@ class _Constants:
         value, axis = self._value(node), node.shape.index("batch")
         if isinstance(value, Tensor) and not bool((value == value.narrow(axis, 0, 1)).all()):
             raise UnsupportedModelError(
-                f"{node.name} in {node.module or 'the model'} gives every sample of a batch another constant: a map would "
-                "depend on the place of the image in the batch"
+                f"{node.name} in {node.module or 'the model'} gives every sample of a batch another constant: a map "
+                "would depend on the place of the image in the batch"
             )
 
     def _value(self, node: Node) -> Any:
@@ -152,7 +153,7 @@ def _rolls_samples(node: Node, numbers: Tensor) -> bool:
     return any(numbers.stride(d) != 0 for d in dims)
 
 
-# Tensors of sample numbers are patterns along one axis: every other axis has stride 0. Work is done on one entry of those.
+# Tensors of sample numbers are patterns along one axis; every other axis has stride 0, and one entry says it all.
 
 
 def _core(numbers: Tensor) -> Tensor:
@@ -222,7 +223,7 @@ def _elementwise(node: Node, sources: list[Node]) -> bool:
     if node.kind not in _ELEMENTWISE and torch.Tag.pointwise not in tags:
         return False
     try:
-        return torch.broadcast_shapes(node.example, *(n.example for n in sources)) == node.example
+        return bool(torch.broadcast_shapes(node.example, *(n.example for n in sources)) == node.example)
     except RuntimeError:
         return False
 
@@ -271,7 +272,9 @@ def _probed(node: Node, sources: list[Node], values: dict[Node, Any]) -> Tensor:
 def _located(numbers: Tensor, node: Node, symbolic: bool) -> g.BatchAxis:
     """The axis along which the samples follow one another."""
     count = EXAMPLE_BATCH
-    possible = [a for a, n in enumerate(numbers.shape) if n and n % count == 0 and _counts_samples(node.shape[a], n, symbolic)]
+    possible = [
+        a for a, n in enumerate(numbers.shape) if n and n % count == 0 and _counts_samples(node.shape[a], n, symbolic)
+    ]
     core = _core(numbers)
     if not bool(core.any()):  # nothing is there to be mixed
         axis = possible[0] if possible else 0

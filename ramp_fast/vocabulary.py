@@ -167,7 +167,7 @@ def _conv_transpose(node: Node, b: Bound) -> None:
 @handles("batch_norm.default")
 def _batch_norm(node: Node, b: Bound) -> None:
     if b["training"]:
-        raise Unsupported("batch_norm.default in training mode")
+        raise Unsupported("batch_norm.default with the statistics of the batch (training mode, or none were kept)")
     _set(
         node,
         g.BATCH_NORM,

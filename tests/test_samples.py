@@ -58,7 +58,7 @@ MIXING: dict[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], str]] = {
     ),
     "maximum": (lambda m, t, f: m.head(f - f.amax(0)), "amax"),
     "roll by the example's batch": (lambda m, t, f: m.head(f.roll(2, 0)), "roll"),
-    "pairs": (lambda m, t, f: m.head(f.view(2, -1, 8).transpose(0, 1).reshape(-1, 8)), "move"),
+    "pairs": (lambda m, t, f: m.head(f + f.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)), "move"),
 }  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def test_models_that_keep_samples_apart_are_attributed(name: str) -> None:
     model = Net(SEPARATE[name]).double().eval()
     images = torch.randn(3, *SHAPE, dtype=torch.float64)
     engine = Engine(model, precision="float64", input_shape=SHAPE, micro_batch=3)
-    a = engine.attribute(images, 1)
+    a = engine.attribute(images, 1, "none", "none")
     torch.testing.assert_close(a.logits, model(images), rtol=0, atol=1e-12)
-    alone = torch.cat([engine.attribute(images[i : i + 1], 1).maps for i in range(3)])
+    alone = torch.cat([engine.attribute(images[i : i + 1], 1, "none", "none").maps for i in range(3)])
     torch.testing.assert_close(a.maps, alone, rtol=0, atol=1e-10)  # another order of sums in float64
