@@ -43,8 +43,12 @@ class _NeedsFunctionalForm(Exception):
     """An in-place operation writes through a view that is read later."""
 
 
+class _UnknownSize(Exception):
+    """A size is neither a number nor does it follow from that of the batch."""
+
+
 class _SizesFromValues(Exception):
-    """The exporter has lost track of a size on its way through a tensor."""
+    """The exporter has lost track of a size on its way through a tensor; says where."""
 
 
 def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict: bool = True) -> Graph:
@@ -77,7 +81,10 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
             try:
                 graph = _graph(program, strict)
             except _SizesFromValues:
-                graph = _graph(_export_one(model, image_shape), strict)
+                try:
+                    graph = _graph(_export_one(model, image_shape), strict)
+                except _SizesFromValues as error:
+                    raise UnsupportedModelError(str(error)) from None
             if static_batch(graph) is not None:
                 _check_alone(model, image_shape, strict)
     return graph
@@ -376,7 +383,7 @@ class _Translator:
         self.position = {node: i for i, node in enumerate(_flattened(program.graph_module))}
         self.inlined: dict[fx.Node, list[Any]] = {}
         self.names: dict[str, int] = {}
-        self.sizes: dict[Any, tuple[int | str, int]] = {}
+        self.sizes: dict[Any, tuple[int | str, Any, Any]] = {}
 
     def emit(self, node: Node, origin: fx.Node) -> Node:
         taken = self.names.setdefault(node.name, 0)
@@ -403,31 +410,30 @@ class _Translator:
             return ()
         return tuple(s if isinstance(s, int) else self.size(s)[0] for s in value.shape)
 
-    def example(self, value: Any) -> tuple[int, ...]:
+    def example(self, value: Any) -> tuple[Any, ...]:
         """Sizes at the example batch; for a size itself, its value."""
         if isinstance(value, torch.Tensor):
             return tuple(self.example(s)[0] for s in value.shape)
-        if isinstance(value, torch.SymInt):
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return (self.size(value)[1],)
-        return (value,) if isinstance(value, (bool, int)) else ()
+        return (value,) if isinstance(value, (bool, int, float)) else ()
 
-    def size(self, value: torch.SymInt) -> tuple[int | str, int]:
-        """A size for people, "batch", "4*batch" or what else it is, and its value at the example batch."""
+    def size(self, value: torch.SymInt | torch.SymFloat | torch.SymBool) -> tuple[int | str, Any, Any]:
+        """A size for people ("batch", "4*batch", ...); its value for the example, and for one image more."""
         expression = value.node.expr
         if expression not in self.sizes:
-            known = value.node.maybe_as_int()
-            if known is not None:
-                self.sizes[expression] = known, known
-            else:
-                symbol = self.batch_symbol.node.expr if self.batch_symbol is not None else None
-                if expression.free_symbols != {symbol}:
-                    raise _SizesFromValues
-                here, more = (int(expression.subs(symbol, n)) for n in (EXAMPLE_BATCH, EXAMPLE_BATCH + 1))
-                each = here // EXAMPLE_BATCH
-                name = str(value).replace(str(symbol), "batch")
-                if (here, more) == (each * EXAMPLE_BATCH, each * (EXAMPLE_BATCH + 1)):
-                    name = "batch" if each == 1 else f"{each}*batch"
-                self.sizes[expression] = name, here
+            symbol = self.batch_symbol.node.expr if self.batch_symbol is not None else None
+            if expression.free_symbols - {symbol}:
+                raise _UnknownSize
+            kind = int if isinstance(value, torch.SymInt) else float if isinstance(value, torch.SymFloat) else bool
+            here, more = (kind(expression.subs(symbol, n)) for n in (EXAMPLE_BATCH, EXAMPLE_BATCH + 1))
+            name: int | str = str(value).replace(str(symbol), "batch")
+            each = here // EXAMPLE_BATCH
+            if not expression.free_symbols:
+                name = int(here)
+            elif (here, more) == (each * EXAMPLE_BATCH, each * (EXAMPLE_BATCH + 1)):
+                name = "batch" if each == 1 else f"{each}*batch"
+            self.sizes[expression] = name, here, more
         return self.sizes[expression]
 
     def visit(self, node: fx.Node) -> None:
@@ -502,11 +508,18 @@ class _Translator:
             target = _functional(target)
             name = _short_name(target)
         module = _module_name(node)
-        out = Node(node.name, "", target, tuple(args), dict(kwargs), module=module, shape=self.shape(value))
-        out.example = self.example(value)
+        out = Node(node.name, "", target, tuple(args), dict(kwargs), module=module)
+        try:
+            out.shape, out.example = self.shape(value), self.example(value)
+        except _UnknownSize:
+            raise _SizesFromValues(
+                f"{name} in {module or 'the model'} takes a size from the values of a tensor: "
+                "use integers, such as those of x.shape"
+            ) from None
         variable = any(not ref.constant for ref in out.references())
         if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
             out.kind = g.INT
+            out.params["more"] = value if isinstance(value, (int, float, bool)) else self.size(value)[2]
         elif not variable or _constant_valued(name.split(".")[0], args):
             out.kind = g.CONST
             out.params["floating"] = isinstance(value, torch.Tensor) and value.is_floating_point()

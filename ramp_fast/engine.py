@@ -23,6 +23,7 @@ from ramp_fast.heap import keep_freed_memory
 from ramp_fast.model_checks import check_model, require_module
 from ramp_fast.passes import canonicalize
 from ramp_fast.plan import Plan
+from ramp_fast.preserve import user_hooks
 from ramp_fast.replay import Recordings, on, records
 from ramp_fast.rules.abslrp import AbsLRP, RelativeStabilizer
 from ramp_fast.runtime import GROUP, Groups, forward, run
@@ -560,8 +561,8 @@ def _fingerprint(model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, tup
     """What a captured graph depends on (names, shapes, dtypes, device), and the identity of the weights."""
     tensors = _tensors(model)
     shapes = tuple((n, tuple(t.shape), t.dtype, t.device) for n, t in tensors.items())
-    # The modules themselves: one that was replaced may compute something else.
-    layout = (shapes, tuple(model.named_modules()))
+    # The modules themselves: one that was replaced may compute something else. So may hooks.
+    layout = (shapes, tuple(model.named_modules()), tuple(user_hooks(model)))
     state = {n: (id(t), t.data_ptr(), None if t.is_inference() else t._version) for n, t in tensors.items()}
     return layout, state
 

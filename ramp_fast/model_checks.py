@@ -88,7 +88,7 @@ def _check_tensors(model: nn.Module) -> None:
 
 def _special(tensor: Any) -> str | None:
     """The class of a tensor that stands for others: a sharded one, or one of packed integers."""
-    return type(tensor.data).__name__ if is_traceable_wrapper_subclass(tensor) else None
+    return type(tensor).__name__ if is_traceable_wrapper_subclass(tensor) else None
 
 
 def _quantised(kind: type) -> bool:

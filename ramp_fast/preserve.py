@@ -28,21 +28,22 @@ def preserved(model: torch.nn.Module) -> Iterator[None]:
     """
     before = _Snapshot()
     before.add(model.modules())
-    before.add(hook for hook in user_hooks(model))
+    before.add(user_hooks(model).values())
     try:
         yield
     finally:
         before.restore()
 
 
-def user_hooks(model: torch.nn.Module) -> list[Callable[..., Any]]:
+def user_hooks(model: torch.nn.Module) -> dict[int, Callable[..., Any]]:
     """Hooks of the modules, and those of all modules, that see tensors of a forward or backward pass.
 
-    Not those that make up the weights: weight_norm, spectral_norm and pruning are written as hooks.
+    Not those that make up the weights: weight_norm, spectral_norm and pruning are written as hooks. The keys are
+    PyTorch's own, which no other hook gets again.
     """
-    registered = [getattr(m, name) for m in model.modules() for name in _HOOKS]
-    registered += [getattr(nn_module, name) for name in _GLOBAL_HOOKS]
-    return [hook for hooks in registered for hook in hooks.values() if not _makes_weights(hook)]
+    registered = [vars(m)[name] for m in model.modules() for name in _HOOKS]
+    registered += [vars(nn_module)[name] for name in _GLOBAL_HOOKS]
+    return {key: hook for hooks in registered if hooks for key, hook in hooks.items() if not _makes_weights(hook)}
 
 
 def _makes_weights(hook: Any) -> bool:

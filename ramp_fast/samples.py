@@ -50,11 +50,15 @@ def locate_samples(graph: Graph, *, symbolic: bool = True) -> None:
         An operation mixes the samples of a batch.
     """
     values: dict[Node, Any] = {}
-    constants = _Constants(symbolic)
+    constants = _Constants(graph)
     for node in graph.nodes:
         if node.constant:
             values[node] = constants.numbers(node)
             continue
+        moves = node.kind in (g.MOVE, g.PARTS, g.PART)
+        for read in node.references() if symbolic else ():
+            if not moves or read.params.get("floating", True):  # integers may be indices
+                constants.check(read)
         try:
             numbers = _numbers(node, values)
             if isinstance(numbers, Tensor):
@@ -82,40 +86,74 @@ def _sizes(shape: tuple[int | str, ...]) -> str:
 class _Constants:
     """What operations read besides tensors that depend on the images."""
 
-    def __init__(self, symbolic: bool) -> None:
-        self._symbolic = symbolic
-        self._known: dict[Node, Any] = {}
+    def __init__(self, graph: Graph) -> None:
+        tensors = [n.params["tensor"] for n in graph.nodes if n.kind == g.PARAM]
+        self._device = tensors[0].device if tensors else torch.device("cpu")
+        self._known: dict[tuple[Node, int], Any] = {}
+        self._varies: dict[Node, bool] = {}
 
     def numbers(self, node: Node) -> Any:
         """Constants belong to no sample. Integers may be sizes or indices: they stay what they are."""
         if node.kind == g.INT:
             return node.example[0]
-        if self._symbolic and node.kind == g.CONST and "batch" in node.shape:
-            self._same_for_all(node)
         if node.params.get("floating", True):
             return torch.zeros((1,) * len(node.example), dtype=torch.int16).expand(node.example)
-        return self._value(node)
+        value = self._value(node, EXAMPLE_BATCH)
+        return value.cpu() if isinstance(value, Tensor) else value
 
-    def _same_for_all(self, node: Node) -> None:
-        value, axis = self._value(node), node.shape.index("batch")
-        if isinstance(value, Tensor) and not bool((value == value.narrow(axis, 0, 1)).all()):
+    def check(self, node: Node) -> None:
+        """Refuse what differs from sample to sample, or with the number of samples."""
+        if node.kind != g.CONST or not self._depends(node):
+            return
+        try:
+            two, three = (self._value(node, n) for n in (EXAMPLE_BATCH, EXAMPLE_BATCH + 1))
+        except _UnknownSize:
+            return
+        if "batch" in node.shape:
+            axis = node.shape.index("batch")
+            first = two.narrow(axis, 0, 1)
+            two = first.expand(*(s if i == axis else -1 for i, s in enumerate(three.shape)))
+        if two.shape == three.shape and not torch.equal(two, three):
             raise UnsupportedModelError(
-                f"{node.name} in {node.module or 'the model'} gives every sample of a batch another constant: a map "
-                "would depend on the place of the image in the batch"
+                f"{node.name} in {node.module or 'the model'} is computed from the size of the batch, and differs with "
+                "it or from sample to sample: a map would depend on the images beside it"
             )
 
-    def _value(self, node: Node) -> Any:
-        if node not in self._known:
+    def _depends(self, node: Node) -> bool:
+        """Whether the size of the batch goes into a constant."""
+        if node not in self._varies:
+            self._varies[node] = node.kind != g.PARAM and (
+                node.kind != g.CONST or any(self._depends(n) for n in node.references())
+            )
+        return self._varies[node]
+
+    def _value(self, node: Node, batch: int) -> Any:
+        key = node, batch
+        if key not in self._known:
             if node.kind == g.PARAM:
                 value = node.params["tensor"]
             elif node.kind == g.INT:
-                value = node.example[0]
+                value = node.example[0] if batch == EXAMPLE_BATCH else node.params["more"]
             elif not node.constant:  # of which only the shape is read
-                value = torch.zeros(node.example)
+                value = torch.zeros([_size_at(s, batch) for s in node.shape], device=self._device)
             else:
-                value = node.target(*g.map_nodes(self._value, node.args), **g.map_nodes(self._value, node.kwargs))
-            self._known[node] = value.cpu() if isinstance(value, Tensor) and node.kind != g.PARAM else value
-        return self._known[node]
+                args, kwargs = (g.map_nodes(lambda n: self._value(n, batch), a) for a in (node.args, node.kwargs))
+                value = node.target(*args, **kwargs)
+            self._known[key] = value
+        return self._known[key]
+
+
+class _UnknownSize(Exception):
+    """A size does not grow in proportion to the batch."""
+
+
+def _size_at(size: int | str, batch: int) -> int:
+    if isinstance(size, int):
+        return size
+    each, _, rest = size.rpartition("*")
+    if rest != "batch" or not (each.isdecimal() or not each):
+        raise _UnknownSize
+    return int(each or 1) * batch
 
 
 def _numbers(node: Node, values: dict[Node, Any]) -> Any:

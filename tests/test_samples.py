@@ -69,11 +69,17 @@ def test_models_that_mix_samples_are_refused(name: str) -> None:
         Engine(Net(function).eval(), input_shape=SHAPE)
 
 
-def test_constants_that_tell_the_places_of_samples_are_refused() -> None:
-    def function(m: Net, t: Tensor, f: Tensor) -> Tensor:
-        return m.head(f + torch.arange(f.shape[0], dtype=f.dtype).unsqueeze(1))
-
-    with pytest.raises(UnsupportedModelError, match="place of the image in the batch"):
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, t, f: m.head(f + torch.arange(f.shape[0], dtype=f.dtype).unsqueeze(1)),
+        lambda m, t, f: m.head(f * torch.full((1,), 1.0 / f.shape[0])),
+        lambda m, t, f: m.head(f * torch.full((f.shape[0], 1), f.shape[0])),
+    ],
+    ids=["places", "share", "number of samples"],
+)
+def test_constants_that_depend_on_the_batch_are_refused(function: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(UnsupportedModelError, match="computed from the size of the batch"):
         Engine(Net(function).eval(), input_shape=SHAPE)
 
 
@@ -99,6 +105,8 @@ SEPARATE: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "flipped copies": lambda m, t, f: sum(m.head(torch.cat([t, t.flip(1)])[:, 0]).chunk(2)),
     "batch last": lambda m, t, f: (m.head.weight @ f.t()).t(),
     "pool across channels": lambda m, t, f: m.head(F.avg_pool1d(f[None], 3, 1, 1)[0]),
+    "index of every sample": lambda m, t, f: m.head(t[torch.arange(len(t)), 3]),
+    "index by shape": lambda m, t, f: m.head(t[torch.arange(t.shape[0]), 3]),
     "size as an int": lambda m, t, f: m.head(t.view(int(t.size(0)), 16, 8).mean(1)),
     "size through a tensor": lambda m, t, f: m.head(t.view(torch.tensor(t.shape)[0], 16, 8).mean(1)),
 }
