@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import random
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.modules import module as nn_module
 from torch.nn.utils.prune import BasePruningMethod
@@ -29,10 +31,13 @@ def preserved(model: torch.nn.Module) -> Iterator[None]:
     before = _Snapshot()
     before.add(model.modules())
     before.add(user_hooks(model).values())
+    numbers = random.getstate(), np.random.get_state()  # noqa: NPY002  # the global stream is what must not move
     try:
         yield
     finally:
         before.restore()
+        random.setstate(numbers[0])
+        np.random.set_state(numbers[1])  # noqa: NPY002
 
 
 def user_hooks(model: torch.nn.Module) -> dict[int, Callable[..., Any]]:

@@ -26,6 +26,10 @@ _SAMPLES = torch.arange(1, EXAMPLE_BATCH + 1, dtype=torch.int16)
 _ELEMENTWISE = frozenset({g.ACTIVATION, g.ADD, g.MUL, g.DIV, g.SCALE, g.BATCH_NORM, g.GENERIC})
 
 
+# Their constants are packed once.
+_PACKED = g.WEIGHTED | {g.BATCH_NORM, g.LAYER_NORM, g.GROUP_NORM, g.RMS_NORM}
+
+
 class _Mixed(Exception):
     """An entry would belong to two samples."""
 
@@ -57,6 +61,10 @@ def locate_samples(graph: Graph, *, symbolic: bool = True) -> None:
             continue
         moves = node.kind in (g.MOVE, g.PARTS, g.PART)
         for read in node.references() if symbolic else ():
+            if node.kind in _PACKED and constants.depends(read) and read.kind == g.CONST:
+                raise UnsupportedModelError(
+                    f"{_described(node)} has weights that are computed from the size of the batch"
+                )
             if not moves or read.params.get("floating", True):  # integers may be indices
                 constants.check(read)
         try:
@@ -103,7 +111,7 @@ class _Constants:
 
     def check(self, node: Node) -> None:
         """Refuse what differs from sample to sample, or with the number of samples."""
-        if node.kind != g.CONST or not self._depends(node):
+        if node.kind != g.CONST or not self.depends(node):
             return
         try:
             two, three = (self._value(node, n) for n in (EXAMPLE_BATCH, EXAMPLE_BATCH + 1))
@@ -119,11 +127,11 @@ class _Constants:
                 "it or from sample to sample: a map would depend on the images beside it"
             )
 
-    def _depends(self, node: Node) -> bool:
+    def depends(self, node: Node) -> bool:
         """Whether the size of the batch goes into a constant."""
         if node not in self._varies:
             self._varies[node] = node.kind != g.PARAM and (
-                node.kind != g.CONST or any(self._depends(n) for n in node.references())
+                node.kind != g.CONST or any(self.depends(n) for n in node.references())
             )
         return self._varies[node]
 

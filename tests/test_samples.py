@@ -58,6 +58,7 @@ MIXING: dict[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], str]] = {
     ),
     "maximum": (lambda m, t, f: m.head(f - f.amax(0)), "amax"),
     "roll by the example's batch": (lambda m, t, f: m.head(f.roll(2, 0)), "roll"),
+    "instance norm": (lambda m, t, f: m.head(F.instance_norm(f.t()[None])[0].t()), "instance_norm"),
     "pairs": (lambda m, t, f: m.head(f + f.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)), "move"),
 }  # fmt: skip
 
@@ -107,6 +108,7 @@ SEPARATE: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "pool across channels": lambda m, t, f: m.head(F.avg_pool1d(f[None], 3, 1, 1)[0]),
     "index of every sample": lambda m, t, f: m.head(t[torch.arange(len(t)), 3]),
     "index by shape": lambda m, t, f: m.head(t[torch.arange(t.shape[0]), 3]),
+    "image by image": lambda m, t, f: torch.stack([m.head(row) for row in f]),
     "size as an int": lambda m, t, f: m.head(t.view(int(t.size(0)), 16, 8).mean(1)),
     "size through a tensor": lambda m, t, f: m.head(t.view(torch.tensor(t.shape)[0], 16, 8).mean(1)),
 }
