@@ -71,8 +71,9 @@ class Engine:
     Parameters
     ----------
     model : torch.nn.Module
-        A classifier in eval mode that maps ``[B, C, H, W]`` to logits ``[B, classes]``. It is never changed;
-        when its weights are, the engine notices and uses the new ones.
+        A classifier in eval mode that maps ``[B, C, H, W]`` to logits ``[B, classes]``, each image on its own. It is
+        never changed; when its weights or hooks are, the engine notices and uses the new ones. Forward hooks that
+        change the result are part of the model, which is tried on one random image; others are not called.
     rule : str or AbsLRP
         "abslrp" (shares kept at junctions), "abslrp-release" (equal shares), or a rule object.
     precision : {"mixed", "float32", "float64", "fast"}
@@ -94,8 +95,8 @@ class Engine:
     Raises
     ------
     UnsupportedModelError
-        The model has operations without a rule (all are listed), is in training mode, quantised or not
-        floating point.
+        The model has operations without a rule (all are listed), mixes the samples of a batch, has modules that act
+        otherwise in training mode and are in it, is quantised or not floating point.
     ValueError, TypeError
         An argument is not one of the values above.
 
