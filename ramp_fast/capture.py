@@ -139,11 +139,15 @@ def _hooks_matter(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> 
     except Exception:  # hooks may complete the model: the exporter will tell
         return True
     try:
-        hooked = _results(model, images)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not run with its hooks, and runs without them: {_first_line(error)}"
-        ) from error
+        with torch.enable_grad():  # hooks may ask for gradients of what they see
+            hooked = _results(model, images.clone().requires_grad_())
+    except Exception:  # or for numbers, which tensors with gradients do not give
+        try:
+            hooked = _results(model, images)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not run with its hooks, and runs without them: {_first_line(error)}"
+            ) from error
     return len(plain) != len(hooked) or not all(_close(a, b) for a, b in zip(plain, hooked, strict=True))
 
 
@@ -153,6 +157,7 @@ def _close(a: Any, b: Any) -> bool:
         return bool(a is b or a == b)
     if a.shape != b.shape or not a.is_floating_point():
         return a.shape == b.shape and bool((a == b).all())
+    a, b = a.detach(), b.detach()
     size = float(b.nan_to_num().abs().max()) if b.numel() else 0.0
     return torch.allclose(a, b, rtol=0, atol=torch.finfo(a.dtype).eps ** 0.5 * size, equal_nan=True)
 

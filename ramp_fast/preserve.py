@@ -6,6 +6,7 @@ import contextlib
 import functools
 import random
 import types
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ def user_hooks(model: torch.nn.Module) -> dict[int, Callable[..., Any]]:
     Not those that make up the weights: weight_norm, spectral_norm and pruning are written as hooks. The keys are
     PyTorch's own, which no other hook gets again.
     """
-    registered = [vars(m)[name] for m in model.modules() for name in _HOOKS]
+    registered = [vars(m).get(name) for m in model.modules() for name in _HOOKS]
     registered += [vars(nn_module)[name] for name in _GLOBAL_HOOKS]
     return {key: hook for hooks in registered if hooks for key, hook in hooks.items() if not _makes_weights(hook)}
 
@@ -60,7 +61,7 @@ def without_hooks(model: torch.nn.Module) -> Iterator[None]:
     """Run no :func:`user_hooks` meanwhile; registrations, their order and their handles stay as they are."""
     places = [(vars(m), name) for m in model.modules() for name in _HOOKS]
     places += [(vars(nn_module), name) for name in _GLOBAL_HOOKS]
-    kept = [(place, name, place[name]) for place, name in places]
+    kept = [(place, name, place[name]) for place, name in places if name in place]
     try:
         for place, name, hooks in kept:
             if hooks:
@@ -86,7 +87,9 @@ class _Snapshot:
         waiting = list(values)
         while waiting:
             value = waiting.pop()
-            if id(value) in self._seen or value is None or isinstance(value, (torch.Tensor, str, int, float)):
+            if type(value) in weakref.ProxyTypes or isinstance(value, (torch.Tensor, str, int, float, type(None))):
+                continue  # what a proxy stands for may be gone
+            if id(value) in self._seen:
                 continue
             self._seen[id(value)] = value
             waiting.extend(self._note(value))

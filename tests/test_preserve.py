@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -48,6 +49,7 @@ def test_what_hooks_keep_is_put_back() -> None:
     model[2].register_forward_hook(lambda m, a, out: inside.append(out))
     model[2].register_forward_hook(lambda m, a, out: KEPT.append(out))
     model[3].register_forward_hook(functools.partial(lambda store, m, a, out: store.update(out=out), held))
+    model[3].register_forward_hook(lambda m, a, out: out.register_hook(inside.append) and None)
     model[4].register_forward_hook(_in_a_global, always_call=True)
     model[4].register_forward_pre_hook(lambda m, args, kwargs: inside.append(args[0]), with_kwargs=True)
     model[4].register_full_backward_hook(lambda m, given, out: None)
@@ -107,6 +109,13 @@ def test_hooks_that_come_later_are_noticed() -> None:
     torch.testing.assert_close(engine.attribute(x).logits, model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_hook_that_wants_numbers() -> None:
+    model, seen = vgg(), [0.0]
+    model[1].register_forward_hook(lambda m, a, out: seen.append(float(out.numpy().sum())))
+    Engine(model, input_shape=SHAPE)
+    assert seen == [0.0]
+
+
 def test_a_hook_that_fails_is_named_as_the_reason() -> None:
     model = vgg()
     handle = model[1].register_forward_hook(lambda m, a, out: 1 / 0)
@@ -132,6 +141,8 @@ class Caching(nn.Module):
         super().__init__()
         self.inner, self.queue, self.nested = vgg(), deque(), (defaultdict(list), OrderedDict())  # type: ignore[var-annotated]
         self.helper = Keeper()
+        self.gone = weakref.proxy(soon_gone := Keeper())
+        del soon_gone
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.inner(x) + _table(1)
