@@ -30,6 +30,7 @@ class Keeper:
         self.last: Tensor | None = None
         self.calls = 0
         self.all: deque[Tensor] = deque(maxlen=2)
+        self.gone = weakref.proxy({self})
 
     def __call__(self, module: nn.Module, args: Any, out: Tensor) -> None:
         self.last = out
@@ -141,8 +142,6 @@ class Caching(nn.Module):
         super().__init__()
         self.inner, self.queue, self.nested = vgg(), deque(), (defaultdict(list), OrderedDict())  # type: ignore[var-annotated]
         self.helper = Keeper()
-        self.gone = weakref.proxy(soon_gone := Keeper())
-        del soon_gone
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.inner(x) + _table(1)
