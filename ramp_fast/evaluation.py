@@ -31,6 +31,7 @@ from ramp_fast.metrics.base import (
     method_name,
     module_of,
 )
+from ramp_fast.model_checks import in_training
 from ramp_fast.specs import parse_spec
 from ramp_fast.store import atomic_write
 
@@ -311,7 +312,7 @@ class Evaluator:
         if explain not in EXPLAINED:
             raise InputError(f"explain must be label or predicted, got {explain!r}")
         self.model, self._answering = module_of(model), model
-        if self.model.training:
+        if in_training(self.model):
             raise InputError("the model is in training mode: call model.eval()")
         self.explain, self.strict = explain, strict
         self._templates = {

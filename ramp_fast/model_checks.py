@@ -40,7 +40,6 @@ def check_model(model: nn.Module) -> None:
     ------
     UnsupportedModelError
     """
-    training: list[str] = []
     for name, module in model.named_modules():
         shown = name or "the model"
         if isinstance(module, torch.jit.ScriptModule):
@@ -54,12 +53,15 @@ def check_model(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{shown} is a quantised module ({type(module).__name__}): use the floating-point model"
             )
-        if module.training and _acts_in_training(module):
-            training.append(name or "(model)")
     _check_tensors(model)
-    if training:
+    if training := in_training(model):
         others = " and others" if len(training) > 1 else ""
         raise UnsupportedModelError(f"the model is in training mode ({training[0]}{others}): call model.eval()")
+
+
+def in_training(model: nn.Module) -> list[str]:
+    """Names of the modules that are in training mode and may compute something else than in eval mode."""
+    return [name or "(model)" for name, m in model.named_modules() if m.training and _acts_in_training(m)]
 
 
 def _check_tensors(model: nn.Module) -> None:

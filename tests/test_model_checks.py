@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ramp_fast import Engine
 from ramp_fast.errors import UnsupportedModelError
+from ramp_fast.methods import make_method
 from ramp_fast.model_checks import check_model
 
 SHAPE = (3, SIZE, SIZE)
@@ -102,6 +103,15 @@ def test_training_mode_that_changes_nothing_is_fine(make: Callable[[], nn.Module
     model, x = make(), images(2)
     a = Engine(model, precision="float32").attribute(x)
     torch.testing.assert_close(a.logits, model(x).detach(), rtol=0, atol=1e-5)  # float32, other orders of sums
+
+
+def test_methods_and_metrics_ask_the_same() -> None:
+    wrapped, target = nn.Sequential(vgg(), nn.Softmax(1)), torch.zeros(2, dtype=torch.long)
+    assert make_method("ixg", wrapped)(wrapped, images(2), target).shape == (2, *SHAPE)
+    inside = nn.Sequential(vgg(), nn.Dropout()).eval()
+    inside[1].train()
+    with pytest.raises(UnsupportedModelError, match="training mode"):
+        make_method("ixg", inside)(inside, images(2), target)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import captum.attr
 import captum.metrics
 import pytest
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -108,7 +109,7 @@ def test_refused_at_construction() -> None:
     with pytest.raises(ValueError, match="normalize must be one of"):
         AbsLRP(vgg(), normalize="mean")
     with pytest.raises(UnsupportedModelError, match="training mode"):
-        AbsLRP(vgg().train())
+        AbsLRP(nn.Sequential(vgg(), nn.Dropout()))
 
 
 def test_without_captum(monkeypatch: pytest.MonkeyPatch) -> None:
