@@ -122,10 +122,17 @@ def _example(
 
 
 def _results(model: torch.nn.Module, images: torch.Tensor) -> list[Any]:
-    """What the model returns for ``images``, as a flat list."""
+    """What the model returns for ``images``, as a flat list; what it writes to its buffers is undone."""
     devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices), torch.autocast(images.device.type, enabled=False), _quiet():
-        return pytree.tree_leaves(model(images))
+    buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
+    try:
+        with torch.random.fork_rng(devices), torch.autocast(images.device.type, enabled=False), _quiet():
+            return pytree.tree_leaves(model(images))
+    finally:
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 def _hooks_matter(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> bool:

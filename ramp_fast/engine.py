@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,7 +153,7 @@ class Engine:
             check_model(model)
             if shape is not None:
                 try:
-                    self._plan_for(tuple(shape))  # type: ignore[arg-type]
+                    self._plan_for(tuple(int(s) for s in shape))  # type: ignore[arg-type]
                 except InputError:
                     if input_shape is not None:
                         raise  # the configuration may be another model's: the first images will tell
@@ -524,7 +525,7 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 def _check_shape(shape: Any) -> None:
     sizes = tuple(shape) if isinstance(shape, Sequence) else ()
-    if len(sizes) != 3 or not all(isinstance(s, int) and s > 0 for s in sizes):
+    if len(sizes) != 3 or not all(isinstance(s, Integral) and int(s) > 0 for s in sizes):
         raise ValueError(f"input_shape must be (channels, height, width), got {shape!r}")
 
 

@@ -110,6 +110,25 @@ def test_hooks_that_come_later_are_noticed() -> None:
     torch.testing.assert_close(engine.attribute(x).logits, model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = vgg()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out: Tensor = self.inner(x)
+        return out
+
+
+def test_buffers_are_not_written_to_when_hooks_are_tried() -> None:
+    model = Counting().eval()
+    model.register_forward_hook(lambda m, a, out: None)
+    Engine(model, input_shape=SHAPE)
+    assert float(model.calls) == 0
+
+
 def test_a_hook_that_wants_numbers() -> None:
     model, seen = vgg(), [0.0]
     model[1].register_forward_hook(lambda m, a, out: seen.append(float(out.numpy().sum())))
