@@ -6,37 +6,56 @@ weights. Everything the vocabulary lacks is collected and reported at once.
 
 from __future__ import annotations
 
-import copy
+import inspect
 import logging
 import operator
+import traceback
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils import _pytree as pytree
 
 from ramp_fast import graph as g
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.graph import Graph, Node
+from ramp_fast.preserve import preserved, user_hooks, without_hooks
+from ramp_fast.samples import EXAMPLE_BATCH, locate_samples
 from ramp_fast.vocabulary import VOCABULARY, Unsupported, bind
 
 # Nodes that compute nothing: shape and dtype guards left by export.
 _GUARDS = ("_assert", "sym_constrain", "_guards_fn")
 # The result depends on the shape of the first operand only.
 _SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_tensor"}
+# Of the second operand only the shape (or dtype) is read.
+_SHAPED_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
 
-EXAMPLE_BATCH = 2  # torch.export specialises a batch of 1
+
+_CHATTY = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
 class _NeedsFunctionalForm(Exception):
     """An in-place operation writes through a view that is read later."""
 
 
+class _UnknownSize(Exception):
+    """A size is neither a number nor does it follow from that of the batch."""
+
+
+class _SizesFromValues(Exception):
+    """The exporter has lost track of a size on its way through a tensor; says where."""
+
+
 def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict: bool = True) -> Graph:
     """Capture ``model`` for images of one shape.
+
+    Its forward hooks are part of it where they change the result. That shows on one random image, run with and without
+    them; what hooks keep on the way (in lists, attributes, closures) is put back.
 
     Parameters
     ----------
@@ -52,27 +71,150 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
     InputError
         The model cannot take images of this shape.
     UnsupportedModelError
-        Operations are unsupported (all of them are listed), or the model cannot be exported.
+        Operations are unsupported (all of them are listed), samples of a batch are mixed, or the model cannot be
+        exported.
     """
-    program = _export(model, image_shape)
+    with torch.no_grad(), preserved(model):
+        hooked = _hooks_matter(model, image_shape)
+        with nullcontext() if hooked else without_hooks(model):
+            program = _export(model, image_shape)
+            try:
+                graph = _graph(program, strict)
+            except _SizesFromValues:
+                try:
+                    graph = _graph(_export_one(model, image_shape), strict)
+                except _SizesFromValues as error:
+                    raise UnsupportedModelError(str(error)) from None
+            if static_batch(graph) is not None:
+                _check_alone(model, image_shape, strict)
+    return graph
+
+
+def _graph(program: torch.export.ExportedProgram, strict: bool) -> Graph:
+    _check_outputs(program)
     try:
         graph, batch_symbol = _translate(program, strict)
     except _NeedsFunctionalForm:
         graph, batch_symbol = _translate(program.run_decompositions({}), strict)
-    if len(graph.output.shape) != 2:
-        raise UnsupportedModelError(
-            f"the model must return logits of shape [batch, classes]; it returns {list(graph.output.shape)}. "
-            "Wrap it in a module that returns the logits alone."
-        )
     graph.prune()
-    _infer_batch_axes(graph, batch_symbol is not None)
-    if batch_symbol is not None and graph.output.batch != g.BatchAxis():
+    if batch_symbol is None and static_batch(graph) == 1:
+        _one_sample(graph)
+        return graph
+    locate_samples(graph, symbolic=batch_symbol is not None)
+    if graph.output.batch != g.BatchAxis():
         raise UnsupportedModelError(
             f"the model must return logits of shape [batch, classes]; the samples of its {list(graph.output.shape)} "
             f"are in axis {graph.output.batch.axis}, {graph.output.batch.inner} rows each"
         )
     graph.signature = graph.describe()
     return graph
+
+
+def _example(
+    model: torch.nn.Module, batch: int, image_shape: tuple[int, int, int], *, noise: bool = False
+) -> torch.Tensor:
+    """Images in the dtype and on the device of the model."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    dtype, device = (tensors[0].dtype, tensors[0].device) if tensors else (torch.float32, torch.device("cpu"))
+    if not noise:
+        return torch.zeros(batch, *image_shape, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, *image_shape, dtype=torch.float32, generator=generator).to(device, dtype)
+
+
+def _results(model: torch.nn.Module, images: torch.Tensor) -> list[Any]:
+    """What the model returns for ``images``, as a flat list; what it writes to its buffers is undone."""
+    devices = [images.device] if images.is_cuda else []
+    buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
+    try:
+        with torch.random.fork_rng(devices), torch.autocast(images.device.type, enabled=False), _quiet():
+            return pytree.tree_leaves(model(images))
+    finally:
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def _hooks_matter(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> bool:
+    """Whether the user's hooks change what the model computes."""
+    if not user_hooks(model):
+        return False
+    images = _example(model, 1, image_shape, noise=True)
+    try:
+        with without_hooks(model):
+            plain = _results(model, images)
+    except Exception:  # hooks may complete the model: the exporter will tell
+        return True
+    try:
+        with torch.enable_grad():  # hooks may ask for gradients of what they see
+            hooked = _results(model, images.clone().requires_grad_())
+    except Exception:  # or for numbers, which tensors with gradients do not give
+        try:
+            hooked = _results(model, images)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not run with its hooks, and runs without them: {_first_line(error)}"
+            ) from error
+    return len(plain) != len(hooked) or not all(_close(a, b) for a, b in zip(plain, hooked, strict=True))
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Whether two results agree but for rounding, which is some units in the last place: to half of their digits."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return bool(a is b or a == b)
+    if a.shape != b.shape or not a.is_floating_point():
+        return a.shape == b.shape and bool((a == b).all())
+    a, b = a.detach(), b.detach()
+    size = float(b.nan_to_num().abs().max()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=0, atol=torch.finfo(a.dtype).eps ** 0.5 * size, equal_nan=True)
+
+
+def _check_alone(model: torch.nn.Module, image_shape: tuple[int, int, int], strict: bool) -> None:
+    """Of a model that was captured for one image: the image must get the same logits beside another one."""
+    images = _example(model, EXAMPLE_BATCH, image_shape, noise=True)
+    try:
+        together = _results(model, images)
+    except Exception:
+        return  # it takes images one at a time, as the engine will give them
+    alone = zip(*(_results(model, image) for image in images.split(1)), strict=True)
+    if all(_close(torch.cat(parts), whole) for parts, whole in zip(alone, together, strict=True)):
+        return
+    _graph(_exported(model, EXAMPLE_BATCH, image_shape, symbolic=False), strict)  # names the operation, if one mixes
+    raise UnsupportedModelError(
+        f"{type(model).__name__} gives an image other logits in a batch of {EXAMPLE_BATCH} than alone: a map would "
+        "depend on the images beside it. Does its forward pass use the size of the batch?"
+    )
+
+
+def _check_outputs(program: torch.export.ExportedProgram) -> None:
+    """One tensor of logits, which depends on the images."""
+    values = [n.meta.get("val") if isinstance(n, fx.Node) else n for n in program.graph.output_node().args[0]]
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    if len(tensors) != 1 or len([v for v in values if v is not None]) != 1:
+        kinds = ", ".join("a tensor" if isinstance(v, torch.Tensor) else type(v).__name__ for v in values) or "nothing"
+        raise UnsupportedModelError(
+            f"the model must return exactly one tensor, the logits; it returns {len(values)} values ({kinds}). "
+            "Wrap it in a module that returns the logits alone."
+        )
+    (logits,) = tensors
+    if logits.dim() != 2:
+        sizes = ["batch" if not isinstance(s, int) else s for s in logits.shape]
+        raise UnsupportedModelError(
+            f"the model must return logits of shape [batch, classes]; it returns {sizes}. "
+            "Wrap it in a module that returns the logits alone."
+        )
+    if not logits.is_floating_point():
+        raise UnsupportedModelError(
+            f"the model must return logits, which are floating point; it returns {logits.dtype}"
+        )
+
+
+def _one_sample(graph: Graph) -> None:
+    """Whatever is computed from one image belongs to it."""
+    for node in graph.nodes:
+        if not node.constant and node.shape:
+            node.batch = g.BatchAxis(0, 1, node.shape[0] if isinstance(node.shape[0], int) else 1)
 
 
 def static_batch(graph: Graph) -> int | None:
@@ -84,94 +226,120 @@ def static_batch(graph: Graph) -> int | None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's warnings about the model's internals from the user's terminal."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _attributes_restored(model: torch.nn.Module) -> Iterator[None]:
-    """The exporter leaves copies of lists and dicts among a module's attributes: put the user's own back.
-
-    What a model caches in them while it is traced would be tensors without values: the contents are put back too.
-    """
-    before = [(module, dict(vars(module))) for module in model.modules()]
-    contents = [(own, copy.copy(own)) for own in _containers(v for _, a in before for v in a.values())]
-    try:
-        yield
-    finally:
-        for own, kept in contents:
-            if not _same_items(own, kept):
-                own.clear()
-                (own.extend if isinstance(own, list) else own.update)(kept)
-        for module, attributes in before:
-            now = vars(module)
-            for name in [n for n in now if n not in attributes]:
-                del now[name]
-            for name, value in attributes.items():
-                if now.get(name, now) is not value:
-                    now[name] = value
-
-
-def _containers(values: Iterable[Any]) -> Iterator[Any]:
-    """Every dict, list and set among ``values``, nested ones included, each once."""
-    waiting, seen = list(values), set()
-    while waiting:
-        value = waiting.pop()
-        if type(value) in (dict, list, set, OrderedDict) and id(value) not in seen:
-            seen.add(id(value))
-            yield value
-            waiting.extend(value.values() if isinstance(value, dict) else value)
-
-
-def _same_items(a: Any, b: Any) -> bool:
-    """Whether two containers hold the same objects, compared by identity."""
-    if isinstance(a, set):
-        return {id(v) for v in a} == {id(v) for v in b}
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(a[k] is b[k] for k in a)
-    return len(a) == len(b) and all(v is w for v, w in zip(a, b, strict=True))
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
-    parameter = next(model.parameters(), None)
-    dtype = torch.float32 if parameter is None else parameter.dtype
-    device = torch.device("cpu") if parameter is None else parameter.device
-
-    def export(batch: int) -> torch.export.ExportedProgram:
-        example = torch.zeros(batch, *image_shape, dtype=dtype, device=device)
-        shapes = ({0: torch.export.Dim.AUTO},) if batch > 1 else None
-        return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
-
-    with torch.no_grad(), _quiet(), _attributes_restored(model):
-        try:
-            program = export(EXAMPLE_BATCH)
-        except Exception as error:
-            try:
-                model(torch.zeros(1, *image_shape, dtype=dtype, device=device))
-            except Exception as failure:
-                raise InputError(
-                    f"the model cannot take images of shape {list(image_shape)}: {_first_line(failure)}"
-                ) from failure
-            try:
-                program = export(1)
-            except Exception:
-                raise UnsupportedModelError(
-                    f"torch.export cannot capture {type(model).__name__}: {_first_line(error)}. "
-                    "Control flow that depends on values must be rewritten."
-                ) from error
-        else:
-            sample = next(n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs)
-            if isinstance(sample.meta["val"].shape[0], int):
-                # The exporter gave up on the batch silently: one image at a time is always right.
-                program = export(1)
+    """The exported program: for any batch where the exporter finds a way, else for one image."""
+    try:
+        program = _exported(model, EXAMPLE_BATCH, image_shape)
+    except Exception as error:
+        return _export_one(model, image_shape, error)
+    if _known_size(_images_of(program).shape[0]) is not None:
+        # The exporter gave up on the batch silently: one image at a time is always right.
+        return _export_one(model, image_shape)
     return program
+
+
+def _exported(
+    model: torch.nn.Module, batch: int, image_shape: tuple[int, int, int], *, symbolic: bool = True
+) -> torch.export.ExportedProgram:
+    shapes: Any = None
+    if symbolic and batch > 1:
+        shapes = ({0: torch.export.Dim.AUTO},)
+        first = next(iter(_parameters(model)), None)
+        if first is not None and first.kind is first.VAR_POSITIONAL:  # forward(self, *inputs) gets a tuple
+            shapes = (shapes,)
+    with _quiet():
+        images = _example(model, batch, image_shape)
+        return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
+
+
+def _export_one(
+    model: torch.nn.Module, image_shape: tuple[int, int, int], failure: Exception | None = None
+) -> torch.export.ExportedProgram:
+    """The program for one image, or why there is none; ``failure`` is what the export of a batch ended with."""
+    try:
+        return _exported(model, 1, image_shape)
+    except Exception as error:
+        failure = failure or error
+    name = type(model).__name__
+    _check_arguments(model)
+    try:
+        results = _results(model, _example(model, 1, image_shape))
+    except Exception as error:
+        try:
+            _results(model, _example(model, EXAMPLE_BATCH, image_shape))
+        except Exception:
+            raise InputError(
+                f"the model cannot take images of shape {list(image_shape)}: {_first_line(error)}"
+            ) from error
+        raise UnsupportedModelError(
+            f"{name} runs on {EXAMPLE_BATCH} images and not on one: it must take batches of any size"
+        ) from error
+    if any(not isinstance(r, torch.Tensor | int | float | None) for r in results):
+        kinds = ", ".join(type(r).__name__ for r in results)
+        raise UnsupportedModelError(
+            f"the model must return exactly one tensor, the logits; it returns {kinds}. "
+            "Wrap it in a module that returns the logits alone."
+        ) from failure
+    if isinstance(failure, GuardOnDataDependentSymNode):
+        raise UnsupportedModelError(
+            f"the forward pass of {name} decides by values of its tensors{_place(failure)}: control flow that depends "
+            f"on values must be rewritten ({_first_line(failure)})"
+        ) from failure
+    raise UnsupportedModelError(f"torch.export cannot capture {name}: {_first_line(failure)}") from failure
+
+
+def _parameters(model: torch.nn.Module) -> list[inspect.Parameter]:
+    """What the forward method takes, as far as Python knows."""
+    try:
+        return list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
+def _check_arguments(model: torch.nn.Module) -> None:
+    """The images must be all that the model needs."""
+    parameters = _parameters(model)
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind in (*named, inspect.Parameter.KEYWORD_ONLY)]
+    first = [p.name for p in parameters if p.kind in (*named, inspect.Parameter.VAR_POSITIONAL)][:1]
+    more = [name for name in needed if name not in first]
+    if more:
+        raise UnsupportedModelError(
+            f"the model must take exactly one input, the images; {type(model).__name__}.forward also needs "
+            f"{', '.join(more)}. Wrap it in a module whose forward takes the images alone."
+        )
+
+
+def _place(error: BaseException) -> str:
+    """The line of the model that an error of the exporter comes from, if it is known."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename.replace("\\", "/")]
+    frames = [f for f in frames if not f.filename.endswith("ramp_fast/capture.py")]
+    return f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name}: {frames[-1].line})" if frames else ""
+
+
+def _images_of(program: torch.export.ExportedProgram) -> torch.Tensor:
+    """The example that stands for the images."""
+    sample = next(n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs)
+    images: torch.Tensor = sample.meta["val"]
+    return images
+
+
+def _known_size(size: int | torch.SymInt) -> int | None:
+    """A size that the exporter took for fixed, if it did: then it may still come as a symbol."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def _first_line(error: BaseException) -> str:
@@ -186,11 +354,6 @@ def _translate(program: torch.export.ExportedProgram, strict: bool) -> tuple[Gra
         raise UnsupportedModelError(f"the model writes to its own state in the forward pass: {', '.join(names)}")
     if len(signature.user_inputs) != 1:
         raise UnsupportedModelError("the model must take exactly one input, the images")
-    if len(signature.user_outputs) != 1:
-        raise UnsupportedModelError(
-            f"the model must return exactly one tensor, the logits; it returns {len(signature.user_outputs)}. "
-            "Wrap it in a module that returns the logits alone."
-        )
     leaves: dict[str, str] = {}
     for mapping in (
         signature.inputs_to_parameters,
@@ -211,6 +374,8 @@ def _translate(program: torch.export.ExportedProgram, strict: bool) -> tuple[Gra
         )
     assert translator.input is not None
     assert translator.output is not None
+    if translator.output.constant:
+        raise UnsupportedModelError("the model's logits do not depend on the images")
     return Graph(translator.nodes, translator.input, translator.output), translator.batch_symbol
 
 
@@ -231,6 +396,7 @@ class _Translator:
         self.position = {node: i for i, node in enumerate(_flattened(program.graph_module))}
         self.inlined: dict[fx.Node, list[Any]] = {}
         self.names: dict[str, int] = {}
+        self.sizes: dict[Any, tuple[int | str, Any, Any]] = {}
 
     def emit(self, node: Node, origin: fx.Node) -> Node:
         taken = self.names.setdefault(node.name, 0)
@@ -244,7 +410,7 @@ class _Translator:
     def resolve(self, value: Any) -> Any:
         """``value`` with the nodes of this graph in place of the exporter's."""
         if isinstance(value, fx.Node):
-            return self.env[value]
+            return self.env[value] if value in self.env else _submodule(value)  # the body of a region
         if isinstance(value, (tuple, list)):
             return type(value)(self.resolve(v) for v in value)
         if isinstance(value, dict):
@@ -255,21 +421,39 @@ class _Translator:
         """Sizes for people: the batch shows by name."""
         if not isinstance(value, torch.Tensor):
             return ()
-        return tuple(s if isinstance(s, int) else str(s).replace(str(self.batch_symbol), "batch") for s in value.shape)
+        return tuple(s if isinstance(s, int) else self.size(s)[0] for s in value.shape)
 
-    def example(self, value: Any) -> tuple[int, ...]:
+    def example(self, value: Any) -> tuple[Any, ...]:
         """Sizes at the example batch; for a size itself, its value."""
         if isinstance(value, torch.Tensor):
             return tuple(self.example(s)[0] for s in value.shape)
-        if isinstance(value, torch.SymInt):
-            return (int(value.node.expr.subs(self.batch_symbol.node.expr, EXAMPLE_BATCH)),)
-        return (value,) if isinstance(value, (bool, int)) else ()
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return (self.size(value)[1],)
+        return (value,) if isinstance(value, (bool, int, float)) else ()
+
+    def size(self, value: torch.SymInt | torch.SymFloat | torch.SymBool) -> tuple[int | str, Any, Any]:
+        """A size for people ("batch", "4*batch", ...); its value for the example, and for one image more."""
+        expression = value.node.expr
+        if expression not in self.sizes:
+            symbol = self.batch_symbol.node.expr if self.batch_symbol is not None else None
+            if expression.free_symbols - {symbol}:
+                raise _UnknownSize
+            kind = int if isinstance(value, torch.SymInt) else float if isinstance(value, torch.SymFloat) else bool
+            here, more = (kind(expression.subs(symbol, n)) for n in (EXAMPLE_BATCH, EXAMPLE_BATCH + 1))
+            name: int | str = str(value).replace(str(symbol), "batch")
+            each = here // EXAMPLE_BATCH
+            if not expression.free_symbols:
+                name = int(here)
+            elif (here, more) == (each * EXAMPLE_BATCH, each * (EXAMPLE_BATCH + 1)):
+                name = "batch" if each == 1 else f"{each}*batch"
+            self.sizes[expression] = name, here, more
+        return self.sizes[expression]
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             self._placeholder(node)
         elif node.op == "output":
-            self.output = self.env[node.args[0][0]]  # type: ignore[index]
+            self.output = next(self.env[n] for n in node.all_input_nodes)
         elif node.op == "call_function":
             self._call(node)
         elif node.op == "get_attr" and isinstance(_submodule(node), fx.GraphModule):
@@ -310,7 +494,7 @@ class _Translator:
             self.emit(Node(node.name, g.CONST, _no_call), node)
             return
         batch: Any = value.shape[0]
-        if not isinstance(batch, int):
+        if _known_size(batch) is None:
             self.batch_symbol = batch
         leaf = Node(node.name, g.INPUT, _no_call, shape=self.shape(value), example=self.example(value))
         self.input = self.emit(leaf, node)
@@ -337,12 +521,19 @@ class _Translator:
             target = _functional(target)
             name = _short_name(target)
         module = _module_name(node)
-        out = Node(node.name, "", target, tuple(args), dict(kwargs), module=module, shape=self.shape(value))
-        out.example = self.example(value)
+        out = Node(node.name, "", target, tuple(args), dict(kwargs), module=module)
+        try:
+            out.shape, out.example = self.shape(value), self.example(value)
+        except _UnknownSize:
+            raise _SizesFromValues(
+                f"{name} in {module or 'the model'} takes a size from the values of a tensor: "
+                "use integers, such as those of x.shape"
+            ) from None
         variable = any(not ref.constant for ref in out.references())
         if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
             out.kind = g.INT
-        elif not variable or name.split(".")[0] in _SHAPE_ONLY:
+            out.params["more"] = value if isinstance(value, (int, float, bool)) else self.size(value)[2]
+        elif not variable or _constant_valued(name.split(".")[0], args):
             out.kind = g.CONST
             out.params["floating"] = isinstance(value, torch.Tensor) and value.is_floating_point()
         else:
@@ -459,6 +650,11 @@ def _short_name(target: Any) -> str:
     return getattr(target, "__name__", str(target))
 
 
+def _constant_valued(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether the images decide nothing but the shape."""
+    return name in _SHAPE_ONLY or (name in _SHAPED_LIKE and isinstance(args[0], Node) and args[0].constant)
+
+
 def _is_inplace(target: torch._ops.OpOverload) -> bool:
     arguments = target._schema.arguments
     return bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
@@ -487,144 +683,3 @@ def _module_name(node: fx.Node) -> str:
         if isinstance(path, str) and not path.startswith("_empty_nn_module_stack"):
             return path
     return ""
-
-
-# Numbers of the example's samples; 0 stands for values that belong to none (constants, zero padding).
-_SAMPLES = torch.arange(1, EXAMPLE_BATCH + 1, dtype=torch.int16)
-
-
-def _infer_batch_axes(graph: Graph, symbolic: bool) -> None:
-    """Find where the samples of every tensor live.
-
-    Sample numbers are pushed through the graph: the real operation for those that only move values, the
-    number of the operand's position for all others. Strided views keep this nearly free.
-    """
-    if not symbolic:
-        for node in graph.nodes:
-            if not node.constant and node.shape:
-                node.batch = g.BatchAxis(0, 1, node.shape[0] if isinstance(node.shape[0], int) else 1)
-        return
-    count = EXAMPLE_BATCH
-    values: dict[Node, Any] = {}
-    for node in graph.nodes:
-        if node.kind == g.INT:
-            values[node] = node.example[0]
-        elif node.constant:
-            values[node] = _constant_ids(node)
-        elif node.kind == g.INPUT:
-            ids = _SAMPLES.view(count, *[1] * (len(node.example) - 1))
-            values[node] = ids.expand(node.example)
-        elif node.kind == g.MOVE and node.params["how"] == "vjp":
-            values[node] = _moved(node, values)
-        elif node.kind in (g.MOVE, g.PARTS, g.PART):
-            values[node] = _run(node, values)
-        else:
-            values[node] = _positionwise(node, values)
-        if not node.constant and isinstance(values[node], torch.Tensor):
-            node.batch = _locate(values[node], count, node)
-
-
-def _constant_ids(node: Node) -> Any:
-    """A constant belongs to no sample, or, expanded along the batch, to one sample each.
-
-    Integers may be indices and stay what they are.
-    """
-    batched = [i for i, s in enumerate(node.shape) if s == "batch"]
-    if node.params.get("floating", True) and len(batched) == 1:
-        return _SAMPLES.view(*[-1 if i == batched[0] else 1 for i in range(len(node.shape))]).expand(node.example)
-    if node.params.get("floating", True):
-        return torch.zeros((1,) * len(node.example), dtype=torch.int16).expand(node.example)
-    known: dict[Node, Any] = {}
-
-    def value(n: Node) -> Any:
-        if n not in known:
-            if n.kind == g.PARAM:
-                known[n] = n.params["tensor"]
-            elif n.kind == g.INT:
-                known[n] = n.example[0]
-            else:
-                known[n] = n.target(*g.map_nodes(value, n.args), **g.map_nodes(value, n.kwargs))
-        return known[n]
-
-    return value(node)
-
-
-def _run(node: Node, values: dict[Node, Any]) -> Any:
-    args = g.map_nodes(values.__getitem__, node.args)
-    kwargs = g.map_nodes(values.__getitem__, node.kwargs)
-    return node.target(*args, **kwargs)
-
-
-def _moved(node: Node, values: dict[Node, Any]) -> torch.Tensor:
-    """Sample numbers moved by an operation that knows floating tensors only; padding belongs to no sample."""
-    source = node.operands[0]
-    if node.params.get("masks"):
-        return values[source].expand(node.example)  # type: ignore[no-any-return]
-    args = g.map_nodes(lambda n: values[n].float() if n is source else values[n], node.args)
-    if node.params.get("pads"):
-        args = (args[0], args[1])
-    moved: torch.Tensor = node.target(*args, **g.map_nodes(values.__getitem__, node.kwargs))
-    return moved.to(torch.int16)
-
-
-def _contracted(node: Node, values: dict[Node, Any]) -> torch.Tensor:
-    """Sample numbers of an einsum: those of its first operand that has any, axis by axis."""
-    labels, result = node.params["labels"]
-    at, source = next((i, n) for i, n in enumerate(node.operands) if not n.constant)
-    own = labels[at]
-    gone = [i for i, label in enumerate(own) if label not in result]
-    ids: torch.Tensor = values[source]
-    ids = ids.amax(gone) if gone else ids
-    left = [label for label in own if label in result]
-    order = [left.index(label) for label in result if label in left]
-    ids = ids.permute(order)
-    shape = iter(ids.shape)
-    return ids.reshape([next(shape) if label in left else 1 for label in result]).expand(node.example)
-
-
-def _positionwise(node: Node, values: dict[Node, Any]) -> torch.Tensor:
-    """Sample numbers of an operation that computes: the operand's, with contracted axes collapsed."""
-    shape = node.example
-    if "labels" in node.params:
-        return _contracted(node, values)
-    source: torch.Tensor = max((values[n] for n in node.sources), key=lambda v: v.dim() * 10**9 + v.numel())
-    if source.shape != shape:
-        try:
-            source.expand(shape)
-        except RuntimeError:
-            if node.kind in (g.LINEAR, g.MATMUL, g.ATTENTION) or node.params.get("contracts"):
-                axes = -1 if source.shape[:-1] == shape[:-1] else (-2, -1)
-                source = source.amax(axes, keepdim=True)
-            else:  # convolutions, pools and reductions: the batch leads
-                source = source.reshape(source.shape[0], -1).amax(1)
-                source = source.view(-1, *[1] * (len(shape) - 1))
-    return source.expand(shape)
-
-
-def _locate(ids: torch.Tensor, count: int, node: Node) -> g.BatchAxis:
-    if not ids.numel():  # empty slices: nothing is there to be mixed
-        return g.BatchAxis(next((i for i, s in enumerate(node.shape) if isinstance(s, str)), 0))
-    for axis in range(ids.dim()):
-        length = ids.shape[axis]
-        if length % count:
-            continue
-        index: list[Any] = [0] * ids.dim()
-        index[axis] = slice(None)
-        line = ids[tuple(index)]
-        # Values that belong to no sample say nothing: look at the whole slice.
-        if bool((line == 0).any()):
-            line = ids.movedim(axis, 0).reshape(length, -1).amax(1)
-        change = (line != line[0]).nonzero()
-        if not len(change):
-            continue
-        inner = int(change[0])
-        if length % (count * inner):
-            continue
-        outer = length // (count * inner)
-        expected = _SAMPLES.repeat_interleave(inner).repeat(outer)
-        shaped = expected.view(*[-1 if i == axis else 1 for i in range(ids.dim())])
-        if torch.equal(line, expected) and bool(((ids == shaped) | (ids == 0)).all()):
-            return g.BatchAxis(axis, outer, inner)
-    raise UnsupportedModelError(
-        f"{node.kind} in {node.module or 'the model'} mixes the samples of a batch ({node.name}, shape {node.shape})"
-    )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +21,11 @@ from ramp_fast import ops, rules, transfer
 from ramp_fast._checks import finite_samples, flag, is_whole, positive
 from ramp_fast._patched import warn_of_patches
 from ramp_fast.capture import capture, static_batch
-from ramp_fast.errors import InputError, UnsupportedModelError
+from ramp_fast.errors import InputError
 from ramp_fast.gemm import exact_float32, precision_for
 from ramp_fast.graph import Graph
 from ramp_fast.heap import keep_freed_memory
+from ramp_fast.model_checks import check_model, require_module
 from ramp_fast.model_state import Structure, Weights
 from ramp_fast.passes import canonicalize
 from ramp_fast.plan import Plan
@@ -78,8 +80,10 @@ class Engine:
     Parameters
     ----------
     model : torch.nn.Module
-        A classifier in eval mode that maps ``[B, C, H, W]`` to logits ``[B, classes]``. It is never changed;
-        when you change it, results are those of the model as it is now (Notes say what is noticed).
+        A classifier in eval mode that maps ``[B, C, H, W]`` to logits ``[B, classes]``, each image on its own. It is
+        never changed; when you change it, results are those of the model as it is now (Notes say what is noticed).
+        Forward hooks that change the result are part of the model, which is tried on one random image; others are not
+        called.
     rule : str or AbsLRP
         "abslrp" (shares kept at junctions), "abslrp-release" (equal shares), or a rule object.
     precision : {"mixed", "float32", "float64", "fast"}
@@ -89,7 +93,8 @@ class Engine:
         Refuse operations outside the vocabulary (docs/rules.md). With False, elementwise and linear ones
         follow the rule's generic definition, with one warning each.
     input_shape : (C, H, W), optional
-        Capture for this shape now. By default timm's configuration says it, or the first images do.
+        Capture for this shape now. By default timm's configuration says it, if the model takes such images, or the
+        first images do.
     micro_batch : int, optional
         Images that go through the model together. By default the whole batch on GPUs; on CPUs one, and after some
         images four, if a trial shows that this is faster and changes no bit of any result.
@@ -100,8 +105,8 @@ class Engine:
     Raises
     ------
     UnsupportedModelError
-        The model has operations without a rule (all are listed), is in training mode, quantised or not
-        floating point.
+        The model has operations without a rule (all are listed), mixes the samples of a batch, has modules that act
+        otherwise in training mode and are in it, is quantised or not floating point.
     ValueError, TypeError
         An argument is not one of the values above.
 
@@ -149,8 +154,7 @@ class Engine:
         micro_batch: int | None = None,
         cuda_graphs: bool = True,
     ) -> None:
-        if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        require_module(model)
         self.rule = rules.resolve(rule)
         _one_of("precision", precision, PRECISIONS)
         if precision == "fast":
@@ -176,9 +180,13 @@ class Engine:
         self._unwatched: set[str] = set()
         shape = input_shape or _configured_shape(model)
         with torch.inference_mode(False), _CAPTURE:
-            _check_model(model)
+            check_model(model)
             if shape is not None:
-                self._plan_for(tuple(shape))  # type: ignore[arg-type]
+                try:
+                    self._plan_for(tuple(int(s) for s in shape))  # type: ignore[arg-type]
+                except InputError:
+                    if input_shape is not None:
+                        raise  # the configuration may be another model's: the first images will tell
 
     @property
     def plan(self) -> Plan:
@@ -436,7 +444,7 @@ class Engine:
         plan = self._plans.get(shape)
         if plan is None:
             if self._structure is None:
-                _check_model(self.model)
+                check_model(self.model)
                 warn_of_patches(self.model)
                 self._structure = Structure(self.model, frozenset(self._unwatched))
                 self._device = _device(self.model)
@@ -730,30 +738,6 @@ def _check_shape(shape: Any) -> None:
 
 def _unlike_a_class(target: int) -> bool:
     return not -(2**63) <= target < 2**63
-
-
-def _check_model(model: torch.nn.Module) -> None:
-    for name, module in model.named_modules():
-        if ".quantized" in type(module).__module__:
-            raise UnsupportedModelError(
-                f"{name} is a quantised module ({type(module).__name__}): use the floating-point model"
-            )
-    training = [name or "(model)" for name, m in model.named_modules() if m.training]
-    if training:
-        others = " and others" if len(training) > 1 else ""
-        raise UnsupportedModelError(f"the model is in training mode ({training[0]}{others}): call model.eval()")
-    devices = set()
-    for name, tensor in _tensors(model).items():
-        devices.add(tensor.device)
-        if tensor.is_quantized or (isinstance(tensor, torch.nn.Parameter) and not tensor.is_floating_point()):
-            raise UnsupportedModelError(
-                f"parameter {name} is {tensor.dtype}: quantised and non-floating models cannot be attributed; "
-                "use the floating-point model"
-            )
-    if len(devices) > 1:
-        raise UnsupportedModelError(f"the model is spread over several devices: {sorted(map(str, devices))}")
-    if any(d.type == "meta" for d in devices):
-        raise UnsupportedModelError("the model has no weights (meta device)")
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:

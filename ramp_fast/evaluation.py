@@ -33,6 +33,7 @@ from ramp_fast.metrics.base import (
     method_name,
     module_of,
 )
+from ramp_fast.model_checks import in_training
 from ramp_fast.specs import parse_spec
 from ramp_fast.store import atomic_write
 
@@ -354,7 +355,7 @@ class Evaluator:
         if explain not in EXPLAINED:
             raise InputError(f"explain must be label or predicted, got {explain!r}")
         self.model, self._answering = module_of(model), model
-        if self.model.training:
+        if in_training(self.model):
             raise InputError("the model is in training mode: call model.eval()")
         flag("Evaluator", "strict", strict)
         positive("Evaluator", "first_image", first_image, least=0)

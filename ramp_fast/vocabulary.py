@@ -100,7 +100,21 @@ def _axes(dim: Any, rank: int) -> list[int]:
 @handles("linear.default")
 def _linear(node: Node, b: Bound) -> None:
     _constant_only(b["weight"], "linear.default with a weight")
+    if len(b["input"].shape) == 1:
+        _linear_of_a_row(node, b)
+        return
     _set(node, g.LINEAR, [b["input"]], weight=b["weight"], bias=b["bias"])
+
+
+def _linear_of_a_row(node: Node, b: Bound) -> None:
+    """A linear layer on a vector, as a model has it that takes the images of a batch one after the other."""
+    source, aten = b["input"], torch.ops.aten
+    like = Node("", "", node.target, shape=(1, *source.shape), example=(1, *source.example))
+    row = _split_off(node, "row", aten.unsqueeze.default, (source, 0), like)
+    like = Node("", "", node.target, shape=(1, *node.shape), example=(1, *node.example))
+    product = _split_off(node, "product", aten.linear.default, (row, b["weight"], b["bias"]), like)
+    _call(node, aten.squeeze.dim, product, 0)
+    _set(node, g.MOVE, [product], how="reshape", before=[row, product])
 
 
 @handles("addmm.default")
@@ -167,7 +181,7 @@ def _conv_transpose(node: Node, b: Bound) -> None:
 @handles("batch_norm.default")
 def _batch_norm(node: Node, b: Bound) -> None:
     if b["training"]:
-        raise Unsupported("batch_norm.default in training mode")
+        raise Unsupported("batch_norm.default with the statistics of the batch (training mode, or none were kept)")
     _set(
         node,
         g.BATCH_NORM,
@@ -232,7 +246,9 @@ def _native_group_norm(node: Node, b: Bound) -> None:
 def _instance_norm(node: Node, b: Bound) -> None:
     if not b["use_input_stats"]:
         raise Unsupported("instance_norm.default with running statistics")
-    groups = int(b["input"].shape[1])
+    groups = b["input"].shape[1]
+    if not isinstance(groups, int):
+        raise Unsupported("instance_norm.default with the batch among the channels")
     _set(node, g.GROUP_NORM, [b["input"]], weight=b["weight"], bias=b["bias"], eps=b["eps"], groups=groups)
 
 

@@ -885,8 +885,8 @@ def test_training_mode() -> None:
     with pytest.raises(UnsupportedModelError, match=r"training mode.*eval\(\)"):
         Engine(vit().train())
     model = vit()
-    model.blocks[1].mlp.train()
-    with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.mlp"):
+    model.blocks[1].attn.train()
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.attn"):
         Engine(model)
     model.eval()
     engine = Engine(model)

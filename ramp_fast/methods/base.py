@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ramp_fast.errors import InputError, UnsupportedModelError
+from ramp_fast.model_checks import in_training
 
 Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``(model, images [N, C, H, W], target [N]) -> maps [N, C or 1, H, W]``."""
@@ -40,7 +41,7 @@ def checked(name: str, model: nn.Module, images: Tensor, target: Tensor) -> tupl
     )
     if not whole or target.shape != (count,):
         raise InputError(f"{name}: target must be integers [{count}], one per image; got {_described(target)}")
-    if model.training:
+    if in_training(model):
         raise UnsupportedModelError(f"{name}: the model is in training mode: call model.eval()")
     if target.device.type == "cpu":
         low, high = int(target.min()), int(target.max())

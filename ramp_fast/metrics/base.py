@@ -19,6 +19,7 @@ from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
 from ramp_fast.heap import keep_freed_memory
 from ramp_fast.methods import Method
+from ramp_fast.model_checks import in_training
 from ramp_fast.rules import name_of
 
 # Images that a metric makes at a time (masked copies, perturbed images) take about this many bytes, unless
@@ -520,7 +521,7 @@ def checked_images(
     count = images.shape[0]
     if count < 1:
         raise InputError(f"{name}: there are no images")
-    if model.training:
+    if in_training(model):
         raise InputError(f"{name}: the model is in training mode: call model.eval()")
     if isinstance(target, int) and not isinstance(target, bool):
         target = torch.full((count,), target)

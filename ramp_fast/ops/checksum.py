@@ -52,7 +52,7 @@ def checksum(addresses: Any, sizes: Any, sampled: Any, threads: int) -> Any:
             lines = data[: pages * _PAGE].reshape(pages, _PAGE // _LINE, _LINE)
             chosen = np.arange(pages) * 37 % (_PAGE // _LINE)
             data = np.concatenate((lines[np.arange(pages), chosen].ravel(), data[pages * _PAGE :]))
-        out[i] = zlib.crc32(data)
+        out[i] = zlib.crc32(data.tobytes())
     return out
 
 

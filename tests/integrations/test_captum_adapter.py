@@ -133,7 +133,7 @@ def test_refused_at_construction() -> None:
     with pytest.raises(ValueError, match="normalize must be one of"):
         AbsLRP(vgg(), normalize="mean")
     with pytest.raises(UnsupportedModelError, match="training mode"):
-        AbsLRP(vgg().train())
+        AbsLRP(nn.Sequential(vgg(), nn.Dropout()))
 
 
 def test_without_captum(monkeypatch: pytest.MonkeyPatch) -> None:

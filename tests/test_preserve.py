@@ -1,0 +1,186 @@
+"""Capture leaves caches, hooks and what hooks keep as they were; hooks that change the result are part of the model."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from small_models import SIZE, images, vgg
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from ramp_fast import Engine
+from ramp_fast.errors import UnsupportedModelError
+
+SHAPE = (3, SIZE, SIZE)
+KEPT: list[Tensor] = []
+LAST: Tensor | None = None
+
+
+class Keeper:
+    """A hook with a memory."""
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+        self.calls = 0
+        self.all: deque[Tensor] = deque(maxlen=2)
+        self.gone = weakref.proxy({self})
+
+    def __call__(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        self.last = out
+        self.calls += 1
+        self.all.append(out)
+
+
+def _in_a_global(module: nn.Module, args: Any, out: Tensor) -> None:
+    global LAST
+    LAST = out
+
+
+def test_what_hooks_keep_is_put_back() -> None:
+    model, keeper, inside, held = vgg(), Keeper(), [], {}
+    model[1].register_forward_hook(keeper)
+    model[1].register_forward_hook(keeper.__call__, prepend=True)
+    model[2].register_forward_hook(lambda m, a, out: inside.append(out))
+    model[2].register_forward_hook(lambda m, a, out: KEPT.append(out))
+    model[3].register_forward_hook(functools.partial(lambda store, m, a, out: store.update(out=out), held))
+    model[3].register_forward_hook(lambda m, a, out: out.register_hook(inside.append) and None)
+    model[4].register_forward_hook(_in_a_global, always_call=True)
+    model[4].register_forward_pre_hook(lambda m, args, kwargs: inside.append(args[0]), with_kwargs=True)
+    model[4].register_full_backward_hook(lambda m, given, out: None)
+    everywhere = register_module_forward_hook(lambda m, a, out: inside.append(out))
+    before = [(m._forward_hooks, list(m._forward_hooks.items()), dict(m._forward_pre_hooks)) for m in model]
+    try:
+        Engine(model).attribute(images())
+    finally:
+        everywhere.remove()
+    assert not any([inside, held, KEPT, keeper.calls, keeper.all])
+    assert LAST is None
+    assert keeper.last is None
+    for module, (own, hooks, pre_hooks) in zip(model, before, strict=True):
+        assert module._forward_hooks is own
+        assert list(own.items()) == hooks
+        assert module._forward_pre_hooks == pre_hooks
+
+
+def _doubled(module: nn.Module, args: Any, out: Tensor) -> None:
+    out.mul_(2)
+
+
+def _with(register: Callable[[nn.Sequential], Any]) -> nn.Module:
+    model = vgg()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # two of them are deprecated
+        register(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda m: m[1].register_forward_hook(lambda m, a, out: out * 2 - 1),
+        lambda m: m[1].register_forward_hook(_doubled),
+        lambda m: m[4].register_forward_pre_hook(lambda m, args: (args[0] + 1,)),
+        lambda m: m.register_forward_hook(lambda m, a, k, out: out * torch.arange(10.0), with_kwargs=True),
+        lambda m: nn.utils.weight_norm(m[4]),
+        lambda m: nn.utils.spectral_norm(m[0]),
+        lambda m: nn.utils.parametrizations.weight_norm(m[4]),
+        lambda m: nn.utils.prune.l1_unstructured(m[4], "weight", amount=0.5),
+    ],
+    ids=["result", "in place", "argument", "logits", "weight_norm", "spectral_norm", "parametrization", "pruning"],
+)
+def test_hooks_that_change_the_result_are_part_of_the_model(register: Callable[[nn.Sequential], Any]) -> None:
+    model, x = _with(register), images()
+    a = Engine(model, precision="float64").attribute(x)
+    torch.testing.assert_close(a.logits.float(), model(x).detach(), rtol=1e-5, atol=1e-5)  # the model's are float32
+
+
+def test_hooks_that_come_later_are_noticed() -> None:
+    model, x = vgg(), images()
+    engine = Engine(model, precision="float32", input_shape=SHAPE)
+    handle = model.register_forward_hook(lambda m, a, out: out * torch.arange(10.0))
+    torch.testing.assert_close(engine.attribute(x).logits, model(x).detach(), rtol=1e-5, atol=1e-5)
+    handle.remove()
+    torch.testing.assert_close(engine.attribute(x).logits, model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = vgg()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out: Tensor = self.inner(x)
+        return out
+
+
+def test_buffers_are_not_written_to_when_hooks_are_tried() -> None:
+    model = Counting().eval()
+    model.register_forward_hook(lambda m, a, out: None)
+    Engine(model, input_shape=SHAPE)
+    assert float(model.calls) == 0
+
+
+def test_a_hook_that_wants_numbers() -> None:
+    model, seen = vgg(), [0.0]
+    model[1].register_forward_hook(lambda m, a, out: seen.append(float(out.numpy().sum())))
+    Engine(model, input_shape=SHAPE)
+    assert seen == [0.0]
+
+
+def test_a_hook_that_fails_is_named_as_the_reason() -> None:
+    model = vgg()
+    handle = model[1].register_forward_hook(lambda m, a, out: 1 / 0)
+    with pytest.raises(UnsupportedModelError, match=r"hooks.*division by zero"):
+        Engine(model, input_shape=SHAPE)
+    handle.remove()
+    assert not model[1]._forward_hooks
+    Engine(model, input_shape=SHAPE)
+
+
+@functools.lru_cache
+def _table(size: int) -> Tensor:
+    return torch.zeros(1) + size
+
+
+class Caching(nn.Module):
+    """Leaves its result everywhere."""
+
+    last_of_all: ClassVar[Tensor | None] = None
+    all_of_all: ClassVar[list[Tensor]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.queue, self.nested = vgg(), deque(), (defaultdict(list), OrderedDict())  # type: ignore[var-annotated]
+        self.helper = Keeper()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x) + _table(1)
+        self.last = y
+        self.queue.append(y)
+        self.nested[0]["y"].append(y)
+        self.nested[1]["y"] = y
+        self.helper(self, (), y)
+        Caching.last_of_all = y
+        Caching.all_of_all.append(y)
+        KEPT.append(y)
+        return y
+
+
+def test_no_tensor_without_values_stays() -> None:
+    model = Caching().eval()
+    Engine(model, input_shape=SHAPE)
+    assert not hasattr(model, "last")
+    assert not any([model.queue, *model.nested, model.helper.all, Caching.all_of_all, KEPT])
+    assert model.helper.last is None
+    assert Caching.last_of_all is None
+    assert type(_table(1)) is Tensor
+    assert float(_table(1)) == 1.0
