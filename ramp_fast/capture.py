@@ -17,16 +17,24 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ramp_fast import graph as g
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.graph import Graph, Node
-from ramp_fast.vocabulary import VOCABULARY, Unsupported, bind
+from ramp_fast.known import KnownValues
+from ramp_fast.vocabulary import VOCABULARY, InSteps, Unsupported, bind, composite
 
 # Nodes that compute nothing: shape and dtype guards left by export.
 _GUARDS = ("_assert", "sym_constrain", "_guards_fn")
 # The result depends on the shape of the first operand only.
-_SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_tensor"}
+_SHAPE_ONLY = {
+    *("zeros_like", "ones_like", "full_like", "empty_like", "fill", "zero"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+}
+# The values are the first operand's; the second one says only what shape or dtype they get.
+_SHAPE_OF_SECOND = {"expand_as", "view_as", "reshape_as", "type_as"}
 
 EXAMPLE_BATCH = 2  # torch.export specialises a batch of 1
 
@@ -54,11 +62,13 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
     UnsupportedModelError
         Operations are unsupported (all of them are listed), or the model cannot be exported.
     """
-    program = _export(model, image_shape)
+    program, weights_read = _export(model, image_shape)
     try:
         graph, batch_symbol = _translate(program, strict)
     except _NeedsFunctionalForm:
         graph, batch_symbol = _translate(program.run_decompositions({}), strict)
+    graph.weights_read = weights_read
+    _leave_out_final_softmax(graph)
     if len(graph.output.shape) != 2:
         raise UnsupportedModelError(
             f"the model must return logits of shape [batch, classes]; it returns {list(graph.output.shape)}. "
@@ -72,6 +82,21 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
             f"are in axis {graph.output.batch.axis}, {graph.output.batch.inner} rows each"
         )
     return graph
+
+
+def _leave_out_final_softmax(graph: Graph) -> None:
+    """Class scores are explained, not the probabilities or log-probabilities that a model makes of them.
+
+    No log-probability is positive, and a probability is about all classes at once.
+    """
+    while True:
+        last = graph.output
+        scores = last.operands[0] if last.operands else last
+        per_class = last.kind in (g.SOFTMAX, g.SHIFT) and last.params["dim"] % max(len(last.shape), 1) == 1
+        logarithm = last.kind == g.ACTIVATION and last.params["function"] == "log" and scores.kind == g.SOFTMAX
+        if len(last.shape) != 2 or not (per_class or logarithm):
+            return
+        graph.output = scores
 
 
 def static_batch(graph: Graph) -> int | None:
@@ -138,7 +163,8 @@ def _same_items(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(v is w for v, w in zip(a, b, strict=True))
 
 
-def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
+def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> tuple[torch.export.ExportedProgram, bool]:
+    """The exported program, and whether it holds for the present weights only."""
     parameter = next(model.parameters(), None)
     dtype = torch.float32 if parameter is None else parameter.dtype
     device = torch.device("cpu") if parameter is None else parameter.device
@@ -148,7 +174,8 @@ def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> torch.
         shapes = ({0: torch.export.Dim.AUTO},) if batch > 1 else None
         return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
 
-    with torch.no_grad(), _quiet(), _attributes_restored(model):
+    known = KnownValues(model)
+    with torch.no_grad(), _quiet(), _attributes_restored(model), known:
         try:
             program = export(EXAMPLE_BATCH)
         except Exception as error:
@@ -170,7 +197,7 @@ def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> torch.
             if isinstance(sample.meta["val"].shape[0], int):
                 # The exporter gave up on the batch silently: one image at a time is always right.
                 program = export(1)
-    return program
+    return program, known.read
 
 
 def _first_line(error: BaseException) -> str:
@@ -227,6 +254,7 @@ class _Translator:
         self.input: Node | None = None
         self.output: Node | None = None
         self.batch_symbol: Any = None
+        self.values: dict[Node, Any] = {}  # the exporter's own, without contents
         self.position = {node: i for i, node in enumerate(_flattened(program.graph_module))}
         self.inlined: dict[fx.Node, list[Any]] = {}
         self.names: dict[str, int] = {}
@@ -273,6 +301,10 @@ class _Translator:
             self._call(node)
         elif node.op == "get_attr" and isinstance(_submodule(node), fx.GraphModule):
             return  # the body of a region, inlined where it is called
+        elif node.op == "get_attr" and isinstance(value := _submodule(node), torch.Tensor):
+            leaf = Node(node.name, g.CONST, lambda: value, shape=tuple(value.shape), example=tuple(value.shape))
+            leaf.params["floating"], leaf.dtype = value.is_floating_point(), value.dtype
+            self.values[self.emit(leaf, node)] = value
         elif node.op == "get_attr" or node.op == "call_module":
             self._unsupported(node, str(node.target))
 
@@ -302,8 +334,8 @@ class _Translator:
             fqn = self.leaves[node.name]
             leaf = Node(node.name, g.PARAM, _no_call, params={"tensor": self.tensors[fqn], "fqn": fqn})
             leaf.shape, leaf.example = self.shape(value), self.example(value)
-            leaf.params["floating"] = value.is_floating_point()
-            self.emit(leaf, node)
+            leaf.params["floating"], leaf.dtype = value.is_floating_point(), value.dtype
+            self.values[self.emit(leaf, node)] = value
             return
         if not isinstance(value, torch.Tensor):
             self.emit(Node(node.name, g.CONST, _no_call), node)
@@ -313,6 +345,7 @@ class _Translator:
             self.batch_symbol = batch
         leaf = Node(node.name, g.INPUT, _no_call, shape=self.shape(value), example=self.example(value))
         self.input = self.emit(leaf, node)
+        self.values[leaf] = value
 
     def _call(self, node: fx.Node) -> None:
         name = _short_name(node.target)
@@ -320,6 +353,10 @@ class _Translator:
             return
         if _body(node) is not None:
             self._inline(node)
+            return
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            self._unsupported(node, f"{name} (write it with plain operations)")
+            self.emit(Node(node.name, g.GENERIC, node.target), node)
             return
         if node.target is operator.getitem and node.args[0] in self.inlined:
             inner = self.inlined[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -338,43 +375,101 @@ class _Translator:
         module = _module_name(node)
         out = Node(node.name, "", target, tuple(args), dict(kwargs), module=module, shape=self.shape(value))
         out.example = self.example(value)
+        out.dtype = value.dtype if isinstance(value, torch.Tensor) else None
         variable = any(not ref.constant for ref in out.references())
         if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
             out.kind = g.INT
-        elif not variable or name.split(".")[0] in _SHAPE_ONLY:
+        elif not variable or self._shape_only(out, name):
             out.kind = g.CONST
             out.params["floating"] = isinstance(value, torch.Tensor) and value.is_floating_point()
+            if _draws(out):
+                self._unsupported(node, f"{name}, which draws random numbers (maps would change from call to call)")
         else:
             replacement = self._lookup(out, name, node)
             if replacement is not None:
                 self.env[node] = replacement
                 self._track(node, mutated)
                 return
-        self.nodes.extend(out.params.pop("before", ()))  # what the handler split off
+            if node in self.inlined:
+                return
+        carriers = [n for n in out.references() if not n.constant]
+        out.decided = out.kind == g.DECISION or (bool(carriers) and all(n.decided for n in carriers))
         self.emit(out, node)
+        self.values[out] = value
         self._track(node, mutated)
+
+    @staticmethod
+    def _shape_only(out: Node, name: str) -> bool:
+        plain = name.split(".")[0]
+        if plain in _SHAPE_ONLY:
+            return all(n.constant for n in g.nodes_in((out.args[1:], out.kwargs)))
+        second = plain in _SHAPE_OF_SECOND or name == "to.other"
+        if plain == "copy":
+            return bool(out.args[1].constant)
+        return second and isinstance(out.args[0], Node) and out.args[0].constant
+
+    def _in_steps(self, steps: InSteps, origin: fx.Node) -> Node | None:
+        """Operations that say the same take the place of ``origin``: the function is traced, its nodes are visited."""
+        references = list(dict.fromkeys(g.nodes_in((steps.args, steps.kwargs))))
+        if any(n.kind == g.INT or n not in self.values for n in references):
+            raise Unsupported(f"{_short_name(origin.target)} with sizes of the batch")
+        values = [self.values[n] for n in references]
+
+        def run(*tensors: Any) -> Any:
+            place = dict(zip(references, tensors, strict=True)).__getitem__
+            return steps.function(*g.map_nodes(place, steps.args), **g.map_nodes(place, steps.kwargs))
+
+        mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+        try:
+            with mode, _quiet():
+                traced = make_fx(run, pre_dispatch=steps.pre_dispatch)(*values)
+        except Unsupported:
+            raise
+        except Exception as error:
+            raise Unsupported(f"{_short_name(origin.target)}: {_first_line(error)}") from error
+        arguments = iter(references)
+        for inner in traced.graph.nodes:
+            self.position[inner] = self.position.get(origin, 0)
+            inner.meta["nn_module_stack"] = origin.meta.get("nn_module_stack")
+            if inner.op == "placeholder":
+                self.env[inner] = next(arguments)
+            elif inner.op == "output":
+                results = inner.args[0]
+                if isinstance(results, (tuple, list)):
+                    self.inlined[origin] = list(results)
+                    return None
+                return self.env[results]
+            else:
+                self.visit(inner)
+        raise AssertionError("a traced function ends with its output")
 
     def _lookup(self, out: Node, name: str, origin: fx.Node) -> Node | None:
         """Fill in ``out``'s kind; return another node where the operation does nothing."""
         if out.target is operator.getitem:
             source = out.args[0]
+            if source.kind == g.GENERIC:  # refused already
+                out.kind = g.GENERIC
+                return None
             if source.kind != g.PARTS:  # one of several results, of which the first is the value
                 if out.args[1] != 0:
                     if origin.users:
                         self._unsupported(origin, f"a secondary result of {source.target}")
                     return source  # type: ignore[no-any-return]
                 source.shape, source.example = out.shape, out.example
+                self.values[source] = origin.meta.get("val")
                 return source  # type: ignore[no-any-return]
             out.kind, out.operands = g.PART, [source]
             out.params = {"index": out.args[1]}
             return None
         handler = VOCABULARY.get(name)
         try:
-            if handler is None:
-                raise Unsupported(name)
             bound = bind(out.target, out.args, out.kwargs)
-            return handler(out, bound)
-        except Unsupported as error:
+            found = composite(out) if handler is None else handler(out, bound)
+            return self._in_steps(found, origin) if isinstance(found, InSteps) else found
+        except (Unsupported, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            what = str(error)
+            if not isinstance(error, Unsupported):  # a use that the handler does not know
+                what = f"{name} as it is used here ({type(error).__name__}: {_first_line(error)})"
             if not self.strict and self._generic(out, origin):
                 warnings.warn(
                     f"{name} in {out.module or 'the model'} is outside the vocabulary: the rule's generic "
@@ -382,7 +477,7 @@ class _Translator:
                     stacklevel=2,
                 )
                 return None
-            self._unsupported(origin, str(error))
+            self._unsupported(origin, what)
             out.kind = g.GENERIC
             return None
 
@@ -446,6 +541,12 @@ def _flattened(module: fx.GraphModule) -> Iterator[fx.Node]:
         if node.op == "call_function" and (body := _body(node)) is not None:
             yield from _flattened(body)
         yield node
+
+
+def _draws(node: Node) -> bool:
+    """Whether the operation's result is random."""
+    random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return random and not ("dropout" in str(node.target) and False in node.args)
 
 
 def _no_call() -> None:
@@ -537,7 +638,9 @@ def _constant_ids(node: Node) -> Any:
 
     def value(n: Node) -> Any:
         if n not in known:
-            if n.kind == g.PARAM:
+            if not n.constant:  # whose shape alone matters
+                known[n] = torch.zeros((1,)).expand(n.example)
+            elif n.kind == g.PARAM:
                 known[n] = n.params["tensor"]
             elif n.kind == g.INT:
                 known[n] = n.example[0]

@@ -412,6 +412,12 @@ class Engine:
         for shape, plan in self._plans.items():
             if shape == except_for:
                 continue
+            if plan.graph.weights_read:
+                graph = canonicalize(
+                    capture(self.model, shape, strict=self.strict), fold_batchnorm=self.rule.fold_batchnorm
+                )
+                self._plans[shape] = self._prepared(graph)
+                continue
             for node in plan.graph.nodes:
                 if node.kind == g.PARAM and node.params["fqn"] in tensors:
                     node.params["tensor"] = tensors[node.params["fqn"]]

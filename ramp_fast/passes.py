@@ -315,6 +315,7 @@ def _mark_picks(graph: Graph) -> None:
         )
         graph.insert_after(node, gate)
         graph.replace_uses(node, gate, keep=[gate])
+        users[gate], users[node], mixes[gate] = users[node], [gate], mixes[node]  # which may choose again
 
 
 def _taken(node: Node) -> range:

@@ -383,7 +383,6 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "an index from the images": (
         Fn(lambda x: x.gather(2, (x.abs() * 0).long())), "depends on the images|to torch.int64|dtype"
     ),
-    "a choice from the images": (Fn(lambda x: torch.where(x > 0, x, 2 * x)), "gt|condition"),
     "autocast": (Region(lambda: torch.autocast("cpu", torch.bfloat16)), "autocast"),
     "sorting": (Fn(lambda x: x.sort(-1)[0]), "sort"),
 }  # fmt: skip
