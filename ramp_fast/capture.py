@@ -427,6 +427,8 @@ class _Translator:
             raise
         except Exception as error:
             raise Unsupported(f"{_short_name(origin.target)}: {_first_line(error)}") from error
+        if isinstance(self.batch_symbol, torch.SymInt) and self.batch_symbol.node.maybe_as_int() is not None:
+            raise Unsupported(f"{_short_name(origin.target)}, which PyTorch composes for one size of the batch")
         arguments = iter(references)
         for inner in traced.graph.nodes:
             self.position[inner] = self.position.get(origin, 0)

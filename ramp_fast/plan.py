@@ -216,7 +216,10 @@ class Plan:
                 else:
                     continue
                 # Constants come from each other in float32 at least: its lowest number, a mask, is none of bfloat16's.
-                wide[node] = _cast(value, torch.promote_types(forward, torch.float32))
+                least = torch.promote_types(forward, torch.float32)
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    least = torch.promote_types(value.dtype, least)
+                wide[node] = _cast(value, least)
                 values[node] = _cast(wide[node], forward)
             for step in self.steps:
                 if step.operation is not None:

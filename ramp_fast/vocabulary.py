@@ -527,9 +527,11 @@ def _neg(node: Node, b: Bound) -> None:
     _set(node, g.SCALE, [b["self"]], factor=-1.0, inverse=False)
 
 
-@handles("matmul.default", "bmm.default", "mm.default")
+@handles("matmul.default", "bmm.default", "mm.default", "mv.default", "dot.default")
 def _matmul(node: Node, b: Bound) -> InSteps | None:
-    first, second = b["self"], b["other"] if "other" in b else b["mat2"]
+    first, second = b["self"], next(b[k] for k in ("other", "mat2", "vec", "tensor") if k in b)
+    if len(first.shape) == 1 or len(second.shape) == 1:
+        return in_steps(_product_of_vectors, first, second)
     if second.constant:
         if len(second.shape) == 2 and _fixed(second):
             _set(node, g.LINEAR, [first], weight=second, bias=None, transposed=True)
@@ -539,8 +541,6 @@ def _matmul(node: Node, b: Bound) -> InSteps | None:
         if len(first.shape) == 2 <= len(second.shape) and _fixed(first):
             return in_steps(lambda a, b: (b.mT @ a.mT).mT, first, second)
         _linear_map(node, second, Call(node, second), contracts=True)
-    elif len(first.shape) == 1 or len(second.shape) == 1:
-        return in_steps(_product_of_vectors, first, second)
     else:
         _set(node, g.MATMUL, [first, second])
     return None
@@ -668,9 +668,9 @@ def _max_pool(node: Node, b: Bound) -> None:
     )
 
 
-@handles("max_pool1d.default", "max_pool3d.default", "max_pool3d_with_indices.default",
-         "adaptive_max_pool1d.default", "adaptive_max_pool2d.default", "adaptive_max_pool3d.default",
-         "amax.default", "amin.default", "max.dim", "min.dim")  # fmt: skip
+@handles("max_pool1d.default", "max_pool1d_with_indices.default", "max_pool3d.default",
+         "max_pool3d_with_indices.default", "adaptive_max_pool1d.default", "adaptive_max_pool2d.default",
+         "adaptive_max_pool3d.default", "amax.default", "amin.default", "max.dim", "min.dim")  # fmt: skip
 def _extreme(node: Node, b: Bound) -> None:
     params: Bound = {}
     if "dim" in b:
@@ -1024,7 +1024,8 @@ def _same(node: Node, b: Bound) -> Node | None:
         _set(node, g.DECISION, [source])
         return None
     if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
-        raise Unsupported(f"{node.target} to {dtype} (whole numbers have no slope)")
+        why = "there is no rule for complex numbers" if dtype.is_complex else "whole numbers have no slope"
+        raise Unsupported(f"{node.target} to {dtype} ({why})")
     if "view" in str(node.target):
         raise Unsupported(str(node.target))
     return source
