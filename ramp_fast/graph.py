@@ -177,12 +177,16 @@ class Graph:
     output: Node
     weights_read: bool = False
 
-    def users(self) -> dict[Node, list[Node]]:
-        """For every node the nodes that read it, each once, in execution order."""
+    def users(self, *, shapes: bool = True) -> dict[Node, list[Node]]:
+        """For every node the nodes that read it, each once, in execution order.
+
+        Without ``shapes`` the constants that only take its shape (``x.new_zeros(...)``) are left out.
+        """
         users: dict[Node, list[Node]] = {n: [] for n in self.nodes}
         for node in self.nodes:
             for ref in dict.fromkeys(node.references()):
-                users[ref].append(node)
+                if shapes or ref.constant or not node.constant:
+                    users[ref].append(node)
         return users
 
     def replace_uses(self, old: Node, new: Node, *, keep: Iterable[Node] = ()) -> None:

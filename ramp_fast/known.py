@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -59,7 +60,9 @@ class KnownValues(TorchFunctionMode):
 
     def _known(self, tensor: Tensor) -> str | tuple[Any, Any, Any] | None:
         if id(tensor) not in self._origin:
-            self._origin[id(tensor)] = tensor, None
+            # A tensor that has values is a constant that the exporter was not told of.
+            real = not isinstance(tensor, FakeTensor) and type(tensor) in (Tensor, torch.nn.Parameter)
+            self._origin[id(tensor)] = tensor, (lambda: tensor, (), {}) if real else None
             for name, weight in _named(self.model).items():  # while it is traced, the model has other tensors
                 self._origin.setdefault(id(weight), (weight, name))
                 if weight is tensor:

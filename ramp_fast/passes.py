@@ -64,7 +64,7 @@ def _fold_batchnorm(graph: Graph) -> None:
 
 def _fold_channel_scales(graph: Graph) -> None:
     """LayerScale: a per-channel constant right after a linear layer belongs to its weights."""
-    users = graph.users()
+    users = graph.users(shapes=False)
     for node in graph.nodes:
         if node.kind != g.SCALE or not isinstance(node.params["factor"], Node) or node.params["inverse"]:
             continue
@@ -91,7 +91,7 @@ def _through(node: Node, kinds: frozenset[str]) -> Node:
 
 def _recognize_attention(graph: Graph) -> None:
     """softmax(scale * Q K^T + bias) V written out becomes one attention node."""
-    users = graph.users()
+    users = graph.users(shapes=False)
     for node in list(graph.nodes):
         if node.kind != g.MATMUL:
             continue
@@ -127,7 +127,7 @@ def _recognize_attention(graph: Graph) -> None:
 
 def _mark_masks(graph: Graph) -> None:
     """Constants added to scores on the way into a softmax may be masks."""
-    users = graph.users()
+    users = graph.users(shapes=False)
     for node in graph.nodes:
         current = node.operands[0] if node.kind == g.SOFTMAX else node
         while current is not node and len(users[current]) == 1 and current.kind in (g.MOVE, g.ADD):
@@ -141,7 +141,7 @@ def _mark_masks(graph: Graph) -> None:
 def _assign_matmul_roles(graph: Graph) -> None:
     """Tell scores (Q K^T, on the way into a softmax) and attended values (A V) from other products."""
     soft = frozenset({g.MOVE, g.SCALE})
-    users = graph.users()
+    users = graph.users(shapes=False)
     for node in graph.nodes:
         if node.kind not in (g.MATMUL, g.BILINEAR):
             continue

@@ -643,6 +643,33 @@ def rotary_case(turn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Case:
 CASES["rotary embedding, interleaved"] = lambda: rotary_case(rotary)
 CASES["rotary embedding, halves"] = lambda: rotary_case(half_rotary)
 
+# Choices
+
+simple(
+    "maximum",
+    lambda m, x: torch.maximum(m.a(x), m.b(x)),
+    "choice",
+    a=lambda: nn.Conv2d(2, 3, 1),
+    b=lambda: nn.Conv2d(2, 3, 1),
+)
+simple(
+    "minimum with a constant",
+    lambda m, x: m.a(torch.minimum(x, m.low)) + m.b(x),
+    "choice",
+    a=lambda: nn.Conv2d(2, 3, 1),
+    b=lambda: nn.Conv2d(2, 3, 1),
+    low=lambda: torch.randn(2, 1, 1),
+)
+simple(
+    "where, decided by the images",
+    lambda m, x: m.b((lambda y: torch.where(y > 0, y, x * 0.1))(m.a(x))),
+    "choice decision",
+    a=lambda: nn.Conv2d(2, 2, 1),
+    b=lambda: nn.Conv2d(2, 3, 1),
+)
+simple("log_softmax inside", lambda m, x: m.b(m.a(tokens(x)).log_softmax(-1)), "shift", a=lambda: nn.Linear(6, 5),
+       b=lambda: nn.Linear(5, 4))  # fmt: skip
+
 # Moves
 
 simple(
@@ -702,7 +729,7 @@ def build(name: str) -> tuple[Case, nn.Module, Tensor, Tensor]:
 
 
 # Without several operands there is nothing to share: one rule is enough.
-SHARING = {g.ADD, g.MUL, g.MATMUL, g.ATTENTION, g.PARTS}
+SHARING = {g.ADD, g.MUL, g.MATMUL, g.ATTENTION, g.PARTS, g.CHOICE}
 BOTH = {name for name, make in CASES.items() if make().kinds & SHARING} | {"cat", "stack"}
 
 

@@ -504,7 +504,7 @@ class Choice(Operation):
         for operand in self.node.sources:
             own = vjp(partial(values.call_at, self.node, operand), values[operand], c).to(part.c.dtype)
             flows.append((operand, own, book.mass(values[operand], own, operand.batch)))
-        # What a constant wins is no part of the images: as in sums, it goes.
+        # What a constant wins is no part of the images: as with clamp, the others keep the mass.
         targets = share(part.target, [m for _, _, m in flows], self.facts.shares) if len(flows) > 1 else [part.target]
         for (operand, own, actual), target in zip(flows, targets, strict=True):
             yield Flow(operand, Contribution(own, target, actual))
