@@ -442,7 +442,7 @@ TWO_WAYS: dict[str, tuple[Function, Function]] = {
     "log_softmax at the end": (lambda x: x.mean((1, 2)).log_softmax(-1), lambda x: x.mean((1, 2))),
     "softmax at the end": (lambda x: x.mean((1, 2)).softmax(1), lambda x: x.mean((1, 2))),
     "log of softmax at the end": (lambda x: x.mean((1, 2)).softmax(1).log(), lambda x: x.mean((1, 2))),
-    "squeeze": (lambda x: x.mean((2, 3), keepdim=True).squeeze(), lambda x: x.mean((2, 3))),
+    "squeeze": (lambda x: x.mean((2, 3), keepdim=True).squeeze()[:, [1, 0]], lambda x: x.mean((2, 3))[:, [1, 0]]),
     "GeM with a number": (gem(P), gem(float(P))),
     "GeM with average pooling": (
         gem(P), lambda x: F.avg_pool2d(x.clamp(min=1e-3).pow(P), (x.size(-2), x.size(-1))).pow(1 / P)
@@ -489,8 +489,8 @@ TWO_WAYS: dict[str, tuple[Function, Function]] = {
     "std_mean": (lambda x: (lambda s, m: s + m)(*torch.std_mean(x, (2, 3))), lambda x: x.std((2, 3)) + x.mean((2, 3))),
     "aliases": (lambda x: torch.multiply(torch.special.expit(x), x.clip(0)), lambda x: x.sigmoid() * x.clamp(min=0)),
     "every second row written": (
-        written(slice(0, 4, 2), slice(1, 4, 2)),
-        lambda x: torch.stack([x[:, :, 1::2].relu(), x[:, :, 1::2]], 3).flatten(2, 3),
+        written(slice(0, 4, 2), slice(0, 4, 2)),
+        lambda x: torch.stack([x[:, :, ::2].relu(), x[:, :, 1::2]], 3).flatten(2, 3),
     ),
     "one row written": (written(1, 0), lambda x: torch.cat([x[:, :, :1], x[:, :, :1].relu(), x[:, :, 2:]], 2)),
     "listed rows written": (
@@ -562,16 +562,14 @@ def masks(hidden: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
         "filled, of the scores' dtype": lambda s: s.masked_fill(hidden, torch.finfo(s.dtype).min),
         "filled, of float32": lambda s: s.masked_fill(hidden, lowest),
         "added": lambda s: s + hidden.float() * lowest,
-        "added, of float16": lambda s: s + hidden.float() * torch.finfo(torch.float16).min,
         "added, by way of float64": lambda s: s + (hidden.double() * torch.finfo(torch.float64).min).float(),
         "where": lambda s: torch.where(hidden, lowest, s),
-        "full": lambda s: s + torch.full(s.shape[-2:], lowest).triu(1),
         "made of zeros": lambda s: s + s.new_zeros(s.shape[-2:]).masked_fill(hidden, -100.0),
     }
     return ways
 
 
-@pytest.mark.parametrize("precision", ["float64", "mixed", "fast"])
+@pytest.mark.parametrize("precision", ["float64", "fast"])
 def test_masks_in_any_precision(precision: str) -> None:
     hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
     x = torch.randn(2, 2, 5, 6, generator=torch.Generator().manual_seed(1))
