@@ -435,6 +435,8 @@ class _Translator:
             inner.meta["nn_module_stack"] = origin.meta.get("nn_module_stack")
             if inner.op == "placeholder":
                 self.env[inner] = next(arguments)
+                outer = next((n for n in origin.all_input_nodes if self.env[n] is self.env[inner]), inner)
+                self.root[inner] = self.root.get(outer, outer)
             elif inner.op == "output":
                 results = inner.args[0]
                 if isinstance(results, (tuple, list)):
@@ -503,7 +505,10 @@ class _Translator:
                 if self.env.get(alias) is before:
                     self.env[alias] = self.env[node]
             self.root[node] = self.root.get(mutated, mutated)
-        elif isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target) and node.all_input_nodes:
+            return
+        operation = isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target)
+        part = node.target is operator.getitem  # one of several views
+        if node.all_input_nodes and (operation or part):
             source = node.all_input_nodes[0]
             self.root[node] = self.root.get(source, source)
 

@@ -428,6 +428,12 @@ def filled(x: Tensor) -> Tensor:
     return y
 
 
+def through_part(x: Tensor) -> Tensor:
+    y = x * 1.0
+    y.chunk(2, -1)[0].mul_(2.0)
+    return y + x
+
+
 def gem(p: object) -> Function:
     return lambda x: x.clamp(min=1e-3).pow(p).mean((2, 3)).pow(1 / p)  # type: ignore[arg-type, operator]
 
@@ -496,6 +502,7 @@ TWO_WAYS: dict[str, tuple[Function, Function]] = {
     "listed rows written": (
         written([2, 1], [0, 3]), lambda x: torch.cat([x[:, :, :1], x[:, :, [3, 0]].relu(), x[:, :, 3:]], 2)
     ),
+    "written through a part": (through_part, lambda x: torch.cat([x[..., :3] * 2.0, x[..., 3:]], -1) + x),
     "rows of zeros": (filled, lambda x: F.pad(x[:, :, 1:3], (0, 0, 1, 1))),
     "flags in tensors": (lambda x: x * 2.0 if bool(P > 1) else x, lambda x: x * 2.0),
 }  # fmt: skip
