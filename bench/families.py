@@ -130,7 +130,7 @@ def image_shape(model: torch.nn.Module) -> tuple[int, int, int]:
     return shape
 
 
-def attribute(family: str, name: str, capture_only: bool) -> Result:
+def attribute(family: str, name: str, capture_only: bool, precision: str) -> Result:
     """Attribute two images with one model and check the result."""
     torch.manual_seed(0)
     model = build(name)
@@ -140,7 +140,7 @@ def attribute(family: str, name: str, capture_only: bool) -> Result:
         capture(model, shape)
         return Result(family, name, "captures")
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
-    engine = Engine(model, precision="float32", micro_batch=2, input_shape=shape)
+    engine = Engine(model, precision=precision, micro_batch=2, input_shape=shape)
     both = engine.attribute(images, normalize="sum")
     second = engine.attribute(images[1:], normalize="sum")
     with torch.no_grad():
@@ -159,7 +159,12 @@ def attribute(family: str, name: str, capture_only: bool) -> Result:
 
 
 def work(
-    pipe: multiprocessing.connection.Connection, family: str, name: str | None, capture_only: bool, limit: float
+    pipe: multiprocessing.connection.Connection,
+    family: str,
+    name: str | None,
+    capture_only: bool,
+    precision: str,
+    limit: float,
 ) -> None:
     """Body of the process of one model."""
     warnings.simplefilter("ignore")
@@ -169,7 +174,7 @@ def work(
     name = name or smallest(family)
     pipe.send(name)
     try:
-        result = attribute(family, name, capture_only)
+        result = attribute(family, name, capture_only, precision)
     except UnsupportedModelError as error:
         if error.operations:
             counts = collections.Counter(operation for operation, _ in error.operations)
@@ -191,7 +196,9 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
-def survey(jobs: list[tuple[str, str | None]], capture_only: bool, limit: float, workers: int) -> list[Result]:
+def survey(
+    jobs: list[tuple[str, str | None]], capture_only: bool, precision: str, limit: float, workers: int
+) -> list[Result]:
     """Run every job in a process of its own, at most ``workers`` at a time, ``limit`` seconds each."""
     # The parent has never run an operator: no threads, so that forking saves the imports.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -200,7 +207,9 @@ def survey(jobs: list[tuple[str, str | None]], capture_only: bool, limit: float,
         while waiting and len(running) < workers:
             family, name = waiting.pop()
             here, there = context.Pipe(duplex=False)
-            process = context.Process(target=work, args=(there, family, name, capture_only, limit), daemon=True)
+            process = context.Process(
+                target=work, args=(there, family, name, capture_only, precision, limit), daemon=True
+            )
             process.start()
             there.close()
             running.append({"process": process, "pipe": here, "family": family, "name": name or "?",
@@ -269,7 +278,8 @@ def main() -> None:
     parser.add_argument("--model", action="append", help="only this model (may repeat)")
     parser.add_argument("--all", action="store_true", help="every model of the families, not only the smallest")
     parser.add_argument("--capture-only", action="store_true", help="stop after capture")
-    parser.add_argument("--limit", type=float, default=120.0, help="processor seconds per model (default: 120)")
+    parser.add_argument("--precision", default="mixed", help="of the engine (default: mixed)")
+    parser.add_argument("--limit", type=float, default=400.0, help="processor seconds per model (default: 400)")
     parser.add_argument("--workers", type=int, default=1, help="models at a time (default: 1)")
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
     options = parser.parse_args()
@@ -282,7 +292,7 @@ def main() -> None:
         if unknown:
             parser.error(f"timm has no family {', '.join(unknown)}")
         jobs = [(f, n) for f in families for n in (candidates(f) if options.all else [None])]
-    results = survey(jobs, options.capture_only, options.limit, options.workers)
+    results = survey(jobs, options.capture_only, options.precision, options.limit, options.workers)
     text = table(results, per_family=not (options.all or options.model))
     print(text)
     if options.out is not None:

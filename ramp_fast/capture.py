@@ -14,26 +14,32 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from ramp_fast import graph as g
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.graph import Graph, Node
+from ramp_fast.known import KnownValues
 from ramp_fast.preserve import preserved, user_hooks, without_hooks
 from ramp_fast.samples import EXAMPLE_BATCH, locate_samples
-from ramp_fast.vocabulary import VOCABULARY, Unsupported, bind
+from ramp_fast.vocabulary import VOCABULARY, InSteps, Unsupported, bind, composite
 
 # Nodes that compute nothing: shape and dtype guards left by export.
 _GUARDS = ("_assert", "sym_constrain", "_guards_fn")
 # The result depends on the shape of the first operand only.
-_SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_tensor"}
-# Of the second operand only the shape (or dtype) is read.
-_SHAPED_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
+_SHAPE_ONLY = {
+    *("zeros_like", "ones_like", "full_like", "empty_like", "fill", "zero"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+}
+# The values are the first operand's; the second one says only what shape or dtype they get.
+_SHAPE_OF_SECOND = {"expand_as", "view_as", "reshape_as", "type_as"}
 
 
 _CHATTY = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
@@ -77,9 +83,9 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
     with torch.no_grad(), preserved(model):
         hooked = _hooks_matter(model, image_shape)
         with nullcontext() if hooked else without_hooks(model):
-            program = _export(model, image_shape)
+            exported = _export(model, image_shape)
             try:
-                graph = _graph(program, strict)
+                graph = _graph(exported, strict)
             except _SizesFromValues:
                 try:
                     graph = _graph(_export_one(model, image_shape), strict)
@@ -90,12 +96,20 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
     return graph
 
 
-def _graph(program: torch.export.ExportedProgram, strict: bool) -> Graph:
+class _Exported(NamedTuple):
+    program: torch.export.ExportedProgram
+    weights_read: bool  # numbers were read off weights: it holds for the present ones only
+
+
+def _graph(exported: _Exported, strict: bool) -> Graph:
+    program = exported.program
     _check_outputs(program)
     try:
         graph, batch_symbol = _translate(program, strict)
     except _NeedsFunctionalForm:
         graph, batch_symbol = _translate(program.run_decompositions({}), strict)
+    graph.weights_read = exported.weights_read
+    _leave_out_final_softmax(graph)
     graph.prune()
     if batch_symbol is None and static_batch(graph) == 1:
         _one_sample(graph)
@@ -217,6 +231,22 @@ def _one_sample(graph: Graph) -> None:
             node.batch = g.BatchAxis(0, 1, node.shape[0] if isinstance(node.shape[0], int) else 1)
 
 
+def _leave_out_final_softmax(graph: Graph) -> None:
+    """Class scores are explained, not the probabilities or log-probabilities that a model makes of them at its end.
+
+    No log-probability is positive, and a probability is about all classes at once.
+    """
+    while True:
+        last = graph.output
+        scores = last.operands[0] if last.operands else last
+        per_class = last.kind in (g.SOFTMAX, g.SHIFT) and last.params["dim"] % max(len(last.shape), 1) == 1
+        logarithm = last.kind == g.ACTIVATION and last.params["function"] == "log" and scores.kind == g.SOFTMAX
+        if len(last.shape) != 2 or not (per_class or logarithm):
+            return
+        name = {g.SOFTMAX: "softmax", g.SHIFT: "log_softmax", g.ACTIVATION: "log"}[last.kind]
+        graph.output, graph.ending = scores, (name, *graph.ending)
+
+
 def static_batch(graph: Graph) -> int | None:
     """The batch size the model insists on, or None where any batch is possible."""
     size = graph.input.shape[0]
@@ -239,35 +269,37 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
+def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> _Exported:
     """The exported program: for any batch where the exporter finds a way, else for one image."""
     try:
-        program = _exported(model, EXAMPLE_BATCH, image_shape)
+        exported = _exported(model, EXAMPLE_BATCH, image_shape)
     except Exception as error:
         return _export_one(model, image_shape, error)
-    if _known_size(_images_of(program).shape[0]) is not None:
+    if _known_size(_images_of(exported.program).shape[0]) is not None:
         # The exporter gave up on the batch silently: one image at a time is always right.
         return _export_one(model, image_shape)
-    return program
+    return exported
 
 
 def _exported(
     model: torch.nn.Module, batch: int, image_shape: tuple[int, int, int], *, symbolic: bool = True
-) -> torch.export.ExportedProgram:
+) -> _Exported:
     shapes: Any = None
     if symbolic and batch > 1:
         shapes = ({0: torch.export.Dim.AUTO},)
         first = next(iter(_parameters(model)), None)
         if first is not None and first.kind is first.VAR_POSITIONAL:  # forward(self, *inputs) gets a tuple
             shapes = (shapes,)
-    with _quiet():
-        images = _example(model, batch, image_shape)
-        return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
+    images = _example(model, batch, image_shape)
+    known = KnownValues(model)
+    with _quiet(), known:
+        program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
+    return _Exported(program, known.read)
 
 
 def _export_one(
     model: torch.nn.Module, image_shape: tuple[int, int, int], failure: Exception | None = None
-) -> torch.export.ExportedProgram:
+) -> _Exported:
     """The program for one image, or why there is none; ``failure`` is what the export of a batch ended with."""
     try:
         return _exported(model, 1, image_shape)
@@ -393,6 +425,7 @@ class _Translator:
         self.input: Node | None = None
         self.output: Node | None = None
         self.batch_symbol: Any = None
+        self.values: dict[Node, Any] = {}  # the exporter's own, without contents
         self.position = {node: i for i, node in enumerate(_flattened(program.graph_module))}
         self.inlined: dict[fx.Node, list[Any]] = {}
         self.names: dict[str, int] = {}
@@ -458,6 +491,10 @@ class _Translator:
             self._call(node)
         elif node.op == "get_attr" and isinstance(_submodule(node), fx.GraphModule):
             return  # the body of a region, inlined where it is called
+        elif node.op == "get_attr" and isinstance(value := _submodule(node), torch.Tensor):
+            leaf = Node(node.name, g.CONST, lambda: value, shape=tuple(value.shape), example=tuple(value.shape))
+            leaf.params["floating"], leaf.dtype = value.is_floating_point(), value.dtype
+            self.values[self.emit(leaf, node)] = value
         elif node.op == "get_attr" or node.op == "call_module":
             self._unsupported(node, str(node.target))
 
@@ -487,8 +524,8 @@ class _Translator:
             fqn = self.leaves[node.name]
             leaf = Node(node.name, g.PARAM, _no_call, params={"tensor": self.tensors[fqn], "fqn": fqn})
             leaf.shape, leaf.example = self.shape(value), self.example(value)
-            leaf.params["floating"] = value.is_floating_point()
-            self.emit(leaf, node)
+            leaf.params["floating"], leaf.dtype = value.is_floating_point(), value.dtype
+            self.values[self.emit(leaf, node)] = value
             return
         if not isinstance(value, torch.Tensor):
             self.emit(Node(node.name, g.CONST, _no_call), node)
@@ -498,6 +535,7 @@ class _Translator:
             self.batch_symbol = batch
         leaf = Node(node.name, g.INPUT, _no_call, shape=self.shape(value), example=self.example(value))
         self.input = self.emit(leaf, node)
+        self.values[leaf] = value
 
     def _call(self, node: fx.Node) -> None:
         name = _short_name(node.target)
@@ -505,6 +543,10 @@ class _Translator:
             return
         if _body(node) is not None:
             self._inline(node)
+            return
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            self._unsupported(node, f"{name} (write it with plain operations)")
+            self.emit(Node(node.name, g.GENERIC, node.target), node)
             return
         if node.target is operator.getitem and node.args[0] in self.inlined:
             inner = self.inlined[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -529,44 +571,106 @@ class _Translator:
                 f"{name} in {module or 'the model'} takes a size from the values of a tensor: "
                 "use integers, such as those of x.shape"
             ) from None
+        out.dtype = value.dtype if isinstance(value, torch.Tensor) else None
         variable = any(not ref.constant for ref in out.references())
         if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
             out.kind = g.INT
             out.params["more"] = value if isinstance(value, (int, float, bool)) else self.size(value)[2]
-        elif not variable or _constant_valued(name.split(".")[0], args):
+        elif not variable or self._shape_only(out, name):
             out.kind = g.CONST
             out.params["floating"] = isinstance(value, torch.Tensor) and value.is_floating_point()
+            if _draws(out):
+                self._unsupported(node, f"{name}, which draws random numbers (maps would change from call to call)")
         else:
             replacement = self._lookup(out, name, node)
             if replacement is not None:
                 self.env[node] = replacement
                 self._track(node, mutated)
                 return
-        self.nodes.extend(out.params.pop("before", ()))  # what the handler split off
+            if node in self.inlined:
+                return
+        carriers = [n for n in out.references() if not n.constant]
+        out.decided = out.kind == g.DECISION or (bool(carriers) and all(n.decided for n in carriers))
         self.emit(out, node)
+        self.values[out] = value
         self._track(node, mutated)
+
+    @staticmethod
+    def _shape_only(out: Node, name: str) -> bool:
+        plain = name.split(".")[0]
+        if plain in _SHAPE_ONLY:
+            return all(n.constant for n in g.nodes_in((out.args[1:], out.kwargs)))
+        second = plain in _SHAPE_OF_SECOND or name == "to.other"
+        if plain == "copy":
+            return bool(out.args[1].constant)
+        return second and isinstance(out.args[0], Node) and out.args[0].constant
+
+    def _in_steps(self, steps: InSteps, origin: fx.Node) -> Node | None:
+        """Operations that say the same take the place of ``origin``: the function is traced, its nodes are visited."""
+        references = list(dict.fromkeys(g.nodes_in((steps.args, steps.kwargs))))
+        if any(n.kind == g.INT or n not in self.values for n in references):
+            raise Unsupported(f"{_short_name(origin.target)} with sizes of the batch")
+        values = [self.values[n] for n in references]
+
+        def run(*tensors: Any) -> Any:
+            place = dict(zip(references, tensors, strict=True)).__getitem__
+            return steps.function(*g.map_nodes(place, steps.args), **g.map_nodes(place, steps.kwargs))
+
+        mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+        try:
+            with mode, _quiet():
+                traced = make_fx(run, pre_dispatch=steps.pre_dispatch)(*values)
+        except Unsupported:
+            raise
+        except Exception as error:
+            raise Unsupported(f"{_short_name(origin.target)}: {_first_line(error)}") from error
+        if isinstance(self.batch_symbol, torch.SymInt) and self.batch_symbol.node.maybe_as_int() is not None:
+            raise Unsupported(f"{_short_name(origin.target)}, which PyTorch composes for one size of the batch")
+        arguments = iter(references)
+        for inner in traced.graph.nodes:
+            self.position[inner] = self.position.get(origin, 0)
+            inner.meta["nn_module_stack"] = origin.meta.get("nn_module_stack")
+            if inner.op == "placeholder":
+                self.env[inner] = next(arguments)
+                outer = next((n for n in origin.all_input_nodes if self.env[n] is self.env[inner]), inner)
+                self.root[inner] = self.root.get(outer, outer)
+            elif inner.op == "output":
+                results = inner.args[0]
+                if isinstance(results, (tuple, list)):
+                    self.inlined[origin] = list(results)
+                    return None
+                return self.env[results]
+            else:
+                self.visit(inner)
+        raise AssertionError("a traced function ends with its output")
 
     def _lookup(self, out: Node, name: str, origin: fx.Node) -> Node | None:
         """Fill in ``out``'s kind; return another node where the operation does nothing."""
         if out.target is operator.getitem:
             source = out.args[0]
+            if source.kind == g.GENERIC:  # refused already
+                out.kind = g.GENERIC
+                return None
             if source.kind != g.PARTS:  # one of several results, of which the first is the value
                 if out.args[1] != 0:
                     if origin.users:
                         self._unsupported(origin, f"a secondary result of {source.target}")
                     return source  # type: ignore[no-any-return]
                 source.shape, source.example = out.shape, out.example
+                self.values[source] = origin.meta.get("val")
                 return source  # type: ignore[no-any-return]
             out.kind, out.operands = g.PART, [source]
             out.params = {"index": out.args[1]}
             return None
         handler = VOCABULARY.get(name)
         try:
-            if handler is None:
-                raise Unsupported(name)
             bound = bind(out.target, out.args, out.kwargs)
-            return handler(out, bound)
-        except Unsupported as error:
+            found = composite(out) if handler is None else handler(out, bound)
+            return self._in_steps(found, origin) if isinstance(found, InSteps) else found
+        except (Unsupported, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            what = str(error)
+            if not isinstance(error, Unsupported):  # a use that the handler does not know
+                what = f"{name} as it is used here ({type(error).__name__}: {_first_line(error)})"
             if not self.strict and self._generic(out, origin):
                 warnings.warn(
                     f"{name} in {out.module or 'the model'} is outside the vocabulary: the rule's generic "
@@ -574,7 +678,7 @@ class _Translator:
                     stacklevel=2,
                 )
                 return None
-            self._unsupported(origin, str(error))
+            self._unsupported(origin, what)
             out.kind = g.GENERIC
             return None
 
@@ -598,7 +702,10 @@ class _Translator:
                 if self.env.get(alias) is before:
                     self.env[alias] = self.env[node]
             self.root[node] = self.root.get(mutated, mutated)
-        elif isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target) and node.all_input_nodes:
+            return
+        operation = isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target)
+        part = node.target is operator.getitem  # one of several views
+        if node.all_input_nodes and (operation or part):
             source = node.all_input_nodes[0]
             self.root[node] = self.root.get(source, source)
 
@@ -640,6 +747,12 @@ def _flattened(module: fx.GraphModule) -> Iterator[fx.Node]:
         yield node
 
 
+def _draws(node: Node) -> bool:
+    """Whether the operation's result is random."""
+    random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return random and not ("dropout" in str(node.target) and False in node.args)
+
+
 def _no_call() -> None:
     raise RuntimeError("a leaf of the graph is never called")
 
@@ -648,11 +761,6 @@ def _short_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target).removeprefix("aten.")
     return getattr(target, "__name__", str(target))
-
-
-def _constant_valued(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether the images decide nothing but the shape."""
-    return name in _SHAPE_ONLY or (name in _SHAPED_LIKE and isinstance(args[0], Node) and args[0].constant)
 
 
 def _is_inplace(target: torch._ops.OpOverload) -> bool:

@@ -65,7 +65,8 @@ class Attribution:
     target : Tensor
         Explained classes, ``[B]`` or ``[B, K]``; the seed itself where one was given or computed.
     logits : Tensor
-        ``[B, classes]``, of the forward pass that was attributed.
+        ``[B, classes]``, what the model returns. (Of a model that ends in softmax or log_softmax the scores below it
+        are explained.)
     """
 
     maps: Tensor
@@ -294,7 +295,7 @@ class Engine:
                     wrong = wrong | ~finite_samples(batch).unsqueeze(1)
                 if unchecked is not None:
                     wrong = wrong | unchecked
-                return _without(result, wrong).to(kind), out.to(kind), chosen
+                return _without(result, wrong).to(kind), _returned(out, plan.graph).to(kind), chosen
 
             given = ((images[here].detach(), *wanted.operands(here)) for here in ranges)
             results = transfer.batches(given, attributed, device, plan.precision.forward, images.device)
@@ -338,7 +339,8 @@ class Engine:
         with _undisturbed(device):
             found = torch.empty(images.shape[0], classes, dtype=plan.precision.output, device=images.device)
             for here in self._ranges(plan, images.shape, 0, False, None, device):
-                found[here] = forward(plan, images[here].detach().to(device, plan.precision.forward))
+                scores = forward(plan, images[here].detach().to(device, plan.precision.forward))
+                found[here] = _returned(scores, plan.graph)
         return found
 
     def evaluate(
@@ -479,8 +481,9 @@ class Engine:
         packed = {
             id(n.params["tensor"]) for plan in self._plans.values() for n in plan.graph.nodes if n.kind == g.PARAM
         }
-        # One number may have decided about the graph (`float(self.scale)`), and so may what is not in it.
-        if layout or any(tensors[n].numel() == 1 or id(tensors[n]) not in packed for n in names):
+        # Numbers may have decided about the graph (`float(self.scale)`), and so may what is not in it.
+        read = any(plan.graph.weights_read for plan in self._plans.values())
+        if layout or read or any(id(tensors[n]) not in packed for n in names):
             self._forget(())
             return
         for shape, plan in self._plans.items():  # new ones, since threads may be running the old
@@ -663,6 +666,20 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
         torch.autocast(device.type, enabled=False),
     ):
         yield
+
+
+_ENDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda scores: scores.softmax(-1),
+    "log_softmax": lambda scores: scores.log_softmax(-1),
+    "log": torch.log,
+}
+
+
+def _returned(scores: Tensor, graph: Graph) -> Tensor:
+    """What the model makes of the scores that are explained."""
+    for name in graph.ending:
+        scores = _ENDINGS[name](scores)
+    return scores
 
 
 def _looks_at(values: Tensor, check: bool | None) -> bool:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 # Kinds of nodes without relevance.
 INPUT = "input"  # the images
 PARAM = "param"  # a parameter, buffer or lifted constant of the model
@@ -39,13 +41,16 @@ LINEAR_MAP = "linear_map"
 BILINEAR = "bilinear"  # einsum of two tensors
 EXTREME = "extreme"  # the largest (smallest) of several entries
 FUNCTION = "function"  # norms, standard deviations: one tensor, not elementwise
+SHIFT = "shift"  # minus a statistic: log_softmax
+CHOICE = "choice"  # every entry is one of two tensors': maximum, minimum, where
+DECISION = "decision"  # comparisons and signs of values: constant wherever they are differentiable
 MOVE = "move"
 PARTS = "parts"  # unbind, split, chunk: several outputs
 PART = "part"  # one of them
 GENERIC = "generic"  # strict=False: an elementwise operation outside the vocabulary
 
 WEIGHTED = frozenset({LINEAR, CONV})
-JUNCTIONS = frozenset({ADD, MUL, MATMUL, ATTENTION, BILINEAR})
+JUNCTIONS = frozenset({ADD, MUL, MATMUL, ATTENTION, BILINEAR, CHOICE})
 CONSTANT = frozenset({PARAM, CONST, INT})
 
 
@@ -89,6 +94,10 @@ class Node:
         Sizes at the batch the model was captured with.
     batch : BatchAxis
         Where the samples live in this node's output.
+    dtype : torch.dtype or None
+        What the model has here; in a run the precision decides.
+    decided : bool
+        Whether the images come in through comparisons and signs only.
     """
 
     name: str
@@ -102,6 +111,8 @@ class Node:
     shape: tuple[int | str, ...] = ()
     example: tuple[int, ...] = ()
     batch: BatchAxis = field(default_factory=BatchAxis)
+    dtype: torch.dtype | None = None
+    decided: bool = False
 
     @property
     def constant(self) -> bool:
@@ -132,6 +143,15 @@ class Node:
         return f"Node({self.name}: {self.kind} {list(self.shape)})"
 
 
+_FEW = 4096  # numbers of a constant
+
+
+def _constant(tensor: Any) -> Any:
+    """A tensor by identity, or a small constant, which may be made anew at every capture, by value."""
+    made_anew = type(tensor) is torch.Tensor and tensor.numel() <= _FEW and not tensor.is_complex()
+    return (tensor.dtype, tensor.tolist()) if made_anew else id(tensor)
+
+
 def map_nodes(function: Callable[[Node], Any], value: Any) -> Any:
     """Apply ``function`` to every node inside nested tuples, lists and dicts."""
     if isinstance(value, Node):
@@ -156,27 +176,39 @@ def nodes_in(value: Any) -> Iterator[Node]:
 
 @dataclass
 class Graph:
-    """Nodes in execution order, with the one that is the images and the one that is the logits."""
+    """Nodes in execution order, with the one that is the images and the one that is the logits.
+
+    ``weights_read``: numbers were read off the weights at capture, so that the graph holds for these weights only.
+    """
 
     nodes: list[Node]
     input: Node
     output: Node
+    weights_read: bool = False
+    ending: tuple[str, ...] = ()  # functions behind the output, which are left out of what is explained
     signature: tuple[Any, ...] = ()  # of the graph as it was captured
 
     def describe(self) -> tuple[Any, ...]:
         """What tells apart graphs that compute other things, but for the values of their tensors."""
         return tuple(
-            (n.name, n.kind, str(n.target), repr(map_nodes(lambda m: m.name, (n.args, n.kwargs))), n.shape)
-            + ((id(n.params["tensor"]),) if "tensor" in n.params else ())
+            (
+                *(n.name, n.kind, n.shape, getattr(n.target, "__qualname__", str(n.target))),
+                repr(map_nodes(lambda m: m.name, (n.args, n.kwargs))),
+                _constant(n.params["tensor"]) if "tensor" in n.params else None,
+            )
             for n in self.nodes
         )
 
-    def users(self) -> dict[Node, list[Node]]:
-        """For every node the nodes that read it, each once, in execution order."""
+    def users(self, *, shapes: bool = True) -> dict[Node, list[Node]]:
+        """For every node the nodes that read it, each once, in execution order.
+
+        Without ``shapes`` the constants that only take its shape (``x.new_zeros(...)``) are left out.
+        """
         users: dict[Node, list[Node]] = {n: [] for n in self.nodes}
         for node in self.nodes:
             for ref in dict.fromkeys(node.references()):
-                users[ref].append(node)
+                if shapes or ref.constant or not node.constant:
+                    users[ref].append(node)
         return users
 
     def replace_uses(self, old: Node, new: Node, *, keep: Iterable[Node] = ()) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import types
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ _SMALL_ARRAY = 1 << 20  # bytes of a NumPy array that is compared by value
 _OPAQUE = (
     *(torch.nn.Module, torch.dtype, torch.device, logging.Logger, type, types.ModuleType),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
+    *weakref.ProxyTypes,
+    weakref.ref,
 )
 # Of a module's own dictionaries: watched as tensors, taken by themselves, or of no effect on a forward pass.
 _NOT_WITHIN = frozenset({"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"})
@@ -45,6 +48,7 @@ class Structure:
         self._copies: list[tuple[str, Any, Any]] = []
         self._empty: list[Any] = []
         self._arrays: list[tuple[str, Any, bytes]] = []
+        self._held: list[tuple[str, Any, Any, Tensor]] = []
         self._seen: set[int] = set()
         for path, module in model.named_modules():
             self._take(path or "(model)", vars(module), _DEPTH)
@@ -54,34 +58,37 @@ class Structure:
 
     def _take(self, path: str, value: Any, depth: int) -> None:
         """Keep what ``value`` is now, and what it holds."""
-        if isinstance(value, Tensor):
+        kind = type(value)  # what stands for another object may refer to one that is gone
+        if issubclass(kind, Tensor):
             if not path.endswith((".grad", "._grad")):
                 self.tensors[path] = value
             return
-        if value is None or isinstance(value, (bool, int, float, complex, str, bytes, *_OPAQUE)):
+        if value is None or issubclass(kind, (bool, int, float, complex, str, bytes, *_OPAQUE)):
             return
         if id(value) in self._seen:
             return
         self._seen.add(id(value))
-        if isinstance(value, np.ndarray):
+        if issubclass(kind, np.ndarray):
             if value.nbytes <= _SMALL_ARRAY and not value.dtype.hasobject:
                 self._arrays.append((path, value, value.tobytes()))
-        elif isinstance(value, functools.partial):
+        elif issubclass(kind, functools.partial):
             self._take(path, value.keywords, depth)
             self._take(path, value.args, depth)
-        elif isinstance(value, dict):
+        elif issubclass(kind, dict):
             own = path.rpartition(".")[2]
             if own in _WITHOUT_EFFECT:
                 return
             self._keep(path, value, dict(value))
+            # Two tensors of one number are equal, and may be two.
+            self._held += [(path, value, k, t) for k, t in value.items() if issubclass(type(t), Tensor)]
             if own not in _NOT_WITHIN:
                 for key, item in value.items():
                     self._take(f"{path}.{key}", item, depth)
-        elif isinstance(value, (list, set)):
-            self._keep(path, value, type(value)(value))
+        elif issubclass(kind, (list, set)):
+            self._keep(path, value, list(value) if issubclass(kind, list) else set(value))
             for i, item in enumerate(value):
                 self._take(f"{path}.{i}", item, depth)
-        elif isinstance(value, (tuple, frozenset)):
+        elif issubclass(kind, (tuple, frozenset)):
             for i, item in enumerate(value):
                 self._take(f"{path}.{i}", item, depth)
         elif depth and hasattr(value, "__dict__"):
@@ -103,6 +110,9 @@ class Structure:
                 for key in _differing(path, value, copy):
                     if key not in self.unwatched:
                         yield key
+        for path, holder, key, tensor in self._held:
+            if holder.get(key) is not tensor and f"{path}.{key}" not in self.unwatched:
+                yield f"{path}.{key}"
         for path, array, before in self._arrays:
             if array.tobytes() != before and path not in self.unwatched:
                 yield path

@@ -305,7 +305,7 @@ def _origin(node: Node) -> tuple[Any, ...]:
 
 def _fold_channel_scales(graph: Graph) -> None:
     """LayerScale: a per-channel constant right after a linear layer belongs to its weights."""
-    users = graph.users()
+    users = graph.users(shapes=False)
     for node in graph.nodes:
         if node.kind != g.SCALE or not isinstance(node.params["factor"], Node) or node.params["inverse"]:
             continue
@@ -332,7 +332,7 @@ def _through(node: Node, kinds: frozenset[str]) -> Node:
 
 def _recognize_attention(graph: Graph) -> None:
     """softmax(scale * Q K^T + bias) V written out becomes one attention node."""
-    users = graph.users()
+    users = graph.users(shapes=False)
     for node in list(graph.nodes):
         if node.kind != g.MATMUL:
             continue
@@ -368,7 +368,7 @@ def _recognize_attention(graph: Graph) -> None:
 
 def _mark_masks(graph: Graph) -> None:
     """Constants added to scores on the way into a softmax may be masks."""
-    users = graph.users()
+    users = graph.users(shapes=False)
     for node in graph.nodes:
         current = node.operands[0] if node.kind == g.SOFTMAX else node
         while current is not node and len(users[current]) == 1 and current.kind in (g.MOVE, g.ADD):
@@ -382,7 +382,7 @@ def _mark_masks(graph: Graph) -> None:
 def _assign_matmul_roles(graph: Graph) -> None:
     """Tell scores (Q K^T, on the way into a softmax) and attended values (A V) from other products."""
     soft = frozenset({g.MOVE, g.SCALE})
-    users = graph.users()
+    users = graph.users(shapes=False)
     for node in graph.nodes:
         if node.kind not in (g.MATMUL, g.BILINEAR):
             continue
@@ -556,6 +556,7 @@ def _mark_picks(graph: Graph) -> None:
         )
         graph.insert_after(node, gate)
         graph.replace_uses(node, gate, keep=[gate])
+        users[gate], users[node], mixes[gate] = users[node], [gate], mixes[node]  # which may choose again
 
 
 def _taken(node: Node) -> range:

@@ -203,22 +203,26 @@ class Plan:
 
     def prepare(self) -> None:
         """Evaluate constants in the plan's precision and pack weights."""
+        forward = self.precision.forward
+        wide: dict[Node, Any] = {}
         values: dict[Node, Any] = {}
-
-        def cast(value: Any) -> Any:
-            if isinstance(value, torch.Tensor) and value.is_inference():
-                value = value.clone()  # autograd, which pulls back through small functions, could not keep it
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                return value.detach().to(self.precision.forward)
-            return value
-
         with torch.inference_mode(False), torch.no_grad():
             for node in self.graph.nodes:
                 if node.kind == g.PARAM:
-                    values[node] = cast(node.params["tensor"])
+                    value = node.params["tensor"].detach()
+                    if value.is_inference():
+                        value = value.clone()  # autograd, which pulls back through small functions, could not keep it
                 elif node in self._static:
-                    args = g.map_nodes(values.__getitem__, node.args)
-                    values[node] = cast(node.target(*args, **g.map_nodes(values.__getitem__, node.kwargs)))
+                    args = g.map_nodes(wide.__getitem__, node.args)
+                    value = node.target(*args, **g.map_nodes(wide.__getitem__, node.kwargs))
+                else:
+                    continue
+                # Constants come from each other in float32 at least: its lowest number, a mask, is none of bfloat16's.
+                least = torch.promote_types(forward, torch.float32)
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    least = torch.promote_types(value.dtype, least)
+                wide[node] = _cast(value, least)
+                values[node] = _cast(wide[node], forward)
             for step in self.steps:
                 if step.operation is not None:
                     step.operation.prepare(values)
@@ -335,3 +339,13 @@ def _human(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.2f} GB"
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """A constant in another floating dtype; what is too large for it becomes the largest number there is."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    if value.dtype != dtype and torch.finfo(dtype).max < torch.finfo(value.dtype).max:
+        largest = torch.finfo(dtype).max
+        value = torch.where(value.isinf(), value, value.clamp(-largest, largest))
+    return value.to(dtype)

@@ -96,7 +96,9 @@ def _forward(plan: Plan, images: Tensor, kept: dict[Node, Any] | None) -> Values
     for step in plan.steps:
         node = step.node
         if step.operation is None:
-            values[node] = values.call(node)
+            constant = values.call(node)
+            floating = isinstance(constant, Tensor) and constant.is_floating_point()
+            values[node] = constant.to(plan.precision.forward) if floating else constant
         else:
             values[node], saved = step.operation.forward(values)
             if step.carries and kept is not None:

@@ -1,30 +1,52 @@
 """The vocabulary: which ATen operations are understood, and what they are in the rules' terms.
 
 Each handler gets the new node and its arguments bound to the schema's names; it sets the node's kind,
-operands and params, and returns another node where the operation does nothing at inference.
+operands and params. It returns another node where the operation does nothing at inference, and :class:`InSteps`
+where other operations say the same: these are captured in its place.
 ``docs/rules.md`` documents the pull-back of every kind.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from ramp_fast import graph as g
 from ramp_fast.graph import Node
 from ramp_fast.maps import Call, Resampling
 
 Bound = dict[str, Any]
-Handler = Callable[[Node, Bound], "Node | None"]
+Handler = Callable[[Node, Bound], "Node | InSteps | None"]
 
 VOCABULARY: dict[str, Handler] = {}
 
 
 class Unsupported(Exception):
     """The operation, or this use of it, is outside the vocabulary."""
+
+
+@dataclass(frozen=True)
+class InSteps:
+    """An operation is what ``function`` computes; nodes among the arguments stand for their tensors.
+
+    ``pre_dispatch``: it is traced as the model was, and not taken apart as far as PyTorch goes.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Bound
+    pre_dispatch: bool = True
+
+
+def in_steps(function: Callable[..., Any], *args: Any, **kwargs: Any) -> InSteps:
+    return InSteps(function, args, kwargs)
 
 
 def handles(*names: str) -> Callable[[Handler], Handler]:
@@ -66,14 +88,20 @@ def _image(b: Bound) -> Node:
     return source
 
 
-def _split_off(node: Node, suffix: str, target: Any, args: tuple[Any, ...], like: Node) -> Node:
-    """An operation that a handler takes apart is computed in steps: one of them, shaped ``like`` a node."""
-    part = Node(f"{node.name}_{suffix}", "", target, args, module=node.module, shape=like.shape, example=like.example)
-    if all(n.constant for n in part.references()):
-        part.kind, part.params = g.CONST, {"floating": True}
-    else:
-        VOCABULARY[str(target).removeprefix("aten.")](part, bind(target, args, {}))
-    return part
+def _decided(value: Any) -> bool:
+    """Whether a value of the images is made of comparisons and signs only: its slope is zero."""
+    return isinstance(value, Node) and value.decided
+
+
+def _fixed(value: Any) -> bool:
+    """Whether a constant does not depend on the batch size either, as packed weights must not."""
+    if not isinstance(value, Node) or value.kind == g.PARAM:
+        return True
+    return value.kind == g.CONST and all(_fixed(n) for n in value.references())
+
+
+def _variable(value: Any) -> bool:
+    return isinstance(value, Node) and not value.constant
 
 
 def _linear_map(node: Node, source: Node, function: Call, **params: Any) -> None:
@@ -98,36 +126,49 @@ def _axes(dim: Any, rank: int) -> list[int]:
 
 
 @handles("linear.default")
-def _linear(node: Node, b: Bound) -> None:
-    _constant_only(b["weight"], "linear.default with a weight")
+def _linear(node: Node, b: Bound) -> InSteps | None:
+    if not _fixed(b["weight"]) or not _fixed(b["bias"]):
+        return in_steps(_product_and_sum, b["input"], b["weight"], b["bias"])
     if len(b["input"].shape) == 1:
-        _linear_of_a_row(node, b)
-        return
+        return in_steps(_linear_of_a_row, b["input"], b["weight"], b["bias"])
     _set(node, g.LINEAR, [b["input"]], weight=b["weight"], bias=b["bias"])
+    return None
 
 
-def _linear_of_a_row(node: Node, b: Bound) -> None:
+def _product_and_sum(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product = x @ weight.mT if weight.dim() > 1 else x @ weight
+    return product if bias is None else product + bias
+
+
+def _linear_of_a_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer on a vector, as a model has it that takes the images of a batch one after the other."""
-    source, aten = b["input"], torch.ops.aten
-    like = Node("", "", node.target, shape=(1, *source.shape), example=(1, *source.example))
-    row = _split_off(node, "row", aten.unsqueeze.default, (source, 0), like)
-    like = Node("", "", node.target, shape=(1, *node.shape), example=(1, *node.example))
-    product = _split_off(node, "product", aten.linear.default, (row, b["weight"], b["bias"]), like)
-    _call(node, aten.squeeze.dim, product, 0)
-    _set(node, g.MOVE, [product], how="reshape", before=[row, product])
+    return torch.nn.functional.linear(x.unsqueeze(0), weight, bias).squeeze(0)
 
 
 @handles("addmm.default")
-def _addmm(node: Node, b: Bound) -> None:
-    _constant_only(b["mat2"], "addmm.default with a matrix")
-    _constant_only(b["self"], "addmm.default with a bias")
-    if b["beta"] != 1 or b["alpha"] != 1:
-        raise Unsupported("addmm.default with alpha or beta")
+def _addmm(node: Node, b: Bound) -> InSteps | None:
+    plain = b["beta"] == b["alpha"] == 1 and len(b["self"].shape) == 1
+    if not (plain and _fixed(b["mat2"]) and _fixed(b["self"])):
+        return in_steps(_scaled_sum, b["self"], b["mat1"], b["mat2"], b["beta"], b["alpha"])
     _set(node, g.LINEAR, [b["mat1"]], weight=b["mat2"], bias=b["self"], transposed=True)
+    return None
+
+
+@handles("baddbmm.default", "addmv.default")
+def _baddbmm(node: Node, b: Bound) -> InSteps:
+    _, first, second = (n for n in b.values() if isinstance(n, Node))
+    return in_steps(_scaled_sum, b["self"], first, second, b["beta"], b["alpha"])
+
+
+def _scaled_sum(added: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+    product = a @ b if alpha == 1 else (a @ b) * alpha
+    if beta == 0:
+        return product
+    return product + (added if beta == 1 else added * beta)
 
 
 @handles("conv1d.default", "conv2d.default", "conv3d.default", "conv2d.padding", "conv1d.padding")
-def _conv(node: Node, b: Bound) -> None:
+def _conv(node: Node, b: Bound) -> InSteps | None:
     _constant_only(b["weight"], f"{node.target} with a weight")
     dims = len(b["weight"].shape) - 2
 
@@ -142,8 +183,9 @@ def _conv(node: Node, b: Bound) -> None:
     elif padding == "same":
         reach = [d * (k - 1) for d, k in zip(dilation, b["weight"].shape[2:], strict=True)]
         if any(r % 2 for r in reach):
-            _conv_after_pad(node, b, reach)
-            return
+            sides = [side for r in reversed(reach) for side in (r // 2, r - r // 2)]  # the larger half behind
+            weights = (b["weight"], b["bias"])
+            return in_steps(_padded, b["input"], sides, node.target, *weights, b["stride"], dilation, b["groups"])
         padding = [r // 2 for r in reach]
     _set(
         node,
@@ -156,20 +198,14 @@ def _conv(node: Node, b: Bound) -> None:
         dilation=dilation,
         groups=b["groups"],
     )
+    return None
 
 
-def _conv_after_pad(node: Node, b: Bound, reach: list[int]) -> None:
-    """'same' padding that is not symmetric: zeros first, the larger half behind."""
-    source = b["input"]
-    sizes = [side for r in reversed(reach) for side in (r // 2, r - r // 2)]
-    grown = tuple(s + r for s, r in zip(source.example[2:], reach, strict=True))
-    like = Node("", "", node.target, shape=(*source.shape[:2], *grown), example=(*source.example[:2], *grown))
-    padded = _split_off(node, "pad", torch.ops.aten.constant_pad_nd.default, (source, sizes, 0.0), like)
-    target = getattr(torch.ops.aten, f"conv{len(reach)}d").default
-    args = (padded, b["weight"], b["bias"], b["stride"], [0] * len(reach), b["dilation"], b["groups"])
-    _call(node, target, *args)
-    _conv(node, bind(target, args, {}))
-    node.params["before"] = [padded]
+def _padded(x: Tensor, sides: list[int], convolution: Any, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    """'same' padding that is not symmetric: zeros first."""
+    stride, dilation, groups = how
+    result: Tensor = convolution(F.pad(x, sides), weight, bias, stride, "valid", dilation, groups)
+    return result
 
 
 @handles("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input")
@@ -181,7 +217,9 @@ def _conv_transpose(node: Node, b: Bound) -> None:
 @handles("batch_norm.default")
 def _batch_norm(node: Node, b: Bound) -> None:
     if b["training"]:
-        raise Unsupported("batch_norm.default with the statistics of the batch (training mode, or none were kept)")
+        raise Unsupported(
+            "batch_norm.default with the batch's own statistics, which mix the samples (use track_running_stats=True)"
+        )
     _set(
         node,
         g.BATCH_NORM,
@@ -202,7 +240,7 @@ def _native_batch_norm(node: Node, b: Bound) -> None:
         torch.ops.aten.batch_norm.default,
         *(b[k] for k in ("input", "weight", "bias", "running_mean", "running_var")),
         False,
-        b["momentum"],
+        0.0,
         b["eps"],
         False,
     )
@@ -245,7 +283,8 @@ def _native_group_norm(node: Node, b: Bound) -> None:
 @handles("instance_norm.default")
 def _instance_norm(node: Node, b: Bound) -> None:
     if not b["use_input_stats"]:
-        raise Unsupported("instance_norm.default with running statistics")
+        _native_batch_norm(node, b)
+        return
     groups = b["input"].shape[1]
     if not isinstance(groups, int):
         raise Unsupported("instance_norm.default with the batch among the channels")
@@ -275,6 +314,8 @@ _SMOOTH = (
     "clamp.Tensor",
     "clamp_min.default",
     "clamp_max.default",
+    "clamp_min.Tensor",
+    "clamp_max.Tensor",
     "abs.default",
     "square.default",
     "exp.default",
@@ -292,25 +333,50 @@ _SMOOTH = (
     "hardshrink.default",
     "threshold.default",
     "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor",
+    "pow.Scalar",
+    "exp2.default",
+    "log2.default",
+    "log10.default",
+    "erfc.default",
+    "tan.default",
+    "asin.default",
+    "acos.default",
+    "sinc.default",
+    "logit.default",
+    "special_ndtr.default",
+    "special_log_ndtr.default",
+    "special_erfcx.default",
+    "special_entr.default",
 )
 
 
 def _activation(how: str) -> Handler:
-    def handler(node: Node, b: Bound) -> None:
-        source = next(iter(b.values()))
-        for value in list(b.values())[1:]:
-            _constant_only(value, f"{node.target} with bounds")
+    def handler(node: Node, b: Bound) -> InSteps | None:
         name = str(node.target).removeprefix("aten.").split(".")[0]
+        variable = [v for v in b.values() if _variable(v)]
+        (source, *others) = variable
+        if name.startswith("clamp") and "Tensor" in str(node.target):
+            # the larger of two, and the smaller: choices, as torch.maximum and torch.minimum are
+            return in_steps(_clamped, b["self"], b.get("min"), b.get("max"))
+        if others or source.shape != node.shape:
+            raise Unsupported(f"{node.target.__name__} of several tensors that depend on the images, or broadcast")
         lowest, highest = b.get("min_val", b.get("min")), b.get("max_val", b.get("max"))
         cut_at_zero = name in ("hardtanh", "clamp", "clamp_min") and lowest == 0
         if how == "relu" or (cut_at_zero and not isinstance(highest, Node)):
             # nn.ReLU6 and x.clamp(min=0) are what relu6 and relu are
             cap = 6.0 if name == "relu6" else math.inf if highest is None else float(highest)
             _set(node, g.ACTIVATION, [source], how="relu", function="relu", cap=cap)
-            return
+            return None
         _set(node, g.ACTIVATION, [source], how=how, function=name)
+        return None
 
     return handler
+
+
+def _clamped(x: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
+    x = x if low is None else torch.maximum(x, low)
+    return x if high is None else torch.minimum(x, high)
 
 
 for _name in _RELU_LIKE:
@@ -325,6 +391,57 @@ def _prelu(node: Node, b: Bound) -> None:
     _set(node, g.ACTIVATION, [b["self"]], how="smooth", function="prelu")
 
 
+@handles("rrelu.default")
+def _rrelu(node: Node, b: Bound) -> InSteps:
+    if b["training"]:
+        raise Unsupported("rrelu.default in training mode, which draws random slopes")
+    return in_steps(F.leaky_relu, b["self"], (b["lower"] + b["upper"]) / 2)
+
+
+@handles("nan_to_num.default")
+def _nan_to_num(node: Node, b: Bound) -> None:
+    _set(node, g.MOVE, [b["self"]], how="reshape")  # finite values stay what they are
+
+
+@handles("glu.default")
+def _glu(node: Node, b: Bound) -> InSteps:
+    def gated(x: Tensor, dim: int) -> Tensor:
+        value, gate = x.chunk(2, dim)
+        return value * gate.sigmoid()
+
+    return in_steps(gated, b["self"], b["dim"])
+
+
+# Choices between values, and what is decided by values
+
+
+@handles("maximum.default", "minimum.default", "fmax.default", "fmin.default")
+def _larger(node: Node, b: Bound) -> None:
+    _set(node, g.CHOICE, [b["self"], b["other"]])
+
+
+@handles("max.other", "min.other")
+def _larger_of_two(node: Node, b: Bound) -> InSteps:
+    return in_steps(torch.maximum if str(node.target).startswith("aten.max") else torch.minimum, b["self"], b["other"])
+
+
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+_LOGICAL = ("logical_and", "logical_or", "logical_xor", "logical_not", "bitwise_not", "sign", "sgn", "signbit",
+            "isnan", "isinf", "isfinite")  # fmt: skip
+
+
+@handles(*(f"{n}.{kind}" for n in _COMPARISONS for kind in ("Scalar", "Tensor")), *(f"{n}.default" for n in _LOGICAL),
+         *(f"bitwise_{n}.Tensor" for n in ("and", "or", "xor")))  # fmt: skip
+def _decision(node: Node, b: Bound) -> None:
+    _set(node, g.DECISION, [v for v in b.values() if _variable(v)])
+
+
+@handles("any.dim", "any.dims", "all.dim", "all.dims")
+def _any(node: Node, b: Bound) -> None:
+    rank = len(b["self"].shape)
+    _set(node, g.DECISION, [b["self"]], labels=_reduced(rank, _axes(b["dim"], rank), b["keepdim"]))
+
+
 # Sums and products
 
 
@@ -335,13 +452,17 @@ def _pair(node: Node, a: Any, b: Any) -> tuple[Any, Any]:
 
 
 @handles("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Scalar", "rsub.Tensor")
-def _add(node: Node, b: Bound) -> None:
+def _add(node: Node, b: Bound) -> InSteps | None:
     first, second = _pair(node, b["self"], b["other"])
-    if b["alpha"] != 1:
-        raise Unsupported(f"{node.target} with alpha")
     name = str(node.target)
+    if b["alpha"] != 1:
+        if "rsub" in name:
+            return in_steps(lambda u, v, alpha: v - u * alpha, first, second, b["alpha"])
+        sign = -1 if "sub" in name else 1
+        return in_steps(lambda u, v, alpha: u + v * alpha if sign > 0 else u - v * alpha, first, second, b["alpha"])
     signs = (-1, 1) if "rsub" in name else (1, -1) if "sub" in name else (1, 1)
     _set(node, g.ADD, [n for n in (first, second) if isinstance(n, Node)], first=first, second=second, signs=signs)
+    return None
 
 
 @handles("mul.Tensor", "mul.Scalar")
@@ -349,11 +470,11 @@ def _mul(node: Node, b: Bound) -> None:
     first, second = _pair(node, b["self"], b["other"])
     if isinstance(second, Node) and not second.constant:
         if isinstance(first, Node) and not first.constant:
-            if _is_inverse(first):
+            if _is_statistic(first):
                 first, second = second, first
-            if _is_inverse(second):
+            if _is_statistic(second):
                 # A written-out norm: the factor is a statistic, detached as a denominator is.
-                _set(node, g.DIV, [first], denominator=second, inverse=True)
+                _set(node, g.DIV, [first], denominator=second, inverse=True, number=second.decided)
                 return
             _set(node, g.MUL, [first, second])
             return
@@ -361,7 +482,10 @@ def _mul(node: Node, b: Bound) -> None:
     _set(node, g.SCALE, [first], factor=second, inverse=False)
 
 
-def _is_inverse(node: Node) -> bool:
+def _is_statistic(node: Node) -> bool:
+    """Whether a factor is no value of its own: the inverse of a norm, or a mask that the images decide."""
+    if node.decided:
+        return True
     while node.kind == g.MOVE and len(node.operands) == 1:
         node = node.operands[0]
     if node.kind != g.ACTIVATION:
@@ -370,37 +494,39 @@ def _is_inverse(node: Node) -> bool:
     return node.params["function"] in ("rsqrt", "reciprocal") or power < 0
 
 
-@handles("addcmul.default")
-def _addcmul(node: Node, b: Bound) -> None:
-    """``self + tensor1 * tensor2``, in two steps."""
-    if b["value"] != 1:
-        raise Unsupported("addcmul.default with a value")
-    factors = (b["tensor1"], b["tensor2"])
-    like = Node("", "", node.target)
-    like.shape = _broadcast(factors[0].shape, factors[1].shape)
-    like.example = _broadcast(factors[0].example, factors[1].example)
-    product = _split_off(node, "product", torch.ops.aten.mul.Tensor, factors, like)
-    _call(node, torch.ops.aten.add.Tensor, b["self"], product)
-    _add(node, {"self": b["self"], "other": product, "alpha": 1})
-    node.params["before"] = [product]
+@handles("addcmul.default", "addcdiv.default")
+def _addcmul(node: Node, b: Bound) -> InSteps:
+    def summed(added: Tensor, first: Tensor, second: Tensor, value: float) -> Tensor:
+        product = first * second if "addcmul" in str(node.target) else first / second
+        return added + (product if value == 1 else product * value)
+
+    return in_steps(summed, b["self"], b["tensor1"], b["tensor2"], b["value"])
 
 
-def _broadcast(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
-    rank = max(len(a), len(b))
-    pairs = zip((1,) * (rank - len(a)) + a, (1,) * (rank - len(b)) + b, strict=True)
-    return tuple(y if x == 1 else x for x, y in pairs)
+@handles("lerp.Scalar", "lerp.Tensor")
+def _lerp(node: Node, b: Bound) -> InSteps:
+    return in_steps(lambda start, end, weight: start * (1 - weight) + end * weight, b["self"], b["end"], b["weight"])
+
+
+@handles("logaddexp.default")
+def _logaddexp(node: Node, b: Bound) -> InSteps:
+    def summed(first: Tensor, second: Tensor) -> Tensor:
+        return torch.stack(torch.broadcast_tensors(first, second), -1).logsumexp(-1)
+
+    return in_steps(summed, b["self"], b["other"])
 
 
 @handles("div.Tensor", "div.Scalar")
-def _div(node: Node, b: Bound) -> None:
+def _div(node: Node, b: Bound) -> InSteps | None:
     first, second = _pair(node, b["self"], b["other"])
     if isinstance(second, Node) and not second.constant:
         if not isinstance(first, Node) or first.constant:
-            raise Unsupported("div.Tensor of a constant by a tensor that depends on the images")
+            return in_steps(lambda x, y: y.reciprocal() * x, first, second)
         # A denominator is a statistic, as in normalisation layers: it is detached.
-        _set(node, g.DIV, [first], denominator=second, inverse=False)
-        return
+        _set(node, g.DIV, [first], denominator=second, inverse=False, number=second.decided)
+        return None
     _set(node, g.SCALE, [first], factor=second, inverse=True)
+    return None
 
 
 @handles("neg.default")
@@ -408,38 +534,90 @@ def _neg(node: Node, b: Bound) -> None:
     _set(node, g.SCALE, [b["self"]], factor=-1.0, inverse=False)
 
 
-@handles("matmul.default", "bmm.default", "mm.default")
-def _matmul(node: Node, b: Bound) -> None:
-    first, second = b["self"], b["other"] if "other" in b else b["mat2"]
+@handles("matmul.default", "bmm.default", "mm.default", "mv.default", "dot.default")
+def _matmul(node: Node, b: Bound) -> InSteps | None:
+    first, second = b["self"], next(b[k] for k in ("other", "mat2", "vec", "tensor") if k in b)
+    if len(first.shape) == 1 or len(second.shape) == 1:
+        return in_steps(_product_of_vectors, first, second)
     if second.constant:
-        if len(second.shape) == 2:
+        if len(second.shape) == 2 and _fixed(second):
             _set(node, g.LINEAR, [first], weight=second, bias=None, transposed=True)
         else:
             _linear_map(node, first, Call(node, first), contracts=True)
     elif first.constant:
+        if len(first.shape) == 2 <= len(second.shape) and _fixed(first):
+            return in_steps(lambda a, b: (b.mT @ a.mT).mT, first, second)
         _linear_map(node, second, Call(node, second), contracts=True)
     else:
         _set(node, g.MATMUL, [first, second])
+    return None
+
+
+def _product_of_vectors(a: Tensor, b: Tensor) -> Tensor:
+    if a.dim() == 1:
+        return (a.unsqueeze(0) @ (b.unsqueeze(-1) if b.dim() == 1 else b)).squeeze(-2)
+    return (a @ b.unsqueeze(-1)).squeeze(-1)
 
 
 @handles("einsum.default")
 def _einsum(node: Node, b: Bound) -> None:
     """A product of two tensors, or a linear map of one."""
-    equation, tensors = b["equation"].replace(" ", ""), list(b["tensors"])
-    if "." in equation or "->" not in equation:
-        raise Unsupported(f"einsum.default {b['equation']!r}: spell out every axis and the result")
-    left, result = equation.split("->")
-    labels = [list(term) for term in left.split(",")]
-    if any(len(set(term)) != len(term) for term in labels):
-        raise Unsupported(f"einsum.default {b['equation']!r}, which takes a diagonal")
+    tensors = list(b["tensors"])
+    terms, result = _spelled_out(b["equation"], [len(n.shape) for n in tensors])
+    if any(len(set(term)) != len(term) for term in terms):
+        raise Unsupported(f"einsum.default {b['equation']!r}, which takes a diagonal (use torch.diagonal)")
+    _call(node, torch.ops.aten.einsum.default, f"{','.join(terms)}->{result}", tensors)
     variable = [i for i, n in enumerate(tensors) if not n.constant]
+    labels = [list(terms[i]) for i in variable]
     if len(variable) == 1:
         source = tensors[variable[0]]
-        _linear_map(node, source, Call(node, source), labels=([labels[variable[0]]], list(result)))
-    elif len(variable) == len(tensors) == 2:
-        _set(node, g.BILINEAR, tensors, labels=(labels, list(result)))
+        _linear_map(node, source, Call(node, source), labels=(labels, list(result)))
+    elif len(variable) == 2:
+        _set(node, g.BILINEAR, [tensors[i] for i in variable], labels=(labels, list(result)))
     else:
-        raise Unsupported(f"einsum.default of {len(variable)} tensors that depend on the images")
+        raise Unsupported(
+            f"einsum.default of {len(variable)} tensors that depend on the images (multiply two at a time)"
+        )
+
+
+def _spelled_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """Terms and result of an equation of einsum, its ellipsis as letters and its result said."""
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    free = [c for c in string.ascii_letters if c not in equation]
+    lengths = [rank - len(t.replace("...", "")) if "..." in t else 0 for t, rank in zip(terms, ranks, strict=True)]
+    if max(lengths) > len(free):
+        raise Unsupported(f"einsum.default {equation!r}: too many axes")
+    shared = "".join(free[: max(lengths)])
+    if not arrow:
+        letters = left.replace("...", "").replace(",", "")
+        result = "..." + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    terms = [t.replace("...", shared[len(shared) - n :]) for t, n in zip(terms, lengths, strict=True)]
+    return terms, result.replace("...", shared)
+
+
+@handles("bilinear.default")
+def _bilinear(node: Node, b: Bound) -> InSteps | None:
+    first, second = b["input1"], b["input2"]
+    _constant_only(b["weight"], "bilinear.default with a weight")
+    _constant_only(b["bias"], "bilinear.default with a bias")
+    variable = [n for n in (first, second) if not n.constant]
+    if len(variable) == 1:
+        return in_steps(_bilinear_form, first, second, b["weight"], b["bias"])
+    lead = [str(i) for i in range(len(first.shape) - 1)]
+    labels = [[*lead, "i"], [*lead, "j"]], [*lead, "k"]
+    _set(node, g.BILINEAR, variable, labels=labels)
+    return None
+
+
+def _bilinear_form(first: Tensor, second: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result = torch.einsum("...i,kij,...j->...k", first, weight, second)
+    return result if bias is None else result + bias
+
+
+@handles("log_softmax.int", "_log_softmax.default")
+def _log_softmax(node: Node, b: Bound) -> None:
+    _set(node, g.SHIFT, [b["self"]], dim=b["dim"])
 
 
 @handles("softmax.int", "_softmax.default")
@@ -448,7 +626,7 @@ def _softmax(node: Node, b: Bound) -> None:
 
 
 @handles("scaled_dot_product_attention.default")
-def _attention(node: Node, b: Bound) -> None:
+def _attention(node: Node, b: Bound) -> InSteps | None:
     if b["dropout_p"]:
         raise Unsupported("scaled_dot_product_attention.default with dropout at inference")
     q, k, v = b["query"], b["key"], b["value"]
@@ -458,8 +636,9 @@ def _attention(node: Node, b: Bound) -> None:
     if b["enable_gqa"] and rank != 4:
         raise Unsupported(f"scaled_dot_product_attention.default, grouped, on {rank}-dimensional tensors")
     if isinstance(b["attn_mask"], Node) and not b["attn_mask"].constant:
-        _attention_in_steps(node, b)
-        return
+        if b["is_causal"] or b["enable_gqa"]:
+            raise Unsupported("scaled_dot_product_attention.default, causal or grouped, with a mask from the images")
+        return in_steps(_attention_with_bias, q, k, v, b["attn_mask"], b["scale"] or 1 / math.sqrt(int(q.shape[-1])))
     _set(
         node,
         g.ATTENTION,
@@ -469,25 +648,14 @@ def _attention(node: Node, b: Bound) -> None:
         scale=b["scale"] if b["scale"] is not None else 1 / math.sqrt(int(q.shape[-1])),
         grouped=bool(b["enable_gqa"]),
     )
+    return None
 
 
-def _attention_in_steps(node: Node, b: Bound) -> None:
-    """Attention with scores that are biased by something the images decide (decomposed relative positions)."""
-    q, k, v, bias = b["query"], b["key"], b["value"], b["attn_mask"]
-    if b["is_causal"] or b["enable_gqa"]:
-        raise Unsupported("scaled_dot_product_attention.default, causal or grouped, with a mask from the images")
-    aten, rank = torch.ops.aten, len(q.shape)
-    scale = b["scale"] if b["scale"] is not None else 1 / math.sqrt(int(q.shape[-1]))
-    turned = Node("", "", node.target, shape=(*k.shape[:-2], k.shape[-1], k.shape[-2]),
-                  example=(*k.example[:-2], k.example[-1], k.example[-2]))  # fmt: skip
-    like = Node("", "", node.target, shape=(*q.shape[:-1], k.shape[-2]), example=(*q.example[:-1], k.example[-2]))
-    query = _split_off(node, "query", aten.mul.Tensor, (q, scale), q)
-    key = _split_off(node, "key", aten.transpose.int, (k, rank - 2, rank - 1), turned)
-    plain = _split_off(node, "scores", aten.matmul.default, (query, key), like)
-    scores = _split_off(node, "biased", aten.add.Tensor, (plain, bias), like)
-    weights = _split_off(node, "weights", aten.softmax.int, (scores, -1), like)
-    _call(node, aten.matmul.default, weights, v)
-    _set(node, g.MATMUL, [weights, v], before=[query, key, plain, scores, weights])
+def _attention_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Attention with scores that are biased, or masked, by something the images decide (relative positions)."""
+    scores = (q * scale) @ k.transpose(-2, -1)
+    scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
+    return scores.softmax(-1) @ v
 
 
 # Pools
@@ -507,8 +675,9 @@ def _max_pool(node: Node, b: Bound) -> None:
     )
 
 
-@handles("max_pool1d.default", "max_pool3d.default", "adaptive_max_pool1d.default", "adaptive_max_pool2d.default",
-         "amax.default", "amin.default", "max.dim", "min.dim")  # fmt: skip
+@handles("max_pool1d.default", "max_pool1d_with_indices.default", "max_pool3d.default",
+         "max_pool3d_with_indices.default", "adaptive_max_pool1d.default", "adaptive_max_pool2d.default",
+         "adaptive_max_pool3d.default", "amax.default", "amin.default", "max.dim", "min.dim")  # fmt: skip
 def _extreme(node: Node, b: Bound) -> None:
     params: Bound = {}
     if "dim" in b:
@@ -522,6 +691,18 @@ def _extreme(node: Node, b: Bound) -> None:
 def _function(node: Node, b: Bound) -> None:
     rank = len(b["self"].shape)
     _set(node, g.FUNCTION, [b["self"]], labels=_reduced(rank, _axes(b["dim"], rank), b["keepdim"]))
+
+
+@handles("std_mean.correction", "var_mean.correction", "std_mean.dim", "var_mean.dim")
+def _spread_and_mean(node: Node, b: Bound) -> InSteps:
+    spread = torch.std if "std" in str(node.target) else torch.var
+    given = b["correction"] if "correction" in b else int(b["unbiased"])
+    correction = 1 if given is None else given
+
+    def both(x: Tensor, dim: Any, keepdim: bool) -> tuple[Tensor, Tensor]:
+        return spread(x, dim, correction=correction, keepdim=keepdim), x.mean(dim, keepdim)
+
+    return in_steps(both, b["self"], b["dim"], b["keepdim"])
 
 
 @handles("mean.dim", "sum.dim_IntList")
@@ -553,6 +734,8 @@ def _adaptive_pool(node: Node, b: Bound) -> None:
     "_upsample_bilinear2d_aa.default",
     "upsample_linear1d.vec",
     "upsample_linear1d.default",
+    "upsample_trilinear3d.vec",
+    "upsample_trilinear3d.default",
     "adaptive_avg_pool3d.default",
     "avg_pool3d.default",
     "col2im.default",
@@ -560,6 +743,12 @@ def _adaptive_pool(node: Node, b: Bound) -> None:
 )
 def _other_pool(node: Node, b: Bound) -> None:
     _set(node, g.LINEAR_POOL, [_image(b)], how="vjp")
+
+
+@handles("grid_sampler.default", "grid_sampler_2d.default", "grid_sampler_3d.default")
+def _grid_sampler(node: Node, b: Bound) -> None:
+    _constant_only(b["grid"], f"{node.target.__name__} with a grid")
+    _set(node, g.LINEAR_POOL, [b["input"]], how="vjp")
 
 
 @handles("upsample_bicubic2d.vec", "upsample_bicubic2d.default", "_upsample_bicubic2d_aa.vec",
@@ -581,6 +770,10 @@ def _reshape(node: Node, b: Bound) -> Node | None:
         return source  # type: ignore[no-any-return]
     if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
         node.target = torch.ops.aten.reshape.default  # our tensors may have other strides than the model's
+    if "squeeze" in str(node.target) and "unsqueeze" not in str(node.target):
+        # Axes of one entry at capture: a batch that happens to be one image is no such axis.
+        named = _axes(b.get("dim"), len(source.shape))
+        _call(node, torch.ops.aten.squeeze.dims, source, [d for d in named if source.shape[d] == 1])
     _set(node, g.MOVE, [source], how="reshape")
     return None
 
@@ -634,7 +827,8 @@ def _cat(node: Node, b: Bound) -> None:
 
 
 @handles("unbind.int", "split.Tensor", "split_with_sizes.default", "split.sizes", "chunk.default",
-         "tensor_split.sections")  # fmt: skip
+         "tensor_split.sections", "tensor_split.indices", "unsafe_split.Tensor", "unsafe_chunk.default",
+         "unsafe_split_with_sizes.default")  # fmt: skip
 def _parts(node: Node, b: Bound) -> None:
     source = b["self"]
     how = "unbind" if "unbind" in str(node.target) else "split"
@@ -662,9 +856,11 @@ def _pad(node: Node, b: Bound) -> Node | None:
 
 @handles("roll.default", "flip.default", "index_select.default", "repeat.default", "repeat_interleave.self_int",
          "pixel_shuffle.default", "pixel_unshuffle.default", "channel_shuffle.default", "upsample_nearest2d.vec",
-         "upsample_nearest2d.default", "upsample_nearest1d.vec", "im2col.default", "diagonal.default", "unfold.default",
-         "rot90.default", "reflection_pad1d.default", "reflection_pad2d.default", "replication_pad1d.default",
-         "replication_pad2d.default")  # fmt: skip
+         "upsample_nearest2d.default", "upsample_nearest1d.vec", "upsample_nearest1d.default", "upsample_nearest3d.vec",
+         "upsample_nearest3d.default", *(f"_upsample_nearest_exact{n}d.{kind}" for n in (1, 2, 3)
+         for kind in ("vec", "default")), "im2col.default", "diagonal.default", "unfold.default",
+         "rot90.default", "reflection_pad1d.default", "reflection_pad2d.default", "reflection_pad3d.default",
+         "replication_pad1d.default", "replication_pad2d.default", "replication_pad3d.default")  # fmt: skip
 def _linear_move(node: Node, b: Bound) -> None:
     source = _image(b)
     _set(node, g.MOVE, [source], how="vjp")
@@ -681,8 +877,6 @@ def _index(node: Node, b: Bound) -> None:
 def _copy(node: Node, b: Bound) -> Node | None:
     """What is left of writing into a tensor, once that is spelled out: the new values."""
     source = b["src"]
-    if source.constant:
-        raise Unsupported("copy.default of constants into a tensor that depends on the images")
     if node.shape == source.shape:
         return source  # type: ignore[no-any-return]
     _call(node, torch.ops.aten.expand_as.default, source, b["self"])
@@ -691,28 +885,92 @@ def _copy(node: Node, b: Bound) -> Node | None:
 
 
 @handles("slice_scatter.default")
-def _slice_scatter(node: Node, b: Bound) -> Node | None:
-    """Writing into a slice: what is before, the new values, what is behind."""
+def _slice_scatter(node: Node, b: Bound) -> Node | InSteps:
     whole, source = b["self"], b["src"]
     dim = b["dim"] % len(whole.shape)
-    bounds = (b["start"], b["end"], b["step"])
     if node.shape == source.shape and b["step"] == 1:
         return source  # type: ignore[no-any-return]
-    if any(isinstance(n, Node) for n in bounds) or b["step"] != 1 or not isinstance(whole.shape[dim], int):
-        raise Unsupported("slice_scatter.default with steps or bounds that depend on the batch")
-    length = whole.example[dim]
-    start, end, _ = slice(b["start"], b["end"]).indices(length)
-    pieces = []
-    for first, last in ((0, start), (end, length)):
-        like = Node("", "", node.target, shape=(*whole.shape[:dim], last - first, *whole.shape[dim + 1 :]),
-                    example=(*whole.example[:dim], last - first, *whole.example[dim + 1 :]))  # fmt: skip
-        piece = _split_off(node, f"from_{first}", torch.ops.aten.slice.Tensor, (whole, dim, first, last, 1), like)
-        pieces.append(piece if last > first else None)
-    before, behind = pieces
-    parts = [n for n in (before, source, behind) if n is not None]
-    _call(node, torch.ops.aten.cat.default, parts, dim)
-    _set(node, g.MOVE, parts, how="cat", dim=dim, before=[n for n in (before, behind) if n is not None])
-    return None
+    if any(isinstance(b[k], Node) for k in ("start", "end", "step")) or not isinstance(whole.shape[dim], int):
+        raise Unsupported("slice_scatter.default with bounds that depend on the batch")
+    places = range(whole.example[dim])[slice(b["start"], b["end"], b["step"])]
+    return in_steps(_written, whole, source, dim, places)
+
+
+@handles("select_scatter.default")
+def _select_scatter(node: Node, b: Bound) -> InSteps:
+    whole, dim = b["self"], b["dim"] % len(b["self"].shape)
+    if isinstance(b["index"], Node) or not isinstance(whole.shape[dim], int):
+        raise Unsupported("select_scatter.default with an index that depends on the batch")
+    index = b["index"] % whole.example[dim]
+    return in_steps(lambda x, new: _written(x, new.unsqueeze(dim), dim, range(index, index + 1)), whole, b["src"])
+
+
+def _written(whole: Tensor, new: Tensor, dim: int, places: Sequence[int]) -> Tensor:
+    """``whole`` with ``new`` at ``places`` along ``dim``: parts of both, joined."""
+    length = whole.shape[dim]
+    if list(places) == list(range(places[0], places[-1] + 1)):
+        pieces = [whole.narrow(dim, 0, places[0]), new, whole.narrow(dim, places[-1] + 1, length - places[-1] - 1)]
+        return torch.cat([p for p in pieces if p.shape[dim]], dim)
+    index = list(range(length))
+    for i, place in enumerate(places):
+        index[place] = length + i
+    return torch.cat([whole, new], dim).index_select(dim, torch.tensor(index, device=whole.device))
+
+
+@handles("index_put.default")
+def _index_put(node: Node, b: Bound) -> InSteps:
+    whole, values = b["self"], b["values"]
+    used = [(i, n) for i, n in enumerate(b["indices"]) if n is not None]
+    ((dim, index), *others) = used
+    if others or b["accumulate"]:
+        raise Unsupported("index_put.default along several axes, or accumulating (use torch.where)")
+    rank = len(values.shape)
+    if _boolean(index) and dim == 0 and all(s == 1 for s in values.shape):
+        return in_steps(_filled_where, whole, index, values)
+    places = _places(index, whole, dim)
+    if rank > len(whole.shape):
+        raise Unsupported("index_put.default with values of more axes than the tensor")
+
+    def put(x: Tensor, new: Tensor) -> Tensor:
+        shape = [*x.shape[:dim], len(places), *x.shape[dim + 1 :]]
+        return _written(x, new.expand(shape), dim, places)
+
+    return in_steps(put, whole, values)
+
+
+@handles("index_fill.int_Scalar", "index_fill.int_Tensor")
+def _index_fill(node: Node, b: Bound) -> InSteps:
+    whole, dim = b["self"], b["dim"] % len(b["self"].shape)
+    places = _places(b["index"], whole, dim)
+
+    def fill(x: Tensor, value: Any) -> Tensor:
+        return _written(x, torch.full_like(x.narrow(dim, 0, len(places)), value), dim, places)
+
+    return in_steps(fill, whole, b["value"])
+
+
+def _places(index: Any, whole: Node, dim: int) -> list[int]:
+    """The entries of a constant index along ``dim``."""
+    if not (isinstance(index, Node) and _fixed(index)) or not isinstance(whole.shape[dim], int):
+        raise Unsupported("writing to places that depend on the images or the batch (use torch.where)")
+    places: list[int] = (_evaluated(index).reshape(-1) % whole.example[dim]).tolist()
+    if _boolean(index) or len(index.shape) > 1 or len(set(places)) != len(places):
+        raise Unsupported("writing to one place twice, or along several axes (use torch.where)")
+    return places
+
+
+def _evaluated(node: Node) -> Any:
+    if node.kind == g.PARAM:
+        return node.params["tensor"]
+    return node.target(*g.map_nodes(_evaluated, node.args), **g.map_nodes(_evaluated, node.kwargs))
+
+
+def _boolean(node: Any) -> bool:
+    return isinstance(node, Node) and node.dtype == torch.bool
+
+
+def _filled_where(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    return torch.where(mask.view(*mask.shape, *[1] * (x.dim() - mask.dim())), value.view([]), x)
 
 
 @handles("gather.default")
@@ -722,25 +980,40 @@ def _gather(node: Node, b: Bound) -> None:
 
 
 @handles("masked_fill.Scalar", "masked_fill.Tensor")
-def _masked_fill(node: Node, b: Bound) -> None:
-    _constant_only(b["mask"], f"{node.target} with a mask")
-    _constant_only(b["value"], f"{node.target} with a value")
+def _masked_fill(node: Node, b: Bound) -> InSteps | None:
+    if _variable(b["value"]) or b["self"].constant:
+        return in_steps(lambda x, mask, value: torch.where(mask, value, x), b["self"], b["mask"], b["value"])
+    _call(node, node.target, b["self"], b["mask"], _in_range(b["value"]))
     _set(node, g.MOVE, [b["self"]], how="vjp", masks=True)
+    return None
 
 
-@handles("where.self", "where.ScalarOther", "where.ScalarSelf")
+@handles("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
 def _where(node: Node, b: Bound) -> None:
-    _constant_only(b["condition"], f"{node.target} with a condition")
-    variable = [n for n in (b["self"], b["other"]) if isinstance(n, Node) and not n.constant]
-    if len(variable) != 1:
-        raise Unsupported(f"{node.target} of two tensors that depend on the images")
-    _set(node, g.MOVE, variable, how="vjp", masks=True)
+    first, second = _in_range(b["self"]), _in_range(b["other"])
+    _call(node, node.target, b["condition"], first, second)
+    variable = [n for n in (first, second) if _variable(n)]
+    if len(variable) == 2:
+        _set(node, g.CHOICE, variable)
+    elif variable:
+        _set(node, g.MOVE, variable, how="vjp", masks=True)
+    else:
+        _set(node, g.DECISION, [b["condition"]])
+
+
+def _in_range(value: Any) -> Any:
+    """A number that fills, where bfloat16 can hold it: masks are the lowest numbers of wider dtypes."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        return value
+    largest = torch.finfo(torch.bfloat16).max
+    return max(-largest, min(largest, value))
 
 
 # Nothing happens at inference
 
 
-@handles("dropout.default", "dropout_.default", "feature_dropout.default", "alpha_dropout.default")
+@handles("dropout.default", "dropout_.default", "feature_dropout.default", "alpha_dropout.default",
+         "feature_alpha_dropout.default", "native_dropout.default")  # fmt: skip
 def _dropout(node: Node, b: Bound) -> Node:
     if b["train"] and b["p"]:
         raise Unsupported(f"{node.target} in training mode")
@@ -750,12 +1023,47 @@ def _dropout(node: Node, b: Bound) -> Node:
 @handles("contiguous.default", "clone.default", "alias.default", "detach.default", "lift_fresh_copy.default",
          "lift_fresh.default", "detach_.default", "type_as.default", "to.dtype", "to.dtype_layout", "_to_copy.default",
          "to.device", "to.other", "float.default", "view.dtype")  # fmt: skip
-def _same(node: Node, b: Bound) -> Node:
+def _same(node: Node, b: Bound) -> Node | None:
     # Casts between floating dtypes are dropped: the engine's precision decides the dtype.
+    source: Node = b["self"]
     dtype = b.get("dtype")
+    if isinstance(dtype, torch.dtype) and (source.decided or dtype == torch.bool):
+        _set(node, g.DECISION, [source])
+        return None
     if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
-        raise Unsupported(f"{node.target} to {dtype}")
+        why = "there is no rule for complex numbers" if dtype.is_complex else "whole numbers have no slope"
+        raise Unsupported(f"{node.target} to {dtype} ({why})")
     if "view" in str(node.target):
         raise Unsupported(str(node.target))
-    source: Node = b["self"]
     return source
+
+
+# Operations that no rule can be given, or none that is worth it, with what to do instead
+
+_REASONS = {
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "recurrent layers have no rule over time"),
+    **dict.fromkeys(("sort", "topk", "argsort", "kthvalue", "median", "mode"),
+                    "choosing by rank has no rule; capture a model that keeps every token"),
+    **dict.fromkeys(("cumprod", "cummax", "cummin", "prod"), "products over an axis have no rule"),
+    **dict.fromkeys(("cdist", "pairwise_distance"), "distances have no rule; write them with products and sums"),
+    **dict.fromkeys(("floor", "ceil", "round", "trunc", "fix", "frac"), "rounding has no slope"),
+}  # fmt: skip
+
+
+def composite(node: Node) -> InSteps:
+    """What PyTorch itself composes of other operations: aliases, ``cosine_similarity``, ``hsplit``."""
+    name = _name_of(node.target)
+    reason = _REASONS.get(name.split(".")[0])
+    if reason is not None:
+        raise Unsupported(f"{name} ({reason})")
+    target: Any = node.target
+    composed = isinstance(target, torch._ops.OpOverload) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        target.name(), "CompositeImplicitAutograd"
+    )
+    if not composed:
+        raise Unsupported(name)
+    return InSteps(target, node.args, node.kwargs, pre_dispatch=False)
+
+
+def _name_of(target: Any) -> str:
+    return str(target).removeprefix("aten.") if isinstance(target, torch._ops.OpOverload) else target.__name__

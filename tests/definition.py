@@ -512,6 +512,33 @@ def _join(func: Any, args: Any, kwargs: Any) -> Traced:
     return _record(_options(args), Step(value, tensors, pull, "join"))
 
 
+def _choice(func: Any, args: Any, kwargs: Any) -> Traced:
+    """maximum, minimum, where: relevance goes to the entry chosen, half to each of two equal ones."""
+    operands = [a.step for a in args if isinstance(a, Traced)]
+    value = func(*_plain(args))
+
+    def pull(relevance: Tensor) -> list[Tensor]:
+        with torch.enable_grad():
+            leaves = [s.value.detach().clone().requires_grad_() for s in operands]
+            given = iter(leaves)
+            chosen = func(*(next(given) if isinstance(a, Traced) else a for a in args))
+        return list(torch.autograd.grad(chosen, leaves, relevance))
+
+    return _record(_options(args), Step(value, operands, pull))
+
+
+def _decide(func: Any, args: Any, kwargs: Any) -> Tensor:
+    result: Tensor = func(*_plain(args))
+    return result
+
+
+def _log_softmax(func: Any, args: Any, kwargs: Any) -> Traced:
+    """Scores minus a detached logarithm of a sum."""
+    x, dim = args
+    total = x.step.value.logsumexp(dim, keepdim=True)
+    return _by_definition(x.options, lambda u: u - total, lambda u: u.abs() - total, [x.step])
+
+
 def _same(func: Any, args: Any, kwargs: Any) -> Any:
     return args[0]
 
@@ -547,6 +574,9 @@ for _handler, _names in (
     ),
     (_pick, "select __getitem__"),
     (_join, "cat stack"),
+    (_choice, "maximum minimum where"),
+    (_decide, "__gt__ gt"),
+    (_log_softmax, "log_softmax"),
     (_same, "dropout detach clone"),
 ):
     for _name in _names.split():

@@ -97,6 +97,17 @@ def test_a_replaced_forward_of_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(engine.logits(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_number_replaced_by_an_equal_one() -> None:
+    model, x = Net().eval(), torch.randn(2, 3, 10, 10)
+    engine = Engine(model, precision="float32")
+    engine.attribute(x)
+    model.temperature = nn.Parameter(torch.tensor(2.0))
+    engine.attribute(x)
+    model.temperature.data.fill_(5)
+    with torch.no_grad():
+        torch.testing.assert_close(engine.logits(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_memory_of_a_deleted_model() -> None:
     """Weights written to where another model's were packed from are not taken for them."""
     x, storage = torch.randn(2, 3, 10, 10), torch.empty(5, 8)

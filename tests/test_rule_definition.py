@@ -643,6 +643,33 @@ def rotary_case(turn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Case:
 CASES["rotary embedding, interleaved"] = lambda: rotary_case(rotary)
 CASES["rotary embedding, halves"] = lambda: rotary_case(half_rotary)
 
+# Choices
+
+simple(
+    "maximum",
+    lambda m, x: torch.maximum(m.a(x), m.b(x)),
+    "choice",
+    a=lambda: nn.Conv2d(2, 3, 1),
+    b=lambda: nn.Conv2d(2, 3, 1),
+)
+simple(
+    "minimum with a constant",
+    lambda m, x: m.a(torch.minimum(x, m.low)) + m.b(x),
+    "choice",
+    a=lambda: nn.Conv2d(2, 3, 1),
+    b=lambda: nn.Conv2d(2, 3, 1),
+    low=lambda: torch.randn(2, 1, 1),
+)
+simple(
+    "where, decided by the images",
+    lambda m, x: m.b((lambda y: torch.where(y > 0, y, x * 0.1))(m.a(x))),
+    "choice decision",
+    a=lambda: nn.Conv2d(2, 2, 1),
+    b=lambda: nn.Conv2d(2, 3, 1),
+)
+simple("log_softmax inside", lambda m, x: m.b(m.a(tokens(x)).log_softmax(-1)), "shift", a=lambda: nn.Linear(6, 5),
+       b=lambda: nn.Linear(5, 4))  # fmt: skip
+
 # Moves
 
 simple(
@@ -702,7 +729,7 @@ def build(name: str) -> tuple[Case, nn.Module, Tensor, Tensor]:
 
 
 # Without several operands there is nothing to share: one rule is enough.
-SHARING = {g.ADD, g.MUL, g.MATMUL, g.ATTENTION, g.PARTS}
+SHARING = {g.ADD, g.MUL, g.MATMUL, g.ATTENTION, g.PARTS, g.CHOICE}
 BOTH = {name for name, make in CASES.items() if make().kinds & SHARING} | {"cat", "stack"}
 
 
@@ -714,7 +741,7 @@ def test_definition(name: str, shares: str) -> None:
     built, model, images, seed = build(name)
     rule = AbsLRP(stabilizer=0.0, shares=shares, maxpool=built.maxpool)
     engine = Engine(model, rule=rule, precision="float64")
-    result = engine.attribute(images, seed, contrast="none", normalize="none")
+    result = engine.attribute(images, seed, contrast="none", normalize="sum")
     reference = model if built.reference is None else built.reference.double().eval()
     expected = explain(reference, images, seed, shares=shares, divided=built.divided, picks=built.picks)
     assert built.kinds <= {step.node.kind for step in engine.plan.steps}, str(engine.plan)
@@ -746,7 +773,7 @@ def test_unknown_elementwise_operation_follows_the_definition() -> None:
     images, seed = (torch.from_numpy(rng.standard_normal(s)) for s in ((BATCH, 2, 2, 3), (BATCH, 12)))
     with pytest.warns(UserWarning, match=r"erfinv"):
         engine = Engine(model, rule=AbsLRP(stabilizer=0.0), precision="float64", strict=False, input_shape=(2, 2, 3))
-    got = engine.attribute(images, seed, contrast="none", normalize="none").maps
+    got = engine.attribute(images, seed, contrast="none", normalize="sum").maps
     handlers = {**HANDLERS, "erfinv": HANDLERS["tanh"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("definition.HANDLERS", handlers)
@@ -762,7 +789,7 @@ def test_even_slopes_leave_nothing_below_zero(function: Callable[[Tensor], Tenso
     classes = torch.arange(40)
     torch.manual_seed(0)
     body = nn.Sequential(nn.Flatten(), nn.Linear(12, 40))
-    model, x = nn.Sequential(body, Fn(function)).to(dtype).eval(), torch.randn(3, 3, 2, 2, dtype=dtype)
+    model, x = nn.Sequential(body, Fn(lambda _, x: function(x))).to(dtype).eval(), torch.randn(3, 3, 2, 2, dtype=dtype)
     maps = Engine(model, precision=precision).attribute(x, classes.expand(3, -1), "none", "none").maps
     assert torch.equal(maps.flatten(2).any(2), body(x) > 0)
 
@@ -778,7 +805,7 @@ def test_folded_batch_norm_is_the_folded_network() -> None:
     images = torch.from_numpy(rng.standard_normal((BATCH, 2, 5, 5)))
     seed = torch.from_numpy(rng.standard_normal((BATCH, 36)))
     rule = AbsLRP(stabilizer=0.0, fold_batchnorm=True)
-    got = Engine(model, rule=rule, precision="float64").attribute(images, seed, contrast="none", normalize="none")
+    got = Engine(model, rule=rule, precision="float64").attribute(images, seed, contrast="none", normalize="sum")
     torch.testing.assert_close(got.maps, explain(reference, images, seed), rtol=0, atol=TOLERANCE)
 
 

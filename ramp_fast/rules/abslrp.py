@@ -33,9 +33,10 @@ from ramp_fast.rules.diagonal import (
     Relu,
     RmsNorm,
     Scale,
+    Shift,
 )
-from ramp_fast.rules.junctions import Add, Attention, Bilinear, Matmul, Mul, Softmax
-from ramp_fast.rules.moves import Join, Move, Part, Parts
+from ramp_fast.rules.junctions import Add, Attention, Bilinear, Choice, Matmul, Mul, Softmax
+from ramp_fast.rules.moves import Decision, Join, Move, Part, Parts
 from ramp_fast.rules.pools import Extreme, Function, LinearMap, LinearPool, MaxPool
 from ramp_fast.rules.weighted import Conv, Linear
 
@@ -157,6 +158,9 @@ TABLE: dict[str, type[Operation]] = {
     g.BILINEAR: Bilinear,
     g.EXTREME: Extreme,
     g.FUNCTION: Function,
+    g.SHIFT: Shift,
+    g.CHOICE: Choice,
+    g.DECISION: Decision,
     g.PARTS: Parts,
     g.PART: Part,
     g.GENERIC: Generic,

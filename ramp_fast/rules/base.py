@@ -130,8 +130,26 @@ class Values:
         return largest
 
     def call(self, node: Node) -> Any:
-        """The node's own ATen call on these values."""
-        return node.target(*g.map_nodes(self.__getitem__, node.args), **g.map_nodes(self.__getitem__, node.kwargs))
+        """The node's own ATen call on these values, in float32 where it has no kernel for a narrower dtype."""
+        args, kwargs = g.map_nodes(self.__getitem__, node.args), g.map_nodes(self.__getitem__, node.kwargs)
+        try:
+            return node.target(*args, **kwargs)
+        except RuntimeError as error:
+            if not _lacks_kernel(error):
+                raise
+            result = node.target(*_widened(args), **_widened(kwargs))
+            narrow = next((t.dtype for t in _floating(args)), None)
+            return result.to(narrow) if isinstance(result, Tensor) and result.is_floating_point() else result
+
+    def call_at(self, node: Node, operand: Node, u: Tensor) -> Tensor:
+        """The same call with ``u`` in the place of an operand, in the dtype of ``u``."""
+
+        def value(n: Node) -> Any:
+            v = u if n is operand else self[n]
+            return v.to(u.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+
+        y: Tensor = node.target(*g.map_nodes(value, node.args), **g.map_nodes(value, node.kwargs))
+        return y
 
 
 def _no_larger(node: Node) -> bool:
@@ -192,8 +210,18 @@ class Operation:
 def vjp(function: Callable[[Tensor], Tensor], like: Tensor | tuple[int, ...], c: Tensor) -> Tensor:
     """``J^T c`` for every right-hand side of ``c`` ``[T, *out]``, of a function linear in its argument.
 
-    ``like`` is the point of linearisation, or the shape of the argument where the point does not matter.
+    ``like`` is the point of linearisation, or the shape of the argument where the point does not matter. What has no
+    kernel for a narrower dtype is differentiated in float32.
     """
+    try:
+        return _vjp(function, like, c)
+    except RuntimeError as error:
+        if not _lacks_kernel(error) or c.dtype not in _NARROW:
+            raise
+        return _vjp(function, like, c.float()).to(c.dtype)
+
+
+def _vjp(function: Callable[[Tensor], Tensor], like: Tensor | tuple[int, ...], c: Tensor) -> Tensor:
     with torch.enable_grad():
         if isinstance(like, tuple):
             leaf = torch.zeros(like, dtype=c.dtype, device=c.device)
@@ -201,8 +229,32 @@ def vjp(function: Callable[[Tensor], Tensor], like: Tensor | tuple[int, ...], c:
             leaf = like.detach().to(c.dtype)
         leaf = leaf.requires_grad_()
         out = function(leaf)
-        grads = [gradient(out, leaf, side) for side in c]
+        grads = [gradient(out, leaf, side.to(out.dtype)) for side in c]
     return torch.stack(grads)
+
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+def _lacks_kernel(error: RuntimeError) -> bool:
+    """Whether PyTorch says that an operation has not been written for this dtype."""
+    return isinstance(error, NotImplementedError) or "not implemented for" in str(error)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_widened(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _widened(v) for k, v in value.items()}
+    return value.float() if isinstance(value, Tensor) and value.dtype in _NARROW else value
+
+
+def _floating(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            yield from _floating(v)
 
 
 def reduce_to(c: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:

@@ -78,13 +78,8 @@ class Activation(_Diagonal):
             y, factor = ops.gelu_factor(x, tanh, dtype)
             return y, factor
         even = self.node.params["function"] in _EVEN_SLOPE
-        y, factor = smooth_factor(lambda u: self._function(u, values), x, even)
+        y, factor = smooth_factor(lambda u: values.call_at(self.node, self.node.operands[0], u), x, even)
         return y, factor.to(dtype)
-
-    def _function(self, u: Tensor, values: Values) -> Tensor:
-        args = (u, *g.map_nodes(values.__getitem__, self.node.args[1:]))
-        y: Tensor = self.node.target(*args, **g.map_nodes(values.__getitem__, self.node.kwargs))
-        return y
 
 
 # Functions whose slope at -x is that at x: nothing is left of it below zero, where a computed difference would leave
@@ -208,6 +203,18 @@ class Gate(Operation):
         yield Flow(self.node.operands[0], book.gate(part, values[self.node], self.node.batch))
 
 
+class Shift(Operation):
+    """``x`` minus a statistic, detached (log_softmax): the linear rule with weight one, ``2 [x > 0] c``."""
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        source = self.node.operands[0]
+        yield Flow(source, book.gate(part, values[source], source.batch))
+
+
 class LayerNorm(Operation):
     """``c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) c``, statistics detached."""
 
@@ -286,13 +293,14 @@ class Div(Operation):
         part = self.merged(parts, values, book)
         source = self.node.operands[0]
         x, denominator = values[source], values[self.node.params["denominator"]]
-        size = denominator.abs().to(torch.promote_types(denominator.dtype, torch.float32))
+        size = denominator.to(torch.promote_types(denominator.dtype, torch.float32)).abs()  # masks are no numbers yet
         scaled = (
             part.c * size
             if self.node.params["inverse"]
             else divide(part.c, size.expand(part.c.shape[1:]).expand_as(part.c))
         )
-        c = 2 * gate(scaled, x * denominator)
+        # What is decided by comparisons is a number, as constant factors are: no layer.
+        c = scaled if self.node.params["number"] else 2 * gate(scaled, x * denominator)
         yield Flow(source, Contribution(reduce_to(c.to(part.c.dtype), x.shape), part.target))
 
 
@@ -303,12 +311,6 @@ class Generic(_Diagonal):
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         source = self.node.operands[0]
-
-        def function(u: Tensor) -> Tensor:
-            args = [u if a is source else values[a] if isinstance(a, Node) else a for a in self.node.args]
-            y: Tensor = self.node.target(*args, **self.node.kwargs)
-            return y
-
         name = str(self.node.target).removeprefix("aten.").split(".")[0]
-        y, factor = smooth_factor(function, values[source], name in _EVEN_SLOPE)
+        y, factor = smooth_factor(lambda u: values.call_at(self.node, source, u), values[source], name in _EVEN_SLOPE)
         return y, factor.to(self.facts.precision.pullback)

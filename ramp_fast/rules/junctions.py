@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -439,9 +440,9 @@ class Attention(Operation):
 
 
 class Bilinear(Operation):
-    """``z = B(a, b)``: ``c_a = 2 B(., b+)^T c`` where ``a > 0``, ``2 B(., b-)^T c`` where ``a < 0``; likewise b.
+    """``z = B(a, b)``, linear in both: ``c_a = sign(a) B(., b)^T c + |B|(., |b|)^T c`` and likewise for b, a junction.
 
-    A junction. Gates are those of :class:`Matmul`.
+    Gates are those of :class:`Matmul`.
     """
 
     pullback_kernel = "autograd"
@@ -456,21 +457,55 @@ class Bilinear(Operation):
         c = part.c.to(self.facts.precision.accumulate)
         if gated and role == "attend":
             c = gate(c, values[self.node])
-        equation = self.node.args[0]
-        a, b = (values[n].to(c.dtype) for n in self.node.operands)
+        node, (first, second) = self.node, self.node.operands
+        a, b = values[first].to(c.dtype), values[second].to(c.dtype)
 
-        def pull(x: Tensor, other: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-            positive = vjp(lambda u: product(u, gemm.positive_part(other)), tuple(x.shape), 2 * c)
-            if gated and role == "scores":
-                return gate(positive, x)
-            negative = vjp(lambda u: product(u, gemm.negative_part(other)), tuple(x.shape), 2 * c)
-            return selected(positive, negative, x)
+        def product(u: Tensor, v: Tensor, absolute: bool) -> Tensor:
+            given = iter((u, v))
+
+            def value(n: Node) -> Any:
+                if n is first or n is second:  # in this order, also where they are one tensor
+                    return next(given)
+                constant = values[n].to(c.dtype)
+                return constant.abs() if absolute else constant
+
+            y: Tensor = node.target(*g.map_nodes(value, node.args), **g.map_nodes(value, node.kwargs))
+            return y
+
+        def pull(x: Tensor, product: Callable[[Tensor, bool], Tensor]) -> Tensor:
+            signed = vjp(lambda u: product(u, False), tuple(x.shape), c)
+            absolute = vjp(lambda u: product(u, True), tuple(x.shape), c)
+            return gate(signed + absolute, x) if gated and role == "scores" else x.sign() * signed + absolute
 
         own = [
-            pull(a, b, lambda u, v: torch.einsum(equation, u, v)),
-            pull(b, a, lambda u, v: torch.einsum(equation, v, u)),
+            pull(a, lambda u, absolute: product(u, b.abs() if absolute else b, absolute)),
+            pull(b, lambda u, absolute: product(a.abs() if absolute else a, u, absolute)),
         ]
         masses = [book.mass(x, o, n.batch) for x, o, n in zip((a, b), own, self.node.operands, strict=True)]
         targets = share(part.target, masses, self.facts.shares)
         for node, o, target, actual in zip(self.node.operands, own, targets, masses, strict=True):
             yield Flow(node, Contribution(o.to(part.c.dtype), target, actual))
+
+
+class Choice(Operation):
+    """Every entry is one of two operands' (maximum, minimum, where): ``c`` goes to the one chosen.
+
+    Half goes to each of two equal ones.
+    """
+
+    pullback_kernel = "autograd"
+
+    def needs(self) -> list[Node]:
+        return [n for n in dict.fromkeys(self.node.references()) if not n.constant]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        c = part.c.to(self.facts.precision.accumulate)
+        flows = []
+        for operand in self.node.sources:
+            own = vjp(partial(values.call_at, self.node, operand), values[operand], c).to(part.c.dtype)
+            flows.append((operand, own, book.mass(values[operand], own, operand.batch)))
+        # What a constant wins is no part of the images: as with clamp, the others keep the mass.
+        targets = share(part.target, [m for _, _, m in flows], self.facts.shares) if len(flows) > 1 else [part.target]
+        for (operand, own, actual), target in zip(flows, targets, strict=True):
+            yield Flow(operand, Contribution(own, target, actual))

@@ -60,6 +60,12 @@ class Move(Operation):
 
     pullback_kernel = "view"
 
+    def needs(self) -> list[Node]:
+        # Masks that the images decide say again where values went.
+        if self.node.params["how"] != "vjp":
+            return []
+        return [n for n in dict.fromkeys(self.node.references()) if not n.constant and n not in self.node.operands]
+
     def forward(self, values: Values) -> tuple[Any, Any]:
         return values.call(self.node), values[self.node.operands[0]].shape
 
@@ -69,13 +75,7 @@ class Move(Operation):
         how = node.params["how"]
         if how == "vjp":
             source = node.operands[0]
-
-            def move(leaf: Tensor) -> Tensor:
-                args = [leaf if a is source else _resolved(values, a) for a in node.args]
-                moved: Tensor = node.target(*args, **{k: _resolved(values, v) for k, v in node.kwargs.items()})
-                return moved
-
-            c = vjp(move, tuple(kept), part.c)
+            c = vjp(lambda u: values.call_at(node, source, u), tuple(kept), part.c)
         else:
             c = _INVERSES[how](part.c, node, kept)
         # Only sums over copies (expand and its like) can change the mass.
@@ -83,10 +83,17 @@ class Move(Operation):
         yield Flow(node.operands[0], Contribution(c, part.target, actual))
 
 
-def _resolved(values: Values, argument: Any) -> Any:
-    from ramp_fast.graph import map_nodes
+class Decision(Operation):
+    """Comparisons and signs: their slope is zero, so that relevance ends here."""
 
-    return map_nodes(values.__getitem__, argument)
+    pullback_kernel = "-"
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        decided = values.call(self.node)
+        return decided.to(self.facts.precision.forward) if decided.is_floating_point() else decided, None
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        return iter(())
 
 
 class Join(Operation):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ramp_fast import graph as g
 from ramp_fast import ops
 from ramp_fast.graph import Node
 from ramp_fast.relevance import Bookkeeping, Contribution
@@ -29,13 +28,7 @@ class LinearPool(Operation):
         x = values[source]
         p = self.node.params
         if p["how"] == "vjp":
-
-            def pool(leaf: Tensor) -> Tensor:
-                args = [leaf if a is source else values[a] if isinstance(a, Node) else a for a in self.node.args]
-                y: Tensor = self.node.target(*args, **self.node.kwargs)
-                return y
-
-            c = vjp(pool, tuple(x.shape), part.c)
+            c = vjp(lambda u: values.call_at(self.node, source, u), tuple(x.shape), part.c)
         else:
             c = part.c
             if not p["keepdim"]:
@@ -143,8 +136,9 @@ class LinearMap(Operation):
         source = self.node.operands[0]
         x = values[source]
         function = self.node.target
-        constants = [values[n] for n in self.node.args[1:]]
         wide = part.c.to(self.facts.precision.accumulate)
+        constants = [values[n] for n in self.node.args[1:]]
+        constants = [t.to(wide.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in constants]
         signed = vjp(lambda u: function(u, *constants), tuple(x.shape), wide)
         absolute = vjp(lambda u: function.absolute(u, *constants), tuple(x.shape), wide)  # type: ignore[attr-defined]
         yield Flow(source, Contribution((x.sign() * signed + absolute).to(part.c.dtype), part.target))
@@ -162,8 +156,7 @@ class _AtPoint(Operation):
         return self.call(values[self.node.operands[0]], values), None
 
     def call(self, u: Tensor, values: Values) -> Tensor:
-        args = (u, *g.map_nodes(values.__getitem__, self.node.args[1:]))
-        y = self.node.target(*args, **g.map_nodes(values.__getitem__, self.node.kwargs))
+        y: Any = values.call_at(self.node, self.node.operands[0], u)
         result: Tensor = y[0] if isinstance(y, tuple) else y
         return result
 

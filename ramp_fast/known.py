@@ -1,0 +1,103 @@
+"""Numbers that a model reads off its own constants while it is captured: ``param.item()``, ``if (std == 0).any():``.
+
+The exporter's tensors have no values, so it gives up where Python needs one. What depends on weights and literals only
+is computed here, from the real ones, when a model asks for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+_READS = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__}
+_RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "dropout", "exponential")
+
+
+class _Unknown(Exception):
+    """The value depends on the images, or on what was written since."""
+
+
+class KnownValues(TorchFunctionMode):
+    """While active, numbers are read off tensors that depend on the model's weights and on literals only.
+
+    Attributes
+    ----------
+    read : bool
+        Whether a number came from a weight: then the captured graph holds for these weights only.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.read = model, False
+        self._real = _named(model)
+        # By identity: weights by name, other constants by the call that made them, None for what is not known.
+        # The tensors are held, so that no other one gets their identity.
+        self._origin: dict[int, tuple[Tensor, str | tuple[Any, Any, Any] | None]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _READS and len(args) == 1 and not kwargs:
+            try:
+                return self._read(func, args[0])
+            except _Unknown:
+                return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
+            written = kwargs.get("out", args[0] if args else None)
+            if isinstance(written, Tensor):
+                self._origin[id(written)] = written, None
+        elif isinstance(result, Tensor) and id(result) not in self._origin:
+            known = not any(word in name for word in _RANDOM)
+            known = known and all(self._known(t) is not None for t in _tensors_in((args, kwargs)))
+            self._origin[id(result)] = result, (func, args, kwargs) if known else None
+        return result
+
+    def _known(self, tensor: Tensor) -> str | tuple[Any, Any, Any] | None:
+        if id(tensor) not in self._origin:
+            # A tensor that has values is a constant that the exporter was not told of.
+            real = not isinstance(tensor, FakeTensor) and type(tensor) in (Tensor, torch.nn.Parameter)
+            self._origin[id(tensor)] = tensor, (lambda: tensor, (), {}) if real else None
+            for name, weight in _named(self.model).items():  # while it is traced, the model has other tensors
+                self._origin.setdefault(id(weight), (weight, name))
+                if weight is tensor:
+                    self._origin[id(weight)] = weight, name
+        return self._origin[id(tensor)][1]
+
+    def _read(self, func: Any, tensor: Tensor) -> Any:
+        with torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
+            return func(self._computed(tensor))
+
+    def _computed(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._computed(v) for v in value)
+        if not isinstance(value, Tensor):
+            return value
+        origin = self._known(value)
+        if origin is None:
+            raise _Unknown
+        if isinstance(origin, str):
+            self.read = True
+            return self._real[origin].detach()
+        func, args, kwargs = origin
+        return func(*self._computed(args), **{k: self._computed(v) for k, v in kwargs.items()})
+
+
+def _named(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in _tensors_in(v)] if isinstance(value, (tuple, list)) else []
