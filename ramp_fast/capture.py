@@ -358,7 +358,7 @@ def _check_arguments(model: torch.nn.Module) -> None:
 def _place(error: BaseException) -> str:
     """The line of the model that an error of the exporter comes from, if it is known."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename.replace("\\", "/")]
-    frames = [f for f in frames if not f.filename.endswith("ramp_fast/capture.py")]
+    frames = [f for f in frames if Path(f.filename).parent != Path(__file__).parent]
     return f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name}: {frames[-1].line})" if frames else ""
 
 

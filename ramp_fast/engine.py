@@ -444,13 +444,12 @@ class Engine:
     def _plan_for(self, shape: tuple[int, int, int]) -> Plan:
         plan = self._plans.get(shape)
         if plan is None:
+            self._notice_weights(math.inf, True)  # all of them: they are summed up anew below
             if self._structure is None:
                 check_model(self.model)
                 warn_of_patches(self.model)
-                self._structure = Structure(self.model, frozenset(self._unwatched))
+                self._structure = Structure(self.model, self._unwatched)
                 self._device = _device(self.model)
-            elif self._weights is not None:
-                self._notice_weights(math.inf, True)  # all of them: they are summed up anew below
             # Tensors made in inference mode can only be exported in it.
             with torch.inference_mode(any(t.is_inference() for t in _tensors(self.model).values())):
                 graph = capture(self.model, shape, strict=self.strict)
@@ -525,7 +524,7 @@ class Engine:
                     "The engine no longer captures the model anew because of it; if it comes to matter, call "
                     "engine.refresh().",
                     RuntimeWarning,
-                    stacklevel=6,
+                    stacklevel=5,
                 )
         self._suspects = []
 

@@ -12,7 +12,7 @@ import functools
 import logging
 import types
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +42,7 @@ _WITHOUT_EFFECT = frozenset(
 class Structure:
     """Modules of a model with everything in their attributes that its forward pass may read."""
 
-    def __init__(self, model: torch.nn.Module, unwatched: frozenset[str] = frozenset()) -> None:
+    def __init__(self, model: torch.nn.Module, unwatched: Collection[str] = ()) -> None:
         self.model, self.unwatched = model, unwatched
         self.tensors: dict[str, Tensor] = {}  # that are neither parameters nor buffers
         self._copies: list[tuple[str, Any, Any]] = []
