@@ -27,7 +27,7 @@ from ramp_fast import graph as g
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.graph import Graph, Node
 from ramp_fast.known import KnownValues
-from ramp_fast.preserve import preserved, user_hooks, without_hooks
+from ramp_fast.preserve import preserved, user_hooks, watched_hooks, without_hooks
 from ramp_fast.samples import EXAMPLE_BATCH, locate_samples
 from ramp_fast.vocabulary import VOCABULARY, InSteps, Unsupported, bind, composite
 
@@ -151,7 +151,7 @@ def _results(model: torch.nn.Module, images: torch.Tensor) -> list[Any]:
 
 
 def _hooks_matter(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> bool:
-    """Whether the user's hooks change what the model computes."""
+    """Whether the user's hooks change what the model computes, or return what may be a change for other images."""
     if not user_hooks(model):
         return False
     images = _example(model, 1, image_shape, noise=True)
@@ -160,16 +160,19 @@ def _hooks_matter(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> 
             plain = _results(model, images)
     except Exception:  # hooks may complete the model: the exporter will tell
         return True
-    try:
-        with torch.enable_grad():  # hooks may ask for gradients of what they see
-            hooked = _results(model, images.clone().requires_grad_())
-    except Exception:  # or for numbers, which tensors with gradients do not give
+    with watched_hooks(model) as changing:
         try:
-            hooked = _results(model, images)
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} does not run with its hooks, and runs without them: {_first_line(error)}"
-            ) from error
+            with torch.enable_grad():  # hooks may ask for gradients of what they see
+                hooked = _results(model, images.clone().requires_grad_())
+        except Exception:  # or for numbers, which tensors with gradients do not give
+            try:
+                hooked = _results(model, images)
+            except Exception as error:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} does not run with its hooks, and runs without them: {_first_line(error)}"
+                ) from error
+    if changing:  # for other images, if not for this one
+        return True
     return len(plain) != len(hooked) or not all(_close(a, b) for a, b in zip(plain, hooked, strict=True))
 
 
@@ -750,6 +753,8 @@ def _flattened(module: fx.GraphModule) -> Iterator[fx.Node]:
 def _draws(node: Node) -> bool:
     """Whether the operation's result is random."""
     random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    if "scaled_dot_product_attention" in str(node.target):
+        return bool(bind(node.target, node.args, node.kwargs)["dropout_p"])
     return random and not ("dropout" in str(node.target) and False in node.args)
 
 

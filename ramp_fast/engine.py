@@ -82,8 +82,8 @@ class Engine:
     model : torch.nn.Module
         A classifier in eval mode that maps ``[B, C, H, W]`` to logits ``[B, classes]``, each image on its own. It is
         never changed; when you change it, results are those of the model as it is now (Notes say what is noticed).
-        Forward hooks that change the result are part of the model, which is tried on one random image; others are not
-        called.
+        Forward hooks that return a value, or change the result for a random image, are part of the model; others are
+        not called.
     rule : str or AbsLRP
         "abslrp" (shares kept at junctions), "abslrp-release" (equal shares), or a rule object.
     precision : {"mixed", "float32", "float64", "fast"}
@@ -131,7 +131,7 @@ class Engine:
     Before every call the engine compares the model with what it was when it was captured. Noticed at once:
 
     * modules, parameters, buffers and attributes that were replaced, also within lists, dicts and plain objects that
-      are attributes (NumPy arrays of up to 1 MB by value); hooks; modes; the ``forward`` of instances and classes;
+      are attributes (NumPy arrays of up to 1 MB by value); hooks; modes; methods and attributes of modules' classes;
     * tensors whose memory, shape, dtype, device or version counter is another, as after ``copy_`` or ``mul_``;
     * on CPUs writes that no counter shows (``.data``, NumPy views, fused optimizers), by checksums: of all bytes, if
       the model has no more than 32 MB for every image in the call. Of a larger one a line of 64 bytes in every 4 KB,

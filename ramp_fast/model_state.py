@@ -12,6 +12,7 @@ import functools
 import logging
 import types
 import weakref
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from ramp_fast.ops.checksum import PIECE, checksum, pieces, whole_checksum
 _DEPTH = 2
 _SMALL_ARRAY = 1 << 20  # bytes of a NumPy array that is compared by value
 _OPAQUE = (
-    *(torch.nn.Module, torch.dtype, torch.device, logging.Logger, type, types.ModuleType),
+    *(torch.dtype, torch.device, logging.Logger, type, types.ModuleType),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
     *weakref.ProxyTypes,
     weakref.ref,
@@ -48,13 +49,24 @@ class Structure:
         self._copies: list[tuple[str, Any, Any]] = []
         self._empty: list[Any] = []
         self._arrays: list[tuple[str, Any, bytes]] = []
+        self._slotted: list[tuple[str, Any, dict[str, Any]]] = []
         self._held: list[tuple[str, Any, Any, Tensor]] = []
         self._seen: set[int] = set()
-        for path, module in model.named_modules():
-            self._take(path or "(model)", vars(module), _DEPTH)
+        self._modules: dict[str, torch.nn.Module] = {}
+        self._take_modules("", model)
         for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
             self._take(f"torch.nn.modules.module.{name}", getattr(hooks_of_all_modules, name, {}), 0)
-        self._classes = {(kind, kind.forward) for kind in {type(m) for m in model.modules()}}
+        self._kinds = [(path, module, type(module)) for path, module in self._modules.items()]
+        classes = dict.fromkeys(base for _, _, kind in self._kinds for base in kind.__mro__ if base is not object)
+        self._classes = [(kind, dict(vars(kind))) for kind in classes]
+
+    def _take_modules(self, prefix: str, model: torch.nn.Module) -> None:
+        for path, module in model.named_modules():
+            if id(module) not in self._seen:
+                self._seen.add(id(module))
+                name = f"{prefix}{path}".rstrip(".") or "(model)"
+                self._modules[name] = module
+                self._take(name, vars(module), _DEPTH)
 
     def _take(self, path: str, value: Any, depth: int) -> None:
         """Keep what ``value`` is now, and what it holds."""
@@ -64,6 +76,9 @@ class Structure:
                 self.tensors[path] = value
             return
         if value is None or issubclass(kind, (bool, int, float, complex, str, bytes, *_OPAQUE)):
+            return
+        if issubclass(kind, torch.nn.Module):  # in a list or an object, where it is not registered
+            self._take_modules(f"{path}.", value)
             return
         if id(value) in self._seen:
             return
@@ -84,15 +99,20 @@ class Structure:
             if own not in _NOT_WITHIN:
                 for key, item in value.items():
                     self._take(f"{path}.{key}", item, depth)
-        elif issubclass(kind, (list, set)):
-            self._keep(path, value, list(value) if issubclass(kind, list) else set(value))
+        elif issubclass(kind, (list, set, deque)):
+            copy = set(value) if issubclass(kind, set) else deque(value) if issubclass(kind, deque) else list(value)
+            self._keep(path, value, copy)
             for i, item in enumerate(value):
                 self._take(f"{path}.{i}", item, depth)
         elif issubclass(kind, (tuple, frozenset)):
             for i, item in enumerate(value):
                 self._take(f"{path}.{i}", item, depth)
-        elif depth and hasattr(value, "__dict__"):
-            self._take(path, vars(value), depth - 1)
+        elif depth:
+            slots = [name for base in kind.__mro__ for name in _slots(base) if hasattr(value, name)]
+            if slots:
+                self._slotted.append((path, value, {name: getattr(value, name) for name in slots}))
+            if hasattr(value, "__dict__"):
+                self._take(path, vars(value), depth - 1)
 
     def _keep(self, path: str, value: Any, copy: Any) -> None:
         if not value:
@@ -113,12 +133,27 @@ class Structure:
         for path, holder, key, tensor in self._held:
             if holder.get(key) is not tensor and f"{path}.{key}" not in self.unwatched:
                 yield f"{path}.{key}"
-        for path, array, before in self._arrays:
-            if array.tobytes() != before and path not in self.unwatched:
+        for path, array, content in self._arrays:
+            if array.tobytes() != content and path not in self.unwatched:
                 yield path
-        for kind, forward in self._classes:
-            if kind.forward is not forward:
-                yield f"{kind.__qualname__}.forward"
+        for path, value, before in self._slotted:
+            now = {name: getattr(value, name, None) for name in before}
+            if not _equal(now, before) and path not in self.unwatched:
+                yield path
+        for path, module, kind in self._kinds:
+            if type(module) is not kind:
+                yield f"{path}.__class__"
+        for kind, members in self._classes:
+            if not _equal(vars(kind), members):
+                for key in _differing(kind.__qualname__, dict(vars(kind)), members):
+                    if key not in self.unwatched:
+                        yield key
+
+
+def _slots(kind: type) -> Iterable[str]:
+    slots = vars(kind).get("__slots__", ())
+    names = [slots] if isinstance(slots, str) else list(slots)
+    return [name for name in names if not name.startswith("__")]
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -448,7 +448,7 @@ def _recognize_linear_maps(graph: Graph) -> None:
         if node.kind != g.ADD or len(node.sources) != 2:
             continue
         reach = [_linear_ancestors(n) for n in node.sources]
-        common = [n for n in reach[0] if n in reach[1]]
+        common = [n for n in reach[0] if n in reach[1] and n.kind != g.PARTS]  # a map takes one tensor
         for root in sorted(common, key=lambda n: -position[n]):
             inside = _region(node, root)
             if inside is None:

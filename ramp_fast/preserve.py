@@ -57,19 +57,44 @@ def _makes_weights(hook: Any) -> bool:
 
 
 @contextmanager
-def without_hooks(model: torch.nn.Module) -> Iterator[None]:
-    """Run no :func:`user_hooks` meanwhile; registrations, their order and their handles stay as they are."""
+def _other_hooks(model: torch.nn.Module, other: Callable[[Any], Any]) -> Iterator[None]:
+    """In place of each of :func:`user_hooks` run ``other`` of it (None: nothing); registrations stay as they are."""
     places = [(vars(m), name) for m in model.modules() for name in _HOOKS]
     places += [(vars(nn_module), name) for name in _GLOBAL_HOOKS]
-    kept = [(place, name, place[name]) for place, name in places if name in place]
+    kept = [(place, name, place[name]) for place, name in places if place.get(name)]
     try:
         for place, name, hooks in kept:
-            if hooks:
-                place[name] = OrderedDict((key, hook) for key, hook in hooks.items() if _makes_weights(hook))
+            run = {key: hook if _makes_weights(hook) else other(hook) for key, hook in hooks.items()}
+            place[name] = OrderedDict((key, hook) for key, hook in run.items() if hook is not None)
         yield
     finally:
         for place, name, hooks in kept:
             place[name] = hooks
+
+
+@contextmanager
+def without_hooks(model: torch.nn.Module) -> Iterator[None]:
+    """Run no :func:`user_hooks` meanwhile; registrations, their order and their handles stay as they are."""
+    with _other_hooks(model, lambda hook: None):
+        yield
+
+
+@contextmanager
+def watched_hooks(model: torch.nn.Module) -> Iterator[list[str]]:
+    """Meanwhile :func:`user_hooks` that return another value than they were given are noted, by name."""
+    noted: list[str] = []
+
+    def watched(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = hook(*args, **kwargs)
+            if result is not None and not any(result is arg for arg in args):
+                noted.append(getattr(hook, "__qualname__", type(hook).__name__))
+            return result
+
+        return call
+
+    with _other_hooks(model, watched):
+        yield noted
 
 
 class _Snapshot:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,28 @@ from ramp_fast import engine as engine_module
 from ramp_fast.ops import checksum as checksums
 
 
+class Factor:
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 1.0
+
+
+class Scaled(nn.Module):
+    size = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(x)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.size
+
+
+class Doubled(Scaled):
+    def scaled(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
 class Net(nn.Module):
     """With everything that a forward pass may read besides parameters."""
 
@@ -28,13 +51,17 @@ class Net(nn.Module):
         self.shift, self.bright = torch.zeros(1, 8, 1, 1), True
         self.settings: dict[str, Any] = {"factors": [1.0, 2.0], "table": np.ones(8, np.float32)}
         self.config = SimpleNamespace(scale=1.0)
+        self.slotted, self.queue, self.scaled = Factor(), deque([1.0]), Scaled()
+        self.unregistered = [nn.Sequential(nn.Linear(5, 5))]
         self.activation: Callable[[Tensor], Tensor] = F.relu
         self.temperature = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x)) + self.shift + torch.from_numpy(self.settings["table"]).view(1, 8, 1, 1)
         x = self.activation(x) if self.bright else x
-        return self.head(x.mean((2, 3)) * self.settings["factors"][1] * self.config.scale) / float(self.temperature)
+        x = self.scaled(x.mean((2, 3))) * self.settings["factors"][1] * self.config.scale
+        x = self.head(x * self.slotted.value * self.queue[0])
+        return self.unregistered[0](x) / float(self.temperature)
 
 
 def other_forward(self: nn.Module, x: Tensor) -> Tensor:
@@ -65,6 +92,11 @@ CHANGES: dict[str, Callable[[Net], Any]] = {
     "object": lambda m: setattr(m.config, "scale", 3.0),
     "function": lambda m: setattr(m, "activation", torch.tanh),
     "hook": lambda m: m.conv.register_forward_hook(lambda module, args, out: -out),
+    "slots": lambda m: setattr(m.slotted, "value", 3.0),
+    "deque": lambda m: m.queue.__setitem__(0, 3.0),
+    "class of a module": lambda m: setattr(m.scaled, "__class__", Doubled),
+    "parameter within a list": lambda m: setattr(m.unregistered[0][0], "weight", nn.Parameter(torch.eye(5))),
+    "hook within a list": lambda m: m.unregistered[0][0].register_forward_hook(lambda module, args, out: -out),
     "module replaced": lambda m: setattr(m, "head", nn.Linear(8, 5)),
     "forward of an instance": lambda m: setattr(m.head, "forward", other_forward.__get__(m.head)),
 }
@@ -88,11 +120,15 @@ def test_results_are_those_of_the_model_as_it_is(name: str) -> None:
     torch.testing.assert_close(engine.logits(x), logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_replaced_forward_of_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [(nn.Linear, "forward", other_forward), (Scaled, "scaled", Doubled.scaled), (Scaled, "size", 3.0)],
+)
+def test_what_classes_have(kind: type, name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Net().eval(), torch.randn(2, 3, 10, 10)
     engine = Engine(model, precision="float32")
     engine.attribute(x)
-    monkeypatch.setattr(nn.Linear, "forward", other_forward)
+    monkeypatch.setattr(kind, name, value)
     with torch.no_grad():
         torch.testing.assert_close(engine.logits(x), model(x), rtol=1e-4, atol=1e-5)
 

@@ -184,3 +184,15 @@ def test_no_tensor_without_values_stays() -> None:
     assert Caching.last_of_all is None
     assert type(_table(1)) is Tensor
     assert float(_table(1)) == 1.0
+
+
+def test_hooks_that_return_a_value_are_part_of_the_model() -> None:
+    """Also where they change nothing of the image that they are tried on."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    handle = model[0].register_forward_hook(lambda module, args, out: out.clamp(max=50.0))
+    images = 1000 * torch.randn(2, 3, 8, 8)
+    engine = Engine(model, precision="float32")
+    with torch.no_grad():
+        torch.testing.assert_close(engine.logits(images), model(images), rtol=1e-4, atol=1e-2)
+        handle.remove()
+        torch.testing.assert_close(engine.logits(images), model(images), rtol=1e-4, atol=1e-2)

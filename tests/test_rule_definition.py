@@ -794,6 +794,22 @@ def test_even_slopes_leave_nothing_below_zero(function: Callable[[Tensor], Tenso
     assert torch.equal(maps.flatten(2).any(2), body(x) > 0)
 
 
+@pytest.mark.parametrize("precision", ["float64", "float32", "mixed"])
+@pytest.mark.parametrize("function", [torch.sigmoid, torch.tanh])
+def test_saturated_outputs_keep_their_relevance(function: Callable[[Tensor], Tensor], precision: str) -> None:
+    """The slope is small, not zero: an output that is 1 to the last bit of float32 has a map, and not minus N."""
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    body[1].bias.data = torch.tensor([25.0, 1.0, 26.0])
+    model = nn.Sequential(body, Fn(lambda _, x: function(x))).to(dtype).eval()
+    engine, x = Engine(model, precision=precision), torch.randn(3, 3, 2, 2, dtype=dtype)
+    plain = Engine(body.to(dtype), precision=precision).attribute(x, 0, "none", "sum").maps
+    maps = engine.attribute(x, 0, "none", "sum").maps
+    torch.testing.assert_close(maps, plain, rtol=1e-2, atol=1e-3)
+    assert engine.attribute(x, 0, normalize="none").maps.abs().flatten(1).sum(1).min() > 0.1
+
+
 def test_folded_batch_norm_is_the_folded_network() -> None:
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(2, 3, 3, padding=1), batch_norm(nn.BatchNorm2d(3))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -691,3 +691,36 @@ def test_refusals_name_the_operation(name: str) -> None:
     model, message = REFUSED[name]
     with pytest.raises(UnsupportedModelError, match=message):
         Engine(model.eval(), precision="float64", input_shape=SHAPE)
+
+
+@pytest.mark.parametrize("split", [lambda x: x.unbind(1), lambda x: [p.squeeze(1) for p in x.chunk(3, 1)]])
+def test_weighted_sums_of_parts(split: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    """Parts of one tensor, weighted and added, are a linear map of it, as slices are."""
+
+    class Gray(nn.Module):
+        def __init__(self, parts: Callable[[Tensor], Sequence[Tensor]]) -> None:
+            super().__init__()
+            self.parts, self.head = parts, nn.Linear(36, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            r, g, b = self.parts(x)
+            return self.head((0.3 * r + 0.6 * g + 0.1 * b).flatten(1))
+
+    x, maps = torch.randn(2, 3, 6, 6, dtype=torch.float64), []
+    for parts in (split, lambda x: (x[:, 0], x[:, 1], x[:, 2])):
+        torch.manual_seed(0)
+        maps.append(Engine(Gray(parts).double().eval(), precision="float64").attribute(x, 1).maps)
+    torch.testing.assert_close(maps[0], maps[1], rtol=0, atol=1e-10)
+
+
+def test_attention_between_constants() -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries, self.conv, self.head = nn.Parameter(torch.randn(1, 2, 8)), nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            own = F.scaled_dot_product_attention(self.queries, self.queries, self.queries)
+            return self.head(self.conv(x).mean((2, 3)) + own.mean(1))
+
+    assert Engine(Queries().eval()).attribute(torch.randn(2, 3, 6, 6), 1).maps.any()

@@ -77,8 +77,8 @@ class Activation(_Diagonal):
             tanh = self.node.kwargs.get("approximate", "none") == "tanh"
             y, factor = ops.gelu_factor(x, tanh, dtype)
             return y, factor
-        even = self.node.params["function"] in _EVEN_SLOPE
-        y, factor = smooth_factor(lambda u: values.call_at(self.node, self.node.operands[0], u), x, even)
+        name = self.node.params["function"]
+        y, factor = smooth_factor(name, lambda u: values.call_at(self.node, self.node.operands[0], u), x)
         return y, factor.to(dtype)
 
 
@@ -87,21 +87,32 @@ class Activation(_Diagonal):
 _EVEN_SLOPE = frozenset({"sigmoid", "special_expit", "tanh", "erf", "special_erf", "atan", "arctan", "sin"})
 
 
-def smooth_factor(function: Callable[[Tensor], Tensor], x: Tensor, even: bool) -> tuple[Tensor, Tensor]:
-    """``f(x)`` and ``[f(x) > 0] (sign(x) f'(x) + f'(|x|))``, slopes by autograd; 0 where a slope is not finite.
+def _logistic_slope(x: Tensor) -> Tensor:
+    return torch.sigmoid(x) * torch.sigmoid(-x)
 
-    ``even`` says that ``f'(-x)`` is ``f'(x)``.
-    """
+
+# Slopes that autograd takes from the output, which is 1 long before the slope is 0.
+_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": _logistic_slope,
+    "special_expit": _logistic_slope,
+    "tanh": lambda x: 4 * _logistic_slope(2 * x),
+}
+
+
+def smooth_factor(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """``f(x)`` and ``[f(x) > 0] (sign(x) f'(x) + f'(|x|))`` of an ATen function; 0 where a slope is not finite."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
 
     def slope(u: Tensor) -> tuple[Tensor, Tensor]:
+        if name in _SLOPES:
+            return function(u), _SLOPES[name](u)
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
             y = function(leaf)
         return y.detach(), gradient(y, leaf, torch.ones_like(y))
 
     y, at_x = slope(wide)
-    both = (1 + wide.sign()) * at_x if even else wide.sign() * at_x + slope(wide.abs())[1]
+    both = (1 + wide.sign()) * at_x if name in _EVEN_SLOPE else wide.sign() * at_x + slope(wide.abs())[1]
     factor = torch.where(y > 0, both, torch.zeros_like(y))
     return y.to(x.dtype), torch.nan_to_num(factor, nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -312,5 +323,5 @@ class Generic(_Diagonal):
     def forward(self, values: Values) -> tuple[Any, Any]:
         source = self.node.operands[0]
         name = str(self.node.target).removeprefix("aten.").split(".")[0]
-        y, factor = smooth_factor(lambda u: values.call_at(self.node, source, u), values[source], name in _EVEN_SLOPE)
+        y, factor = smooth_factor(name, lambda u: values.call_at(self.node, source, u), values[source])
         return y, factor.to(self.facts.precision.pullback)
