@@ -104,11 +104,13 @@ def is_replaceable(path: str | Path) -> bool:
     """
     with open_regular(path) as file:
         first, last, size = _edges(file)
+        if any(marks.are_in(first, last) for marks in _of(path)):
+            return True
         if not first.strip(b"\0"):
             file.seek(0)
             blocks = iter(lambda: file.read(1 << 20), b"")
             return size <= _MOST_ZEROS and not any(block.strip(b"\0") for block in blocks)
-    return any(marks.are_in(first, last) or marks.begins_in(first, size) for marks in _of(path))
+    return any(marks.begins_in(first, size) for marks in _of(path))
 
 
 def _of(path: str | Path) -> tuple[_Marks, ...]:

@@ -406,10 +406,19 @@ class Store:
         with atomic_write(self.map_path(key)) as file:
             file.write(archive)
 
-    def discard(self, key: str) -> None:
-        """Remove what an earlier run has left of a result, where it is this package's."""
+    def discard(self, key: str, source: str | Path | None = None) -> None:
+        """Remove what an earlier run has left of a result, where it is this package's.
+
+        Parameters
+        ----------
+        key : str
+            Relative to the folder, without suffix.
+        source : str or pathlib.Path, optional
+            The image, which is never removed: a damaged one may look like the remains of a picture.
+        """
         for path in (self.map_path(key), self.picture_path(key)):
-            self._remove_own(path)
+            if source is None or os.path.realpath(path) != os.path.realpath(source):
+                self._remove_own(path)
 
     def _remove_own(self, path: Path) -> None:
         with contextlib.suppress(OSError):

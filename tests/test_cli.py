@@ -483,6 +483,33 @@ class TestBrokenImages:
         assert run(photos / "a.jpg", "--target", 2) == 2
         assert files(tmp_path / "out") == set()
 
+    def test_results_do_not_stay_where_the_image_is_no_longer_readable(
+        self, run: Callable[..., int], photos: Path, tmp_path: Path
+    ) -> None:
+        assert run(photos) == 0
+        (photos / "a.jpg").write_bytes(b"no image")
+        assert run(photos, "--target", 2) == 2
+        assert files(tmp_path / "out") == {*("sub/a.npz", "sub/a.png", "sub/b.npz", "sub/b.png", "contact_sheet.png")}
+        own = photos / "x.png"
+        own.write_bytes(b"\x89PNG")  # the user's, though it looks like the remains of a picture
+        assert run(own, "--out", photos, "--no-overlay") == 2
+        assert own.exists()
+
+    def test_a_folder_with_the_name_of_the_sheet(self, run: Callable[..., int], photos: Path, tmp_path: Path) -> None:
+        (photos / "sub").rename(photos / "contact_sheet.png")
+        assert run(photos) == 0
+        assert {"contact_sheet.png", "contact_sheet.png_/a.npz"} <= files(tmp_path / "out")
+
+    def test_messages_name_the_option(
+        self, run: Callable[..., int], photos: Path, stub: type[StubEngine], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def refuse(images: torch.Tensor) -> None:
+            raise RampFastError('two classes; pass contrast="none"')
+
+        stub.before = staticmethod(refuse)  # type: ignore[assignment]
+        assert run(photos / "a.jpg") == 2
+        assert "two classes; pass --contrast none" in capsys.readouterr().err
+
 
 class Full(io.StringIO):
     """What a full disk, or a reader that has gone, is to the one who prints."""
@@ -623,6 +650,7 @@ class TestRefusals:
             (("--crop-pct", "nan"), "the crop nan"),
             (("--mean", "nan", 0, 0), "the means"),
             (("--out", ""), "empty name"),
+            (("--checkpoint", ""), "--checkpoint has an empty name"),
             (("--model-arg", "pretrained=True"), "pretrained is not an argument"),
             (("--model-arg", "checkpoint_path=x.pth"), "by --checkpoint, which cannot run code"),
             (("--model-arg", "img_size=(1, 2, 3)"), "image size"),

@@ -169,6 +169,15 @@ def test_interrupted(run: Callable[..., int], tmp_path: Path, capsys: pytest.Cap
     [
         (["--metric", "delition"], "no metric 'delition'"),
         (["--metric", "deletion:depth=2"], "no setting 'depth'"),
+        (["--metric", "deletion:"], "no settings follow the colon"),
+        (["--metric", "deletion:steps=3,steps=4"], "steps is given twice"),
+        (["--metric", "road:percentages=[50,'a']"], "percentages must be a sequence of numbers"),
+        (["--metric", "deletion:steps=1000000000"], "steps must be at most"),
+        (["--metric", "gae:steps=1000000000"], "steps must be at most"),
+        (["--metric", "aopc:regions=1000000000"], "regions must be at most"),
+        (["--metric", "infidelity:samples=1000000000"], "samples must be at most"),
+        (["--metric", "max_sensitivity:samples=1000000000"], "samples must be at most"),
+        (["--metric", "sensitivity_n:samples=1000000000"], "samples must be at most"),
         (["--method", "lrp"], "unknown method 'lrp'"),
         (["--metric", "pointing_game"], "have no masks"),
         (["--data", "nowhere"], "no such folder"),
@@ -213,6 +222,50 @@ def test_files_of_others_are_kept(
     assert (tmp_path / "out" / name).read_bytes() == b"mine"
 
 
+FILES = {"evaluation.json", "table.csv", "values.csv", "bars.png", "curves.png"}
+
+
+def leave_earlier(out: Path) -> None:
+    """All files that a run may write, as an earlier one would have left them."""
+    for name in ("bars.png", "curves.png"):
+        save_picture(out / name, Image.new("RGB", (40, 40)))
+    (out / "table.csv").write_text("method,metric,mean,standard_error,count,higher_is_better\n")
+    (out / "values.csv").write_text("method,metric,entry,image,value\n")
+
+
+def test_nothing_of_an_earlier_run_stays(run: Callable[..., int], photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("--no-plots") == 0
+    leave_earlier(out)
+    assert {p.name for p in out.iterdir()} == FILES
+    assert run("--no-plots") == 0
+    assert {p.name for p in out.iterdir()} == {"evaluation.json", "table.csv", "values.csv"}
+    assert len((out / "table.csv").read_text().splitlines()) == 3
+    leave_earlier(out)
+    (out / "bars.png").write_bytes(b"mine")
+    for path in photos.rglob("*.png"):
+        path.write_bytes(b"no image")
+    assert run("--no-plots") == 2
+    assert {p.name for p in out.iterdir()} == {"bars.png"}
+
+
+def test_tables_go_before_a_new_evaluation_is_written(run: Callable[..., int], tmp_path: Path) -> None:
+    out, seen = tmp_path / "out", []
+    out.mkdir()
+    leave_earlier(out)
+
+    def look(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        seen.append({p.name for p in out.iterdir()})
+        return images
+
+    METHODS["look"] = MethodEntry("for this test", lambda model: look)
+    try:
+        assert run("--no-plots", "--method", "look", "--batch-size", 2) == 0
+    finally:
+        del METHODS["look"]
+    assert seen == [FILES - {"evaluation.json"}, {"evaluation.json"}, {"evaluation.json"}]
+
+
 def test_odd_names_and_nothing_named(
     run: Callable[..., int], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +277,16 @@ def test_odd_names_and_nothing_named(
     assert run("--data", "") == 2  # not the demonstration's photographs
     assert run("--out", "") == 2
     assert run("--layout", "voc", "--class-of", "dog=True") == 2
+
+
+def test_counts_that_memory_has_no_room_for(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ramp_fast.metrics._counts.MOST_BYTES", 300)
+    assert run("--no-plots", "--metric", "gae:steps=2", "--metric", "faithfulness_correlation:samples=3") == 2
+    said = capsys.readouterr().err
+    for what in ("the logits of 5 steps of 6 images", "gae: steps=2", "samples=3"):
+        assert f"{what} would take" in said
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,15 @@ class TestFindImages:
         touch(tmp_path / "contact_sheet.jpg")
         assert list(keys(tmp_path).values()) == ["contact_sheet.jpg"]
 
+    def test_a_folder_may_not_take_the_contact_sheet_s_name(self, tmp_path: Path) -> None:
+        for name in ("Contact_Sheet.png/a.jpg", "contact_sheet.png_/a.jpg", "sub/contact_sheet.png/a.jpg"):
+            touch(tmp_path / "in" / name)
+        tops = [key.split(os.sep)[0] for key in keys(tmp_path / "in").values()]
+        assert sorted(tops) == ["Contact_Sheet.png__", "contact_sheet.png_", "sub"]
+        folder, file = tmp_path / "in/sub/contact_sheet.png", touch(tmp_path / "in/contact_sheet")
+        assert list(keys(folder).values()) == ["a"]  # its own top is the output's
+        assert list(keys(folder, file).values()) == [os.path.join("contact_sheet.png_", "a"), "contact_sheet_"]
+
     def test_same_name_in_two_folders_given_as_arguments(self, tmp_path: Path) -> None:
         one, two = touch(tmp_path / "one/a.jpg"), touch(tmp_path / "two/a.jpg")
         assert set(keys(one, two).values()) == {os.path.join("one", "a"), os.path.join("two", "a")}
@@ -275,6 +284,19 @@ class TestReadImage:
         assert read_image(tmp_path / "x.png").size == (100, 100)
         with pytest.raises(ImageError, match=r"100 x 100 pixels.*WEBP.*scale it down"):
             read_image(tmp_path / "x.webp")
+
+    @pytest.mark.parametrize(
+        "head", [b"P3 %d %d 255 ", b"P2 %d %d 255 ", b"P1 %d %d ", b"P6 %d %d 65535 ", b"P5 %d %d 9 "]
+    )
+    def test_what_is_decoded_in_python_is_small(self, tmp_path: Path, head: bytes) -> None:
+        pixels = b"1 " * 12 if head[1:2] in b"123" else b"\1" * 24
+        (tmp_path / "x.ppm").write_bytes(head % (2, 2) + pixels)
+        assert read_image(tmp_path / "x.ppm").size == (2, 2)
+        (tmp_path / "x.ppm").write_bytes(head % (1001, 1000) + pixels)
+        with pytest.raises(ImageError, match=r"too slow to decode: 1001 x 1000 pixels.*1 million"):
+            read_image(tmp_path / "x.ppm")
+        Image.new("RGB", (1001, 1000)).save(tmp_path / "x.ppm")
+        assert read_image(tmp_path / "x.ppm").size == (1001, 1000)
 
     @pytest.mark.slow
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux")

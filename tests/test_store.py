@@ -256,6 +256,21 @@ def test_what_a_crash_leaves_is_replaced(tmp_path: Path, source: Path, suffix: s
     assert store.is_finished("x", source)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".npz"])
+def test_one_of_two_marks_is_enough(tmp_path: Path, source: Path, suffix: str) -> None:
+    store = Store(tmp_path / "out", SETTINGS)
+    store.save("x", source, result(), Image.effect_noise((64, 64), 50))
+    path = store.map_path("x").with_suffix(suffix)
+    whole = path.read_bytes()
+    for damaged in (bytes(128) + whole[128:], whole[:-128] + bytes(128)):
+        path.write_bytes(damaged)
+        assert not store.is_finished("x", source)
+        store.save("x", source, result(), picture())
+    path.write_bytes(bytes(128) + b"mine" + bytes(128))
+    with pytest.raises(StoreError, match="no mark"):
+        store.save("x", source, result(), picture())
+
+
 def make_foreign(path: Path, kind: str) -> None:
     if kind == "folder":
         path.mkdir()

@@ -370,6 +370,7 @@ class _Job:
         if isinstance(error, OwnPictureError):
             self.report.pass_over()
         else:
+            self.store.discard(item.key, item.path)  # of what the file held before, or of other settings
             self.report.failure(item.path, str(error))
 
     def _read(self, item: ImageItem) -> _Read:
@@ -397,8 +398,11 @@ class _Job:
             found = self.engine.attribute(
                 images, target=arguments.target, contrast=arguments.contrast, normalize=arguments.normalize
             )
-        except RampFastError:
-            raise  # the model or the settings: the same for every image
+        except RampFastError as error:  # the model or the settings: the same for every image
+            said = 'pass contrast="none"'  # by those who call the engine
+            if said in str(error):
+                raise InputError(str(error).replace(said, "pass --contrast none")) from error
+            raise
         except torch.OutOfMemoryError as error:
             raise RampFastError(f"out of memory on {self.device}; try a smaller --batch-size") from error
         except Exception as error:

@@ -78,6 +78,9 @@ def load(arguments: argparse.Namespace) -> LoadedModel:
     """The model that was asked for, on the CPU."""
     from ramp_fast.models import load_model
 
+    for option, name in (("--checkpoint", arguments.checkpoint), ("--class-names", arguments.class_names)):
+        if name == "":  # which pathlib takes for the current folder
+            raise InputError(f"{option} has an empty name")
     return load_model(
         arguments.model,
         arguments.checkpoint,

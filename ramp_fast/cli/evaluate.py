@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import re
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +115,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from ramp_fast.store import check_free, check_writable
 
     started = time.perf_counter()
+    for spec in (arguments.metric or []) + (arguments.method or []):
+        _check_settings(spec)
     check_writable(arguments.out)
     for name in FILES + (PLOTS if arguments.plots else ()):
         check_free(Path(arguments.out) / name)  # hours later would be late
@@ -146,6 +150,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             result = run.result()
             if result.images:
                 _write(result, arguments)
+        if not result.images:
+            _remove_earlier(arguments, FILES + PLOTS)
     for problem in data.problems:
         complain(f"{problem.path}: {problem.message}")
     say(str(result), sys.stdout)
@@ -182,6 +188,7 @@ def _run(run: Evaluator, data: Dataset, arguments: argparse.Namespace) -> None:
             run.update(batch)
             bar.update(batch.images.shape[0])
             if time.monotonic() - saved > SAVE_EVERY:
+                _remove_earlier(arguments)
                 run.result().save(Path(arguments.out) / "evaluation.json")
                 saved = time.monotonic()
 
@@ -189,6 +196,7 @@ def _run(run: Evaluator, data: Dataset, arguments: argparse.Namespace) -> None:
 def _write(result: Evaluation, arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     document, table, values = (_free(out / name) for name in FILES)
+    _remove_earlier(arguments)
     result.save(document)
     if not result.rows():
         return
@@ -199,6 +207,16 @@ def _write(result: Evaluation, arguments: argparse.Namespace) -> None:
         _draw(result.plot(), bars)
         if any(about["axis"] for about in result.metrics.values()):
             _draw(result.plot("curves"), curves)
+
+
+def _remove_earlier(arguments: argparse.Namespace, names: Sequence[str] = (*FILES[1:], *PLOTS)) -> None:
+    """Remove what an earlier run has left: its tables and plots do not belong to the new evaluation.json."""
+    from ramp_fast.marks import is_own
+
+    for path in (Path(arguments.out) / name for name in names):
+        with contextlib.suppress(OSError):  # there is none, or it is no file
+            if is_own(path):
+                path.unlink()
 
 
 def _free(path: Path) -> Path:
@@ -219,6 +237,17 @@ def _draw(figure: Figure, path: Path) -> None:
     figure.savefig(buffer, dpi=120, format="png")
     with Image.open(buffer, formats=["PNG"]) as picture:
         save_picture(path, picture)
+
+
+def _check_settings(spec: str) -> None:
+    """Refuse a name with a colon and nothing behind it, and a setting that is given twice."""
+    name, colon, rest = spec.partition(":")
+    if colon and not rest.strip():
+        raise InputError(f"{spec!r}: no settings follow the colon; write {name}, or {name}:key=value")
+    keys = re.findall(r"(?:^|,)\s*(\w+)\s*=", rest)
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise InputError(f"{spec!r}: {twice} is given twice")
 
 
 def _class_number(name: str, value: Any) -> int:

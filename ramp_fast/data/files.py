@@ -24,6 +24,9 @@ IMAGE_SUFFIXES = frozenset(
 RESERVED = frozenset({"contact_sheet"})
 """Names at the top of the output folder that no image may take."""
 
+SHEET = "contact_sheet.png"
+"""No folder at the top of the output folder may have this name."""
+
 RESULT_SUFFIXES = (".npz", ".png")
 """What is written for an image has these."""
 
@@ -122,7 +125,24 @@ def _argument_keys(paths: Sequence[str]) -> dict[str, str]:
         stems = result_names([os.path.basename(f) for f in files], reserved=_taken(folder, beside))
         for file in files:
             keys[file] = os.path.join(folder, stems[os.path.basename(file)])
+    tops = [key.split(os.sep)[0] for key in keys.values()]
+    for path, key in keys.items():
+        top, *below = key.split(os.sep)
+        if below or os.path.isdir(path):
+            keys[path] = os.path.join(_beside_sheet(top, tops), *below)
     return keys
+
+
+def _beside_sheet(name: str, others: Iterable[str]) -> str:
+    """The name of a folder at the top of the output folder: another one where it is the contact sheet's."""
+    return _other_name(name, others) if name.casefold() == SHEET else name
+
+
+def _other_name(name: str, taken: Iterable[str]) -> str:
+    names = {n.casefold() for n in taken}
+    while name.casefold() in names:
+        name += "_"
+    return name
 
 
 def result_names(names: Iterable[str], reserved: frozenset[str] = frozenset()) -> dict[str, str]:
@@ -142,12 +162,15 @@ def result_names(names: Iterable[str], reserved: frozenset[str] = frozenset()) -
     """
     listed = list(names)
     stems = Counter(os.path.splitext(n)[0].casefold() for n in listed)
-    whole = {n.casefold() for n in listed} | {r.casefold() for r in reserved}
+    closed = {r.casefold() for r in reserved}
+    whole = {n.casefold() for n in listed} | closed
     result: dict[str, str] = {}
     for name in listed:
         stem = os.path.splitext(name)[0]
         alone = stems[stem.casefold()] == 1 and stem.casefold() not in whole
         result[name] = stem if alone else name
+        if not alone and stem == name and name.casefold() in closed:  # no suffix that would tell it apart
+            result[name] = _other_name(name, whole | set(stems))
     return result
 
 
@@ -202,7 +225,8 @@ def _walk(top: str, key: str, excluded: tuple[int, int] | None) -> Iterator[Imag
         above = folder.above if identity is None else (*folder.above, identity)
         for name in sorted(folders, reverse=True):
             path = os.path.join(folder.path, name)
-            waiting.append(_Folder(path, os.path.join(folder.key, name), above, folder.linked or is_link))
+            key = os.path.join(folder.key, name) if folder.key else _beside_sheet(name, folders)
+            waiting.append(_Folder(path, key, above, folder.linked or is_link))
 
 
 def _entries(folder: str) -> tuple[list[str], list[str], list[Problem]]:

@@ -60,6 +60,10 @@ _NOT_OPENED = {
 
 _STRIP_PIXELS = 2**20
 
+# Pillow decodes these in Python, a value at a time: PPM and PGM as text, or of another depth than 8 bits.
+_SLOW_DECODERS = ("ppm", "ppm_plain")
+_MAX_SLOW_PIXELS = 1_000_000
+
 
 class ImageError(RampFastError):
     """A file cannot be read as an image; the message says why, without the file's name."""
@@ -144,6 +148,7 @@ def opened(file: BinaryIO) -> Image.Image:
     metered.left = None
     _check_shape(image.size)
     _check_memory(image, size if is_held else 0)
+    _check_time(image)
     if image.format == "PNG":
         at = file.tell()
         _check_png(file)
@@ -215,6 +220,16 @@ def _check_memory(image: Image.Image, held: int) -> None:
         raise ImageError(
             f"too large: {width} x {height} pixels; {most / 1e6:.0f} million can be decoded in this format "
             f"({image.format}); scale it down first"
+        )
+
+
+def _check_time(image: Image.Image) -> None:
+    width, height = image.size
+    slow = any(tile[0] in _SLOW_DECODERS for tile in getattr(image, "tile", ()))
+    if slow and width * height > _MAX_SLOW_PIXELS:
+        raise ImageError(
+            f"too slow to decode: {width} x {height} pixels; as text, or with a largest value other than 255, "
+            f"{image.format} may have {_MAX_SLOW_PIXELS / 1e6:g} million; save it as PNG first"
         )
 
 

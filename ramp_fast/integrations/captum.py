@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ class AbsLRP(Attribution):  # type: ignore[misc]  # captum has no types, and may
     rule, precision, strict
         As for :class:`ramp_fast.Engine`.
     contrast : {"others", "none"}
-        As for :meth:`ramp_fast.Engine.attribute`.
+        As for :meth:`ramp_fast.Engine.attribute`; a model of one logit has no others, and is explained with "none".
     normalize : {"max", "sum", "none"}
         As for :meth:`ramp_fast.Engine.attribute`.
     **options
@@ -97,7 +98,7 @@ class AbsLRP(Attribution):  # type: ignore[misc]  # captum has no types, and may
         ----------
         inputs : Tensor [N, C, H, W] or tuple of one such Tensor
             Preprocessed for the model.
-        target : int, tuple of one int, list of either, integer Tensor [N] or [1]
+        target : int, tuple of one int, list of either, integer Tensor or array [N] or [1]
             The classes to explain. None is for models of one logit, as in captum: NoiseTunnel, infidelity and
             sensitivity call this function with noisy copies, each of which might be predicted as another class.
         additional_forward_args : None or ()
@@ -135,8 +136,11 @@ class AbsLRP(Attribution):  # type: ignore[misc]  # captum has no types, and may
         if not isinstance(images, Tensor):
             raise InputError(f"inputs must be a Tensor [N, C, H, W], got {type(images).__name__}")
         classes = self._classes(target, images)
+        contrast = self.contrast
+        if contrast == "others" and images.dim() == 4 and self.engine.classes(images[:1]) == 1:
+            contrast = "none"
         maps = self.engine.attribute(
-            images, classes, contrast=self.contrast, normalize=self.normalize, batch_size=internal_batch_size
+            images, classes, contrast=contrast, normalize=self.normalize, batch_size=internal_batch_size
         ).maps.to(images)
         return (maps,) if isinstance(inputs, tuple) else maps
 
@@ -184,6 +188,11 @@ class AbsLRP(Attribution):  # type: ignore[misc]  # captum has no types, and may
 
 def _classes(target: Any, count: int) -> int | Tensor:
     """Captum's ways to name classes in the engine's."""
+    if isinstance(target, np.ndarray):
+        try:
+            target = torch.as_tensor(target.astype(np.int64) if target.dtype.kind in "iu" else target)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"target must be integers [{count}], got an array of {target.dtype}") from error
     if isinstance(target, Tensor):
         whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
         if whole and target.numel() == 1 and target.dim() < 2:
@@ -206,9 +215,12 @@ def _class(target: Any) -> int:
                 f"target must have one index, the class, as the model returns [N, classes]; got {target!r}"
             )
         target = target[0]
-    if isinstance(target, bool) or not hasattr(target, "__index__"):
-        raise InputError(
-            f"target must be a class, a tuple of one, a list of these or an integer Tensor; got "
-            f"{type(target).__name__} {target!r}"
-        )
-    return operator.index(target)
+    try:
+        if not isinstance(target, bool):
+            return operator.index(target)
+    except TypeError:  # also of arrays and Tensors of several numbers
+        pass
+    raise InputError(
+        f"target must be a class, a tuple of one, a list of these or an integer Tensor; got "
+        f"{type(target).__name__} {target!r}"
+    )

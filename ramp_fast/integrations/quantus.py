@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import weakref
+import operator
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +17,13 @@ from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError
 from ramp_fast.rules.abslrp import AbsLRP
 
-__all__ = ["explain"]
+__all__ = ["explain", "forget"]
 
-_ENGINES: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Engine]] = weakref.WeakKeyDictionary()
+# Engines by the model's id and their settings, the one used last at the end. An engine holds its model, whose id is no
+# other's meanwhile.
+_ENGINES: OrderedDict[tuple[Any, ...], Engine] = OrderedDict()
+_KEPT = 4
+_LOCK = threading.Lock()
 
 
 def explain(
@@ -45,8 +50,9 @@ def explain(
     """Relevance maps, for ``explain_func`` of Quantus' metrics and ``xai_methods`` of ``quantus.evaluate``; the keyword
     arguments go into ``explain_func_kwargs``.
 
-    A model is captured at its first call and its engine kept for as long as the model lives; weights that change, as
-    in Quantus' randomisation tests, are noticed.
+    A model is captured at its first call. The four engines used last are kept, each with its model, until others take
+    their place or :func:`forget` is called. What changes in a model, as weights do in Quantus' randomisation tests, is
+    noticed as by :class:`ramp_fast.Engine`.
 
     Parameters
     ----------
@@ -117,6 +123,12 @@ def explain(
     return np.abs(maps) if abs else maps
 
 
+def forget() -> None:
+    """Let go of the engines, and of their models, that :func:`explain` keeps."""
+    with _LOCK:
+        _ENGINES.clear()
+
+
 def _targets(targets: Any, count: int) -> int | Tensor | None:
     """In the engine's words: None, one class, or an integer Tensor ``[count]``."""
     if targets is None or (isinstance(targets, int) and not isinstance(targets, bool)):
@@ -136,9 +148,14 @@ def _axes(reduce_axes: Any, rank: int, channel_first: bool | None) -> tuple[int,
         reduce_axes = (-1,) if channel_first is False else (1,)
     if isinstance(reduce_axes, int):
         reduce_axes = (reduce_axes,)
-    axes = tuple(axis + rank if axis < 0 else axis for axis in map(int, reduce_axes))
+    try:
+        axes = tuple(axis + rank if axis < 0 else axis for axis in map(operator.index, reduce_axes))
+    except TypeError as error:
+        raise InputError(f"reduce_axes must be integers, got {reduce_axes!r}") from error
     if not all(0 < axis < max(rank, 2) for axis in axes):
         raise InputError(f"reduce_axes must be axes of an image's map, 1 to {rank - 1}; got {tuple(reduce_axes)}")
+    if len({*axes}) < len(axes):
+        raise InputError(f"reduce_axes names an axis twice: {tuple(reduce_axes)}")
     return axes
 
 
@@ -149,14 +166,16 @@ def _by_largest(maps: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _engine(model: nn.Module, rule: str | AbsLRP, precision: str, strict: bool) -> Engine:
-    engines = _ENGINES.setdefault(model, {})
-    key = (rule, precision, strict)
-    if key not in engines:
-        # An engine holds its model, which would never be freed then: it gets a copy of the outermost module, which
-        # shares all that is inside it.
-        engines[key] = Engine(copy.copy(model), rule, precision, strict)
-    engines[key].model.training = model.training
-    return engines[key]
+    key = (id(model), rule, precision, strict)
+    with _LOCK:
+        engine = _ENGINES.get(key)
+        if engine is None:
+            engine = Engine(model, rule, precision, strict)
+        _ENGINES[key] = engine
+        _ENGINES.move_to_end(key)
+        while len(_ENGINES) > _KEPT:
+            _ENGINES.popitem(last=False)
+    return engine
 
 
 def _tensor(name: str, value: Any) -> Tensor:

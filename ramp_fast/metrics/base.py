@@ -369,11 +369,16 @@ class Metric:
         Raises
         ------
         InputError
-            They are not finite: comparisons would turn them into values that look like any other.
+            They are not finite: comparisons would turn them into values that look like any other. Or the model returns
+            something else than ``[N, classes]``.
         """
-        call = model or self.answer
         with torch.no_grad():
-            found = torch.cat([call(images[here]) for here in self.slices(images)])
+            found = torch.cat(
+                [
+                    self.answer(images[here]) if model is None else answer(model, images[here])
+                    for here in self.slices(images)
+                ]
+            )
         return self.finite(found)
 
     def answer(self, images: Tensor) -> Tensor:
@@ -400,19 +405,27 @@ class Metric:
         return (logits[..., 0] > 0).long() - 1
 
     def _warn_of_probabilities(self, images: Tensor, logits: Tensor) -> None:
-        """Say once that what should be logits are probabilities; ``images`` are any of the model's."""
+        """Say once that what should be logits look like probabilities; ``images`` are any of the model's."""
         if self._noticed:
             return
         self._noticed.append(self.name)
-        last = squashing(self.model, images, logits)
-        if last is not None:
-            warnings.warn(
-                f"{self.name}: {type(self.model).__name__} returns probabilities, its last operation is a {last}: "
-                f"metrics take logits, and squash these a second time, which flattens curves. Evaluate the model "
-                f"without its {last} (or with output='logit', where a metric has it: the output as it is)",
-                RuntimeWarning,
-                stacklevel=2,
+        seen = squashing(self.model, images, logits)
+        if seen is None:
+            return
+        kind = type(self.model).__name__
+        if seen in _SQUASHES:
+            what, then = (
+                f"{kind} returns probabilities, its last operation is a {seen}",
+                f"Evaluate it without its {seen}",
             )
+        else:
+            what, then = f"of {kind} {seen}, as of probabilities", "If they are, evaluate it without its last operation"
+        warnings.warn(
+            f"{self.name}: {what}: metrics take logits, and squash these a second time, which flattens curves. {then} "
+            "(or with output='logit', where a metric has it: the output as it is)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def finite(self, logits: Tensor) -> Tensor:
         """Logits ``[..., classes]`` as they are, or InputError where some are not finite."""
@@ -445,7 +458,11 @@ class Metric:
 
 
 def squashing(model: nn.Module, images: Tensor, outputs: Tensor) -> str | None:
-    """What the outputs ``[..., classes]`` of a model come from, "softmax" or "sigmoid"; None where they are logits.
+    """What tells that outputs ``[..., classes]`` of a model are probabilities; None where they pass for logits.
+
+    "softmax" or "sigmoid" where that is the model's last operation. Otherwise what has been seen of them, in words:
+    four or more that all lie between 0 and 1 and are not all 0, or fewer that add up to 1, unless a linear layer or a
+    ReLU is last.
 
     Parameters
     ----------
@@ -457,16 +474,25 @@ def squashing(model: nn.Module, images: Tensor, outputs: Tensor) -> str | None:
     """
     if not outputs.numel() or not bool(((outputs >= 0) & (outputs <= 1)).all()):
         return None
-    near = 1e-3 if torch.finfo(outputs.dtype).eps < 1e-5 else 2e-2  # rounding of many classes in half precision
-    if outputs.shape[-1] > 1 and bool(((outputs.double().sum(-1) - 1).abs() < near).all()):
-        return "softmax"
     with torch.enable_grad():
-        last = model(images[:1].clone().requires_grad_()).grad_fn
+        last = model(images[:1].clone().requires_grad_().clone()).grad_fn  # which the model may write to
     while last is not None and last.name().startswith(_VIEWS):
         last = last.next_functions[0][0]
     name = "" if last is None else last.name()
-    return next((how for how in ("sigmoid", "softmax") if name.startswith(f"{how.capitalize()}Backward")), None)
+    for how in _SQUASHES:
+        if name.startswith(f"{how.capitalize()}Backward"):
+            return how
+    if name.startswith(_HEADS):
+        return None
+    near = 1e-3 if torch.finfo(outputs.dtype).eps < 1e-5 else 2e-2  # rounding of many classes in half precision
+    if outputs.shape[-1] > 1 and bool(((outputs.double().sum(-1) - 1).abs() < near).all()):
+        return "every output lies between 0 and 1, and those of each image add up to 1"
+    few = outputs.numel() < 4  # logits that are there by chance
+    return None if few or not bool(outputs.any()) else "every output lies between 0 and 1"
 
+
+_SQUASHES = ("sigmoid", "softmax")
+_HEADS = ("Addmm", "Relu")  # autograd's names for what ends in logits, small as they may be
 
 # The beginnings of autograd's names for operations that only arrange values.
 _VIEWS = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Alias", "Clone", "ToCopy", "Transpose", "TBackward")
@@ -481,17 +507,36 @@ def answer(model: Model, images: Tensor) -> Tensor:
     """Logits ``[N, classes]`` of images that go through a model together; for ``no_grad`` alone.
 
     An engine computes them where that is its model's function but for rounding: on CPUs, in no less than the images'
-    precision. What a model returns is not looked at, and may lie in the memory of the images.
+    precision. Values that a model returns are not looked at, and may lie in the memory of the images.
 
     Raises
     ------
     InputError
-        Of an engine: the images are not finite. (A ReLU that is computed with a convolution would hide it.)
+        The model returns something else than a floating point Tensor ``[N, classes]``. Of an engine: the images are not
+        finite. (A ReLU that is computed with a convolution would hide it.)
     """
     if isinstance(model, Engine) and images.device.type == "cpu" and model.computes_in(images.dtype):
         return model.logits(images)
-    logits: Tensor = module_of(model)(images)
-    return logits
+    model = module_of(model)
+    return _checked_logits(model(images), model, images.shape[0])
+
+
+def _checked_logits(found: Any, model: nn.Module, count: int) -> Tensor:
+    """What a model returned for ``count`` images, where it is logits ``[count, classes]``."""
+    if not isinstance(found, Tensor):
+        what, then = type(found).__name__, "wrap it in a module whose forward returns the logits alone"
+    elif found.dim() == 2 and found.shape[0] == count and found.shape[1] and found.is_floating_point():
+        return found
+    else:
+        what, then = f"{list(found.shape)}, {found.dtype}", "wrap it in a module whose forward returns that"
+        if found.shape == (count,):
+            then = "let it return one logit as [N, 1], for example nn.Sequential(model, nn.Unflatten(0, (-1, 1)))"
+        elif found.dim() > 2 and found.shape[0] == count and found[0].numel() == found.shape[1]:
+            then = "let it return [N, classes], for example nn.Sequential(model, nn.Flatten())"
+    raise InputError(
+        f"{type(model).__name__} returns {what} for {count} images; logits must be a floating point Tensor "
+        f"[N, classes]: {then}"
+    )
 
 
 def _mixed(*numbers: int) -> int:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ramp_fast._checks import positive
 from ramp_fast._ranges import ranges
 from ramp_fast.errors import InputError
+from ramp_fast.metrics._counts import check_bytes, checked_count
 from ramp_fast.metrics.base import Metric, Model, Sample
 from ramp_fast.metrics.baselines import Baseline, Fill, Impute, check_baseline, filling
 from ramp_fast.metrics.features import Entries, Features, Granularity, kind_of_feature
@@ -102,6 +103,8 @@ class Masking(Metric):
 
     def logits_of_steps(self, sample: Sample, steps: Tensor, count: int, *, reveal: bool = False) -> Tensor:
         """Logits of the copies of steps 0 to ``count - 1``, ``[count, N, classes]``."""
+        images, classes = sample.logits.shape
+        check_bytes(self.name, f"the logits of {count} steps of {images} images", 4 * count * images * classes)
         return self.logits_of_copies(sample.images, self.filling(sample), steps, count, reveal=reveal)
 
     def logits_of_copies(
@@ -138,7 +141,7 @@ class Shares(Masking):
 
     def __init__(self, model: Model, *, steps: int = 100, **masking: Any) -> None:
         super().__init__(model, **masking)
-        positive(self.name, "steps", steps, self.least_steps)
+        checked_count(self.name, "steps", steps, self.least_steps)
         self.steps = steps
 
     def settings(self) -> dict[str, Any]:
@@ -258,7 +261,7 @@ class AOPC(Masking):
 
     def __init__(self, model: Model, *, regions: int = 100, **masking: Any) -> None:
         super().__init__(model, **masking)
-        positive(self.name, "regions", regions)
+        checked_count(self.name, "regions", regions)
         self.regions = regions
 
     def settings(self) -> dict[str, Any]:
@@ -329,6 +332,9 @@ class ROAD(Masking):
 
     def __init__(self, model: Model, *, percentages: Sequence[float] = tuple(range(1, 100, 2)), **masking: Any) -> None:
         super().__init__(model, **masking)
+        given: Any = percentages
+        if not isinstance(given, Sequence) or not all(isinstance(p, Real) and p == p for p in given):
+            raise InputError(f"road: percentages must be a sequence of numbers, got {percentages!r}")
         ascending = sorted(percentages) == list(percentages)
         if not percentages or not ascending or percentages[0] < 0 or percentages[-1] > 100:
             raise InputError(f"road: percentages must ascend in [0, 100], got {list(percentages)}")

@@ -15,6 +15,7 @@ from ramp_fast import ops
 from ramp_fast._checks import is_whole, positive
 from ramp_fast._ranges import ranges
 from ramp_fast.errors import InputError
+from ramp_fast.metrics._counts import check_bytes, checked_count
 from ramp_fast.metrics._maps import Sign, checked_sign, pearson, spearman, with_sign
 from ramp_fast.metrics.base import Metric, Model, Result, Sample
 from ramp_fast.metrics.baselines import Baseline
@@ -32,7 +33,7 @@ class _Subsets(Masking):
 
     def __init__(self, model: Model, *, samples: int = 100, **masking: Any) -> None:
         super().__init__(model, **masking)
-        positive(self.name, "samples", samples)
+        checked_count(self.name, "samples", samples)
         self.samples = samples
 
     def settings(self) -> dict[str, Any]:
@@ -50,6 +51,8 @@ class _Subsets(Masking):
             here = slice(start, stop)
             features = self.granularity.of(images[here], maps[here])
             width = features.scores.shape[1]
+            each = (stop - start) * (4 * images[0].numel() + 16 * width)
+            check_bytes(self.name, f"samples={self.samples}", self.samples * each)
             counts = torch.as_tensor(features.counts).expand(stop - start).tolist()
             orders = [
                 self._steps(number, count, width, sizes, images.device)
@@ -218,7 +221,7 @@ class Infidelity(Masking):
                 f"infidelity: perturbation must be one of {', '.join(PERTURBATIONS)}, got {perturbation!r}"
             )
         if samples is not None:
-            positive(self.name, "samples", samples)
+            checked_count(self.name, "samples", samples)
         elif perturbation != "square":
             raise InputError("infidelity: samples=None takes every square: perturbations by noise need a number")
         if not sizes or not all(is_whole(s) for s in sizes):
@@ -387,7 +390,7 @@ class MonotonicityCorrelation(Masking):
     ) -> None:
         super().__init__(model, **masking)
         positive(self.name, "groups", groups, least=2)
-        positive(self.name, "samples", samples)
+        checked_count(self.name, "samples", samples)
         self.groups, self.samples, self.sign = groups, samples, checked_sign(self.name, sign)
 
     def settings(self) -> dict[str, Any]:

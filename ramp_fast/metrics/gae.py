@@ -15,6 +15,7 @@ from ramp_fast import ops
 from ramp_fast._checks import positive
 from ramp_fast.errors import InputError
 from ramp_fast.methods import logit_and_product
+from ramp_fast.metrics._counts import check_bytes, checked_count
 from ramp_fast.metrics.base import Metric, Model, Sample
 
 PROTOCOLS = ("default", "published")
@@ -99,7 +100,7 @@ class GAE(Metric):
         super().__init__(model, seed=seed, batch_size=batch_size)
         if protocol not in PROTOCOLS:
             raise InputError(f"gae: protocol must be one of {', '.join(map(repr, PROTOCOLS))}; got {protocol!r}")
-        positive("gae", "steps", steps, least=2)
+        checked_count("gae", "steps", steps, least=2)
         if batch is not None:
             positive("gae", "batch", batch)
             if batch % TILES or protocol != "published":
@@ -119,6 +120,8 @@ class GAE(Metric):
         labels = predicted if self.protocol == "default" else sample.target.view(groups, TILES)
         if sample.logits.shape[1] < 2:
             raise InputError("gae: the model has a single class: mosaics tell classes apart, and there is no other one")
+        # the images of two chains at every step, and their maps
+        check_bytes("gae", f"steps={self.steps}", self.steps * 2 * groups * 2 * 4 * images[0].numel())
         mosaic = _mosaic(self._tiles(images))
         distribution = self.logits(mosaic).gather(1, predicted).softmax(1)
         chosen = self._positive(positive, distribution, sample.numbers.start // TILES)

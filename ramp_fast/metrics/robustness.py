@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ramp_fast._checks import positive
 from ramp_fast.errors import InputError
+from ramp_fast.metrics._counts import checked_count
 from ramp_fast.metrics.base import Metric, Model, Sample
 
 
@@ -29,7 +29,7 @@ class _Sensitivity(Metric):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, seed=seed, batch_size=batch_size)
-        positive(self.name, "samples", samples)
+        checked_count(self.name, "samples", samples)
         for bound in (lower_bound, lower_bound if upper_bound is None else upper_bound):
             if not isinstance(bound, (int, float)) or not math.isfinite(bound):
                 raise InputError(f"{self.name}: bounds of the noise must be finite numbers, got {bound!r}")

@@ -52,6 +52,8 @@ def test_captums_ways_to_name_classes_and_inputs() -> None:
         (4,),
         [(4,)] * 3,
         np.int64(4),
+        np.array(4),
+        np.array([4, 4, 4], dtype=np.uint16),
     ):
         assert torch.equal(method.attribute(x, target=target), expected)
     assert torch.equal(method.attribute(x, 4, (), internal_batch_size=2), expected)
@@ -71,6 +73,8 @@ def test_no_target_is_for_models_of_one_logit() -> None:
     model = nn.Sequential(*vgg()[:-1], nn.Linear(256, 1)).eval()
     single = AbsLRP(model, contrast="none")
     assert torch.equal(single.attribute(x), single.attribute(x, 0))
+    for target in (None, 0):
+        assert torch.equal(AbsLRP(model).attribute(x, target), single.attribute(x, 0))
 
 
 def test_noise_tunnel() -> None:
@@ -118,6 +122,9 @@ def test_sensitivity() -> None:
         (images(), {"target": [1, 2]}, r"list of 3 classes, one per image; got \[1, 2\]"),
         (images(), {"target": [1.0, 2.0, 3.0]}, "a list of these or an integer Tensor; got float 1.0"),
         (images(), {"target": torch.rand(3, 10)}, r"target must be integers \[3\], got \[3, 10\], torch.float32"),
+        (images(), {"target": (TARGET,)}, "a list of these or an integer Tensor; got Tensor"),
+        (images(), {"target": np.array([0.5, 1, 2])}, r"target must be integers \[3\], got \[3\], torch.float64"),
+        (images(), {"target": np.array(["a", "b", "c"])}, "target must be integers .* got an array of <U1"),
         (images(), {"target": "cat"}, "integer Tensor; got str 'cat'"),
         (images(), {"target": 10}, "target must be between 0 and 9"),
     ],

@@ -191,14 +191,64 @@ def test_weights_that_change_are_noticed(captures: list[Engine]) -> None:
     assert len(captures) == 1
 
 
-def test_models_are_not_kept() -> None:
-    model = vgg()
-    explain(model, X, Y)
-    (engine,) = adapter._ENGINES[model].values()
-    alive = [weakref.ref(model), weakref.ref(engine), weakref.ref(model[4])]
-    del model, engine
+def test_few_models_are_kept() -> None:
+    models = [vgg() for _ in range(6)]
+    alive = [weakref.ref(model) for model in models]
+    while models:
+        explain(models.pop(0), X, Y)
     gc.collect()
-    assert [a() for a in alive] == [None, None, None]
+    assert [a() is not None for a in alive] == [False] * 2 + [True] * 4
+    adapter.forget()
+    gc.collect()
+    assert not any(a() for a in alive)
+
+
+class Plain(nn.Module):
+    """Everything that a forward pass may read lies in the outermost module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(6, 3, 3, 3))
+        self.head = nn.Linear(6, 10)
+        self.scale, self.switch, self.shift, self.function = 1.0, False, torch.zeros(6), torch.relu
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.function(nn.functional.conv2d(x, self.weight) + self.scale)
+        x = (x + self.shift[:, None, None]).relu()
+        return self.head((x.flip(1) if self.switch else x).mean((2, 3)))
+
+
+class Other(Plain):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).flip(1)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.flip(0) * 2
+
+
+CHANGES: dict[str, Any] = {
+    "scale": lambda m: setattr(m, "scale", -0.5),
+    "switch": lambda m: setattr(m, "switch", True),
+    "tensor": lambda m: setattr(m, "shift", torch.linspace(-1, 1, 6)),
+    "function": lambda m: setattr(m, "function", nn.functional.gelu),
+    "forward": lambda m: setattr(m, "forward", lambda x: Plain.forward(m, x).roll(1, 1)),
+    "class": lambda m: setattr(m, "__class__", Other),
+    "parametrization": lambda m: nn.utils.parametrize.register_parametrization(m, "weight", Doubled()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_the_outermost_module_are_noticed(change: str) -> None:
+    model = Plain().eval()
+    before = explain(model, X, Y, strict=False, reduce_axes=())
+    CHANGES[change](model)
+    found = explain(model, X, Y, strict=False, reduce_axes=())
+    expected = Engine(model, strict=False).attribute(torch.from_numpy(X), torch.from_numpy(Y)).maps.numpy()
+    np.testing.assert_array_equal(found, expected)
+    assert not np.array_equal(found, before)
 
 
 def test_training_mode_is_noticed() -> None:
@@ -223,6 +273,8 @@ def test_training_mode_is_noticed() -> None:
         (X, Y, {"batch_size": 0}, "batch_size must be a positive integer"),
         (X, Y, {"softmax": True}, "absLRP explains logits, not probabilities"),
         (X, Y, {"reduce_axes": (0,)}, r"reduce_axes must be axes of an image's map, 1 to 3; got \(0,\)"),
+        (X, Y, {"reduce_axes": (1, -3)}, r"reduce_axes names an axis twice: \(1, -3\)"),
+        (X, Y, {"reduce_axes": 1.5}, "reduce_axes must be integers, got 1.5"),
         (X, True, {}, r"targets must be 3 integers, one per image; got \[\], torch.bool"),
     ],
 )

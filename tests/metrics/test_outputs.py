@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +133,68 @@ def test_probabilities_are_noticed(kind: str, end: str) -> None:
         metric.update(IMAGES, None, input_x_gradient)
 
 
+class After(nn.Module):
+    """A function of a classifier's logits."""
+
+    def __init__(self, function: Any, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner, self.function = inner or classifier(), function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self.inner(x))
+
+
+SQUASHED: dict[str, Any] = {
+    "hardsigmoid": nn.functional.hardsigmoid,
+    "written out": lambda z: 1 / (1 + (-z).exp()),
+    "clamped": lambda z: z.sigmoid().clamp(1e-3, 1 - 1e-3),
+    "a part": lambda z: z.sigmoid()[:, :4],
+    "concatenated": lambda z: torch.cat([z.sigmoid(), z.sigmoid()], 1),
+    "a mean": lambda z: (z.sigmoid() + (2 * z).sigmoid()) / 2,
+    "tanh": lambda z: (z.tanh() + 1) / 2,
+    "two heads": lambda z: torch.cat([z.softmax(1), z.softmax(1)], 1),
+    "scaled": lambda z: z.softmax(1) * 0.999,
+    "without gradient": lambda z: z.detach().softmax(1),
+}
+
+
+@pytest.mark.parametrize("how", SQUASHED)
+def test_outputs_between_0_and_1_are_noticed(how: str) -> None:
+    with pytest.warns(RuntimeWarning, match="of After every output lies between 0 and 1") as said:
+        Deletion(After(SQUASHED[how]).eval(), steps=2).update(IMAGES, None, None, maps=IMAGES)
+    assert len(said) == 1
+    assert "its last operation is" not in str(said[0].message)
+    assert ("add up to 1" in str(said[0].message)) == (how == "without gradient")
+
+
+OTHERS: dict[str, tuple[Any, str]] = {
+    "squeezed": (
+        lambda z: z[:, 0],
+        r"returns \[\d\], torch.float64 for \d images; .*: let it return one logit as \[N, 1\]",
+    ),
+    "pair": (lambda z: (z, z), "returns tuple for .* wrap it in a module whose forward returns the logits alone"),
+    "dict": (lambda z: {"logits": z}, "returns dict for .* returns the logits alone"),
+    "three axes": (lambda z: z[:, :, None], r"returns \[\d, 5, 1\], torch.float64 .* nn.Sequential\(model, nn.Flatten"),
+    "mixed": (lambda z: z.sum(0, keepdim=True).expand(3, 5), r"returns \[3, 5\], .* returns that"),
+    "whole": (lambda z: z.long(), r"returns \[\d, 5\], torch.int64"),
+}
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_what_is_not_logits_is_refused(how: str) -> None:
+    function, message = OTHERS[how]
+    model = After(function).eval()
+    zeros = torch.zeros(8, dtype=torch.long)
+    for call in (
+        lambda: Deletion(model, steps=2).update(IMAGES, None, input_x_gradient),
+        lambda: GAE(model, steps=2).update(IMAGES, 0, input_x_gradient),
+        lambda: evaluate(model, IMAGES, ["deletion:steps=2"], ["ixg"]),
+        lambda: evaluate(model, (IMAGES, zeros), ["road"], ["ixg"]),
+    ):
+        with pytest.raises(InputError, match=f"After {message}"):
+            call()
+
+
 def test_evaluate_notices_once() -> None:
     model = nn.Sequential(classifier(), nn.Softmax(1)).eval()
     metrics, methods = ["deletion:steps=2", "insertion:steps=2", "gae:steps=2"], ["ixg", "random"]
@@ -141,14 +204,16 @@ def test_evaluate_notices_once() -> None:
 
 
 def test_logits_are_not_taken_for_probabilities() -> None:
-    """Neither small positive ones, nor logarithms of probabilities, whose softmax they are of."""
+    """Neither small positive ones, nor those of a ReLU, nor logarithms of probabilities, whose softmax they are of."""
     bounded = copy.deepcopy(classifier())
     with torch.no_grad():
         bounded[3].weight.mul_(1e-3)
         bounded[3].bias.fill_(0.1)
+    small = After(lambda z: z.detach() / 100).eval()
+    relu = [nn.Sequential(classifier(), nn.ReLU()).eval(), After(lambda z: 0 * z).eval()]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for model in (bounded, nn.Sequential(classifier(), nn.LogSoftmax(1)).eval(), single()):
-            Deletion(model, steps=2).update(IMAGES, 0, input_x_gradient)
+        for model in (bounded, small, *relu, nn.Sequential(classifier(), nn.LogSoftmax(1)).eval(), single()):
+            Deletion(model, steps=2).update(IMAGES, 0, None, maps=IMAGES)
         ends = nn.Sequential(classifier(), nn.Softmax(1)).eval()
         Infidelity(ends, samples=2, sizes=(4,)).update(IMAGES, 0, input_x_gradient)
