@@ -18,14 +18,18 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     Raises
     ------
     InputError
-        A setting is not ``key=value``.
+        A setting is not ``key=value``, is given twice, or none follows the colon.
     """
-    name, _, rest = spec.partition(":")
+    name, colon, rest = spec.partition(":")
+    if colon and not rest.strip():
+        raise InputError(f"{spec!r}: no settings follow the colon; write {name}, or {name}:key=value")
     settings: dict[str, Any] = {}
     for piece in _COMMA.split(rest) if rest else ():
         key, equals, value = piece.partition("=")
         if not equals or not key.strip().isidentifier():
             raise InputError(f"{spec!r}: {piece!r} is not key=value; write {name}:key=value,key=value")
+        if key.strip() in settings:
+            raise InputError(f"{spec!r}: {key.strip()} is given twice")
         settings[key.strip()] = literal(value.strip())
     return name, settings
 

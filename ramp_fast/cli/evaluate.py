@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import re
 import sys
 import time
 import warnings
@@ -115,8 +114,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from ramp_fast.store import check_free, check_writable
 
     started = time.perf_counter()
-    for spec in (arguments.metric or []) + (arguments.method or []):
-        _check_settings(spec)
     check_writable(arguments.out)
     for name in FILES + (PLOTS if arguments.plots else ()):
         check_free(Path(arguments.out) / name)  # hours later would be late
@@ -237,17 +234,6 @@ def _draw(figure: Figure, path: Path) -> None:
     figure.savefig(buffer, dpi=120, format="png")
     with Image.open(buffer, formats=["PNG"]) as picture:
         save_picture(path, picture)
-
-
-def _check_settings(spec: str) -> None:
-    """Refuse a name with a colon and nothing behind it, and a setting that is given twice."""
-    name, colon, rest = spec.partition(":")
-    if colon and not rest.strip():
-        raise InputError(f"{spec!r}: no settings follow the colon; write {name}, or {name}:key=value")
-    keys = re.findall(r"(?:^|,)\s*(\w+)\s*=", rest)
-    twice = next((key for key in keys if keys.count(key) > 1), None)
-    if twice is not None:
-        raise InputError(f"{spec!r}: {twice} is given twice")
 
 
 def _class_number(name: str, value: Any) -> int:
