@@ -72,10 +72,10 @@ ENDS = ["one", "sum at the end", "ReLU at the end", "tanh at the end", "sigmoid 
 )
 def test_the_map_is_that_of_the_class(head: str, precision: str) -> None:
     count = 0
-    for seed in range(6):
+    for seed in range(4):
         torch.manual_seed(seed)
         model = Heads(head, 2 + seed % 2, (1.0, 1e-7, 1e7)[seed % 3])
-        maps, expected = affected(model, torch.randn(3, 3, 8, 8), precision, ("abslrp", "abslrp-release")[seed // 4])
+        maps, expected = affected(model, torch.randn(3, 3, 8, 8), precision, ("abslrp", "abslrp-release")[seed // 3])
         count += len(maps)
         assert torch.equal(maps, expected)
     assert count or head == "one"
