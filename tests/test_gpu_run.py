@@ -18,6 +18,7 @@ from ramp_fast import ops
 RUN = Path(__file__).parents[1] / "bench" / "gpu" / "run.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(ops.unavailable("cpu")), reason="runs the CPU kernels")
 def test_on_a_cpu(tmp_path: Path) -> None:
     only = "check:mask,check:mass,golden,network:vgg,time:mass,time:linear_p"

@@ -186,7 +186,7 @@ def test_another_backend_is_recorded_apart(log: list[str]) -> None:
     assert log == []
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "resnet")) for n in FAMILIES])
 def test_an_engine_gives_the_same_maps_from_recordings(name: str, log: list[str]) -> None:
     model = FAMILIES[name]()
     plain = Engine(model, precision="float32", micro_batch=2, cuda_graphs=False)

@@ -232,7 +232,7 @@ def test_only_images_in_host_memory_go_this_way() -> None:
     assert not any(transfer._overlaps(*pair) for pair in ((cuda, cuda), (CPU, CPU), (CPU, cuda)))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "resnet")) for n in FAMILIES])
 def test_an_engine_gives_the_same_maps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(FAMILIES[name](), precision="float32", micro_batch=2)
     batch = images(5)
