@@ -677,7 +677,8 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "a recurrent layer": (Recurrent(), r"lstm\.input \(recurrent.*\n?.*in  layer"),
     "random numbers": (Fn(lambda x: x + torch.rand(6)), "draws random numbers"),
     "a branch": (
-        Fn(lambda x: torch.cond(x.amax() > 0, lambda t: t.relu(), lambda t: t * 2.0, (x,))), r"cond \(write|higher order"
+        Fn(lambda x: torch.cond(x.amax() > 0, lambda t: t.relu(), lambda t: t * 2.0, (x,))),
+        r"cond \(write it with|higher order",
     ),
     "flex_attention": (Fn(lambda x: flex_attention(x, x, x)), "flex_attention"),
     "the batch's own statistics": (
