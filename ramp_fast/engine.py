@@ -46,7 +46,7 @@ NORMALIZATIONS = ("max", "sum", "none")
 # one capture at a time, and no look at a model meanwhile.
 _CAPTURE = threading.Lock()
 
-# Captures in vain after which a change of an attribute is no longer a reason for one.
+# After so many captures that gave the same graph, a change of an attribute is no longer a reason for one.
 _VAIN_CAPTURES = 3
 
 # Below this the stabilizer no longer tames the rounding of a reduced-precision forward pass.
@@ -511,7 +511,7 @@ class Engine:
         self._structure = self._weights = self._last = None
 
     def _learn(self, shape: tuple[int, int, int], graph: Graph) -> None:
-        """Stop watching attributes that change and change, and nothing of what the model computes with them."""
+        """Stop watching attributes that have changed several times without any effect on the captured graph."""
         former = self._former.pop(shape, None)
         if former is None or former != graph.signature:
             return
@@ -602,7 +602,7 @@ class _Target:
 
     def _require_no_contrast(self) -> None:
         if self.contrast:
-            raise InputError('a seed says itself what speaks against a class: pass contrast="none"')
+            raise InputError('a seed holds the relevance for and against every class: pass contrast="none"')
 
     @property
     def seeded(self) -> bool:

@@ -44,7 +44,7 @@ class Structure:
     """Modules of a model with everything in their attributes that its forward pass may read."""
 
     def __init__(self, model: torch.nn.Module, unwatched: Collection[str] = ()) -> None:
-        self.model, self.unwatched = model, unwatched
+        self.unwatched = unwatched
         self.tensors: dict[str, Tensor] = {}  # that are neither parameters nor buffers
         self._copies: list[tuple[str, Any, Any]] = []
         self._empty: list[Any] = []

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ramp_fast import Engine
+from ramp_fast import Engine, gemm
 from ramp_fast.rules import AbsLRP, RelativeStabilizer
 
 
@@ -89,4 +89,24 @@ def test_transformers_with_two_heads(precision: str) -> None:
         maps, expected = affected(distilled(2, 0.1), torch.randn(3, 3, 16, 16), precision, "abslrp")
         count += len(maps)
         assert torch.equal(maps, expected)
+    assert count
+
+
+@pytest.mark.parametrize("head", ["two averaged", "copies averaged"])
+def test_relevance_that_is_lost_stays_lost(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where products round P and D apart, as those do that scale every row by its own largest number."""
+    product = gemm.Matrix.__call__
+
+    def rounded(self: gemm.Matrix, x: Tensor) -> Tensor:
+        y = product(self, x)
+        rows = torch.arange(y[..., 0].numel(), dtype=y.dtype).view(*y.shape[:-1], 1)
+        return y * (1 + 1e-12 * rows)
+
+    monkeypatch.setattr(gemm.Matrix, "__call__", rounded)
+    count = 0
+    for seed in range(4):
+        torch.manual_seed(seed)
+        maps, expected = affected(Heads(head), torch.randn(3, 3, 8, 8), "float64", "abslrp")
+        count += len(maps)
+        torch.testing.assert_close(maps, expected, rtol=1e-9, atol=1e-12)
     assert count
