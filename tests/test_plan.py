@@ -9,7 +9,11 @@ from torch import nn
 
 from ramp_fast import Engine, ops
 from ramp_fast import graph as g
+from ramp_fast.gemm import cpu_has_bf16
 from ramp_fast.relevance import Bookkeeping, Contribution
+
+# Convolutions compute what is behind them under "mixed" with bfloat16 coefficients alone (gemm.fuses_convolutions).
+needs_bfloat16 = pytest.mark.skipif(not cpu_has_bf16(), reason="the processor has no bfloat16")
 
 
 class Clamp(nn.Module):
@@ -103,11 +107,9 @@ def fused(engine: Engine) -> dict[str, str]:
     return {s.node.module: s.operation.forward_kernel for s in engine.plan.steps if s.node.kind == g.CONV}
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("shortcut_first", [False, True])
-def test_convolutions_compute_the_batch_norms_and_sums_behind_them(
-    shortcut_first: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ramp_fast.gemm.cpu_has_bf16", lambda: True)
+def test_convolutions_compute_the_batch_norms_and_sums_behind_them(shortcut_first: bool) -> None:
     model = Residual(shortcut_first)
     engine = Engine(model, input_shape=(3, 16, 16))
     kernels = {module: kernel.partition(" > ")[2] for module, kernel in fused(engine).items()}
@@ -217,15 +219,18 @@ def test_what_leaves_a_batch_norm_is_centred() -> None:
     torch.testing.assert_close(pulled.c[1], torch.zeros_like(p[0]), rtol=0, atol=1e-5)  # N has become P
 
 
-def test_convolutions_are_fused_where_coefficients_are_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convolutions_are_not_fused_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ramp_fast.gemm.cpu_has_bf16", lambda: False)
     assert not any(" > " in kernel for kernel in fused(Engine(Residual(), input_shape=(3, 16, 16))).values())
-    monkeypatch.setattr("ramp_fast.gemm.cpu_has_bf16", lambda: True)
+
+
+@needs_bfloat16
+def test_convolutions_are_fused_where_coefficients_are_bfloat16() -> None:
     assert all(" > " in kernel for kernel in fused(Engine(Residual(), input_shape=(3, 16, 16))).values())
 
 
-def test_what_convolutions_compute_as_well_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ramp_fast.gemm.cpu_has_bf16", lambda: True)
+@needs_bfloat16
+def test_what_convolutions_compute_as_well_is_counted_once() -> None:
     plan = Engine(Residual(), input_shape=(3, 16, 16)).plan
     steps = [s for s in plan.steps if s.operation is not None and s.operation.facts.computed_in is not None]
     assert len(steps) == 7  # five BatchNorms and two sums
