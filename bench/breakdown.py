@@ -27,7 +27,7 @@ from ramp_fast import Engine
 from ramp_fast import graph as g
 from ramp_fast.gemm import Matrix
 from ramp_fast.graph import Node
-from ramp_fast.rules.moves import Parts
+from ramp_fast.rules.rearrange import Parts
 
 SIDES = 2  # right-hand sides with contrast
 

@@ -18,7 +18,7 @@ from operands import Sizes, count_bytes, operands, tensors
 from torch import Tensor
 
 from ramp_fast import ops
-from ramp_fast.heap import keep_freed_memory
+from ramp_fast.runtime.heap import keep_freed_memory
 
 keep_freed_memory()  # as an engine does: results would be fresh pages, cleared one by one, each time
 SIZES = Sizes()

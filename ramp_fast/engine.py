@@ -16,21 +16,22 @@ import torch
 from torch import Tensor
 
 from ramp_fast import graph as g
-from ramp_fast import ops, rules, transfer
+from ramp_fast import ops, rules
 from ramp_fast._checks import finite_samples, flag, is_whole, positive
-from ramp_fast._patched import warn_of_patches
 from ramp_fast.capture import capture, static_batch
+from ramp_fast.capture.model_checks import check_model, require_module
+from ramp_fast.capture.model_state import Structure, Weights
+from ramp_fast.capture.passes import canonicalize
+from ramp_fast.capture.patched import warn_of_patches
 from ramp_fast.errors import InputError
 from ramp_fast.gemm import exact_float32, precision_for
 from ramp_fast.graph import Graph
-from ramp_fast.heap import keep_freed_memory
-from ramp_fast.model_checks import check_model, require_module
-from ramp_fast.model_state import Structure, Weights
-from ramp_fast.passes import canonicalize
 from ramp_fast.plan import Plan
-from ramp_fast.replay import Recordings, on, records
 from ramp_fast.rules.abslrp import AbsLRP, RelativeStabilizer
-from ramp_fast.runtime import GROUP, Groups, forward, run
+from ramp_fast.runtime import host_copies as transfer
+from ramp_fast.runtime.cuda_graphs import Recordings, on, records
+from ramp_fast.runtime.heap import keep_freed_memory
+from ramp_fast.runtime.run import GROUP, Groups, forward, run
 
 if TYPE_CHECKING:
     from ramp_fast.evaluation import Data, Evaluation

@@ -248,3 +248,25 @@ class Graph:
 
 def _in_order(nodes: list[Node], position: dict[int, int]) -> bool:
     return all(position[id(ref)] < position[id(n)] for n in nodes for ref in n.references())
+
+
+def only_user(users: dict[Node, list[Node]], node: Node) -> Node | None:
+    """The node that alone reads ``node``, if there is one."""
+    return users[node][0] if len(users[node]) == 1 else None
+
+
+def copied(node: Node) -> Node:
+    """A node of its own with the same call."""
+    return Node(
+        node.name,
+        node.kind,
+        node.target,
+        node.args,
+        dict(node.kwargs),
+        list(node.operands),
+        dict(node.params),
+        node.module,
+        node.shape,
+        node.example,
+        node.batch,
+    )

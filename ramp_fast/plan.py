@@ -12,10 +12,10 @@ import torch
 from ramp_fast import graph as g
 from ramp_fast.gemm import Geometry, Precision, fuses_convolutions
 from ramp_fast.graph import Graph, Node
-from ramp_fast.heap import HeldHeap
 from ramp_fast.rules.abslrp import AbsLRP
 from ramp_fast.rules.base import Facts, Operation
 from ramp_fast.rules.junctions import plain_sum
+from ramp_fast.runtime.heap import HeldHeap
 
 
 @dataclass

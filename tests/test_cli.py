@@ -31,7 +31,7 @@ from ramp_fast.cli import attribute
 from ramp_fast.data import ClassNames, Preprocessing, read_image
 from ramp_fast.errors import RampFastError, UnsupportedModelError
 from ramp_fast.models import LoadedModel, ModelError, load_model, read_checkpoint
-from ramp_fast.store import read_result
+from ramp_fast.results.store import read_result
 
 SMALL = "test_vit"  # timm's own miniature, 0.4 M parameters
 SIZE = 32  # pixels: four patches

@@ -19,7 +19,7 @@ from ramp_fast import cli, models
 from ramp_fast.data import ClassNames, Preprocessing
 from ramp_fast.evaluation import Evaluation
 from ramp_fast.methods import METHODS, MethodEntry
-from ramp_fast.store import save_picture
+from ramp_fast.results.store import save_picture
 
 NAMES = ("cat", "dog", "fox")
 

@@ -20,7 +20,7 @@ from ramp_fast.errors import InputError
 from ramp_fast.evaluation import Evaluation
 from ramp_fast.metrics.base import Result as Metric
 from ramp_fast.models import ModelError, read_checkpoint
-from ramp_fast.store import DamagedResultError, Result, State, Store, read_result
+from ramp_fast.results.store import DamagedResultError, Result, State, Store, read_result
 
 MUTATIONS = 60  # of each file
 

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from small_models import CLASSES, FAMILIES, SIZE, images, resnet, vgg, vit
 from torch import Tensor, nn
 
-from ramp_fast import Engine, InputError, UnsupportedModelError, runtime
+from ramp_fast import Engine, InputError, UnsupportedModelError
 from ramp_fast import engine as engine_module
 from ramp_fast.plan import Plan
 from ramp_fast.rules import AbsLRP, RelativeStabilizer
+from ramp_fast.runtime import run as runtime
 
 # Relative to the largest entry of a map. Batching changes the order of sums in matrix products and nothing else.
 MICRO_BATCH = {

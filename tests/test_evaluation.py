@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ramp_fast import Engine, InputError
 from ramp_fast.data import Batch
 from ramp_fast.evaluation import Evaluation, EvaluationError, Evaluator, evaluate
-from ramp_fast.marks import is_own
 from ramp_fast.methods import input_x_gradient
 from ramp_fast.metrics import GAE, Deletion, PointingGame
 from ramp_fast.metrics.base import Result
+from ramp_fast.results.marks import is_own
 from ramp_fast.specs import parse_spec
 
 METRICS = ["gae:steps=3", "deletion:steps=4,granularity=patch:4", "sparseness"]

@@ -12,9 +12,9 @@ from small_models import SIZE, images, vgg, vit
 from torch import Tensor, nn
 
 from ramp_fast import Engine
+from ramp_fast.capture.model_checks import check_model
 from ramp_fast.errors import UnsupportedModelError
 from ramp_fast.methods import make_method
-from ramp_fast.model_checks import check_model
 
 SHAPE = (3, SIZE, SIZE)
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ramp_fast import Engine, model_state
+from ramp_fast import Engine
 from ramp_fast import engine as engine_module
+from ramp_fast.capture import model_state
 from ramp_fast.ops import checksum as checksums
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ramp_fast import Engine, ops
 from ramp_fast import graph as g
 from ramp_fast.gemm import cpu_has_bf16
-from ramp_fast.relevance import Bookkeeping, Contribution
+from ramp_fast.rules.masses import Bookkeeping, Contribution
 
 # Convolutions compute what is behind them under "mixed" with bfloat16 coefficients alone (gemm.fuses_convolutions).
 needs_bfloat16 = pytest.mark.skipif(not cpu_has_bf16(), reason="the processor has no bfloat16")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ramp_fast.errors import InputError
-from ramp_fast.render import MARGIN, blend, colourise, contact_sheet, overlay, scale_of
+from ramp_fast.results.render import MARGIN, blend, colourise, contact_sheet, overlay, scale_of
 
 
 def test_red_is_positive_blue_is_negative_white_is_zero() -> None:

@@ -12,8 +12,9 @@ import torch
 from small_models import CLASSES, FAMILIES, images
 from torch import Tensor
 
-from ramp_fast import Engine, ops, replay
+from ramp_fast import Engine, ops
 from ramp_fast import engine as engine_module
+from ramp_fast.runtime import cuda_graphs as replay
 
 Outputs = tuple[Tensor, ...]
 

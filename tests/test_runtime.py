@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ramp_fast.heap import HeldHeap
+from ramp_fast.runtime.heap import HeldHeap
 
 # Is a block of 20 MB mapped for itself? (Then freeing it unmaps it.)
 MAPPED = """
 import ctypes, torch
-from ramp_fast.heap import keep_freed_memory
+from ramp_fast.runtime.heap import keep_freed_memory
 
 class Statistics(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd u s f d k".split()]
@@ -54,7 +54,7 @@ def test_large_blocks_come_from_the_heap(keep: bool, tmp_path: Path) -> None:
 # Does the held block lie above all others, and the heap stay as long as it is when they are freed?
 HELD = """
 import ctypes, torch
-from ramp_fast.heap import HeldHeap, keep_freed_memory
+from ramp_fast.runtime.heap import HeldHeap, keep_freed_memory
 
 class Statistics(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd u s f d k".split()]

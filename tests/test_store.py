@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ramp_fast import store as store_module
-from ramp_fast.store import (
+from ramp_fast.results import store as store_module
+from ramp_fast.results.store import (
     Result,
     State,
     Store,

@@ -14,7 +14,8 @@ import torch
 from small_models import CLASSES, FAMILIES, images
 from torch import Tensor
 
-from ramp_fast import Engine, transfer
+from ramp_fast import Engine
+from ramp_fast.runtime import host_copies as transfer
 
 CPU = torch.device("cpu")
 

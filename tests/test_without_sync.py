@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from ramp_fast import Engine, gemm, rules
 from ramp_fast import graph as g
 from ramp_fast.capture import capture
+from ramp_fast.capture.passes import canonicalize
 from ramp_fast.engine import _Target
 from ramp_fast.gemm import precision_for
-from ramp_fast.passes import canonicalize
 from ramp_fast.plan import Plan
 from ramp_fast.rules import AbsLRP, RelativeStabilizer
-from ramp_fast.runtime import run
+from ramp_fast.runtime.run import run
 
 CUDA = torch.device("cuda", 0)
 

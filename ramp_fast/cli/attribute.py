@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from ramp_fast.data import ImageError, ImageItem, Problem
     from ramp_fast.models import LoadedModel
-    from ramp_fast.store import Store
+    from ramp_fast.results.store import Store
 
 __all__ = ["add_command", "make_engine"]
 
@@ -182,7 +182,7 @@ class _Report:
 def _attribute(arguments: argparse.Namespace) -> int:
     from ramp_fast.data import ImageItem, find_images
     from ramp_fast.demo import demo_photographs
-    from ramp_fast.store import check_writable
+    from ramp_fast.results.store import check_writable
 
     started = time.perf_counter()
     photographs = [str(p) for p in demo_photographs()]
@@ -220,7 +220,7 @@ def _attribute(arguments: argparse.Namespace) -> int:
 def _attribute_all(
     arguments: argparse.Namespace, paths: Sequence[str], items: Iterable[ImageItem | Problem], report: _Report
 ) -> None:
-    from ramp_fast.store import Store, check_free
+    from ramp_fast.results.store import Store, check_free
 
     if arguments.overlay and arguments.sheet and (len(paths) > 1 or os.path.isdir(paths[0])):
         check_free(Path(arguments.out) / SHEET)  # hours later would be late
@@ -319,7 +319,7 @@ class _Job:
                 yield entry
 
     def _is_done(self, item: ImageItem) -> bool:
-        from ramp_fast.store import State
+        from ramp_fast.results.store import State
 
         if self.arguments.overwrite:
             return False
@@ -331,7 +331,7 @@ class _Job:
 
     def _may_write(self, item: ImageItem) -> bool:
         """Whether its result can have its names: asked before anything is computed."""
-        from ramp_fast.store import StoreError
+        from ramp_fast.results.store import StoreError
 
         try:
             self.store.check_free(item.key, item.path)
@@ -375,7 +375,7 @@ class _Job:
 
     def _read(self, item: ImageItem) -> _Read:
         from ramp_fast.data import ImageError, read_image
-        from ramp_fast.store import fingerprint
+        from ramp_fast.results.store import fingerprint
 
         try:
             image = fingerprint(item.path)  # before: if the file changes meanwhile, the result is that of the old one
@@ -420,8 +420,8 @@ class _Job:
     ) -> None:
         import numpy
 
-        from ramp_fast.render import overlay
-        from ramp_fast.store import Result, StoreError
+        from ramp_fast.results.render import overlay
+        from ramp_fast.results.store import Result, StoreError
 
         if not (numpy.isfinite(relevance).all() and numpy.isfinite(logits).all()):
             self.store.discard(read.item.key)  # of other settings, which would pass for this one's
@@ -453,8 +453,8 @@ class _Job:
         """Write the contact sheet of the first images, those finished before included, or remove an old one."""
         from PIL import Image
 
-        from ramp_fast.render import contact_sheet
-        from ramp_fast.store import check_free, save_picture
+        from ramp_fast.results.render import contact_sheet
+        from ramp_fast.results.store import check_free, save_picture
 
         path = self.store.folder / SHEET
         pictures, digests = [], {}
@@ -475,7 +475,7 @@ class _Job:
         """Remove the sheet of an earlier run if it is damaged, or shows a picture that is no longer there."""
         from PIL import Image
 
-        from ramp_fast.store import check_free
+        from ramp_fast.results.store import check_free
 
         path = self.store.folder / SHEET
         try:

@@ -111,7 +111,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise RampFastError("plots need matplotlib: pip install 'ramp_fast[evaluate]', or pass --no-plots")
     from ramp_fast.demo import demo_photographs
     from ramp_fast.evaluation import Evaluator
-    from ramp_fast.store import check_free, check_writable
+    from ramp_fast.results.store import check_free, check_writable
 
     started = time.perf_counter()
     check_writable(arguments.out)
@@ -208,7 +208,7 @@ def _write(result: Evaluation, arguments: argparse.Namespace) -> None:
 
 def _remove_earlier(arguments: argparse.Namespace, names: Sequence[str] = (*FILES[1:], *PLOTS)) -> None:
     """Remove what an earlier run has left: its tables and plots do not belong to the new evaluation.json."""
-    from ramp_fast.marks import is_own
+    from ramp_fast.results.marks import is_own
 
     for path in (Path(arguments.out) / name for name in names):
         with contextlib.suppress(OSError):  # there is none, or it is no file
@@ -218,7 +218,7 @@ def _remove_earlier(arguments: argparse.Namespace, names: Sequence[str] = (*FILE
 
 def _free(path: Path) -> Path:
     """The path, once more: a file of the user's may have got this name during the evaluation."""
-    from ramp_fast.store import check_free
+    from ramp_fast.results.store import check_free
 
     check_free(path)
     return path
@@ -228,7 +228,7 @@ def _draw(figure: Figure, path: Path) -> None:
     """Write a figure as other pictures of this package, so that it is not taken for a photograph."""
     from PIL import Image
 
-    from ramp_fast.store import save_picture
+    from ramp_fast.results.store import save_picture
 
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")

@@ -24,7 +24,7 @@ from ramp_fast.data.images import ImageError, OwnPictureError, opened, read_imag
 from ramp_fast.data.preprocessing import Preprocessing
 from ramp_fast.data.reading import read_ahead, usual_workers
 from ramp_fast.errors import InputError
-from ramp_fast.marks import is_own
+from ramp_fast.results.marks import is_own
 
 __all__ = ["LAYOUTS", "VOC_CLASSES", "Batch", "Dataset", "Example", "batches", "open_data"]
 

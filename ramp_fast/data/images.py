@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ramp_fast._files import open_regular, reason
 from ramp_fast.errors import RampFastError
-from ramp_fast.marks import SOFTWARE
+from ramp_fast.results.marks import SOFTWARE
 
 __all__ = ["FORMATS", "MAX_ASPECT", "MAX_DECODED_BYTES", "ImageError", "OwnPictureError", "read_image"]
 

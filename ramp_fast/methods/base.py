@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ramp_fast.capture.model_checks import in_training
 from ramp_fast.errors import InputError, UnsupportedModelError
-from ramp_fast.model_checks import in_training
 
 Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``(model, images [N, C, H, W], target [N]) -> maps [N, C or 1, H, W]``."""

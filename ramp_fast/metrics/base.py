@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ramp_fast._checks import finite_samples, positive
+from ramp_fast.capture.model_checks import in_training
 from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
-from ramp_fast.heap import keep_freed_memory
 from ramp_fast.methods import Method
-from ramp_fast.model_checks import in_training
 from ramp_fast.rules import name_of
+from ramp_fast.runtime.heap import keep_freed_memory
 
 # Images that a metric makes at a time (masked copies, perturbed images) take about this many bytes, unless
 # ``batch_size`` says how many go through the model together. On CPUs that is eight images of 224 x 224: with more of

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import zlib
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, get_num_threads
 
 from ramp_fast.ops._registry import extension
@@ -67,3 +69,26 @@ def whole_checksum(tensor: Tensor) -> int:
         np.array(addresses, np.uint64), np.array(sizes, np.int64), np.zeros(count, np.uint8), get_num_threads()
     )
     return hash(sums.tobytes())
+
+
+class TensorIdentity(NamedTuple):
+    """Where a tensor lies, how often PyTorch knows that it was written to, and what it looks like."""
+
+    address: int
+    version: int | None
+    layout: tuple[Any, ...]  # what a captured graph depends on
+
+
+def tensor_identity(tensor: Tensor) -> TensorIdentity:
+    """What changes where a tensor is replaced, and with most writes to it."""
+    plain = tensor.layout == torch.strided and not tensor.is_meta
+    return TensorIdentity(
+        tensor.data_ptr() if plain else id(tensor),
+        None if tensor.is_inference() else tensor._version,
+        (tensor.shape, tensor.dtype, tensor.device, tensor.stride() if plain else ()),
+    )
+
+
+def content_key(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """What tells apart tensors with other values: packed weights are shared where it is the same."""
+    return tuple((tensor_identity(t), whole_checksum(t)) for t in tensors)

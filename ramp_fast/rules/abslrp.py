@@ -19,7 +19,7 @@ from ramp_fast import graph as g
 from ramp_fast._checks import flag, is_number
 from ramp_fast.graph import Node
 from ramp_fast.ops._common import divide
-from ramp_fast.relevance import Contribution, unit_mass
+from ramp_fast.rules.attention import Attention, Softmax
 from ramp_fast.rules.base import Facts, Operation
 from ramp_fast.rules.diagonal import (
     Absorbed,
@@ -35,9 +35,10 @@ from ramp_fast.rules.diagonal import (
     Scale,
     Shift,
 )
-from ramp_fast.rules.junctions import Add, Attention, Bilinear, Choice, Matmul, Mul, Softmax
-from ramp_fast.rules.moves import Decision, Join, Move, Part, Parts
+from ramp_fast.rules.junctions import Add, Bilinear, Choice, Matmul, Mul
+from ramp_fast.rules.masses import Contribution, unit_mass
 from ramp_fast.rules.pools import Extreme, Function, LinearMap, LinearPool, MaxPool
+from ramp_fast.rules.rearrange import Decision, Join, Move, Part, Parts
 from ramp_fast.rules.weighted import Conv, Linear
 
 

@@ -13,8 +13,8 @@ from ramp_fast import graph as g
 from ramp_fast import ops
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
-from ramp_fast.relevance import Bookkeeping, Contribution, unit_mass
 from ramp_fast.rules.gradients import gradient
+from ramp_fast.rules.masses import Bookkeeping, Contribution, unit_mass
 
 
 class Flow(NamedTuple):

@@ -14,9 +14,9 @@ from ramp_fast import graph as g
 from ramp_fast import ops
 from ramp_fast.graph import Node
 from ramp_fast.ops._common import divide
-from ramp_fast.relevance import Bookkeeping, Contribution
 from ramp_fast.rules.base import Facts, Flow, Operation, Values, gate, reduce_to
 from ramp_fast.rules.gradients import gradient
+from ramp_fast.rules.masses import Bookkeeping, Contribution
 from ramp_fast.rules.weighted import affine
 
 

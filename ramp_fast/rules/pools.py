@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ramp_fast import ops
 from ramp_fast.graph import Node
-from ramp_fast.relevance import Bookkeeping, Contribution
 from ramp_fast.rules.base import Facts, Flow, Operation, Values, vjp
+from ramp_fast.rules.masses import Bookkeeping, Contribution
 
 aten = torch.ops.aten
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from ramp_fast import gemm
 from ramp_fast import graph as g
 from ramp_fast.graph import Node
-from ramp_fast.relevance import Bookkeeping, Contribution
 from ramp_fast.rules.base import Flow, Operation, Values, selected
+from ramp_fast.rules.masses import Bookkeeping, Contribution
 
 # Below this sums of float32 cannot overflow, whatever the rounding of the bound.
 _OVERFLOW = 1e37
@@ -24,18 +24,18 @@ Pullback = TypeVar("Pullback", bound=gemm.Packed)
 
 
 class _Weighted(Operation, GenericType[Pullback]):
-    maps: gemm.Maps
+    layer: gemm.PackedLayer
 
     @property
-    def forward_map(self) -> gemm.Map:
-        return self.maps.forward
+    def forward_map(self) -> gemm.LinearOp:
+        return self.layer.forward
 
     @property
     def pullback_map(self) -> Pullback:
-        pullback: Pullback = self.maps.pullback
+        pullback: Pullback = self.layer.pullback
         return pullback
 
-    def pack(self, constants: dict[Node, Any]) -> tuple[gemm.Map, Pullback]:
+    def pack(self, constants: dict[Node, Any]) -> tuple[gemm.LinearOp, Pullback]:
         raise NotImplementedError
 
     def prepare(self, constants: dict[Node, Any]) -> None:
@@ -45,9 +45,9 @@ class _Weighted(Operation, GenericType[Pullback]):
             sources = tuple(n.params["tensor"] for n in references)
             options = repr(g.map_nodes(lambda n: references.index(n), params))
             kind = self.node.kind, options, self.node.operands[0].example[1:], self.facts.positive_input
-            self.maps = gemm.shared_maps((*kind, self.facts.precision), sources, lambda: self.pack(constants))
+            self.layer = gemm.shared_layer((*kind, self.facts.precision), sources, lambda: self.pack(constants))
         else:  # weights that the model computes
-            self.maps = gemm.Maps(*self.pack(constants), ())
+            self.layer = gemm.PackedLayer(*self.pack(constants), ())
         self.forward_kernel = self.forward_map.kernel
         self.pullback_kernel = self.pullback_map.kernel
 
@@ -112,7 +112,7 @@ def _fold(
 
 
 class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
-    def pack(self, constants: dict[Node, Any]) -> tuple[gemm.Map, gemm.Matrix | gemm.Selection]:
+    def pack(self, constants: dict[Node, Any]) -> tuple[gemm.LinearOp, gemm.Matrix | gemm.Selection]:
         weight, bias = self.effective(constants)
         # The factor 2 is exact in every binary format: it goes into the weights.
         doubled = (2 * weight).to(self.facts.precision.pullback)
@@ -147,14 +147,14 @@ class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
 class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.PhaseSelection"]):
     def pack(
         self, constants: dict[Node, Any]
-    ) -> tuple[gemm.Map, gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.PhaseSelection]:
+    ) -> tuple[gemm.LinearOp, gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.PhaseSelection]:
         weight, bias = self.effective(constants)
         p = self.node.params
         geometry = gemm.Geometry.of(p)
         size = self.node.operands[0].example[2:]
         tiles = len(size) == 2 and geometry.tiles(weight, *size)
         doubled = (2 * weight).to(self.facts.precision.pullback)
-        forward: gemm.Map
+        forward: gemm.LinearOp
         if tiles:
             forward = gemm.PatchForward(weight, bias)
         else:

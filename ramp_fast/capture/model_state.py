@@ -14,14 +14,14 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, get_num_threads
 from torch.nn.modules import module as hooks_of_all_modules
 
-from ramp_fast.ops.checksum import PIECE, checksum, pieces, whole_checksum
+from ramp_fast.ops.checksum import PIECE, checksum, pieces, tensor_identity
 
 # Attributes of attributes of modules are looked at, no deeper: configurations, not what they refer to.
 _DEPTH = 2
@@ -177,21 +177,6 @@ def _differing(path: str, value: Any, copy: Any) -> list[str]:
     return [f"{path}.{key}" for key in keys if not same(key)]
 
 
-class _Identity(NamedTuple):
-    address: int
-    version: int | None
-    layout: tuple[Any, ...]  # what a captured graph depends on
-
-
-def _identity(tensor: Tensor) -> _Identity:
-    plain = tensor.layout == torch.strided and not tensor.is_meta
-    return _Identity(
-        tensor.data_ptr() if plain else id(tensor),
-        None if tensor.is_inference() else tensor._version,
-        (tensor.shape, tensor.dtype, tensor.device, tensor.stride() if plain else ()),
-    )
-
-
 # What is compared of all bytes for every image.
 _BYTES_PER_IMAGE = 32 << 20
 
@@ -206,7 +191,7 @@ class Weights:
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
-        self._identities = [_identity(t) for t in tensors.values()]
+        self._identities = [tensor_identity(t) for t in tensors.values()]
         parts = [(i, *piece) for i, t in enumerate(tensors.values()) if _readable(t) for piece in pieces(t)]
         self._owner = [i for i, _, _ in parts]
         self._addresses = np.array([address for _, address, _ in parts], dtype=np.uint64)
@@ -225,7 +210,7 @@ class Weights:
         look : bool
             Whether to compare bytes at all.
         """
-        now = [_identity(t) for t in self.tensors.values()]
+        now = [tensor_identity(t) for t in self.tensors.values()]
         other = {i for i, (a, b) in enumerate(zip(now, self._identities, strict=True)) if a != b}
         layout = any(now[i].layout != self._identities[i].layout for i in other)
         if look and not other and len(self._owner):
@@ -255,8 +240,3 @@ class Weights:
 def _readable(tensor: Tensor) -> bool:
     """Whether its bytes lie in this process' memory."""
     return tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.numel() > 0
-
-
-def content_key(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-    """What tells apart tensors with other values: packed weights are shared where it is the same."""
-    return tuple((_identity(t), whole_checksum(t)) for t in tensors)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +10,9 @@ from torch import Tensor
 
 from ramp_fast.graph import Node
 from ramp_fast.plan import Plan
-from ramp_fast.relevance import Bookkeeping, Contribution, total, unit_mass
 from ramp_fast.rules.base import Flow, Values
-from ramp_fast.rules.moves import Parts
+from ramp_fast.rules.masses import Bookkeeping, Contribution, total, unit_mass
+from ramp_fast.rules.rearrange import Parts
 
 # From the logits [B, classes] to coefficients at the logits [T, B, classes] and whether they are a contrast.
 Seed = Callable[[Tensor], tuple[Tensor, bool]]
@@ -107,63 +105,6 @@ def _forward(plan: Plan, images: Tensor, kept: dict[Node, Any] | None) -> Values
         for done in step.drop_read if kept is None else step.drop_forward:
             values.drop(done)
     return values
-
-
-class Groups:
-    """How many images go through a plan together on a CPU: one, or :data:`GROUP` where that is the same and faster.
-
-    A group reads the weights once and makes fewer calls, but its activations need more cache, and library routines
-    need not treat a row of a larger problem as they treat it alone. So both are run on noise, once: groups are used
-    only if every bit agrees and they took less time, the better of two times each. What is left of a batch goes one
-    by one. The trial costs as much as ``5 * GROUP`` images: it waits until ``4 * GROUP`` have been asked for.
-    """
-
-    def __init__(self) -> None:
-        self._asked = 0
-        self._pay: dict[tuple[int, bool], bool] = {}
-
-    def sizes(self, plan: Plan, shape: torch.Size, sides: int, contrast: bool) -> list[int]:
-        """Sizes that add up to the batch of images ``shape``, with ``sides`` right-hand sides (0: logits alone)."""
-        batch = shape[0]
-        self._asked += batch
-        key = sides, contrast
-        if batch >= GROUP and self._asked >= 4 * GROUP and key not in self._pay:
-            self._pay[key] = _groups_pay(plan, shape, sides, contrast)
-        groups = batch // GROUP if self._pay.get(key, False) else 0
-        return [GROUP] * groups + [1] * (batch - groups * GROUP)
-
-
-GROUP = 4
-
-
-def _groups_pay(plan: Plan, shape: torch.Size, sides: int, contrast: bool) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn((GROUP, *shape[1:]), generator=generator, dtype=plan.precision.forward)
-    classes = plan.graph.output.example[1]
-    c = torch.rand((sides, GROUP, classes), generator=generator, dtype=plan.precision.accumulate)
-    if contrast:
-        c[sides // 2 :] = c[: sides // 2] - c[sides // 2 :]
-
-    def part(first: int, last: int) -> tuple[Tensor, ...]:
-        """Maps, with sides, and logits, each with the images first."""
-        some = images[first:last].clone()
-        if not sides:
-            return (forward(plan, some),)
-        maps, found = run(plan, some, lambda _: (c[:, first:last], contrast))
-        return maps.transpose(0, 1), found
-
-    part(0, GROUP)  # packs weights for this size where a routine needs it
-    together, alone = math.inf, math.inf
-    for _ in range(2):
-        start = time.perf_counter()
-        group = part(0, GROUP)
-        middle = time.perf_counter()
-        single = [part(i, i + 1) for i in range(GROUP)]
-        together, alone = min(together, middle - start), min(alone, time.perf_counter() - middle)
-    same = all(
-        torch.equal(torch.cat(ones), whole) for ones, whole in zip(zip(*single, strict=True), group, strict=True)
-    )
-    return together < alone and same
 
 
 def _joined(operation: Parts, parts: dict[int, Contribution], kept: Any) -> Flow | None:

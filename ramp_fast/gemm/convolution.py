@@ -1,197 +1,52 @@
-"""Matrix products and convolutions: which library routine runs them, in which precision.
-
-A weighted layer needs two linear maps: the forward one, ``W x + b``, and the pull-back of coefficients,
-``2 W+^T c`` alone or together with ``2 W-^T c``. Both are built once per set of weights.
-
-On CPUs the routines are oneDNN's with weights packed ahead: float32 there is arithmetic in float32, where MKL does not
-know the processor about a third faster than the default route; from eight rows on results do not depend on their
-number. With tile registers (AMX) matrices are :func:`ramp_fast.ops.product`'s: float32 in whole numbers of 24 bits is
-faster than oneDNN's and its errors are smaller, and oneDNN's bfloat16 products there give a row other bits in another
-batch. So they are on GPUs, for the same two reasons: float32 in parts of float16 is multiplied by tensor cores, and
-cuBLAS chooses the order of its sums by the number of rows.
-"""
+"""Convolutions, their transposes, and the library routines that run them."""
 
 from __future__ import annotations
 
 import functools
 import math
-import threading
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ramp_fast import ops
-from ramp_fast.model_state import content_key
+from ramp_fast.gemm import private_operators
+from ramp_fast.gemm.matrix import Matrix, Selection, negative_part, positive_part
+from ramp_fast.gemm.precision import Precision
 
 
 @dataclass(frozen=True)
-class Precision:
-    """Dtypes of one precision mode.
+class Geometry:
+    """Of a convolution."""
 
-    Attributes
-    ----------
-    name : str
-    forward : torch.dtype
-        Of weights and activations in the forward pass.
-    pullback : torch.dtype
-        Of coefficients and weights in the pull-back's products.
-    output : torch.dtype
-        Of maps and logits.
-    """
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
 
-    name: str
-    forward: torch.dtype
-    pullback: torch.dtype
-    output: torch.dtype
+    @classmethod
+    def of(cls, params: dict[str, Any]) -> Geometry:
+        """That of a node."""
+        return cls(params["stride"], params["padding"], params["dilation"], params["groups"])
 
-    @property
-    def accumulate(self) -> torch.dtype:
-        """For masses and scalings: never below float32."""
-        return torch.float64 if self.pullback == torch.float64 else torch.float32
+    def pixels(self, weight: Tensor) -> bool:
+        """Whether the windows are single pixels."""
+        return weight.dim() == 4 and weight.shape[2:] == (1, 1) and self.groups == 1 and not any(self.padding)
 
-
-def cpu_has_bf16() -> bool:
-    """Whether bf16 products are native on this processor (AVX512-BF16 or AMX)."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, n)()) for n in names if hasattr(torch.cpu, n))
-
-
-def precision_for(name: str, device: torch.device) -> Precision:
-    """The dtypes of precision mode ``name`` on ``device``."""
-    f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
-    if name == "float64":
-        return Precision(name, f64, f64, f64)
-    if name == "float32":
-        return Precision(name, f32, f32, f32)
-    native = device.type == "cuda" or cpu_has_bf16()
-    pull = bf16 if native else f32
-    if name == "mixed":
-        return Precision(name, f32, pull, f32)
-    return Precision(name, pull, pull, f32)
-
-
-@contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """float32 products in true float32, whatever the global flags say; the flags are restored on exit.
-
-    Nothing is written where the flags already say so, which is the default on CPUs. Of several threads in here
-    the first saves the flags and the last restores them.
-    """
-    backends: Any = torch.backends  # mkldnn.matmul and its like are set up at run time
-    flags = [backends.mkldnn.matmul, backends.mkldnn.conv]
-    if device.type == "cuda":
-        flags = [backends.cuda.matmul, backends.cudnn.conv]
-    with _FLAGS_LOCK:
-        _INSIDE.append(device)
-        for flag in flags:
-            if flag.fp32_precision not in ("none", "ieee"):
-                _SAVED.append((flag, flag.fp32_precision))
-                flag.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        with _FLAGS_LOCK:
-            _INSIDE.remove(device)
-            while _SAVED and not _INSIDE:
-                flag, value = _SAVED.pop()
-                flag.fp32_precision = "none"  # which inherits the backend's setting
-                if flag.fp32_precision != value:
-                    flag.fp32_precision = value
-
-
-_FLAGS_LOCK = threading.Lock()
-_INSIDE: list[torch.device] = []
-_SAVED: list[tuple[Any, str]] = []
-
-
-def _onednn(tensor: Tensor) -> bool:
-    return (
-        tensor.device.type == "cpu"
-        and tensor.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
-        and tensor.numel() > 0
-    )
-
-
-# oneDNN multiplies a row by another routine where it is alone; from two rows on results were equal to the last bit.
-_FEW_ROWS = 8
-
-
-def by_sample(function: Callable[..., Tensor], rows: int, operands: tuple[Tensor, ...], axis: int) -> Tensor:
-    """``function(*operands)``, where samples along ``axis`` do not show in each other's results.
-
-    On CPUs a sample at a time where each has so few rows that library products would notice the others.
-    """
-    x = operands[0]
-    if x.device.type != "cpu" or rows >= _FEW_ROWS or x.shape[axis] == 1:
-        return function(*operands)
-    samples = zip(*(t.split(1, axis) for t in operands), strict=True)
-    return torch.cat([function(*sample) for sample in samples], axis)
-
-
-def flash_attends(*operands: Tensor) -> bool:
-    """Whether FlashAttention takes q, k and v, which sums in one order for any batch.
-
-    Left to choose on a GPU, PyTorch takes cuDNN's attention for bfloat16, whose order depends on the batch (H200,
-    PyTorch 2.11: maps moved by 5e-3 of their largest number).
-    """
-    device = operands[0].device
-    if device.type != "cuda" or not torch.cuda.is_available() or not torch.backends.cuda.is_flash_attention_available():
-        return False
-    fit = all(t.dtype == torch.bfloat16 and t.dim() == 4 and t.shape[-1] in range(8, 257, 8) for t in operands)
-    return fit and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-class Packed(Protocol):
-    """Something with weights inside."""
-
-    @property
-    def kernel(self) -> str: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-
-class Map(Packed, Protocol):
-    """A linear map."""
-
-    def __call__(self, x: Tensor, /) -> Tensor: ...
-
-
-class Matrix:
-    """``x @ weight.T + bias`` over the last axis; ``weight`` is ``[out, in]``. See the module for what runs it."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.bias = bias
-        dtype = str(weight.dtype).removeprefix("torch.")
-        self.packed = _onednn(weight)
-        self.nbytes = weight.numel() * weight.element_size()
-        self.width = weight.shape[0]
-        self.tiles: Tensor | None = None
-        if weight.numel() and ops.multiplies(weight):
-            self.tiles = ops.pack_tiles(weight)
-            self.nbytes = self.tiles.numel() * self.tiles.element_size()
-            self.kernel = f"product-{dtype}"
-        elif self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-            self.kernel = f"onednn-{dtype}"
-        else:
-            self.weight = weight
-            self.kernel = f"aten-{dtype}"
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.tiles is not None:
-            return ops.product(x, self.tiles, self.bias, self.width)
-        if self.packed and x.numel():
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-            return y
-        return F.linear(x, self.weight.to_dense() if self.weight.is_mkldnn else self.weight, self.bias)
+    def tiles(self, weight: Tensor, height: int, width: int) -> bool:
+        """Whether the windows tile the image exactly."""
+        kh, kw = weight.shape[-2:]
+        return (
+            weight.dim() == 4
+            and kh * kw > 1
+            and self.groups == 1
+            and self.stride == [kh, kw]
+            and not any(self.padding)
+            and self.dilation == [1, 1]
+            and height % kh == 0
+            and width % kw == 0
+        )
 
 
 def _patches(x: Tensor, kernel: tuple[int, int]) -> Tensor:
@@ -235,25 +90,6 @@ class PatchPullback:
         return _unpatch(rows, self.size, self.channels)
 
 
-class Selection:
-    """The pull-back of a matrix ``[out, in]`` whose input has both signs: ``W+`` or ``W-`` by the input's sign."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.panels = ops.pack_panels(weight)
-        self.nbytes = self.panels.numel() * self.panels.element_size()
-        self.kernel = f"linear_pullback-{str(weight.dtype).removeprefix('torch.')} W+/W-"
-
-    def __call__(self, c: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``c`` ``[T, B, ..., out]`` at the input ``x`` ``[B, ..., in]``."""
-        return ops.linear_pullback(c, self.panels, x, dtype)
-
-    def through_norm(
-        self, c: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, contrast: bool
-    ) -> tuple[Tensor, Tensor]:
-        """On through the LayerNorm of ``x`` that the input is; with masses ``[T, B]``."""
-        return ops.linear_norm_pullback(c, self.panels, x, weight, bias, eps, contrast)
-
-
 class PatchSelection:
     """:class:`Selection` for a convolution whose windows tile the image."""
 
@@ -267,39 +103,6 @@ class PatchSelection:
         rows = self.matrix(c.permute(0, 1, 3, 4, 2).contiguous(), _patches(x, self.size), c.dtype)
         pulled = _unpatch(rows.flatten(0, 1), self.size, x.shape[1])
         return pulled.view(*c.shape[:2], *pulled.shape[1:])
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Of a convolution."""
-
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
-
-    @classmethod
-    def of(cls, params: dict[str, Any]) -> Geometry:
-        """That of a node."""
-        return cls(params["stride"], params["padding"], params["dilation"], params["groups"])
-
-    def pixels(self, weight: Tensor) -> bool:
-        """Whether the windows are single pixels."""
-        return weight.dim() == 4 and weight.shape[2:] == (1, 1) and self.groups == 1 and not any(self.padding)
-
-    def tiles(self, weight: Tensor, height: int, width: int) -> bool:
-        """Whether the windows tile the image exactly."""
-        kh, kw = weight.shape[-2:]
-        return (
-            weight.dim() == 4
-            and kh * kw > 1
-            and self.groups == 1
-            and self.stride == [kh, kw]
-            and not any(self.padding)
-            and self.dilation == [1, 1]
-            and height % kh == 0
-            and width % kw == 0
-        )
 
 
 class PixelForward:
@@ -323,7 +126,7 @@ class PixelForward:
 
 
 # Of float32 and single pixels on CPUs: from here on a product on tiles takes two thirds of the time of oneDNN's
-# convolution, and below, or of bfloat16, not less (bench/NOTES.md).
+# convolution, and below, or of bfloat16, not less (bench/LOG.md).
 _PIXEL_CHANNELS = 128
 
 
@@ -342,10 +145,10 @@ def fuses_convolutions(precision: Precision, device: torch.device) -> bool:
     """Whether what follows a convolution of images is computed in its own pass: by oneDNN on CPUs.
 
     With coefficients in bfloat16: the sign of a BatchNorm's input is told from its output then, wrongly where it hangs
-    on rounding, which shows beside float32 coefficients and does not beside these (bench/NOTES.md, "Accuracy").
+    on rounding, which shows beside float32 coefficients and does not beside these (bench/LOG.md, "Accuracy").
     """
     mixed = precision.forward == torch.float32 and precision.pullback == torch.bfloat16
-    return ops.cpu_kernels(device) and mixed and torch.backends.mkldnn.is_available()
+    return ops.cpu_kernels(device) and mixed and private_operators.convolves()
 
 
 class ConvForward:
@@ -357,7 +160,7 @@ class ConvForward:
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool = False) -> None:
         self.bias, self.geometry, self.relu = bias, geometry, relu
         dtype = str(weight.dtype).removeprefix("torch.")
-        self.packed = _onednn(weight) and weight.dim() == 4
+        self.packed = private_operators.packs_convolution(weight)
         self.kernel = f"{'onednn' if self.packed else 'aten'}-{dtype}"
         self.nbytes = weight.numel() * weight.element_size()
         self.weight = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
@@ -369,9 +172,7 @@ class ConvForward:
         cached = self.reordered
         if cached is None or cached[0] != key:
             g = self.geometry
-            weight = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, g.padding, g.stride, g.dilation, g.groups, list(key)
-            )
+            weight = private_operators.pack_convolution(self.weight, g.padding, g.stride, g.dilation, g.groups, key)
             cached = self.reordered = (key, weight)
         return cached[1]
 
@@ -388,9 +189,6 @@ class ConvForward:
 
     def _linear(self, x: Tensor, addend: Tensor | None, relu: bool) -> Tensor:
         g = self.geometry
-        where = g.padding, g.stride, g.dilation, g.groups
-        unary = "relu" if relu else "none"
-        y: Tensor
         # PyTorch 2.11 cannot add to single pixels.
         fuses = addend is None or addend.shape[2:].numel() > 1
         if not (self.packed and x.numel() and fuses):
@@ -398,14 +196,10 @@ class ConvForward:
             y = y if addend is None else y + addend
             return y.relu() if relu else y
         x = x.contiguous(memory_format=torch.channels_last)
-        pointwise = torch.ops.mkldnn._convolution_pointwise
-        if addend is None:
-            y = pointwise(x, self._weight_for(x), self.bias, *where, unary, [], "")
-        else:
+        if addend is not None:
             addend = addend.contiguous(memory_format=torch.channels_last)
-            after = unary if relu else None
-            y = pointwise.binary(x, addend, self._weight_for(x), self.bias, *where, "add", 1.0, after, [], None)
-        return y
+        where = g.padding, g.stride, g.dilation, g.groups
+        return private_operators.convolution(x, self._weight_for(x), self.bias, *where, relu, addend)
 
 
 class ConvPullback:
@@ -428,7 +222,7 @@ class ConvPullback:
             self.kernel = self.direct.kernel
         else:
             self.weight = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
-            self.packed = _onednn(weight) and weight.dim() == 4 and geometry.groups == 1
+            self.packed = private_operators.packs_transposed(weight) and geometry.groups == 1
             self.reordered: tuple[tuple[int, ...], Tensor] | None = None
             self.kernel = f"{'onednn' if self.packed else 'aten'}-transposed-{dtype}"
             reach = [
@@ -455,24 +249,13 @@ class ConvPullback:
             key = tuple(c.shape)
             cached = self.reordered
             if cached is None or cached[0] != key:
-                weight = torch.ops.mkldnn._reorder_convolution_transpose_weight(
-                    self.weight, g.padding, self.output_padding, g.stride, g.dilation, g.groups, list(key)
+                weight = private_operators.pack_transposed(
+                    self.weight, g.padding, self.output_padding, g.stride, g.dilation, g.groups, key
                 )
                 cached = self.reordered = (key, weight)
-            y: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise(
-                c,
-                cached[1],
-                None,
-                g.padding,
-                self.output_padding,
-                g.stride,
-                g.dilation,
-                g.groups,
-                "none",
-                [],
-                "",
+            return private_operators.transposed(
+                c, cached[1], g.padding, self.output_padding, g.stride, g.dilation, g.groups
             )
-            return y
         return torch.convolution(
             c, self.weight, None, g.stride, g.padding, g.dilation, True, self.output_padding, g.groups
         )
@@ -535,40 +318,5 @@ class PhaseSelection:
         return ops.select_phases(acc, x.permute(0, 2, 3, 1), *self.first).permute(0, 1, 4, 2, 3)
 
 
-# Outputs of a pull-back in phases: more of them are no longer cheaper than a transposed convolution (bench/NOTES.md).
+# Outputs of a pull-back in phases: more of them are no longer cheaper than a transposed convolution (bench/LOG.md).
 _PHASE_OUTPUTS = 64
-
-
-@dataclass
-class Maps:
-    """The packed weights of one layer, and the tensors they were made of."""
-
-    forward: Map
-    pullback: Any
-    sources: tuple[Tensor, ...]
-
-
-_MAPS: weakref.WeakValueDictionary[Any, Maps] = weakref.WeakValueDictionary()
-_MAPS_LOCK = threading.Lock()
-
-
-def shared_maps(kind: tuple[Any, ...], sources: tuple[Tensor, ...], pack: Callable[[], tuple[Map, Any]]) -> Maps:
-    """What ``pack()`` makes of ``sources``, from another engine where one has packed the same weights.
-
-    The same are tensors at the same place with the same bytes (:func:`ramp_fast.model_state.content_key`). A pack lives
-    as long as an engine uses it.
-    """
-    key = kind, content_key(sources)
-    with _MAPS_LOCK:
-        maps = _MAPS.get(key)
-        if maps is None:
-            maps = _MAPS[key] = Maps(*pack(), sources)
-    return maps
-
-
-def positive_part(weight: Tensor) -> Tensor:
-    return weight.clamp_min(0)
-
-
-def negative_part(weight: Tensor) -> Tensor:
-    return weight.neg().clamp_min(0)

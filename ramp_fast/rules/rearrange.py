@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ramp_fast.graph import Node
-from ramp_fast.relevance import Bookkeeping, Contribution
 from ramp_fast.rules.base import Flow, Operation, Values, reduce_to, stacked_view, vjp
+from ramp_fast.rules.masses import Bookkeeping, Contribution
 
 _Inverse = Callable[[Tensor, Node, torch.Size], Tensor]
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ramp_fast.errors import InputError, RampFastError
+from ramp_fast.metrics.base import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ramp_fast.evaluation import Evaluation
-    from ramp_fast.metrics import Result
+Results = Mapping[str, Mapping[str, Result]]  # of methods, by metric
+About = Mapping[str, Mapping[str, Any]]  # of metrics: "higher_is_better", and "axis" where there are curves
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
@@ -32,44 +33,44 @@ def _figure(panels: int) -> tuple[Figure, list[Any]]:
     return figure, axes
 
 
-def bars(evaluation: Evaluation, metrics: Sequence[str]) -> Figure:
+def bars(results: Results, about: About, metrics: Sequence[str]) -> Figure:
     """Means with standard errors, a panel per metric and a bar per method."""
     if not metrics:
         raise InputError("there are no metrics to plot")
     figure, axes = _figure(len(metrics))
     for axis, metric in zip(axes, metrics, strict=False):
-        for place, (method, results) in enumerate(evaluation.results.items()):
-            if metric in results:
-                error = results[metric].standard_error
+        for place, (method, own) in enumerate(results.items()):
+            if metric in own:
+                error = own[metric].standard_error
                 axis.barh(
                     place,
-                    results[metric].mean,
+                    own[metric].mean,
                     xerr=error if error == error else None,
                     color=COLOURS[place % len(COLOURS)],
                     label=method,
                     error_kw={"capsize": 2, "linewidth": 1},
                 )
-        axis.set_yticks(range(len(evaluation.results)), list(evaluation.results))
+        axis.set_yticks(range(len(results)), list(results))
         axis.invert_yaxis()
-        better = "higher" if evaluation.metrics[metric]["higher_is_better"] else "lower"
+        better = "higher" if about[metric]["higher_is_better"] else "lower"
         axis.set_title(metric, fontsize="medium", wrap=True)
         axis.set_xlabel(f"{better} is better")
         axis.axvline(0, color="black", linewidth=0.8)
     return figure
 
 
-def curves(evaluation: Evaluation, metrics: Sequence[str]) -> Figure:
+def curves(results: Results, about: About, metrics: Sequence[str]) -> Figure:
     """Mean curves with bands of one standard error, a panel per metric and a colour per method."""
-    panels = [m for m in metrics if evaluation.metrics[m]["axis"]]
+    panels = [m for m in metrics if about[m]["axis"]]
     if not panels:
         raise InputError(f"none of {', '.join(metrics)} has curves")
     figure, axes = _figure(len(panels))
     for axis, metric in zip(axes, panels, strict=False):
-        about = evaluation.metrics[metric]["axis"]
-        for place, (method, results) in enumerate(evaluation.results.items()):
-            if metric in results:
-                _curves(axis, results[metric], about, method, COLOURS[place % len(COLOURS)])
-        axis.set_xlabel(about["label"])
+        lines = about[metric]["axis"]
+        for place, (method, own) in enumerate(results.items()):
+            if metric in own:
+                _curves(axis, own[metric], lines, method, COLOURS[place % len(COLOURS)])
+        axis.set_xlabel(lines["label"])
         axis.set_title(metric, fontsize="medium", wrap=True)
     axes[0].legend(fontsize="small", frameon=False)
     return figure

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ramp_fast import graph as g
+from ramp_fast.capture.linear_maps import Call, Resampling
 from ramp_fast.graph import Node
-from ramp_fast.maps import Call, Resampling
 
 Bound = dict[str, Any]
 Handler = Callable[[Node, Bound], "Node | InSteps | None"]

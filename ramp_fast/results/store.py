@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from ramp_fast._checks import flag
 from ramp_fast._files import open_regular, reason
 from ramp_fast.errors import RampFastError
-from ramp_fast.marks import NPZ_EXTRA, NPZ_TAIL, PNG_CHUNK, SOFTWARE, is_replaceable
+from ramp_fast.results.marks import NPZ_EXTRA, NPZ_TAIL, PNG_CHUNK, SOFTWARE, is_replaceable
 
 __all__ = [
     "DamagedResultError",

@@ -1,0 +1,38 @@
+"""What exporting and translating share: quiet loggers, and short words for errors and sizes."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_CHATTY = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's warnings about the model's internals from the user's terminal."""
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def known_size(size: int | torch.SymInt) -> int | None:
+    """A size that the exporter took for fixed, if it did: then it may still come as a symbol."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,194 @@
+"""Linear maps given by an operation with constant operands: the map itself and its entrywise absolute value.
+
+A rule needs ``L^T c`` and ``|L|^T c``; both come from differentiating these callables, so that no matrix is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramp_fast import graph as g
+from ramp_fast.graph import Graph, Node, copied
+
+aten = torch.ops.aten
+
+# What a linear function of one tensor is made of.
+_LINEAR_KINDS = frozenset({g.SCALE, g.MOVE, g.PARTS, g.PART})
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """The place of an argument that is given at run time: 0 is the operand, the others are constants."""
+
+    index: int
+
+
+class Call:
+    """An operation that is linear (affine) in ``source``, with everything else constant.
+
+    Parameters
+    ----------
+    node : Node
+        The operation as captured.
+    source : Node
+        The argument in which it is linear.
+    """
+
+    def __init__(self, node: Node, source: Node) -> None:
+        self.target: Callable[..., Any] = node.target
+        self.constants = list(dict.fromkeys(n for n in node.references() if n is not source))
+        places = {source: _Slot(0), **{n: _Slot(i + 1) for i, n in enumerate(self.constants)}}
+        self.args = g.map_nodes(places.__getitem__, node.args)
+        self.kwargs = g.map_nodes(places.__getitem__, node.kwargs)
+        self.__name__ = str(node.target)
+
+    def __call__(self, x: Tensor, *constants: Any) -> Tensor:
+        given = (x, *constants)
+        y: Tensor = self.target(*_filled(self.args, given), **_filled(self.kwargs, given))
+        return y
+
+    def absolute(self, x: Tensor, *constants: Any) -> Tensor:
+        """The same map with the absolute value of every entry of its matrix."""
+        return self(x, *(c.abs() if isinstance(c, Tensor) and c.is_floating_point() else c for c in constants))
+
+
+class Resampling(Call):
+    """Separable resampling of the last two axes with weights of both signs (bicubic)."""
+
+    def __init__(self, node: Node, source: Node) -> None:
+        super().__init__(node, source)
+        self.rows, self.columns = self._matrix(source, 2), self._matrix(source, 3)
+
+    def _matrix(self, source: Node, axis: int) -> Tensor:
+        """Absolute weights along ``axis``, read off by resampling the identity."""
+        sizes = list(source.example)
+        length = sizes[axis]
+        shape = [1, length, 1, 1]
+        shape[axis] = length
+        identity = torch.eye(length, dtype=torch.float64).view(shape).expand(1, length, sizes[2], sizes[3])
+        response = self(identity.contiguous())
+        return (response[0, :, :, 0] if axis == 2 else response[0, :, 0, :]).t().abs()
+
+    def absolute(self, x: Tensor, *constants: Any) -> Tensor:
+        """Kronecker products: the absolute value of the map is that of its factors."""
+        return self.rows.to(x) @ x @ self.columns.to(x).t()
+
+
+def _filled(value: Any, given: tuple[Any, ...]) -> Any:
+    if isinstance(value, _Slot):
+        return given[value.index]
+    if isinstance(value, (tuple, list)):
+        return type(value)(_filled(v, given) for v in value)
+    if isinstance(value, dict):
+        return {k: _filled(v, given) for k, v in value.items()}
+    return value
+
+
+@dataclass
+class LinearMap:
+    """A small linear function of one tensor, made of moves, constant factors and sums (rotary embeddings)."""
+
+    steps: list[Node]
+    root: Node
+    constants: list[Node]
+
+    def __call__(self, x: Tensor, *constants: Any) -> Tensor:
+        return self._run(x, constants, False)
+
+    def absolute(self, x: Tensor, *constants: Any) -> Tensor:
+        """The same map with the absolute value of every entry of its matrix."""
+        return self._run(x, constants, True)
+
+    def _run(self, x: Tensor, constants: tuple[Any, ...], absolute: bool) -> Tensor:
+        values: dict[Node, Any] = {self.root: x, **dict(zip(self.constants, constants, strict=True))}
+        for node in self.steps:
+            if absolute and node.kind == g.ADD:
+                values[node] = values[node.operands[0]] + values[node.operands[1]]
+                continue
+            args = g.map_nodes(values.__getitem__, node.args)
+            kwargs = g.map_nodes(values.__getitem__, node.kwargs)
+            if absolute and node.kind == g.SCALE:
+                # All arguments but the moving operand are the constant factor.
+                args = tuple(
+                    a if original is node.operands[0] else _absolute(a)
+                    for original, a in zip(node.args, args, strict=True)
+                )
+                if node.target is aten.neg.default:
+                    values[node] = args[0]
+                    continue
+            values[node] = node.target(*args, **kwargs)
+        result: Tensor = values[self.steps[-1]]
+        return result
+
+
+def _absolute(value: Any) -> Any:
+    return value.abs() if isinstance(value, Tensor) else abs(value) if isinstance(value, (int, float)) else value
+
+
+def recognize_linear_maps(graph: Graph) -> None:
+    """Sums of linear functions of one tensor (x cos + rotate(x) sin) are one linear map, not a junction."""
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    replaced = False
+    for node in list(graph.nodes):
+        if node.kind != g.ADD or len(node.sources) != 2:
+            continue
+        reach = [_linear_ancestors(n) for n in node.sources]
+        common = [n for n in reach[0] if n in reach[1] and n.kind != g.PARTS]  # a map takes one tensor
+        for root in sorted(common, key=lambda n: -position[n]):
+            inside = _region(node, root)
+            if inside is None:
+                continue
+            inside.sort(key=lambda n: position[n])
+            if not any(n.kind == g.SCALE for n in inside):
+                break
+            constants = list(dict.fromkeys(r for n in inside for r in n.references() if r.constant))
+            function = LinearMap([copied(n) for n in inside], root, constants)
+            node.kind, node.target = g.LINEAR_MAP, function
+            node.args, node.kwargs = (root, *constants), {}
+            node.operands, node.params = [root], {}
+            # Steps refer to each other by the original nodes: keep the mapping closed.
+            function.steps = _closed(function.steps, inside)
+            replaced = True
+            break
+    if replaced:
+        graph.prune()
+
+
+def _closed(copies: list[Node], originals: list[Node]) -> list[Node]:
+    for copy in copies:
+        for original, twin in zip(originals, copies, strict=True):
+            copy.replace(original, twin)
+    return copies
+
+
+def _linear_ancestors(node: Node) -> dict[Node, None]:
+    found: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in found or current.constant:
+            continue
+        found[current] = None
+        if current.kind in _LINEAR_KINDS:
+            stack.extend(current.operands)
+    return found
+
+
+def _region(node: Node, root: Node) -> list[Node] | None:
+    """Nodes between ``root`` and ``node`` (inclusive), or None where a path avoids ``root``."""
+    inside: dict[Node, None] = {node: None}
+    stack = list(node.sources)
+    while stack:
+        current = stack.pop()
+        if current is root or current in inside:
+            continue
+        if current.kind not in _LINEAR_KINDS:
+            return None
+        inside[current] = None
+        stack.extend(current.sources)
+    return list(inside)

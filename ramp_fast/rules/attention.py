@@ -1,0 +1,207 @@
+"""absLRP of attention: the softmax, and softmax and both products with their junctions in one step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramp_fast import gemm, ops
+from ramp_fast import graph as g
+from ramp_fast.gemm.private_operators import flash_attends, flash_attention
+from ramp_fast.graph import Node
+from ramp_fast.rules.base import Facts, Flow, Operation, Values, gate, share, stacked_view
+from ramp_fast.rules.junctions import MASK_BELOW, only_masks, pull_product
+from ramp_fast.rules.masses import Bookkeeping, Contribution
+
+
+class Softmax(Operation):
+    """``c_S = (sign(S) A + softmax(|S|)) c``, denominators detached."""
+
+    pullback_kernel = "softmax_pullback"
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        source = self.node.operands[0]
+        scores = values[source]
+        dim = self.node.params["dim"] % scores.dim()
+        c = ops.softmax_pullback(masked(scores).movedim(dim, -1), part.c.movedim(dim + 1, -1))
+        yield Flow(source, Contribution(c.movedim(-1, dim + 1), part.target))
+
+
+def masked(scores: Tensor) -> Tensor:
+    """Scores with everything a mask has pushed far down at minus infinity."""
+    return scores.masked_fill(scores < MASK_BELOW, float("-inf"))
+
+
+@dataclass
+class _Pulled:
+    """Coefficients of attention's operands and the masses at its junctions (of A V, of Q K^T, of a bias)."""
+
+    c_q: Tensor
+    c_k: Tensor
+    c_v: Tensor
+    m_a: Tensor
+    m_v: Tensor
+    m_q: Tensor
+    m_k: Tensor
+    m_bias: list[Tensor] | None = None
+
+
+class Attention(Operation):
+    """``softmax(scale Q K^T + bias) V``: softmax and both products with their junctions, in one step."""
+
+    def __init__(self, node: Node, facts: Facts) -> None:
+        super().__init__(node, facts)
+        self.pullback_kernel = "attention_pullback" if self._fused else "products"
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        mask = constants.get(self.node.params["mask"])
+        self.only_masks = None if mask is None or mask.dtype == torch.bool else only_masks(mask)
+
+    def needs(self) -> list[Node]:
+        own = [self.node] if self.facts.gated else []
+        return list(self.node.operands) + own
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        p = self.node.params
+        q, k, v = (values[n] for n in self.node.operands)
+        mask = values[p["mask"]] if p["mask"] is not None else None
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if mask is None and not p["grouped"] and flash_attends(q, k, v):
+                return flash_attention(q, k, v, p["causal"], p["scale"])
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, mask, 0.0, p["causal"], scale=p["scale"], enable_gqa=p["grouped"]
+            )
+
+        if mask is None and q.shape[0] == k.shape[0]:
+            return gemm.by_sample(attend, q.shape[-2], (q, k, v), 0), None
+        return attend(q, k, v), None
+
+    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+        part = self.merged(parts, values, book)
+        shares = self.facts.shares
+        pulled = (self._in_one_step if self._fused else self._by_products)(part.c, values, book)
+        t_a, t_v = share(part.target, [pulled.m_a, pulled.m_v], shares)
+        if pulled.m_bias is not None:
+            t_a = share(t_a, pulled.m_bias, shares)[0]
+        t_q, t_k = share(t_a, [pulled.m_q, pulled.m_k], shares)
+        targets, actual = [t_q, t_k, t_v], [pulled.m_q, pulled.m_k, pulled.m_v]
+        flows = self._scaled([pulled.c_q, pulled.c_k, pulled.c_v], targets, actual, book)
+        for node, contribution in zip(self.node.operands, flows, strict=True):
+            if not node.constant:
+                yield Flow(node, contribution)
+
+    def _scaled(
+        self, own: list[Tensor], targets: list[Tensor], masses: list[Tensor], book: Bookkeeping
+    ) -> list[Contribution]:
+        """Contributions of Q, K and V; scaled in one pass where they lie in one buffer, as a qkv layer's outputs do."""
+        whole = None
+        if self._fused and self.facts.shares == "kept":
+            whole = stacked_view([c.movedim(-3, -2) for c in own], own[0].dim() - 2)  # [T, B, ..., N, 3, H, D]
+        if whole is None or not whole.is_contiguous():
+            return [Contribution(*each) for each in zip(own, targets, masses, strict=True)]
+        scale, alive = ops.scale_to(torch.stack(targets), torch.stack(masses))
+        scale = scale.movedim(0, -1)
+        flat = whole.flatten(-2).view(whole.shape[0], book.batch, -1, 3, whole.shape[-2] * whole.shape[-1])
+        parts = ops.rescale_parts(flat, scale, book.contrast).view(whole.shape).unbind(-3)
+        return [Contribution(c.movedim(-2, -3), mass, mass) for c, mass in zip(parts, alive, strict=True)]
+
+    @property
+    def _fused(self) -> bool:
+        """Whether one operator does it all: plain attention, samples first in every operand."""
+        p = self.node.params
+        q, k, v = self.node.operands
+        plain = p["mask"] is None and not p["causal"] and not p["grouped"] and p["scale"] > 0
+        # A constant query may be broadcast over the batch: the operator does not do that.
+        fits = k.example == v.example and q.example[:-2] == k.example[:-2] and q.example[-1] == k.example[-1]
+        return plain and fits and all(n.batch.leading for n in (self.node, *self.node.operands))
+
+    def _in_one_step(self, c: Tensor, values: Values, book: Bookkeeping) -> _Pulled:
+        q, k, v = (values[n] for n in self.node.operands)
+        gated = self.facts.gated
+        out = values[self.node] if gated else q  # only read where gated
+        c = c.to(self.facts.precision.pullback)
+        # Heads are all axes between the first and the last two: none, one, or heads and windows.
+        between = tuple(q.shape[1:-2])
+        heads = math.prod(between)
+        q, k, v, out = (t.reshape(t.shape[0], heads, *t.shape[-2:]) for t in (q, k, v, out))
+        c = c.reshape(*c.shape[:2], heads, *c.shape[-2:])
+        *flat, masses = ops.attention_pullback(q, k, v, out, c, self.node.params["scale"], gated, book.contrast)
+        c_q, c_k, c_v = (t.reshape(*t.shape[:2], *between, *t.shape[-2:]) for t in flat)
+        # The windows of one sample lie side by side along the batch.
+        if masses.shape[-1] != book.batch:
+            masses = masses.unflatten(-1, (book.batch, -1)).sum(-1)
+        return _Pulled(c_q, c_k, c_v, *masses)
+
+    def _by_products(self, c: Tensor, values: Values, book: Bookkeeping) -> _Pulled:
+        p, gated = self.node.params, self.facts.gated
+        dtype = self.facts.precision.pullback
+        nodes, axis = self.node.operands, self.node.batch
+        q, k, v = (values[n] for n in nodes)
+        heads = k.shape[1]
+        if p["grouped"]:
+            repeat = q.shape[1] // heads
+            k, v = (t.repeat_interleave(repeat, 1) for t in (k, v))
+        c = c.to(dtype)
+        if gated:
+            c = gate(c, values[self.node])
+        query = q * p["scale"]
+        plain, bias = self._scores(query, k, values)
+        scores = plain if bias is None else plain + bias
+        weights = torch.nan_to_num(scores.softmax(-1))
+
+        c_a = c @ (2 * gemm.positive_part(v)).to(dtype).mT
+        c_v = self._fold(2 * gate(weights.to(dtype).mT @ c, v), heads)
+        c_s = ops.softmax_pullback(scores, c_a)
+        m_bias = None
+        if bias is not None:
+            c_s, m_bias = self._take_bias(c_s, plain, bias, axis, book)
+        c_q = pull_product(c_s, k, query, dtype, gated, lambda u, w: u @ w) * p["scale"]
+        c_k = self._fold(pull_product(c_s.mT, query, k, dtype, gated, lambda u, w: u @ w), heads)
+        own = ((q, c_q, nodes[0]), (values[nodes[1]], c_k, nodes[1]), (values[nodes[2]], c_v, nodes[2]))
+        m_q, m_k, m_v = (book.mass(x, u, n.batch) for x, u, n in own)
+        return _Pulled(c_q, c_k, c_v, book.mass(weights, c_a, axis), m_v, m_q, m_k, m_bias)
+
+    @staticmethod
+    def _fold(c: Tensor, heads: int) -> Tensor:
+        """Sum the coefficients of a key or value head over the query heads that share it."""
+        return c if c.shape[2] == heads else c.unflatten(2, (heads, -1)).sum(3)
+
+    def _scores(self, query: Tensor, k: Tensor, values: Values) -> tuple[Tensor, Tensor | None]:
+        """``Q K^T`` with masked entries at minus infinity, and the additive bias apart from the mask."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scores = query.to(wide) @ k.to(wide).mT
+        p = self.node.params
+        if p["causal"]:
+            keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            return scores.masked_fill(~keep, float("-inf")), None
+        if p["mask"] is None:
+            return scores, None
+        mask = values[p["mask"]]
+        if mask.dtype == torch.bool:
+            return scores.masked_fill(~mask, float("-inf")), None
+        hidden = mask < MASK_BELOW
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if only_masks(mask) if self.only_masks is None else self.only_masks:
+            # A mask adds nothing to what it leaves: no junction.
+            return scores, None
+        return scores, mask.masked_fill(hidden, 0.0).to(wide)
+
+    @staticmethod
+    def _take_bias(
+        c: Tensor, plain: Tensor, bias: Tensor, axis: g.BatchAxis, book: Bookkeeping
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The junction ``S = Q K^T + bias``: coefficients of the product, and the masses of both."""
+        finite = plain.masked_fill(plain.isinf(), 0.0)
+        own = 2 * gate(c, finite)
+        taken = 2 * gate(c, bias)
+        return own, [book.mass(finite, own, axis), book.mass(bias.expand_as(plain), taken, axis)]
