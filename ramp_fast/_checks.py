@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -48,3 +50,15 @@ def finite_samples(values: Tensor) -> Tensor:
         return values.isfinite().flatten(1).all(1)
     axes = tuple(range(1, values.dim()))
     return (values.amax(axes) < math.inf) & (values.amin(axes) > -math.inf)
+
+
+def one_of(name: str, value: Any, known: Sequence[str]) -> None:
+    """Raise a ValueError where ``value`` is not one of the known words."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(repr(k) for k in known)}; got {value!r}")
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """ " (did you mean ...?)" with the known name that is most like this one, or nothing."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -36,17 +36,17 @@ SOFTMAX = "softmax"
 ATTENTION = "attention"
 MAX_POOL = "max_pool"
 LINEAR_POOL = "linear_pool"
-GATE = "gate"
+SELECT_TOKENS = "select_tokens"
 LINEAR_MAP = "linear_map"
 BILINEAR = "bilinear"  # einsum of two tensors
-EXTREME = "extreme"  # the largest (smallest) of several entries
-FUNCTION = "function"  # norms, standard deviations: one tensor, not elementwise
+MAX_REDUCTION = "max_reduction"  # the largest (smallest) of several entries
+REDUCTION = "reduction"  # norms, standard deviations: one tensor, not elementwise
 SHIFT = "shift"  # minus a statistic: log_softmax
 CHOICE = "choice"  # every entry is one of two tensors': maximum, minimum, where
 DECISION = "decision"  # comparisons and signs of values: constant wherever they are differentiable
-MOVE = "move"
-PARTS = "parts"  # unbind, split, chunk: several outputs
-PART = "part"  # one of them
+REARRANGE = "rearrange"
+SPLIT = "split"  # unbind, split, chunk: several outputs
+SPLIT_OUTPUT = "split_output"  # one of them
 GENERIC = "generic"  # strict=False: an elementwise operation outside the vocabulary
 
 WEIGHTED = frozenset({LINEAR, CONV})
@@ -210,6 +210,17 @@ class Graph:
                 if shapes or ref.constant or not node.constant:
                     users[ref].append(node)
         return users
+
+    def carriers(self) -> set[Node]:
+        """Nodes that relevance flows through: operands, from the logits down (statistics are detached)."""
+        found = {self.output}
+        stack = [self.output]
+        while stack:
+            for source in stack.pop().sources:
+                if source not in found:
+                    found.add(source)
+                    stack.append(source)
+        return found
 
     def replace_uses(self, old: Node, new: Node, *, keep: Iterable[Node] = ()) -> None:
         """Let every reader of ``old`` read ``new`` instead, except the nodes in ``keep``."""

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ramp_fast import graph as g
-from ramp_fast.gemm import Geometry, Precision, fuses_convolutions
+from ramp_fast.gemm import Precision
 from ramp_fast.graph import Graph, Node
-from ramp_fast.rules.abslrp import AbsLRP
-from ramp_fast.rules.base import Facts, Operation
-from ramp_fast.rules.junctions import plain_sum
-from ramp_fast.runtime.heap import HeldHeap
+from ramp_fast.rules.base import Fusion, Operation
+from ramp_fast.rules.rule import Rule
 
 
 @dataclass
@@ -50,131 +46,24 @@ class Plan:
     pull-back of one image.
     """
 
-    def __init__(self, graph: Graph, rule: AbsLRP, precision: Precision) -> None:
+    def __init__(self, graph: Graph, rule: Rule, precision: Precision) -> None:
         self.graph, self.rule, self.precision = graph, rule, precision
         self.constants: dict[Node, Any] = {}
-        self.heap = HeldHeap()
         users = graph.users()
-        carries = _carrying(graph)
+        carries = graph.carriers()
+        fusions = rule.fuse(graph, precision)
         self._static = _static_constants(graph)
         self.steps: list[Step] = []
-        residual = any(n.kind == g.ADD and len(n.sources) == 2 for n in graph.nodes)
-        self._convolutions = self._fused_convolutions(users)
         for node in graph.nodes:
             if node.kind in (g.INPUT, g.PARAM) or node in self._static:
                 continue
             if node.constant:
                 self.steps.append(Step(node, None))
                 continue
-            facts = self._facts(node, users, carries, residual)
-            self.steps.append(Step(node, rule.operation(node, facts), node in carries))
+            operation = rule.operation(node, precision, fusions.get(node, Fusion()))
+            self.steps.append(Step(node, operation, node in carries))
         self.fan_out = {n for n in carries if sum(u.sources.count(n) for u in users[n] if u in carries) > 1}
         self._schedule()
-
-    def _facts(self, node: Node, users: dict[Node, list[Node]], carries: set[Node], residual: bool) -> Facts:
-        facts = Facts(self.precision)
-        if node.kind in g.WEIGHTED:
-            facts.positive_input = self._positive(node.operands[0], users)
-            facts.norm = self._norm_below(node, users)
-            if node in self._convolutions:
-                facts.batch_norm, total = self._convolutions[node]
-                last = total or facts.batch_norm
-                facts.relu = next((u for u in users[last] if self._absorbed(u, users)), None)
-                if total is not None:
-                    facts.addend = next(n for n in total.operands if n is not facts.batch_norm)
-        elif node.kind == g.LAYER_NORM:
-            facts.above = any(u in carries and self._norm_below(u, users) is node for u in users[node])
-        elif node.kind in (g.ADD, g.BATCH_NORM):
-            facts.relu = next((u for u in users[node] if self._absorbed(u, users)), None)
-            if len(node.sources) == 2:
-                # The branch is what only this sum reads; the shortcut has other readers as well.
-                single = [n for n in node.operands if len(users[n]) == 1]
-                facts.branch = single[0] if len(single) == 1 else node.operands[1]
-            for conv, (norm, total) in self._convolutions.items():
-                if node in (norm, total):
-                    facts.computed_in, facts.above = conv, node is norm and total is not None
-        elif node.kind == g.ACTIVATION:
-            facts.absorbed = self._absorbed(node, users)
-        elif node.kind in (g.MAX_POOL, g.EXTREME):
-            form = self.rule.maxpool
-            facts.divided = residual if form == "auto" else form == "divided"
-        return facts
-
-    def _norm_below(self, linear: Node, users: dict[Node, list[Node]]) -> Node | None:
-        """The LayerNorm whose pull-back the step of ``linear`` does as well."""
-        norm = linear.operands[0] if linear.kind == g.LINEAR else None
-        fuses = (
-            norm is not None
-            and norm.kind == g.LAYER_NORM
-            and norm.params["dims"] == 1
-            and len(users[norm]) == 1
-            and norm.batch.leading
-            and norm.batch.inner == 1
-            and not self._positive(norm, users)
-        )
-        return norm if fuses else None
-
-    def _fused_convolutions(self, users: dict[Node, list[Node]]) -> dict[Node, tuple[Node, Node | None]]:
-        """Convolutions whose step computes the BatchNorm behind them as well, and with some the residual sum.
-
-        Then only the result is kept, and the pull-backs tell from it what they need. From a sum with its ReLU a
-        BatchNorm is found as the difference to the other operand, wherever relevance arrives.
-        """
-        found: dict[Node, tuple[Node, Node | None]] = {}
-        position = {node: i for i, node in enumerate(self.graph.nodes)}
-        for norm in self.graph.nodes:
-            if norm.kind != g.BATCH_NORM or norm.constant:
-                continue
-            conv = norm.operands[0]
-            if conv.kind != g.CONV or users[conv] != [norm] or not self._fuses(conv):
-                continue
-            readers = users[norm]
-            if any(self._absorbed(u, users) and u.params["cap"] < math.inf for u in readers):
-                continue  # from a value that was cut nothing is told
-            found[conv] = norm, None
-            total = readers[0] if len(readers) == 1 else norm
-            if total.kind != g.ADD or not plain_sum(total) or total.operands[0] is total.operands[1]:
-                continue
-            other = next(n for n in total.operands if n is not norm)
-            relu = next((u for u in users[total] if self._absorbed(u, users)), None)
-            there = position[other] < position[conv]
-            if there and relu is not None and relu.params["cap"] == math.inf:
-                found[conv] = norm, total
-        return found
-
-    def _fuses(self, conv: Node) -> bool:
-        weight = conv.params["weight"]
-        if weight.kind != g.PARAM or len(weight.example) != 4 or not conv.batch.leading:
-            return False
-        tensor = weight.params["tensor"]
-        tiles = Geometry.of(conv.params).tiles(tensor, *conv.operands[0].example[2:])
-        return not tiles and fuses_convolutions(self.precision, tensor.device)
-
-    def _absorbed(self, node: Node, users: dict[Node, list[Node]]) -> bool:
-        """Whether ``node`` is a ReLU that the step below computes in its own pass: a BatchNorm, or a residual sum.
-
-        With equal shares a ReLU sets masses, which a sum cannot do for every reader of the ReLU.
-        """
-        if node.kind != g.ACTIVATION or node.params["how"] != "relu":
-            return False
-        source = node.operands[0]
-        if users[source] != [node]:
-            return False
-        return source.kind == g.BATCH_NORM or (
-            source.kind == g.ADD and plain_sum(source) and self.rule.shares == "kept"
-        )
-
-    def _positive(self, node: Node, users: dict[Node, list[Node]]) -> bool:
-        """Whether relevance reaches only positive entries of ``node``: by value, or by a gate right below."""
-        if _never_negative(node):
-            return True
-        while len(users[node]) == 1:
-            if self.rule.gated_output(node):
-                return True
-            if node.kind != g.MOVE or len(node.sources) != 1 or node.params["how"] in ("expand", "vjp"):
-                return False
-            node = node.operands[0]
-        return False
 
     def _schedule(self) -> None:
         """Fill in where values are dropped."""
@@ -240,8 +129,7 @@ class Plan:
         if step.operation is None:
             return 0
         size = self.precision.forward.itemsize
-        facts = step.operation.facts
-        alias = facts.absorbed or facts.computed_in is not None
+        alias = step.operation.fusion.fused_into is not None
         stored = step.node in self.needed and _owns_memory(step.node) and not alias
         total = _count(step.node.example) * size if stored else 0
         if step.carries:
@@ -275,18 +163,6 @@ class Plan:
         return "\n".join(lines)
 
 
-def _carrying(graph: Graph) -> set[Node]:
-    """Nodes that relevance flows through: operands, from the logits down (statistics are detached)."""
-    found = {graph.output}
-    stack = [graph.output]
-    while stack:
-        for source in stack.pop().sources:
-            if source not in found:
-                found.add(source)
-                stack.append(source)
-    return found
-
-
 def _static_constants(graph: Graph) -> set[Node]:
     """Constants that depend on weights only, not on the batch size."""
     static: set[Node] = set()
@@ -296,29 +172,13 @@ def _static_constants(graph: Graph) -> set[Node]:
     return static
 
 
-_NEVER_NEGATIVE = frozenset({"relu", "sigmoid", "hardsigmoid", "abs", "square", "exp", "softplus", "sqrt", "rsqrt"})
-
-
-def _never_negative(node: Node) -> bool:
-    if node.kind == g.ACTIVATION:
-        return node.params["function"] in _NEVER_NEGATIVE
-    if node.kind == g.SOFTMAX:
-        return True
-    if node.kind in (g.MAX_POOL, g.EXTREME, g.LINEAR_POOL, g.MOVE, g.PART, g.PARTS, g.GATE):
-        return bool(node.sources) and len(node.sources) == len(node.operands) and _all(node.sources)
-    if node.kind == g.ADD:
-        plain = node.params["signs"] == (1, 1) and len(node.sources) == 2
-        return plain and _all(node.sources)
-    return node.kind == g.MUL and _all(node.sources)
-
-
-def _all(nodes: Iterable[Node]) -> bool:
-    return all(_never_negative(n) for n in nodes)
-
-
 def _owns_memory(node: Node) -> bool:
     """Whether the value is not a view of another one that is counted already."""
-    return node.kind not in (g.PART, g.MOVE, g.GATE, g.INPUT) or node.params.get("how") in ("cat", "stack", "vjp")
+    return node.kind not in (g.SPLIT_OUTPUT, g.REARRANGE, g.SELECT_TOKENS, g.INPUT) or node.params.get("how") in (
+        "cat",
+        "stack",
+        "vjp",
+    )
 
 
 def _batch(graph: Graph) -> int:

@@ -729,7 +729,7 @@ def build(name: str) -> tuple[Case, nn.Module, Tensor, Tensor]:
 
 
 # Without several operands there is nothing to share: one rule is enough.
-SHARING = {g.ADD, g.MUL, g.MATMUL, g.ATTENTION, g.PARTS, g.CHOICE}
+SHARING = {g.ADD, g.MUL, g.MATMUL, g.ATTENTION, g.SPLIT, g.CHOICE}
 BOTH = {name for name, make in CASES.items() if make().kinds & SHARING} | {"cat", "stack"}
 
 
@@ -753,12 +753,12 @@ def test_definition(name: str, shares: str) -> None:
 
 
 # Tested below (strict=False) and in test_vocabulary_extra.py.
-ELSEWHERE = {g.GENERIC, g.BILINEAR, g.EXTREME, g.FUNCTION}
+ELSEWHERE = {g.GENERIC, g.BILINEAR, g.MAX_REDUCTION, g.REDUCTION}
 
 
 def test_every_kind_has_a_case() -> None:
     covered = set().union(*(make().kinds for make in CASES.values()))
-    assert set(TABLE) | {g.MOVE} <= covered | ELSEWHERE
+    assert set(TABLE) | {g.REARRANGE} <= covered | ELSEWHERE
 
 
 class Erfinv(nn.Module):

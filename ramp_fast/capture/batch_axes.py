@@ -59,7 +59,7 @@ def locate_samples(graph: Graph, *, symbolic: bool = True) -> None:
         if node.constant:
             values[node] = constants.numbers(node)
             continue
-        moves = node.kind in (g.MOVE, g.PARTS, g.PART)
+        moves = node.kind in (g.REARRANGE, g.SPLIT, g.SPLIT_OUTPUT)
         for read in node.references() if symbolic else ():
             if node.kind in _PACKED and constants.depends(read) and read.kind == g.CONST:
                 raise UnsupportedModelError(
@@ -168,13 +168,13 @@ def _numbers(node: Node, values: dict[Node, Any]) -> Any:
     """Sample numbers of a node's result, from those of what it reads."""
     if node.kind == g.INPUT:
         return _SAMPLES.view(-1, *[1] * (len(node.example) - 1)).expand(node.example)
-    if node.kind == g.MOVE and node.params["how"] == "vjp":
+    if node.kind == g.REARRANGE and node.params["how"] == "vjp":
         return _moved(node, values)
-    if node.kind == g.MOVE and node.params["how"] == "cat":
+    if node.kind == g.REARRANGE and node.params["how"] == "cat":
         cores = [_core(values[n]) for n in node.operands]
         if all(c.shape[node.params["dim"]] == 1 for c in cores):  # beside one another within the samples
             return _together(*cores).expand(node.example)
-    if node.kind in (g.MOVE, g.PARTS, g.PART):
+    if node.kind in (g.REARRANGE, g.SPLIT, g.SPLIT_OUTPUT):
         return node.target(*g.map_nodes(values.__getitem__, node.args), **g.map_nodes(values.__getitem__, node.kwargs))
     return _computed(node, values)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,3 +37,41 @@ def known_size(size: int | torch.SymInt) -> int | None:
 def first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+class _Turns:
+    """Many may look at models at once; whoever exports one is alone."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._looking, self._exporting = 0, False
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Wait until nobody exports."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._exporting)
+            self._looking += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._looking -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def exporting(self) -> Iterator[None]:
+        """Wait until nobody looks or exports."""
+        with self._condition:
+            self._condition.wait_for(lambda: not (self._exporting or self._looking))
+            self._exporting = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._exporting = False
+                self._condition.notify_all()
+
+
+TURNS = _Turns()
+"""The exporter changes the state of the process and, while it runs, parameters that several models may share."""

@@ -18,7 +18,7 @@ from ramp_fast.graph import Graph, Node, copied
 aten = torch.ops.aten
 
 # What a linear function of one tensor is made of.
-_LINEAR_KINDS = frozenset({g.SCALE, g.MOVE, g.PARTS, g.PART})
+_LINEAR_KINDS = frozenset({g.SCALE, g.REARRANGE, g.SPLIT, g.SPLIT_OUTPUT})
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def recognize_linear_maps(graph: Graph) -> None:
         if node.kind != g.ADD or len(node.sources) != 2:
             continue
         reach = [_linear_ancestors(n) for n in node.sources]
-        common = [n for n in reach[0] if n in reach[1] and n.kind != g.PARTS]  # a map takes one tensor
+        common = [n for n in reach[0] if n in reach[1] and n.kind != g.SPLIT]  # a map takes one tensor
         for root in sorted(common, key=lambda n: -position[n]):
             inside = _region(node, root)
             if inside is None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 import logging
 import types
+import warnings
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -240,3 +241,106 @@ class Weights:
 def _readable(tensor: Tensor) -> bool:
     """Whether its bytes lie in this process' memory."""
     return tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.numel() > 0
+
+
+# After so many captures that gave the same graph, a change of an attribute is no longer a reason for one.
+VAIN_CAPTURES = 3
+
+Shape = tuple[int, int, int]
+
+
+class ModelState:
+    """What a model was when an engine captured it, and what has been learned about its changes.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+    captured : bool
+        Whether there is something to compare the model with.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self._structure: Structure | None = None
+        self._weights: Weights | None = None
+        self._former: dict[Shape, Any] = {}
+        self._suspects: list[str] = []
+        self._vain: dict[str, int] = {}
+        self._unwatched: set[str] = set()
+
+    @property
+    def captured(self) -> bool:
+        return self._structure is not None
+
+    def take_structure(self) -> None:
+        """Compare attributes, hooks and classes with what they are now from here on."""
+        self._structure = Structure(self.model, self._unwatched)
+
+    def take_weights(self, constants: Mapping[str, Tensor]) -> None:
+        """Compare tensors from here on: the model's, those in its attributes, and ``constants`` of captured graphs."""
+        assert self._structure is not None
+        found = {**tensors_of(self.model), **self._structure.tensors, **constants}
+        once = {id(t): (n, t) for n, t in reversed(found.items()) if not n.endswith("num_batches_tracked")}
+        self._weights = Weights(dict(once.values()))
+
+    def take_weights_again(self) -> None:
+        """Compare the same tensors with what they are now."""
+        if self._weights is not None:
+            self._weights = Weights(self._weights.tensors)
+
+    def changed_attributes(self) -> list[str]:
+        """Paths of attributes that are no longer what they were."""
+        return [] if self._structure is None else list(self._structure.changes())
+
+    def changed_weights(self, images: float, look: bool) -> tuple[list[Tensor], bool]:
+        """Tensors that have changed, and whether one of them has another shape, dtype, device or strides."""
+        if self._weights is None:
+            return [], False
+        names, layout = self._weights.changes(images, look)
+        return [self._weights.tensors[name] for name in names], layout
+
+    def forget(self, signatures: Mapping[Shape, Any], suspects: Sequence[str]) -> None:
+        """The model will be captured anew; ``suspects`` are the attributes that are said to be the reason."""
+        self._former, self._suspects = dict(signatures), list(suspects)
+        self._structure = self._weights = None
+
+    def learn(self, shape: Shape, signature: Any) -> None:
+        """Stop watching attributes that have changed several times without any effect on the captured graph."""
+        former = self._former.pop(shape, None)
+        if former is None or former != signature:
+            return
+        for path in self._suspects:
+            self._vain[path] = self._vain.get(path, 0) + 1
+            if self._vain[path] == VAIN_CAPTURES:
+                self._unwatched.add(path)
+                warnings.warn(
+                    f"{path} of the model has changed {VAIN_CAPTURES} times without changing what the model computes. "
+                    "The engine no longer captures the model anew because of it; if it comes to matter, call "
+                    "engine.refresh().",
+                    RuntimeWarning,
+                    stacklevel=6,
+                )
+        self._suspects = []
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where the first parameter or buffer lies; the CPU where there is none."""
+    first = next(iter(tensors_of(model).values()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def configured_shape(model: torch.nn.Module) -> Shape | None:
+    """The input shape from timm's configuration, where the model's own patch grid does not contradict it."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = config.get("input_size") if isinstance(config, dict) else None
+    if size is None or len(size) != 3:
+        return None
+    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if own is not None:
+        size = (size[0], *own)
+    return int(size[0]), int(size[1]), int(size[2])

@@ -1,51 +1,35 @@
 """Rewrites of a captured graph: they recognise composite operations and move token choices towards the input.
 
-All of them keep the function that the graph computes. Order matters: see :func:`canonicalize`.
+All of them keep the function that the graph computes. Their order matters: :data:`STANDARD` has them in it.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ramp_fast import graph as g
-from ramp_fast.capture.linear_maps import recognize_linear_maps
-from ramp_fast.capture.token_slices import hoist_slices, mark_token_selections, resized, slice_of
+from ramp_fast.capture.token_slices import hoist_slices, resized, slice_of
 from ramp_fast.capture.vocabulary import bind
 from ramp_fast.graph import Graph, Node, copied, only_user
 
 aten = torch.ops.aten
 
 
-def canonicalize(graph: Graph, *, fold_batchnorm: bool = False) -> Graph:
-    """Apply every rewrite, in place, and return the graph.
-
-    Parameters
-    ----------
-    graph : Graph
-        Fresh from :func:`ramp_fast.capture.capture`.
-    fold_batchnorm : bool
-        Fold BatchNorm into the convolution or linear layer before it (another rule: docs/rules.md).
-    """
-    if fold_batchnorm:
-        _fold_batchnorm(graph)
-    _recognize_norms(graph)
-    _join_projections(graph)
-    _fold_channel_scales(graph)
-    _recognize_attention(graph)
-    _assign_matmul_roles(graph)
-    _mark_masks(graph)
-    recognize_linear_maps(graph)
-    mark_token_selections(graph)
-    hoist_slices(graph)
+def canonicalize(graph: Graph, passes: Iterable[Callable[[Graph], None]]) -> Graph:
+    """Apply the passes of a rule (:meth:`ramp_fast.rules.rule.Rule.rewrites`) in order, in place; return the graph."""
+    for apply in passes:
+        apply(graph)
     graph.prune()
     return graph
 
 
-def _fold_batchnorm(graph: Graph) -> None:
+def fold_batchnorm(graph: Graph) -> None:
+    """BatchNorm behind a convolution or linear layer becomes part of its weights (Guillemot et al. 2020)."""
     users = graph.users()
     for node in graph.nodes:
         if node.kind != g.BATCH_NORM:
@@ -57,7 +41,7 @@ def _fold_batchnorm(graph: Graph) -> None:
     graph.prune()
 
 
-def _recognize_norms(graph: Graph) -> None:
+def recognize_norms(graph: Graph) -> None:
     """A written-out ``(x - mean) / sqrt(var + eps) * w + b`` becomes a LayerNorm, ``x / sqrt(mean(x^2) + eps) * w`` an
     RMSNorm: functions of torch.nn.functional have one map, however they are written.
 
@@ -132,7 +116,7 @@ def _denominator(node: Node, inverse: bool) -> tuple[Node, float] | None:
 
 def _reshaped_from(node: Node) -> Node:
     """Statistics before axes of length one are put back."""
-    while node.kind == g.MOVE and node.params["how"] == "reshape":
+    while node.kind == g.REARRANGE and node.params["how"] == "reshape":
         node = node.operands[0]
     return node
 
@@ -176,7 +160,7 @@ def _square_mean_axes(node: Node, source: Node) -> list[int]:
 
 def _is_variance(node: Node, source: Node, dims: list[int]) -> bool:
     """Whether a node is the variance of ``source`` over ``dims``: of the sample itself, without a correction."""
-    if node.kind == g.FUNCTION and "var" in str(node.target):
+    if node.kind == g.REDUCTION and "var" in str(node.target):
         bound = bind(node.target, node.args, node.kwargs)
         own = sorted(d % len(source.example) for d in bound.get("dim") or [])
         plain = bound.get("correction") == 0 or bound.get("unbiased") is False
@@ -230,7 +214,7 @@ def _flat_constant(constant: Node | None, sizes: list[int], norm: str, before: l
 def _permuted(source: Node, order: list[int], name: str) -> Node:
     return Node(
         name,
-        g.MOVE,
+        g.REARRANGE,
         aten.permute.default,
         (source, order),
         operands=[source],
@@ -242,7 +226,7 @@ def _permuted(source: Node, order: list[int], name: str) -> Node:
     )
 
 
-def _join_projections(graph: Graph) -> None:
+def join_projections(graph: Graph) -> None:
     """Linear layers of one input by all the chunks of one weight become the layer that the chunks are of.
 
     nn.MultiheadAttention computes queries, keys and values at once where it is given one tensor three times, and one
@@ -288,13 +272,13 @@ def _chunk(node: Node | None) -> tuple[Node, int] | None:
 def _origin(node: Node) -> tuple[Any, ...]:
     """What tells whether two nodes are one: a source, and the moves from there with their arguments."""
     moves = []
-    while node.kind == g.MOVE and len(node.operands) == 1:
+    while node.kind == g.REARRANGE and len(node.operands) == 1:
         moves.append((node.target, repr(node.args[1:]), repr(node.kwargs)))
         node = node.operands[0]
     return node, *moves
 
 
-def _fold_channel_scales(graph: Graph) -> None:
+def fold_channel_scales(graph: Graph) -> None:
     """LayerScale: a per-channel constant right after a linear layer belongs to its weights."""
     users = graph.users(shapes=False)
     for node in graph.nodes:
@@ -321,7 +305,7 @@ def _through(node: Node, kinds: frozenset[str]) -> Node:
     return node
 
 
-def _recognize_attention(graph: Graph) -> None:
+def recognize_attention(graph: Graph) -> None:
     """softmax(scale * Q K^T + bias) V written out becomes one attention node."""
     users = graph.users(shapes=False)
     for node in list(graph.nodes):
@@ -344,7 +328,7 @@ def _recognize_attention(graph: Graph) -> None:
         if scores.kind != g.MATMUL or len(users[scores]) != 1 or scale <= 0:
             continue
         query, transposed = scores.operands
-        if transposed.kind != g.MOVE or transposed.params.get("dims") != [0, 1, 3, 2]:
+        if transposed.kind != g.REARRANGE or transposed.params.get("dims") != [0, 1, 3, 2]:
             continue
         key = transposed.operands[0]
         if not (query.example[:2] == key.example[:2] == value.example[:2]):
@@ -357,12 +341,12 @@ def _recognize_attention(graph: Graph) -> None:
     graph.prune()
 
 
-def _mark_masks(graph: Graph) -> None:
+def mark_masks(graph: Graph) -> None:
     """Constants added to scores on the way into a softmax may be masks."""
     users = graph.users(shapes=False)
     for node in graph.nodes:
         current = node.operands[0] if node.kind == g.SOFTMAX else node
-        while current is not node and len(users[current]) == 1 and current.kind in (g.MOVE, g.ADD):
+        while current is not node and len(users[current]) == 1 and current.kind in (g.REARRANGE, g.ADD):
             if current.kind == g.ADD:
                 if len(current.sources) != 1 or current.params["signs"] != (1, 1):
                     break
@@ -370,15 +354,15 @@ def _mark_masks(graph: Graph) -> None:
             current = current.sources[0]
 
 
-def _assign_matmul_roles(graph: Graph) -> None:
+def assign_matmul_roles(graph: Graph) -> None:
     """Tell scores (Q K^T, on the way into a softmax) and attended values (A V) from other products."""
-    soft = frozenset({g.MOVE, g.SCALE})
+    soft = frozenset({g.REARRANGE, g.SCALE})
     users = graph.users(shapes=False)
     for node in graph.nodes:
         if node.kind not in (g.MATMUL, g.BILINEAR):
             continue
         node.params["role"] = "product"
-        if any(_through(n, frozenset({g.MOVE})).kind == g.SOFTMAX for n in node.operands):
+        if any(_through(n, frozenset({g.REARRANGE})).kind == g.SOFTMAX for n in node.operands):
             node.params["role"] = "attend"
             continue
         current: Node | None = node
@@ -388,3 +372,18 @@ def _assign_matmul_roles(graph: Graph) -> None:
                 node.params["role"] = "scores"
             if current is None or current.kind not in soft | {g.ADD}:
                 break
+
+
+RECOGNITIONS = (
+    recognize_norms,
+    join_projections,
+    fold_channel_scales,
+    recognize_attention,
+    assign_matmul_roles,
+    mark_masks,
+)
+"""What computes the same as a composite operation becomes one; rules that treat a token selection as moving values,
+or a rotary embedding as a sum of products, need no more."""
+
+STANDARD = (*RECOGNITIONS, hoist_slices)
+"""The passes of a rule that does not say otherwise."""

@@ -14,11 +14,11 @@ aten = torch.ops.aten
 
 # Operations after which a position's value depends on other positions.
 _MIXING = frozenset(
-    {g.CONV, g.MATMUL, g.ATTENTION, g.SOFTMAX, g.MAX_POOL, g.EXTREME, g.LINEAR_MAP, g.BILINEAR, g.FUNCTION}
+    {g.CONV, g.MATMUL, g.ATTENTION, g.SOFTMAX, g.MAX_POOL, g.MAX_REDUCTION, g.LINEAR_MAP, g.BILINEAR, g.REDUCTION}
 )
 
 
-def mark_token_selections(graph: Graph) -> None:
+def gate_token_selections(graph: Graph) -> None:
     """Token choices on the way to the head follow the linear rule: a gate is put behind them.
 
     A select or slice counts as one if it drops values that nobody else takes from its source and no later
@@ -29,13 +29,13 @@ def mark_token_selections(graph: Graph) -> None:
     for node in reversed(graph.nodes):
         mixes[node] = any(u.kind in _MIXING or mixes[u] for u in users[node])
     for node in list(graph.nodes):
-        if node.kind != g.MOVE or node.params["how"] not in ("select", "slice") or mixes[node]:
+        if node.kind != g.REARRANGE or node.params["how"] not in ("select", "slice") or mixes[node]:
             continue
         source, dim = node.operands[0], node.params["dim"]
         taken: set[int] = set()
         whole = False
         for user in users[source]:
-            if user.kind == g.MOVE and user.params["how"] in ("select", "slice") and user.params["dim"] == dim:
+            if user.kind == g.REARRANGE and user.params["how"] in ("select", "slice") and user.params["dim"] == dim:
                 taken |= set(_taken(user))
             elif user.kind not in g.CONSTANT:
                 whole = True
@@ -43,7 +43,7 @@ def mark_token_selections(graph: Graph) -> None:
             continue
         gate = Node(
             f"{node.name}_gate",
-            g.GATE,
+            g.SELECT_TOKENS,
             aten.alias.default,
             (node,),
             operands=[node],
@@ -73,14 +73,14 @@ def hoist_slices(graph: Graph) -> None:
     and has no other reader.
     """
     for node in list(graph.nodes):
-        if node.kind == g.MOVE and node.params["how"] == "select" and _passable(graph, node):
+        if node.kind == g.REARRANGE and node.params["how"] == "select" and _passable(graph, node):
             _split_select(graph, node)
     moved = True
     while moved:
         moved = False
         users = graph.users()
         for node in list(graph.nodes):
-            if node.kind == g.MOVE and node.params["how"] == "slice":
+            if node.kind == g.REARRANGE and node.params["how"] == "slice":
                 source = node.operands[0]
                 if only_user(users, source) is node and _hoist(graph, node, source):
                     moved = True
@@ -116,7 +116,7 @@ def slice_of(graph: Graph, source: Node, dim: int, start: int, end: int, step: i
     shape, example = resized(source, dim, length)
     piece = Node(
         f"{source.name}_{dim}_{start}_{end}",
-        g.CONST if source.constant else g.MOVE,
+        g.CONST if source.constant else g.REARRANGE,
         aten.slice.Tensor,
         (source, dim, start, end, step),
         operands=[source],
@@ -138,7 +138,7 @@ def _plan_hoist(piece: Node, source: Node) -> _Targets | None:
     dim, rank = piece.params["dim"], len(source.shape)
     kind = source.kind
     aligned: _Targets = [(n, dim) for n in source.operands]
-    if kind in (g.ACTIVATION, g.GENERIC, g.GATE):
+    if kind in (g.ACTIVATION, g.GENERIC, g.SELECT_TOKENS):
         return aligned
     if kind in (g.LAYER_NORM, g.RMS_NORM):
         return aligned if dim < rank - source.params["dims"] else None
@@ -159,9 +159,9 @@ def _plan_hoist(piece: Node, source: Node) -> _Targets | None:
         if dim != rank - 2 or source.params["causal"] or source.params["mask"] is not None or source.params["grouped"]:
             return None
         return [(source.operands[0], dim)]
-    if kind == g.MOVE and source.params["how"] == "permute":
+    if kind == g.REARRANGE and source.params["how"] == "permute":
         return [(source.operands[0], source.params["dims"][dim])]
-    if kind == g.MOVE and source.params["how"] == "reshape":
+    if kind == g.REARRANGE and source.params["how"] == "reshape":
         inner = source.operands[0]
         # Axes up to `dim` must be untouched; the target shape is rewritten below.
         if len(inner.shape) > dim and inner.shape[: dim + 1] == source.shape[: dim + 1]:
@@ -177,7 +177,7 @@ def _hoist(graph: Graph, piece: Node, source: Node) -> bool:
     if targets is None:
         return False
     length = piece.example[dim]
-    if source.kind == g.MOVE and source.params["how"] == "reshape" and not _rewrite_reshape(source, dim, length):
+    if source.kind == g.REARRANGE and source.params["how"] == "reshape" and not _rewrite_reshape(source, dim, length):
         return False
     start, end, step = piece.params["start"], piece.params["end"], piece.params["step"]
     for operand, own in targets:

@@ -317,7 +317,7 @@ class _Translator:
             if source.kind == g.GENERIC:  # refused already
                 out.kind = g.GENERIC
                 return None
-            if source.kind != g.PARTS:  # one of several results, of which the first is the value
+            if source.kind != g.SPLIT:  # one of several results, of which the first is the value
                 if out.args[1] != 0:
                     if origin.users:
                         self._unsupported(origin, f"a secondary result of {source.target}")
@@ -325,7 +325,7 @@ class _Translator:
                 source.shape, source.example = out.shape, out.example
                 self.values[source] = origin.meta.get("val")
                 return source  # type: ignore[no-any-return]
-            out.kind, out.operands = g.PART, [source]
+            out.kind, out.operands = g.SPLIT_OUTPUT, [source]
             out.params = {"index": out.args[1]}
             return None
         handler = VOCABULARY.get(name)

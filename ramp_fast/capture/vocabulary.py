@@ -400,7 +400,7 @@ def _rrelu(node: Node, b: Bound) -> InSteps:
 
 @handles("nan_to_num.default")
 def _nan_to_num(node: Node, b: Bound) -> None:
-    _set(node, g.MOVE, [b["self"]], how="reshape")  # finite values stay what they are
+    _set(node, g.REARRANGE, [b["self"]], how="reshape")  # finite values stay what they are
 
 
 @handles("glu.default")
@@ -486,7 +486,7 @@ def _is_statistic(node: Node) -> bool:
     """Whether a factor is no value of its own: the inverse of a norm, or a mask that the images decide."""
     if node.decided:
         return True
-    while node.kind == g.MOVE and len(node.operands) == 1:
+    while node.kind == g.REARRANGE and len(node.operands) == 1:
         node = node.operands[0]
     if node.kind != g.ACTIVATION:
         return False
@@ -683,14 +683,14 @@ def _extreme(node: Node, b: Bound) -> None:
     if "dim" in b:
         rank = len(b["self"].shape)
         params["labels"] = _reduced(rank, _axes(b["dim"], rank), b["keepdim"])
-    _set(node, g.EXTREME, [b["self"]], **params)
+    _set(node, g.MAX_REDUCTION, [b["self"]], **params)
 
 
 @handles("linalg_vector_norm.default", "norm.ScalarOpt_dim", "std.correction", "std.dim", "var.correction", "var.dim",
          "logsumexp.default")  # fmt: skip
 def _function(node: Node, b: Bound) -> None:
     rank = len(b["self"].shape)
-    _set(node, g.FUNCTION, [b["self"]], labels=_reduced(rank, _axes(b["dim"], rank), b["keepdim"]))
+    _set(node, g.REDUCTION, [b["self"]], labels=_reduced(rank, _axes(b["dim"], rank), b["keepdim"]))
 
 
 @handles("std_mean.correction", "var_mean.correction", "std_mean.dim", "var_mean.dim")
@@ -774,7 +774,7 @@ def _reshape(node: Node, b: Bound) -> Node | None:
         # Axes of one entry at capture: a batch that happens to be one image is no such axis.
         named = _axes(b.get("dim"), len(source.shape))
         _call(node, torch.ops.aten.squeeze.dims, source, [d for d in named if source.shape[d] == 1])
-    _set(node, g.MOVE, [source], how="reshape")
+    _set(node, g.REARRANGE, [source], how="reshape")
     return None
 
 
@@ -787,7 +787,7 @@ def _permute(node: Node, b: Bound) -> None:
     probe = torch.empty(tuple(range(2, 2 + rank)), device="meta")
     args = g.map_nodes(lambda n: probe if n is source else n, node.args)
     moved = node.target(*args, **node.kwargs)
-    _set(node, g.MOVE, [source], how="permute", dims=[s - 2 for s in moved.shape])
+    _set(node, g.REARRANGE, [source], how="permute", dims=[s - 2 for s in moved.shape])
 
 
 @handles("slice.Tensor")
@@ -799,14 +799,14 @@ def _slice(node: Node, b: Bound) -> Node | None:
         if isinstance(bound, Node):
             raise Unsupported("slice.Tensor with bounds that depend on the batch")
     dim = b["dim"] % len(source.shape)
-    _set(node, g.MOVE, [source], how="slice", dim=dim, start=b["start"], end=b["end"], step=b["step"])
+    _set(node, g.REARRANGE, [source], how="slice", dim=dim, start=b["start"], end=b["end"], step=b["step"])
     return None
 
 
 @handles("narrow.default")
 def _narrow(node: Node, b: Bound) -> None:
     dim = b["dim"] % len(b["self"].shape)
-    _set(node, g.MOVE, [b["self"]], how="slice", dim=dim, start=b["start"], end=b["start"] + b["length"], step=1)
+    _set(node, g.REARRANGE, [b["self"]], how="slice", dim=dim, start=b["start"], end=b["start"] + b["length"], step=1)
 
 
 @handles("select.int")
@@ -814,16 +814,16 @@ def _select(node: Node, b: Bound) -> None:
     source = b["self"]
     dim = b["dim"] % len(source.shape)
     if source.shape[dim] == 1:
-        _set(node, g.MOVE, [source], how="reshape")
+        _set(node, g.REARRANGE, [source], how="reshape")
     else:
-        _set(node, g.MOVE, [source], how="select", dim=dim, index=b["index"])
+        _set(node, g.REARRANGE, [source], how="select", dim=dim, index=b["index"])
 
 
 @handles("cat.default", "concat.default", "concatenate.default", "stack.default")
 def _cat(node: Node, b: Bound) -> None:
     parts = list(b["tensors"])
     how = "stack" if "stack" in str(node.target) else "cat"
-    _set(node, g.MOVE, parts, how=how, dim=b["dim"] % len(node.shape))
+    _set(node, g.REARRANGE, parts, how=how, dim=b["dim"] % len(node.shape))
 
 
 @handles("unbind.int", "split.Tensor", "split_with_sizes.default", "split.sizes", "chunk.default",
@@ -832,7 +832,7 @@ def _cat(node: Node, b: Bound) -> None:
 def _parts(node: Node, b: Bound) -> None:
     source = b["self"]
     how = "unbind" if "unbind" in str(node.target) else "split"
-    _set(node, g.PARTS, [source], how=how, dim=b["dim"] % len(source.shape))
+    _set(node, g.SPLIT, [source], how=how, dim=b["dim"] % len(source.shape))
 
 
 @handles("expand.default", "expand_as.default")
@@ -840,7 +840,7 @@ def _expand(node: Node, b: Bound) -> Node | None:
     source = b["self"]
     if node.shape == source.shape:
         return source  # type: ignore[no-any-return]
-    _set(node, g.MOVE, [source], how="expand")
+    _set(node, g.REARRANGE, [source], how="expand")
     return None
 
 
@@ -850,7 +850,7 @@ def _pad(node: Node, b: Bound) -> Node | None:
     if not any(p if isinstance(p, int) else True for p in b["pad"]):
         return source  # type: ignore[no-any-return]
     # Constant padding is no part of the images: its relevance goes. Reflected values are copies.
-    _set(node, g.MOVE, [source], how="vjp", pads=b.get("mode", "constant") == "constant")
+    _set(node, g.REARRANGE, [source], how="vjp", pads=b.get("mode", "constant") == "constant")
     return None
 
 
@@ -863,14 +863,14 @@ def _pad(node: Node, b: Bound) -> Node | None:
          "replication_pad1d.default", "replication_pad2d.default", "replication_pad3d.default")  # fmt: skip
 def _linear_move(node: Node, b: Bound) -> None:
     source = _image(b)
-    _set(node, g.MOVE, [source], how="vjp")
+    _set(node, g.REARRANGE, [source], how="vjp")
 
 
 @handles("index.Tensor")
 def _index(node: Node, b: Bound) -> None:
     for index in b["indices"]:
         _constant_only(index, "index.Tensor with an index")
-    _set(node, g.MOVE, [b["self"]], how="vjp")
+    _set(node, g.REARRANGE, [b["self"]], how="vjp")
 
 
 @handles("copy.default")
@@ -880,7 +880,7 @@ def _copy(node: Node, b: Bound) -> Node | None:
     if node.shape == source.shape:
         return source  # type: ignore[no-any-return]
     _call(node, torch.ops.aten.expand_as.default, source, b["self"])
-    _set(node, g.MOVE, [source], how="expand")
+    _set(node, g.REARRANGE, [source], how="expand")
     return None
 
 
@@ -976,7 +976,7 @@ def _filled_where(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
 @handles("gather.default")
 def _gather(node: Node, b: Bound) -> None:
     _constant_only(b["index"], "gather.default with an index")
-    _set(node, g.MOVE, [b["self"]], how="vjp")
+    _set(node, g.REARRANGE, [b["self"]], how="vjp")
 
 
 @handles("masked_fill.Scalar", "masked_fill.Tensor")
@@ -984,7 +984,7 @@ def _masked_fill(node: Node, b: Bound) -> InSteps | None:
     if _variable(b["value"]) or b["self"].constant:
         return in_steps(lambda x, mask, value: torch.where(mask, value, x), b["self"], b["mask"], b["value"])
     _call(node, node.target, b["self"], b["mask"], _in_range(b["value"]))
-    _set(node, g.MOVE, [b["self"]], how="vjp", masks=True)
+    _set(node, g.REARRANGE, [b["self"]], how="vjp", masks=True)
     return None
 
 
@@ -996,7 +996,7 @@ def _where(node: Node, b: Bound) -> None:
     if len(variable) == 2:
         _set(node, g.CHOICE, variable)
     elif variable:
-        _set(node, g.MOVE, variable, how="vjp", masks=True)
+        _set(node, g.REARRANGE, variable, how="vjp", masks=True)
     else:
         _set(node, g.DECISION, [b["condition"]])
 

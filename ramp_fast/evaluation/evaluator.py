@@ -14,20 +14,12 @@ from torch import Tensor
 from ramp_fast._checks import flag, positive
 from ramp_fast.capture.model_checks import in_training
 from ramp_fast.data import Batch
-from ramp_fast.engine import CONTRASTS, Engine
 from ramp_fast.errors import InputError, RampFastError
 from ramp_fast.evaluation.result import Evaluation, EvaluationError, pair_name
-from ramp_fast.methods import METHODS, Method, make_method
+from ramp_fast.explainer import CONTRASTS, Explainer, Method, Model, logits_of, method_name, module_of
+from ramp_fast.methods import METHODS, make_method
 from ramp_fast.metrics import METRICS, Metric, make_metric
-from ramp_fast.metrics.base import (
-    Model,
-    answer,
-    check_classes,
-    checked_images,
-    checked_masks,
-    method_name,
-    module_of,
-)
+from ramp_fast.metrics.base import check_classes, checked_images, checked_masks
 from ramp_fast.specs import parse_spec
 
 if TYPE_CHECKING:
@@ -42,13 +34,13 @@ class Evaluator:
 
     Parameters
     ----------
-    model : torch.nn.Module or Engine
+    model : torch.nn.Module or Explainer
         In eval mode. With an engine metrics that are given by name are metrics of the engine: on CPUs their logits are
-        those of :meth:`Engine.logits`.
+        those of :meth:`Explainer.logits`.
     metrics : sequence of names, or mapping of label to name or Metric
         Names as in ``ramp_fast.metrics.METRICS``, with settings as in "deletion:steps=50,granularity=patch:8". A
         metric that is given as an object is used as a template: its own values are left alone.
-    methods : sequence of names, or mapping of label to name, callable or Engine
+    methods : sequence of names, or mapping of label to name, callable or Explainer
         Names as in ``ramp_fast.methods.METHODS``, with settings as in "ig:steps=32".
     seed : int
         Of metrics and methods that are given by name.
@@ -61,7 +53,7 @@ class Evaluator:
     first_image : int
         The number of the first image, where several processes evaluate parts of one data set: see ``Metric.fresh``.
     contrast : {"others", "none"}, optional
-        Of the maps of engines among the methods: see :meth:`Engine.attribute`. By default "others", and "none" where
+        Of the maps of engines among the methods: see :meth:`Explainer.attribute`. By default "others", and "none" where
         the model has a single logit.
 
     Raises
@@ -74,7 +66,7 @@ class Evaluator:
         self,
         model: Model,
         metrics: Sequence[str | Metric] | Mapping[str, str | Metric],
-        methods: Sequence[str] | Mapping[str, str | Method | Engine],
+        methods: Sequence[str] | Mapping[str, str | Method | Explainer],
         *,
         seed: int = 0,
         batch_size: int | None = None,
@@ -203,7 +195,7 @@ class Evaluator:
     def _answer(self, images: Tensor) -> Tensor:
         """Logits, as metrics get them that are given by name."""
         with torch.no_grad():
-            return answer(self._answering, images)
+            return logits_of(self._answering, images)
 
     def _grouped(self, label: str, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Whole groups of what waited and what is new; the rest waits."""
@@ -214,10 +206,12 @@ class Evaluator:
         self._waiting[label] = images[whole:], target[whole:]
         return images[:whole], target[:whole]
 
-    def _maps(self, method: str, function: Method | Engine, images: Tensor, target: Tensor) -> Tensor | None:
+    def _maps(self, method: str, function: Method | Explainer, images: Tensor, target: Tensor) -> Tensor | None:
         """The method's maps of the images where metrics share them; None where none wants them or the method fails."""
         metrics = self._metrics[method]
-        users = [label for label, m in metrics.items() if m.uses_maps and pair_name(method, label) not in self._failures]
+        users = [
+            label for label, m in metrics.items() if m.uses_maps and pair_name(method, label) not in self._failures
+        ]
         if not users:
             return None
         started = time.perf_counter()
@@ -248,7 +242,7 @@ def evaluate(
     model: Model,
     data: Data,
     metrics: Sequence[str | Metric] | Mapping[str, str | Metric],
-    methods: Sequence[str] | Mapping[str, str | Method | Engine],
+    methods: Sequence[str] | Mapping[str, str | Method | Explainer],
     *,
     batch_size: int = 16,
     seed: int = 0,
@@ -380,14 +374,14 @@ def _metric(spec: str | Metric, model: Model, seed: int, batch_size: int | None)
     return make_metric(name, model, **{"seed": seed, "batch_size": batch_size, **settings})
 
 
-def _method(spec: str | Method | Engine, model: Model, seed: int) -> Method | Engine:
+def _method(spec: str | Method | Explainer, model: Model, seed: int) -> Method | Explainer:
     if isinstance(spec, str):
         name, settings = parse_spec(spec)
         return make_method(name, module_of(model), **{"seed": seed, **settings})
-    if isinstance(spec, Engine) and spec.model is not module_of(model):
+    if isinstance(spec, Explainer) and spec.model is not module_of(model):
         raise InputError("an engine among the methods is one of another model")
-    if not callable(spec) and not isinstance(spec, Engine):
+    if not callable(spec) and not isinstance(spec, Explainer):
         raise InputError(
-            f"a method is a name, a function (model, images, target) or an Engine, got {type(spec).__name__}"
+            f"a method is a name, a function (model, images, target) or an Explainer, got {type(spec).__name__}"
         )
     return spec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +13,6 @@ from torch import Tensor, nn
 
 from ramp_fast.capture.model_checks import in_training
 from ramp_fast.errors import InputError, UnsupportedModelError
-
-Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""``(model, images [N, C, H, W], target [N]) -> maps [N, C or 1, H, W]``."""
 
 
 def checked(name: str, model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

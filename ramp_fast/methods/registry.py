@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from ramp_fast.engine import Engine
+from ramp_fast._checks import nearest
 from ramp_fast.errors import InputError
-from ramp_fast.methods.base import Method, checked_seed
+from ramp_fast.explainer import Explainer, Method
+from ramp_fast.methods.base import checked_seed
 from ramp_fast.methods.baseline import Random
 from ramp_fast.methods.gradients import gradient, input_x_gradient
 from ramp_fast.methods.rollout import attention_of, attention_rollout
@@ -33,13 +34,13 @@ class MethodEntry:
     description : str
         One line.
     build : callable
-        ``(model, **settings) -> Method or Engine``; ``seed`` is among the settings of those that draw.
+        ``(model, **settings) -> Method or Explainer``; ``seed`` is among the settings of those that draw.
     extra : str or None
         The optional dependency it needs, ``pip install 'ramp_fast[extra]'``.
     """
 
     description: str
-    build: Callable[..., Method | Engine]
+    build: Callable[..., Method | Explainer]
     extra: str | None = None
 
     @property
@@ -54,8 +55,27 @@ class MethodEntry:
 
     @property
     def _parameters(self) -> dict[str, inspect.Parameter]:
-        build = self.build.args[0] if isinstance(self.build, partial) and self.build.func is _plain else self.build
+        build = self.build
+        if isinstance(build, _EngineOf):
+            build = build.engine
+        elif isinstance(build, partial) and build.func is _plain:
+            build = build.args[0]
         return dict(inspect.signature(build).parameters)
+
+
+@dataclass(frozen=True)
+class _EngineOf:
+    """An engine under a rule. Engines stand above methods, and are imported where one is made."""
+
+    rule: str
+
+    @property
+    def engine(self) -> type[Explainer]:
+        found: type[Explainer] = pkgutil.resolve_name("ramp_fast.engine:Engine")
+        return found
+
+    def __call__(self, model: nn.Module, **settings: Any) -> Explainer:
+        return self.engine(model, rule=self.rule, **settings)  # type: ignore[call-arg]
 
 
 def _plain(kind: Callable[..., Method], model: nn.Module, **settings: Any) -> Method:
@@ -76,10 +96,8 @@ def _rollout(model: nn.Module) -> Method:
 
 
 METHODS: dict[str, MethodEntry] = {
-    "abslrp": MethodEntry("absLRP, shares of relevance kept at junctions", partial(Engine, rule="abslrp")),
-    "abslrp-release": MethodEntry(
-        "absLRP, equal shares, as the published package", partial(Engine, rule="abslrp-release")
-    ),
+    "abslrp": MethodEntry("absLRP, shares of relevance kept at junctions", _EngineOf("abslrp")),
+    "abslrp-release": MethodEntry("absLRP, equal shares, as the published package", _EngineOf("abslrp-release")),
     "ixg": MethodEntry("input x gradient", _input_x_gradient),
     "gradient": MethodEntry("gradient, signed", _gradient),
     "ig": MethodEntry("integrated gradients", partial(_plain, IntegratedGradients), extra="captum"),
@@ -92,7 +110,7 @@ METHODS: dict[str, MethodEntry] = {
 """Every method by the name that :func:`make_method` takes."""
 
 
-def make_method(name: str, model: nn.Module, seed: int = 0, **settings: Any) -> Method | Engine:
+def make_method(name: str, model: nn.Module, seed: int = 0, **settings: Any) -> Method | Explainer:
     """A method by its name.
 
     Parameters
@@ -128,9 +146,7 @@ def make_method(name: str, model: nn.Module, seed: int = 0, **settings: Any) -> 
     """
     entry = METHODS.get(name)
     if entry is None:
-        close = difflib.get_close_matches(str(name), METHODS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise InputError(f"unknown method {name!r}{hint}; known: {', '.join(METHODS)}")
+        raise InputError(f"unknown method {name!r}{nearest(name, METHODS)}; known: {', '.join(METHODS)}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
     checked_seed(name, seed)

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from ramp_fast._checks import finite_samples, positive
 from ramp_fast.capture.model_checks import in_training
-from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError, RampFastError
-from ramp_fast.methods import Method
-from ramp_fast.rules import name_of
+from ramp_fast.explainer import Explainer, Method, Model, logits_of, method_name, module_of
 from ramp_fast.runtime.heap import keep_freed_memory
 
 # Images that a metric makes at a time (masked copies, perturbed images) take about this many bytes, unless
@@ -27,9 +25,6 @@ from ramp_fast.runtime.heap import keep_freed_memory
 # them ViTs are as fast, and ResNets slower.
 _MEMORY = {"cpu": 5 << 20, "cuda": 256 << 20}
 
-
-# What metrics are made for: an engine stands for its model.
-Model = nn.Module | Engine
 
 M = TypeVar("M", bound="Metric")
 
@@ -98,7 +93,7 @@ class Sample:
         metric: Metric,
         images: Tensor,
         target: Tensor | None,
-        method: Method | Engine | None,
+        method: Method | Explainer | None,
         maps: Tensor | None = None,
         masks: Tensor | None = None,
     ) -> None:
@@ -142,7 +137,7 @@ class Metric:
 
     Parameters
     ----------
-    model : torch.nn.Module or Engine
+    model : torch.nn.Module or Explainer
         A classifier in eval mode, ``[N, C, H, W]`` to logits ``[N, classes]``. It is left as it is. On CPUs
         :meth:`Engine.logits` takes the place of the forward pass of an engine's model: faster, equal but for rounding.
         (Not under precision "fast", nor for float64 images under another one than "float64".)
@@ -162,10 +157,10 @@ class Metric:
     """How many images belong together: ``update`` takes multiples of this."""
 
     def __init__(self, model: Model, *, seed: int = 0, batch_size: int | None = None) -> None:
-        self.engine = model if isinstance(model, Engine) else None
+        self.engine = model if isinstance(model, Explainer) else None
         model = module_of(model)
         if not isinstance(model, nn.Module):
-            raise TypeError(f"{self.name}: model must be a torch.nn.Module or an Engine, got {type(model).__name__}")
+            raise TypeError(f"{self.name}: model must be a torch.nn.Module or an Explainer, got {type(model).__name__}")
         if batch_size is not None:
             positive(self.name, "batch_size", batch_size)
         if not isinstance(seed, int) or isinstance(seed, bool):
@@ -194,7 +189,7 @@ class Metric:
         self,
         images: Tensor,
         target: int | Tensor | None,
-        method: Method | Engine | None,
+        method: Method | Explainer | None,
         *,
         maps: Tensor | None = None,
         masks: Tensor | None = None,
@@ -208,7 +203,7 @@ class Metric:
             Preprocessed for the model.
         target : int, integer Tensor [N] or None
             The classes to explain; None: the predicted ones.
-        method : callable, Engine or None
+        method : callable, Explainer or None
             ``(model, images, target) -> maps`` ``[N, C or 1, H, W]``. None where ``maps`` says it all.
         maps : Tensor [N, C or 1, H, W], optional
             The method's maps of these images, where they are known already.
@@ -327,7 +322,7 @@ class Metric:
         return images, target
 
     def attribute(
-        self, method: Method | Engine | None, images: Tensor, target: Tensor, model: nn.Module | None = None
+        self, method: Method | Explainer | None, images: Tensor, target: Tensor, model: nn.Module | None = None
     ) -> Tensor:
         """Maps ``[N, C or 1, H, W]`` of a method, checked; so many images at a time as go through the model together.
 
@@ -340,18 +335,18 @@ class Metric:
         """
         if method is None:
             raise InputError(f"{self.name} asks the method for maps of its own: pass one, not only maps")
-        if isinstance(method, Engine) and method.model is not self.model:
+        if isinstance(method, Explainer) and method.model is not self.model:
             raise InputError(f"{self.name}: the engine is one of another model than the metric")
-        if isinstance(method, Engine) and model is not None:
+        if isinstance(method, Explainer) and model is not None:
             method = method.for_model(model)
         model = model or self.model
         contrast = self.contrast
-        if contrast is None and isinstance(method, Engine):  # a single logit has no others to be contrasted with
+        if contrast is None and isinstance(method, Explainer):  # a single logit has no others to be contrasted with
             contrast = "none" if self.classes(images) == 1 else "others"
         pieces = []
         for here in self.slices(images):
             try:
-                if isinstance(method, Engine):
+                if isinstance(method, Explainer):
                     maps = method.attribute(images[here], target[here], contrast or "others").maps
                 else:
                     maps = method(model, images[here].clone(), target[here].clone())  # which it may write to
@@ -375,15 +370,15 @@ class Metric:
         with torch.no_grad():
             found = torch.cat(
                 [
-                    self.answer(images[here]) if model is None else answer(model, images[here])
+                    self.logits_of(images[here]) if model is None else logits_of(model, images[here])
                     for here in self.slices(images)
                 ]
             )
         return self.finite(found)
 
-    def answer(self, images: Tensor) -> Tensor:
-        """:func:`answer` of the metric's model or engine."""
-        return answer(self.engine or self.model, images)
+    def logits_of(self, images: Tensor) -> Tensor:
+        """:func:`ramp_fast.explainer.logits_of` of the metric's model or engine."""
+        return logits_of(self.engine or self.model, images)
 
     def classes(self, images: Tensor) -> int:
         """How many logits the model has; the first time, one of the images goes through it."""
@@ -498,47 +493,6 @@ _HEADS = ("Addmm", "Relu")  # autograd's names for what ends in logits, small as
 _VIEWS = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Alias", "Clone", "ToCopy", "Transpose", "TBackward")
 
 
-def module_of(model: Model) -> nn.Module:
-    """A model, or that of an engine."""
-    return model.model if isinstance(model, Engine) else model
-
-
-def answer(model: Model, images: Tensor) -> Tensor:
-    """Logits ``[N, classes]`` of images that go through a model together; for ``no_grad`` alone.
-
-    An engine computes them where that is its model's function but for rounding: on CPUs, in no less than the images'
-    precision. Values that a model returns are not looked at, and may lie in the memory of the images.
-
-    Raises
-    ------
-    InputError
-        The model returns something else than a floating point Tensor ``[N, classes]``. Of an engine: the images are not
-        finite. (A ReLU that is computed with a convolution would hide it.)
-    """
-    if isinstance(model, Engine) and images.device.type == "cpu" and model.computes_in(images.dtype):
-        return model.logits(images)
-    model = module_of(model)
-    return _checked_logits(model(images), model, images.shape[0])
-
-
-def _checked_logits(found: Any, model: nn.Module, count: int) -> Tensor:
-    """What a model returned for ``count`` images, where it is logits ``[count, classes]``."""
-    if not isinstance(found, Tensor):
-        what, then = type(found).__name__, "wrap it in a module whose forward returns the logits alone"
-    elif found.dim() == 2 and found.shape[0] == count and found.shape[1] and found.is_floating_point():
-        return found
-    else:
-        what, then = f"{list(found.shape)}, {found.dtype}", "wrap it in a module whose forward returns that"
-        if found.shape == (count,):
-            then = "let it return one logit as [N, 1], for example nn.Sequential(model, nn.Unflatten(0, (-1, 1)))"
-        elif found.dim() > 2 and found.shape[0] == count and found[0].numel() == found.shape[1]:
-            then = "let it return [N, classes], for example nn.Sequential(model, nn.Flatten())"
-    raise InputError(
-        f"{type(model).__name__} returns {what} for {count} images; logits must be a floating point Tensor "
-        f"[N, classes]: {then}"
-    )
-
-
 def _mixed(*numbers: int) -> int:
     """One seed of several numbers, so that neighbours share no stream (splitmix64)."""
     state = 0
@@ -627,10 +581,3 @@ def checked_maps(maps: Any, images: Tensor, metric: str, method: str, batch: int
     if wrong:
         raise InputError(f"{metric}: {wrong} of {n} maps of {method} are not finite in batch {batch}")
     return found
-
-
-def method_name(method: Method | Engine) -> str:
-    """What messages and tables call it."""
-    if isinstance(method, Engine):
-        return f"Engine({name_of(method.rule)})"
-    return str(getattr(method, "__name__", type(method).__name__))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import Any
 
+from ramp_fast._checks import nearest
 from ramp_fast.errors import InputError
 from ramp_fast.metrics.base import Metric, Model
 from ramp_fast.metrics.complexity import Complexity, EffectiveComplexity, Sparseness
@@ -70,9 +70,7 @@ def make_metric(name: str, model: Model, **settings: Any) -> Metric:
     """
     metric = METRICS.get(name)
     if metric is None:
-        close = difflib.get_close_matches(str(name), METRICS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise InputError(f"no metric {name!r}{hint}; there are {', '.join(sorted(METRICS))}")
+        raise InputError(f"no metric {name!r}{nearest(name, METRICS)}; there are {', '.join(sorted(METRICS))}")
     known = known_settings(metric)
     for setting in settings:
         if setting not in known:

@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+from ramp_fast._checks import nearest
 from ramp_fast.rules.abslrp import AbsLRP, RelativeStabilizer
+from ramp_fast.rules.rule import Rule
 
-__all__ = ["AbsLRP", "RelativeStabilizer", "name_of", "resolve"]
+__all__ = ["AbsLRP", "RelativeStabilizer", "Rule", "resolve"]
 
 _NAMED = {"abslrp": AbsLRP(), "abslrp-release": AbsLRP(shares="equal")}
 
 
-def resolve(rule: str | AbsLRP) -> AbsLRP:
+def resolve(rule: str | Rule) -> Rule:
     """The rule object for ``rule``.
 
     Raises
@@ -22,15 +24,11 @@ def resolve(rule: str | AbsLRP) -> AbsLRP:
     TypeError
         Neither a name nor a rule.
     """
-    if isinstance(rule, AbsLRP):
+    if isinstance(rule, Rule):
         return rule
     if not isinstance(rule, str):
-        raise TypeError(f"rule must be a name or an AbsLRP object, got {type(rule).__name__}")
+        raise TypeError(f"rule must be a name or a rule object, got {type(rule).__name__}")
     if rule not in _NAMED:
-        raise ValueError(f"unknown rule {rule!r}; known: {', '.join(sorted(_NAMED))}, or an AbsLRP object")
+        known = ", ".join(sorted(_NAMED))
+        raise ValueError(f"unknown rule {rule!r}{nearest(rule, _NAMED)}; known: {known}, or a rule object")
     return _NAMED[rule]
-
-
-def name_of(rule: AbsLRP) -> str:
-    """The name that stands for a rule, or its options."""
-    return next((name for name, named in _NAMED.items() if named == rule), repr(rule))

@@ -11,21 +11,28 @@ with ``R = |x| c``: division and multiplication cancel, and coefficients ``c`` a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from ramp_fast import graph as g
 from ramp_fast._checks import flag, is_number
-from ramp_fast.graph import Node
+from ramp_fast.capture import passes
+from ramp_fast.capture.linear_maps import recognize_linear_maps
+from ramp_fast.capture.token_slices import gate_token_selections, hoist_slices
+from ramp_fast.gemm import Precision
+from ramp_fast.graph import Graph, Node
 from ramp_fast.ops._common import divide
 from ramp_fast.rules.attention import Attention, Softmax
-from ramp_fast.rules.base import Facts, Operation
+from ramp_fast.rules.base import Fusion, Operation
+from ramp_fast.rules.conservation import Conservation
 from ramp_fast.rules.diagonal import (
-    Absorbed,
     Activation,
     BatchNorm,
     Div,
+    FusedRelu,
     Gate,
     Generic,
     GroupNorm,
@@ -35,11 +42,16 @@ from ramp_fast.rules.diagonal import (
     Scale,
     Shift,
 )
+from ramp_fast.rules.fusion import fusions
 from ramp_fast.rules.junctions import Add, Bilinear, Choice, Matmul, Mul
-from ramp_fast.rules.masses import Contribution, unit_mass
+from ramp_fast.rules.masses import Massed, Masses, unit_mass
 from ramp_fast.rules.pools import Extreme, Function, LinearMap, LinearPool, MaxPool
-from ramp_fast.rules.rearrange import Decision, Join, Move, Part, Parts
+from ramp_fast.rules.rearrange import Decision, Join, Move, Split, SplitOutput
+from ramp_fast.rules.rule import Pass, Rule
 from ramp_fast.rules.weighted import Conv, Linear
+
+# Below this the stabilizer no longer tames the rounding of a reduced-precision forward pass.
+_SMALLEST_FAST_STABILIZER = 0.05
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class RelativeStabilizer:
 
 
 @dataclass(frozen=True)
-class AbsLRP:
+class AbsLRP(Rule):
     """The absLRP rule and its options.
 
     Parameters
@@ -79,6 +91,8 @@ class AbsLRP:
         Fold BatchNorm into the convolution before it first (Guillemot et al. 2020, arXiv 2002.11018).
     """
 
+    conservation: ClassVar[type[Conservation]] = Masses
+
     stabilizer: float | RelativeStabilizer = 1e-9
     shares: str = "kept"
     maxpool: str = "auto"
@@ -93,6 +107,31 @@ class AbsLRP:
         if not own and not (is_number(self.stabilizer) and self.stabilizer >= 0):  # type: ignore[operator]  # a number
             raise ValueError(f"stabilizer must be a number that is not negative, got {self.stabilizer!r}")
         flag("AbsLRP", "fold_batchnorm", self.fold_batchnorm)
+
+    @property
+    def name(self) -> str:
+        """ "abslrp", "abslrp-release", or the options."""
+        names = {AbsLRP(): "abslrp", AbsLRP(shares="equal"): "abslrp-release"}
+        return names.get(self, repr(self))
+
+    def rewrites(self) -> Sequence[Pass]:
+        """As :meth:`Rule.rewrites`: gates behind token selections, and BatchNorm folded where that was asked for."""
+        folded = (passes.fold_batchnorm,) if self.fold_batchnorm else ()
+        return (*folded, *passes.RECOGNITIONS, recognize_linear_maps, gate_token_selections, hoist_slices)
+
+    def fuse(self, graph: Graph, precision: Precision) -> Mapping[Node, Fusion]:
+        """As :meth:`Rule.fuse`."""
+        return fusions(graph, self, precision)
+
+    def check_precision(self, precision: str) -> None:
+        """As :meth:`Rule.check_precision`: "fast" needs a relative stabilizer."""
+        s = self.stabilizer
+        if precision == "fast" and not (isinstance(s, RelativeStabilizer) and s.factor >= _SMALLEST_FAST_STABILIZER):
+            raise ValueError(
+                'precision="fast" computes the forward pass in reduced precision, and the division by near-zero logits '
+                f"would amplify its rounding to errors of 40 % of a map: use a rule with a relative stabilizer of at "
+                f"least {_SMALLEST_FAST_STABILIZER}, such as AbsLRP(stabilizer=RelativeStabilizer(0.1)); got {s!r}"
+            )
 
     @property
     def gates_attention(self) -> bool:
@@ -111,22 +150,22 @@ class AbsLRP:
             size = size + self.stabilizer
         return divide(seed, size.expand_as(seed))
 
-    def finish(self, c: Tensor, images: Tensor) -> Tensor:
-        """Relevance of pixels from their coefficients."""
-        return images.abs() * c
+    def relevance(self, c: Tensor, x: Tensor) -> Tensor:
+        """As :meth:`Rule.relevance`: ``|x| c``."""
+        return x.abs() * c
 
-    def operation(self, node: Node, facts: Facts) -> Operation:
-        """The operation of ``node`` under this rule."""
-        if node.kind == g.MOVE:
-            return (Join if node.params["how"] in ("cat", "stack") else Move)(node, facts)
-        facts.gated, facts.shares = self.gates_attention, self.shares
-        if node.kind == g.ACTIVATION and node.params["how"] == "relu":
-            return (Absorbed if facts.absorbed else Relu)(node, facts)
-        return TABLE[node.kind](node, facts)
+    def operation(self, node: Node, precision: Precision, fusion: Fusion) -> Operation:
+        """As :meth:`Rule.operation`."""
+        kind: type[Operation] = TABLE[node.kind]
+        if node.kind == g.REARRANGE and node.params["how"] in ("cat", "stack"):
+            kind = Join
+        elif node.kind == g.ACTIVATION and node.params["how"] == "relu":
+            kind = Relu if fusion.fused_into is None else FusedRelu
+        return kind(node, precision, fusion, self)
 
-    def leave(self, node: Node, contribution: Contribution) -> Contribution:
+    def leave(self, node: Node, contribution: Massed) -> Massed:
         """What leaves an operation: with equal shares every operation but a move has mass 1 below it."""
-        if self.shares == "equal" and node.kind not in (g.MOVE, g.PARTS, g.PART):
+        if self.shares == "equal" and node.kind not in (g.REARRANGE, g.SPLIT, g.SPLIT_OUTPUT):
             contribution.target = unit_mass(contribution.target)
         return contribution
 
@@ -134,7 +173,7 @@ class AbsLRP:
         """Whether relevance of non-positive outputs of ``node`` is dropped by its own pull-back."""
         if node.kind == g.ATTENTION or (node.kind in (g.MATMUL, g.BILINEAR) and node.params["role"] == "attend"):
             return self.gates_attention
-        return node.kind in (g.ACTIVATION, g.GATE)
+        return node.kind in (g.ACTIVATION, g.SELECT_TOKENS)
 
 
 TABLE: dict[str, type[Operation]] = {
@@ -154,15 +193,16 @@ TABLE: dict[str, type[Operation]] = {
     g.ATTENTION: Attention,
     g.MAX_POOL: MaxPool,
     g.LINEAR_POOL: LinearPool,
-    g.GATE: Gate,
+    g.SELECT_TOKENS: Gate,
     g.LINEAR_MAP: LinearMap,
     g.BILINEAR: Bilinear,
-    g.EXTREME: Extreme,
-    g.FUNCTION: Function,
+    g.MAX_REDUCTION: Extreme,
+    g.REDUCTION: Function,
     g.SHIFT: Shift,
     g.CHOICE: Choice,
     g.DECISION: Decision,
-    g.PARTS: Parts,
-    g.PART: Part,
+    g.REARRANGE: Move,
+    g.SPLIT: Split,
+    g.SPLIT_OUTPUT: SplitOutput,
     g.GENERIC: Generic,
 }

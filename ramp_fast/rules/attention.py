@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ramp_fast import gemm, ops
 from ramp_fast import graph as g
+from ramp_fast.gemm import Precision
 from ramp_fast.gemm.private_operators import flash_attends, flash_attention
 from ramp_fast.graph import Node
-from ramp_fast.rules.base import Facts, Flow, Operation, Values, gate, share, stacked_view
+from ramp_fast.rules.base import Flow, Fusion, Operation, Values, gate, stacked_view
 from ramp_fast.rules.junctions import MASK_BELOW, only_masks, pull_product
-from ramp_fast.rules.masses import Bookkeeping, Contribution
+from ramp_fast.rules.masses import Massed, Masses, share
 
 
 class Softmax(Operation):
@@ -27,13 +28,13 @@ class Softmax(Operation):
     def needs(self) -> list[Node]:
         return [self.node.operands[0]]
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
         source = self.node.operands[0]
         scores = values[source]
         dim = self.node.params["dim"] % scores.dim()
         c = ops.softmax_pullback(masked(scores).movedim(dim, -1), part.c.movedim(dim + 1, -1))
-        yield Flow(source, Contribution(c.movedim(-1, dim + 1), part.target))
+        yield Flow(source, Massed(c.movedim(-1, dim + 1), part.target))
 
 
 def masked(scores: Tensor) -> Tensor:
@@ -58,8 +59,8 @@ class _Pulled:
 class Attention(Operation):
     """``softmax(scale Q K^T + bias) V``: softmax and both products with their junctions, in one step."""
 
-    def __init__(self, node: Node, facts: Facts) -> None:
-        super().__init__(node, facts)
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        super().__init__(node, precision, fusion, rule)
         self.pullback_kernel = "attention_pullback" if self._fused else "products"
 
     def prepare(self, constants: dict[Node, Any]) -> None:
@@ -67,7 +68,7 @@ class Attention(Operation):
         self.only_masks = None if mask is None or mask.dtype == torch.bool else only_masks(mask)
 
     def needs(self) -> list[Node]:
-        own = [self.node] if self.facts.gated else []
+        own = [self.node] if self.rule.gates_attention else []
         return list(self.node.operands) + own
 
     def forward(self, values: Values) -> tuple[Any, Any]:
@@ -86,34 +87,34 @@ class Attention(Operation):
             return gemm.by_sample(attend, q.shape[-2], (q, k, v), 0), None
         return attend(q, k, v), None
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
-        shares = self.facts.shares
-        pulled = (self._in_one_step if self._fused else self._by_products)(part.c, values, book)
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
+        shares = self.rule.shares
+        pulled = (self._in_one_step if self._fused else self._by_products)(part.c, values, conservation)
         t_a, t_v = share(part.target, [pulled.m_a, pulled.m_v], shares)
         if pulled.m_bias is not None:
             t_a = share(t_a, pulled.m_bias, shares)[0]
         t_q, t_k = share(t_a, [pulled.m_q, pulled.m_k], shares)
         targets, actual = [t_q, t_k, t_v], [pulled.m_q, pulled.m_k, pulled.m_v]
-        flows = self._scaled([pulled.c_q, pulled.c_k, pulled.c_v], targets, actual, book)
+        flows = self._scaled([pulled.c_q, pulled.c_k, pulled.c_v], targets, actual, conservation)
         for node, contribution in zip(self.node.operands, flows, strict=True):
             if not node.constant:
                 yield Flow(node, contribution)
 
     def _scaled(
-        self, own: list[Tensor], targets: list[Tensor], masses: list[Tensor], book: Bookkeeping
-    ) -> list[Contribution]:
+        self, own: list[Tensor], targets: list[Tensor], masses: list[Tensor], conservation: Masses
+    ) -> list[Massed]:
         """Contributions of Q, K and V; scaled in one pass where they lie in one buffer, as a qkv layer's outputs do."""
         whole = None
-        if self._fused and self.facts.shares == "kept":
+        if self._fused and self.rule.shares == "kept":
             whole = stacked_view([c.movedim(-3, -2) for c in own], own[0].dim() - 2)  # [T, B, ..., N, 3, H, D]
         if whole is None or not whole.is_contiguous():
-            return [Contribution(*each) for each in zip(own, targets, masses, strict=True)]
+            return [Massed(*each) for each in zip(own, targets, masses, strict=True)]
         scale, alive = ops.scale_to(torch.stack(targets), torch.stack(masses))
         scale = scale.movedim(0, -1)
-        flat = whole.flatten(-2).view(whole.shape[0], book.batch, -1, 3, whole.shape[-2] * whole.shape[-1])
-        parts = ops.rescale_parts(flat, scale, book.contrast).view(whole.shape).unbind(-3)
-        return [Contribution(c.movedim(-2, -3), mass, mass) for c, mass in zip(parts, alive, strict=True)]
+        flat = whole.flatten(-2).view(whole.shape[0], conservation.batch, -1, 3, whole.shape[-2] * whole.shape[-1])
+        parts = ops.rescale_parts(flat, scale, conservation.contrast).view(whole.shape).unbind(-3)
+        return [Massed(c.movedim(-2, -3), mass, mass) for c, mass in zip(parts, alive, strict=True)]
 
     @property
     def _fused(self) -> bool:
@@ -125,26 +126,26 @@ class Attention(Operation):
         fits = k.example == v.example and q.example[:-2] == k.example[:-2] and q.example[-1] == k.example[-1]
         return plain and fits and all(n.batch.leading for n in (self.node, *self.node.operands))
 
-    def _in_one_step(self, c: Tensor, values: Values, book: Bookkeeping) -> _Pulled:
+    def _in_one_step(self, c: Tensor, values: Values, conservation: Masses) -> _Pulled:
         q, k, v = (values[n] for n in self.node.operands)
-        gated = self.facts.gated
+        gated = self.rule.gates_attention
         out = values[self.node] if gated else q  # only read where gated
-        c = c.to(self.facts.precision.pullback)
+        c = c.to(self.precision.pullback)
         # Heads are all axes between the first and the last two: none, one, or heads and windows.
         between = tuple(q.shape[1:-2])
         heads = math.prod(between)
         q, k, v, out = (t.reshape(t.shape[0], heads, *t.shape[-2:]) for t in (q, k, v, out))
         c = c.reshape(*c.shape[:2], heads, *c.shape[-2:])
-        *flat, masses = ops.attention_pullback(q, k, v, out, c, self.node.params["scale"], gated, book.contrast)
+        *flat, masses = ops.attention_pullback(q, k, v, out, c, self.node.params["scale"], gated, conservation.contrast)
         c_q, c_k, c_v = (t.reshape(*t.shape[:2], *between, *t.shape[-2:]) for t in flat)
         # The windows of one sample lie side by side along the batch.
-        if masses.shape[-1] != book.batch:
-            masses = masses.unflatten(-1, (book.batch, -1)).sum(-1)
+        if masses.shape[-1] != conservation.batch:
+            masses = masses.unflatten(-1, (conservation.batch, -1)).sum(-1)
         return _Pulled(c_q, c_k, c_v, *masses)
 
-    def _by_products(self, c: Tensor, values: Values, book: Bookkeeping) -> _Pulled:
-        p, gated = self.node.params, self.facts.gated
-        dtype = self.facts.precision.pullback
+    def _by_products(self, c: Tensor, values: Values, conservation: Masses) -> _Pulled:
+        p, gated = self.node.params, self.rule.gates_attention
+        dtype = self.precision.pullback
         nodes, axis = self.node.operands, self.node.batch
         q, k, v = (values[n] for n in nodes)
         heads = k.shape[1]
@@ -164,12 +165,12 @@ class Attention(Operation):
         c_s = ops.softmax_pullback(scores, c_a)
         m_bias = None
         if bias is not None:
-            c_s, m_bias = self._take_bias(c_s, plain, bias, axis, book)
+            c_s, m_bias = self._take_bias(c_s, plain, bias, axis, conservation)
         c_q = pull_product(c_s, k, query, dtype, gated, lambda u, w: u @ w) * p["scale"]
         c_k = self._fold(pull_product(c_s.mT, query, k, dtype, gated, lambda u, w: u @ w), heads)
         own = ((q, c_q, nodes[0]), (values[nodes[1]], c_k, nodes[1]), (values[nodes[2]], c_v, nodes[2]))
-        m_q, m_k, m_v = (book.mass(x, u, n.batch) for x, u, n in own)
-        return _Pulled(c_q, c_k, c_v, book.mass(weights, c_a, axis), m_v, m_q, m_k, m_bias)
+        m_q, m_k, m_v = (conservation.mass(x, u, n.batch) for x, u, n in own)
+        return _Pulled(c_q, c_k, c_v, conservation.mass(weights, c_a, axis), m_v, m_q, m_k, m_bias)
 
     @staticmethod
     def _fold(c: Tensor, heads: int) -> Tensor:
@@ -198,10 +199,10 @@ class Attention(Operation):
 
     @staticmethod
     def _take_bias(
-        c: Tensor, plain: Tensor, bias: Tensor, axis: g.BatchAxis, book: Bookkeeping
+        c: Tensor, plain: Tensor, bias: Tensor, axis: g.BatchAxis, conservation: Masses
     ) -> tuple[Tensor, list[Tensor]]:
         """The junction ``S = Q K^T + bias``: coefficients of the product, and the masses of both."""
         finite = plain.masked_fill(plain.isinf(), 0.0)
         own = 2 * gate(c, finite)
         taken = 2 * gate(c, bias)
-        return own, [book.mass(finite, own, axis), book.mass(bias.expand_as(plain), taken, axis)]
+        return own, [conservation.mass(finite, own, axis), conservation.mass(bias.expand_as(plain), taken, axis)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from ramp_fast import graph as g
-from ramp_fast import ops
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
+from ramp_fast.rules.conservation import Contribution
 from ramp_fast.rules.gradients import gradient
-from ramp_fast.rules.masses import Bookkeeping, Contribution, unit_mass
 
 
 class Flow(NamedTuple):
@@ -26,51 +25,44 @@ class Flow(NamedTuple):
 
 
 @dataclass
-class Facts:
-    """What the plan knows about one node and tells its operation.
+class Fusion:
+    """What a rule decides for one node before its operation is made: what its step computes too, or who computes it.
 
     Attributes
     ----------
-    precision : Precision
-    positive_input : bool
-        Relevance can only reach positive entries of the weighted operand: ``W+`` is enough.
-    norm : Node or None
-        The LayerNorm whose output a linear layer alone reads: the layer's step pulls back through both.
-    above : bool
-        Of that LayerNorm, and of a BatchNorm in a residual sum: the step above does its pull-back.
-    relu : Node or None
+    fused_norm : Node or None
+        Of a linear layer: the LayerNorm whose output it alone reads. The layer's step pulls back through both.
+    fused_batch_norm, fused_add : Node or None
+        Of a convolution: the BatchNorm that its step computes as well, and what is added to that, where the sum is a
+        residual sum.
+    fused_relu : Node or None
         Of a sum, a BatchNorm, or a convolution that computes either: the ReLU that is computed with it.
-    absorbed : bool
-        Of that ReLU.
-    batch_norm : Node or None
-        Of a convolution: the BatchNorm that its step computes as well.
-    addend : Node or None
-        Of that convolution: what its step adds to the BatchNorm, where that goes into a residual sum.
-    computed_in : Node or None
-        Of that BatchNorm and that sum: the convolution.
+    fused_into : Node or None
+        The node whose step computes this one in the forward pass.
+    pulled_back_in : Node or None
+        The node whose step does this one's pull-back.
     branch : Node or None
         Of a residual sum: the operand that is not the shortcut.
+    positive_input : bool
+        Of a weighted layer: relevance can only reach positive entries of its input, so that W+ is enough.
     divided : bool
         Of pools that take a largest entry: ``c`` goes to it, not ``z c``.
-    gated : bool
-        Only positive head outputs, queries and keys carry relevance (rule).
-    shares : {"kept", "equal"}
-        How relevance is shared at junctions (rule).
     """
 
-    precision: Precision
-    positive_input: bool = False
-    norm: Node | None = None
-    above: bool = False
-    relu: Node | None = None
-    absorbed: bool = False
-    batch_norm: Node | None = None
-    addend: Node | None = None
-    computed_in: Node | None = None
+    fused_norm: Node | None = None
+    fused_batch_norm: Node | None = None
+    fused_add: Node | None = None
+    fused_relu: Node | None = None
+    fused_into: Node | None = None
+    pulled_back_in: Node | None = None
     branch: Node | None = None
+    positive_input: bool = False
     divided: bool = True
-    gated: bool = True
-    shares: str = "kept"
+
+
+def fused_into(node: Node) -> str:
+    """What ``print(engine.plan)`` says of a step that the step of ``node`` computes."""
+    return f"fused into {node.module or node.name}"
 
 
 class Values:
@@ -156,7 +148,7 @@ def _no_larger(node: Node) -> bool:
     """Whether no entry of the value is larger than the largest of the operands."""
     if node.kind == g.ACTIVATION:
         return bool(node.params["how"] == "relu")
-    if node.kind == g.MOVE:
+    if node.kind == g.REARRANGE:
         return node.params["how"] in ("reshape", "permute", "slice", "select", "cat", "stack")
     return node.kind == g.MAX_POOL or (node.kind == g.LINEAR_POOL and node.params["how"] == "mean")
 
@@ -173,8 +165,8 @@ class Operation:
     forward_kernel = "aten"
     pullback_kernel = "torch"
 
-    def __init__(self, node: Node, facts: Facts) -> None:
-        self.node, self.facts = node, facts
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        self.node, self.precision, self.fusion, self.rule = node, precision, fusion, rule
 
     def prepare(self, constants: dict[Node, Any]) -> None:
         """Pack weights; called again when the model's weights have changed."""
@@ -196,15 +188,15 @@ class Operation:
         """The node's value, and what to keep besides :meth:`needs`."""
         return values.call(self.node), None
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         """Relevance of the operands from that of the output (``parts``, one per reader)."""
         raise NotImplementedError
 
-    def merged(self, parts: list[Contribution], values: Values, book: Bookkeeping) -> Contribution:
+    def merged(self, parts: list[Any], values: Values, conservation: Any) -> Any:
         """The readers' relevance as one contribution."""
         if len(parts) == 1:
             return parts[0]
-        return book.merge(values[self.node], parts, self.node.batch)
+        return conservation.merge(values[self.node], parts, self.node.batch)
 
 
 def vjp(function: Callable[[Tensor], Tensor], like: Tensor | tuple[int, ...], c: Tensor) -> Tensor:
@@ -286,13 +278,6 @@ def stacked_view(pieces: list[Tensor], dim: int) -> Tensor | None:
     shape.insert(dim, len(pieces))
     stride.insert(dim, int(step))
     return first.as_strided(shape, stride)
-
-
-def share(target: Tensor, masses: list[Tensor], shares: str) -> Sequence[Tensor]:
-    """Target masses of a junction's operands."""
-    if shares == "equal":
-        return [unit_mass(target)] * len(masses)
-    return ops.share(target, masses).unbind(0)
 
 
 def gate(c: Tensor, x: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ramp_fast import graph as g
 from ramp_fast import ops
+from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
 from ramp_fast.ops._common import divide
-from ramp_fast.rules.base import Facts, Flow, Operation, Values, gate, reduce_to
+from ramp_fast.rules.base import Flow, Fusion, Operation, Values, fused_into, gate, reduce_to
 from ramp_fast.rules.gradients import gradient
-from ramp_fast.rules.masses import Bookkeeping, Contribution
+from ramp_fast.rules.masses import Massed, Masses
 from ramp_fast.rules.weighted import affine
 
 
@@ -26,11 +27,11 @@ class _Diagonal(Operation):
     pullback_kernel = "scale_by"
 
     def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        return [(self.node.example, self.facts.precision.pullback)]
+        return [(self.node.example, self.precision.pullback)]
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
-        yield Flow(self.node.operands[0], book.diagonal(part, kept, self.node.batch))
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
+        yield Flow(self.node.operands[0], conservation.diagonal(part, kept, self.node.batch))
 
 
 class Relu(Operation):
@@ -41,38 +42,40 @@ class Relu(Operation):
     def needs(self) -> list[Node]:
         return [self.node]
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
-        yield Flow(self.node.operands[0], book.gate(part, values[self.node], self.node.batch))
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
+        yield Flow(self.node.operands[0], conservation.gate(part, values[self.node], self.node.batch))
 
 
-class Absorbed(Operation):
+class FusedRelu(Operation):
     """An activation that the step below computes together with its own work."""
 
-    forward_kernel = pullback_kernel = "(below)"
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        super().__init__(node, precision, fusion, rule)
+        self.forward_kernel = self.pullback_kernel = fused_into(node.operands[0])
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         return values[self.node.operands[0]], None
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         source = self.node.operands[0]
         if source.kind == g.ADD:  # which merges its readers' relevance while it splits it
             yield from (Flow(source, part) for part in parts)
         else:
-            yield Flow(source, self.merged(parts, values, book))
+            yield Flow(source, self.merged(parts, values, conservation))
 
 
 class Activation(_Diagonal):
     """``c_x = [f(x) > 0] (sign(x) f'(x) + f'(|x|)) c``."""
 
-    def __init__(self, node: Node, facts: Facts) -> None:
-        super().__init__(node, facts)
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        super().__init__(node, precision, fusion, rule)
         if node.params["function"] == "gelu":
             self.forward_kernel = "gelu_factor"
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         x = values[self.node.operands[0]]
-        dtype = self.facts.precision.pullback
+        dtype = self.precision.pullback
         if self.node.params["function"] == "gelu":
             tanh = self.node.kwargs.get("approximate", "none") == "tanh"
             y, factor = ops.gelu_factor(x, tanh, dtype)
@@ -123,16 +126,17 @@ class BatchNorm(_Diagonal):
     Behind a convolution that computes it as well there is only y: :func:`ramp_fast.ops.affine_pullback`.
     """
 
-    def __init__(self, node: Node, facts: Facts) -> None:
-        super().__init__(node, facts)
-        self.forward_kernel = "affine_factor" if facts.computed_in is None else "(below)"
-        if facts.computed_in is not None:
-            self.pullback_kernel = "(above)" if facts.above else "affine_pullback"
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        super().__init__(node, precision, fusion, rule)
+        self.forward_kernel = "affine_factor" if fusion.fused_into is None else fused_into(fusion.fused_into)
+        if fusion.fused_into is not None:
+            last = fusion.pulled_back_in
+            self.pullback_kernel = "affine_pullback" if last is None else fused_into(last)
 
     def prepare(self, constants: dict[Node, Any]) -> None:
-        if self.facts.above:
+        if self.fusion.pulled_back_in is not None:
             return
-        wide = self.facts.precision.accumulate
+        wide = self.precision.accumulate
         self.gain, self.shift = (t.to(wide) for t in affine(self.node.params, constants))
 
     @functools.cached_property
@@ -141,30 +145,34 @@ class BatchNorm(_Diagonal):
         return float(self.gain.abs().amax()), float(self.shift.abs().amax())
 
     def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        return super().keeps() if self.facts.computed_in is None else []
+        return super().keeps() if self.fusion.fused_into is None else []
 
     def needs(self) -> list[Node]:
-        return [] if self.facts.computed_in is None or self.facts.above else [self.facts.computed_in]
+        return (
+            [] if self.fusion.fused_into is None or self.fusion.pulled_back_in is not None else [self.fusion.fused_into]
+        )
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         x = values[self.node.operands[0]]
-        if self.facts.computed_in is not None:
-            values.limit_as(self.node, self.facts.computed_in)
+        if self.fusion.fused_into is not None:
+            values.limit_as(self.node, self.fusion.fused_into)
             return x, None
         known = values.known_bound(self.node.operands[0])
         if known is not None:
             values.limit(self.node, known * self._reach[0] + self._reach[1])
-        relu = self.facts.relu
+        relu = self.fusion.fused_relu
         cap = relu.params["cap"] if relu is not None else math.inf
-        return ops.affine_factor(x, self.gain, self.shift, relu is not None, cap, self.facts.precision.pullback)
+        return ops.affine_factor(x, self.gain, self.shift, relu is not None, cap, self.precision.pullback)
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        conv = self.facts.computed_in
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        conv = self.fusion.fused_into
         if conv is None:
-            yield from super().pullback(parts, values, kept, book)
+            yield from super().pullback(parts, values, kept, conservation)
             return
-        part = self.merged(parts, values, book)
-        yield Flow(conv, book.affine(part, values[conv], self.gain, self.shift, self.facts.relu is not None))
+        part = self.merged(parts, values, conservation)
+        yield Flow(
+            conv, conservation.affine(part, values[conv], self.gain, self.shift, self.fusion.fused_relu is not None)
+        )
 
 
 class Scale(Operation):
@@ -178,8 +186,8 @@ class Scale(Operation):
         factor = self.node.params["factor"]
         return not isinstance(factor, Node) or all(s == 1 for s in factor.example)
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
         factor = values[self.node.params["factor"]]
         source = self.node.operands[0]
         if not isinstance(factor, Tensor):
@@ -191,7 +199,7 @@ class Scale(Operation):
             c = part.c * size.to(part.c.dtype)
             if not self._number:
                 c = 2 * gate(c, values[source] * factor)
-        yield Flow(source, Contribution(reduce_to(c, source_shape(values, source, c)), part.target))
+        yield Flow(source, Massed(reduce_to(c, source_shape(values, source, c)), part.target))
 
 
 def source_shape(values: Values, source: Node, c: Tensor) -> torch.Size:
@@ -209,9 +217,9 @@ class Gate(Operation):
     def needs(self) -> list[Node]:
         return [self.node]
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
-        yield Flow(self.node.operands[0], book.gate(part, values[self.node], self.node.batch))
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
+        yield Flow(self.node.operands[0], conservation.gate(part, values[self.node], self.node.batch))
 
 
 class Shift(Operation):
@@ -220,32 +228,32 @@ class Shift(Operation):
     def needs(self) -> list[Node]:
         return [self.node.operands[0]]
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
         source = self.node.operands[0]
-        yield Flow(source, book.gate(part, values[source], source.batch))
+        yield Flow(source, conservation.gate(part, values[source], source.batch))
 
 
 class LayerNorm(Operation):
     """``c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) c``, statistics detached."""
 
-    def __init__(self, node: Node, facts: Facts) -> None:
-        super().__init__(node, facts)
-        self.pullback_kernel = "(above)" if facts.above else "norm_pullback"
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        super().__init__(node, precision, fusion, rule)
+        self.pullback_kernel = "norm_pullback" if fusion.pulled_back_in is None else fused_into(fusion.pulled_back_in)
 
     def needs(self) -> list[Node]:
-        return [] if self.facts.above else [self.node.operands[0]]
+        return [] if self.fusion.pulled_back_in is not None else [self.node.operands[0]]
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         source = self.node.operands[0]
         p = self.node.params
         x = values[source]
         weight = values[p["weight"]]
-        part = self.merged(parts, values, book)
+        part = self.merged(parts, values, conservation)
         dims = p["dims"]
         flat = x.flatten(-dims), part.c.flatten(-dims), None if weight is None else weight.flatten()
         c = ops.norm_pullback(flat[1], flat[0], flat[2], p["eps"]).view(part.c.shape)
-        yield Flow(source, Contribution(c, part.target))
+        yield Flow(source, Massed(c, part.target))
 
 
 class RmsNorm(Operation):
@@ -254,17 +262,17 @@ class RmsNorm(Operation):
     def needs(self) -> list[Node]:
         return [self.node.operands[0]]
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         source = self.node.operands[0]
         p = self.node.params
-        part = self.merged(parts, values, book)
+        part = self.merged(parts, values, conservation)
         x = values[source].to(torch.promote_types(values[source].dtype, torch.float32))
         axes = tuple(range(-p["dims"], 0))
         eps = p["eps"] if p["eps"] is not None else torch.finfo(values[source].dtype).eps
         inverse = (x.square().mean(axes, keepdim=True) + eps).rsqrt()
         weight = values[p["weight"]]
         factor = (1 + x.sign()) if weight is None else weight.abs() + x.sign() * weight
-        yield Flow(source, Contribution(ops.scale_by(part.c, factor * inverse), part.target))
+        yield Flow(source, Massed(ops.scale_by(part.c, factor * inverse), part.target))
 
 
 class GroupNorm(Operation):
@@ -273,10 +281,10 @@ class GroupNorm(Operation):
     def needs(self) -> list[Node]:
         return [self.node.operands[0]]
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         source = self.node.operands[0]
         p = self.node.params
-        part = self.merged(parts, values, book)
+        part = self.merged(parts, values, conservation)
         x = values[source].to(torch.promote_types(values[source].dtype, torch.float32))
         grouped = x.unflatten(1, (p["groups"], -1)).flatten(2)
 
@@ -288,7 +296,7 @@ class GroupNorm(Operation):
         weight = values[p["weight"]]
         gain = torch.ones((), dtype=x.dtype, device=x.device) if weight is None else weight.to(x.dtype).view(shape)
         factor = x.sign() * gain * inverse_sigma(grouped) + gain.abs() * inverse_sigma(grouped.abs())
-        yield Flow(source, Contribution(ops.scale_by(part.c, factor), part.target))
+        yield Flow(source, Massed(ops.scale_by(part.c, factor), part.target))
 
 
 class Div(Operation):
@@ -300,8 +308,8 @@ class Div(Operation):
     def needs(self) -> list[Node]:
         return [self.node.operands[0], self.node.params["denominator"]]
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
         source = self.node.operands[0]
         x, denominator = values[source], values[self.node.params["denominator"]]
         size = denominator.to(torch.promote_types(denominator.dtype, torch.float32)).abs()  # masks are no numbers yet
@@ -312,7 +320,7 @@ class Div(Operation):
         )
         # What is decided by comparisons is a number, as constant factors are: no layer.
         c = scaled if self.node.params["number"] else 2 * gate(scaled, x * denominator)
-        yield Flow(source, Contribution(reduce_to(c.to(part.c.dtype), x.shape), part.target))
+        yield Flow(source, Massed(reduce_to(c.to(part.c.dtype), x.shape), part.target))
 
 
 class Generic(_Diagonal):
@@ -324,4 +332,4 @@ class Generic(_Diagonal):
         source = self.node.operands[0]
         name = str(self.node.target).removeprefix("aten.").split(".")[0]
         y, factor = smooth_factor(name, lambda u: values.call_at(self.node, source, u), values[source])
-        return y, factor.to(self.facts.precision.pullback)
+        return y, factor.to(self.precision.pullback)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ramp_fast import gemm, ops
 from ramp_fast import graph as g
+from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
-from ramp_fast.rules.base import Facts, Flow, Operation, Values, gate, reduce_to, selected, share, vjp
-from ramp_fast.rules.masses import Bookkeeping, Contribution
+from ramp_fast.rules.base import Flow, Fusion, Operation, Values, fused_into, gate, reduce_to, selected, vjp
+from ramp_fast.rules.masses import Massed, Masses, share
 from ramp_fast.rules.weighted import affine
 
 # A constant this low added to attention scores is a mask: it is left out of softmax(|S|) as -inf is.
@@ -32,16 +33,16 @@ class Add(Operation):
 
     pullback_kernel = "junction"
 
-    def __init__(self, node: Node, facts: Facts) -> None:
-        super().__init__(node, facts)
-        if facts.computed_in is not None:
-            self.forward_kernel, self.pullback_kernel = "(below)", "residual_pullback"
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        super().__init__(node, precision, fusion, rule)
+        if fusion.fused_into is not None:
+            self.forward_kernel, self.pullback_kernel = fused_into(fusion.fused_into), "residual_pullback"
 
     def needs(self) -> list[Node]:
-        conv = self.facts.computed_in
+        conv = self.fusion.fused_into
         if conv is not None:
             return [conv, self._operands_of(conv)[1]]
-        own = [self.node] if self.facts.relu is not None else []
+        own = [self.node] if self.fusion.fused_relu is not None else []
         return [n for n in self.node.operands if not n.constant] + own
 
     def _operands_of(self, conv: Node) -> tuple[Node, Node]:
@@ -50,11 +51,11 @@ class Add(Operation):
         return (first, second) if conv in first.operands else (second, first)
 
     def forward(self, values: Values) -> tuple[Any, Any]:
-        conv = self.facts.computed_in
+        conv = self.fusion.fused_into
         if conv is not None:  # the same tensor; only the BatchNorm's is sure to be still there
             values.limit_as(self.node, conv)
             return values[self._operands_of(conv)[0]], None
-        relu = self.facts.relu
+        relu = self.fusion.fused_relu
         if relu is not None:
             return values.call(self.node).clamp_(0, relu.params["cap"]), None
         constant = self._added_to_scores(values)
@@ -66,9 +67,9 @@ class Add(Operation):
         return values[self.node.sources[0]] + constant.masked_fill(hidden, float("-inf")), None
 
     def prepare(self, constants: dict[Node, Any]) -> None:
-        conv = self.facts.computed_in
+        conv = self.fusion.fused_into
         if conv is not None:
-            wide = self.facts.precision.accumulate
+            wide = self.precision.accumulate
             norm = self._operands_of(conv)[0]
             self.gain, self.shift = (t.to(wide) for t in affine(norm.params, constants))
         known = all(n in constants for n in self.node.operands if n.constant)
@@ -82,74 +83,76 @@ class Add(Operation):
         constant = next((values[n] for n in self.node.operands if n.constant), None)
         return constant if isinstance(constant, Tensor) and constant.is_floating_point() else None
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        shares = self.facts.shares
-        relu = self.facts.relu is not None
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        shares = self.rule.shares
+        relu = self.fusion.fused_relu is not None
         if not plain_sum(self.node):
-            yield from self._general(self.merged(parts, values, book), values, book, shares)
+            yield from self._general(self.merged(parts, values, conservation), values, conservation, shares)
             return
-        if self.facts.computed_in is not None:
-            yield from self._through_norm(self.facts.computed_in, parts, values, book)
+        if self.fusion.fused_into is not None:
+            yield from self._through_norm(self.fusion.fused_into, parts, values, conservation)
             return
         first, second = self.node.operands
         a, b = values[first], values[second]
-        rows = book.rows(parts[0].c, self.node.batch)
+        rows = conservation.rows(parts[0].c, self.node.batch)
         flat_a, flat_b = rows.of(a, 0), rows.of(b, 0)
         # What goes into the branch's products is stored as they read it.
-        narrow = self.facts.precision.pullback if self.facts.branch is second else None
+        narrow = self.precision.pullback if self.fusion.branch is second else None
         if len(parts) == 2:
             x = values[self.node]
-            scales = [book.scale(x, p, self.node.batch) for p in parts]
+            scales = [conservation.scale(x, p, self.node.batch) for p in parts]
             target = scales[0][1] + scales[1][1]
             c, d = (rows.of(p.c, 1) for p in parts)
-            split = ops.merge_junction(c, scales[0][0], d, scales[1][0], flat_a, flat_b, book.contrast, narrow, relu)
+            split = ops.merge_junction(
+                c, scales[0][0], d, scales[1][0], flat_a, flat_b, conservation.contrast, narrow, relu
+            )
         else:
-            part = self.merged(parts, values, book)
+            part = self.merged(parts, values, conservation)
             target = part.target
-            split = ops.junction(rows.of(part.c, 1), flat_a, flat_b, book.contrast, narrow, relu)
+            split = ops.junction(rows.of(part.c, 1), flat_a, flat_b, conservation.contrast, narrow, relu)
         c_a, c_b, m_a, m_b = split
         like = parts[0].c
         t_a, t_b = share(target, [m_a, m_b], shares)
-        yield Flow(first, Contribution(rows.back(c_a, like), t_a, m_a))
-        yield Flow(second, Contribution(rows.back(c_b, like), t_b, m_b))
+        yield Flow(first, Massed(rows.back(c_a, like), t_a, m_a))
+        yield Flow(second, Massed(rows.back(c_b, like), t_b, m_b))
 
-    def _through_norm(self, conv: Node, parts: list[Contribution], values: Values, book: Bookkeeping) -> Iterator[Flow]:
+    def _through_norm(self, conv: Node, parts: list[Massed], values: Values, conservation: Masses) -> Iterator[Flow]:
         """On to the output of the convolution, past the BatchNorm."""
         other = self._operands_of(conv)[1]
         z, b = values[conv], values[other]
         second: Tensor | None = None
         scales: list[Tensor | None] = [None, None]
         if len(parts) == 2:
-            scaled = [book.scale(z, p, self.node.batch) for p in parts]
+            scaled = [conservation.scale(z, p, self.node.batch) for p in parts]
             scales = [scale for scale, _ in scaled]
             target = scaled[0][1] + scaled[1][1]
-            first, second = (book.channels_last(p.c, 1) for p in parts)
+            first, second = (conservation.channels_last(p.c, 1) for p in parts)
         else:
-            part = parts[0] if len(parts) == 1 else book.merge(z, parts, self.node.batch)
-            first, target = book.channels_last(part.c, 1), part.target
+            part = parts[0] if len(parts) == 1 else conservation.merge(z, parts, self.node.batch)
+            first, target = conservation.channels_last(part.c, 1), part.target
         c_x, c_b, m_y, m_b = ops.residual_pullback(
             first,
             scales[0],
             second,
             scales[1],
-            book.channels_last(z, 0),
-            book.channels_last(b, 0),
+            conservation.channels_last(z, 0),
+            conservation.channels_last(b, 0),
             self.gain,
             self.shift,
-            book.contrast,
-            self.facts.precision.pullback,
+            conservation.contrast,
+            self.precision.pullback,
         )
-        t_y, t_b = share(target, [m_y, m_b], self.facts.shares)
+        t_y, t_b = share(target, [m_y, m_b], self.rule.shares)
         # Two readers have just been given their masses, of P and of N.
-        yield Flow(conv, Contribution(book.channels_first(c_x, z), t_y, centred=len(parts) == 2))
-        yield Flow(other, Contribution(book.channels_first(c_b, z), t_b, m_b))
+        yield Flow(conv, Massed(conservation.channels_first(c_x, z), t_y, centred=len(parts) == 2))
+        yield Flow(other, Massed(conservation.channels_first(c_b, z), t_b, m_b))
 
-    def _general(self, part: Contribution, values: Values, book: Bookkeeping, shares: str) -> Iterator[Flow]:
+    def _general(self, part: Massed, values: Values, conservation: Masses, shares: str) -> Iterator[Flow]:
         p = self.node.params
         constant = self._added_to_scores(values)
         if constant is not None and (only_masks(constant) if self.only_masks is None else self.only_masks):
             # A mask adds nothing to what it leaves: no junction.
-            yield Flow(self.node.sources[0], Contribution(part.c, part.target))
+            yield Flow(self.node.sources[0], Massed(part.c, part.target))
             return
         flows: list[tuple[Node | None, Tensor, Tensor]] = []
         for operand, sign in zip((p["first"], p["second"]), p["signs"], strict=True):
@@ -162,13 +165,13 @@ class Add(Operation):
             c = 2 * gate(part.c, full * sign)
             if isinstance(operand, Node) and not operand.constant:
                 c = reduce_to(c, x.shape)
-                flows.append((operand, c, book.mass(x, c, operand.batch)))
+                flows.append((operand, c, conservation.mass(x, c, operand.batch)))
             else:
-                flows.append((None, c, book.mass(full, c, self.node.batch)))
+                flows.append((None, c, conservation.mass(full, c, self.node.batch)))
         targets = share(part.target, [m for _, _, m in flows], shares)
         for (node, c, actual), target in zip(flows, targets, strict=True):
             if node is not None:
-                yield Flow(node, Contribution(c, target, actual))
+                yield Flow(node, Massed(c, target, actual))
 
 
 def only_masks(constant: Tensor) -> bool:
@@ -182,18 +185,18 @@ class Mul(Operation):
     def needs(self) -> list[Node]:
         return list(self.node.operands)
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
         first, second = self.node.operands
         a, b = values[first], values[second]
         c = 2 * gate(part.c, a * b)
         flows = []
         for operand, x, other in ((first, a, b), (second, b, a)):
             own = reduce_to(c * other.abs().to(c.dtype), x.shape)
-            flows.append((operand, own, book.mass(x, own, operand.batch)))
-        targets = share(part.target, [m for _, _, m in flows], self.facts.shares)
+            flows.append((operand, own, conservation.mass(x, own, operand.batch)))
+        targets = share(part.target, [m for _, _, m in flows], self.rule.shares)
         for (node, own, actual), target in zip(flows, targets, strict=True):
-            yield Flow(node, Contribution(own, target, actual))
+            yield Flow(node, Massed(own, target, actual))
 
 
 class Matmul(Operation):
@@ -208,27 +211,27 @@ class Matmul(Operation):
 
     @property
     def _gates_output(self) -> bool:
-        return self.facts.gated and self.node.params["role"] == "attend"
+        return self.rule.gates_attention and self.node.params["role"] == "attend"
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
-        dtype = self.facts.precision.pullback
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
+        dtype = self.precision.pullback
         c = part.c.to(dtype)
         if self._gates_output:
             c = gate(c, values[self.node])
         first, second = self.node.operands
         a, b = values[first], values[second]
-        only_positive = self.facts.gated and self.node.params["role"] == "scores"
+        only_positive = self.rule.gates_attention and self.node.params["role"] == "scores"
         c_a = pull_product(c, b.mT, a, dtype, only_positive, lambda u, v: u @ v)
         c_b = pull_product(c, a.mT, b, dtype, only_positive, lambda u, v: v @ u)
         flows = [
             (first, reduce_to(c_a, a.shape)),
             (second, reduce_to(c_b, b.shape)),
         ]
-        masses = [book.mass(values[n], own, n.batch) for n, own in flows]
-        targets = share(part.target, masses, self.facts.shares)
+        masses = [conservation.mass(values[n], own, n.batch) for n, own in flows]
+        targets = share(part.target, masses, self.rule.shares)
         for (node, own), target, actual in zip(flows, targets, masses, strict=True):
-            yield Flow(node, Contribution(own, target, actual))
+            yield Flow(node, Massed(own, target, actual))
 
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -253,13 +256,13 @@ class Bilinear(Operation):
     pullback_kernel = "autograd"
 
     def needs(self) -> list[Node]:
-        gated = self.facts.gated and self.node.params["role"] == "attend"
+        gated = self.rule.gates_attention and self.node.params["role"] == "attend"
         return [*self.node.operands, *([self.node] if gated else [])]
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
-        gated, role = self.facts.gated, self.node.params["role"]
-        c = part.c.to(self.facts.precision.accumulate)
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
+        gated, role = self.rule.gates_attention, self.node.params["role"]
+        c = part.c.to(self.precision.accumulate)
         if gated and role == "attend":
             c = gate(c, values[self.node])
         node, (first, second) = self.node, self.node.operands
@@ -286,10 +289,10 @@ class Bilinear(Operation):
             pull(a, lambda u, absolute: product(u, b.abs() if absolute else b, absolute)),
             pull(b, lambda u, absolute: product(a.abs() if absolute else a, u, absolute)),
         ]
-        masses = [book.mass(x, o, n.batch) for x, o, n in zip((a, b), own, self.node.operands, strict=True)]
-        targets = share(part.target, masses, self.facts.shares)
+        masses = [conservation.mass(x, o, n.batch) for x, o, n in zip((a, b), own, self.node.operands, strict=True)]
+        targets = share(part.target, masses, self.rule.shares)
         for node, o, target, actual in zip(self.node.operands, own, targets, masses, strict=True):
-            yield Flow(node, Contribution(o.to(part.c.dtype), target, actual))
+            yield Flow(node, Massed(o.to(part.c.dtype), target, actual))
 
 
 class Choice(Operation):
@@ -303,14 +306,14 @@ class Choice(Operation):
     def needs(self) -> list[Node]:
         return [n for n in dict.fromkeys(self.node.references()) if not n.constant]
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
-        c = part.c.to(self.facts.precision.accumulate)
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
+        c = part.c.to(self.precision.accumulate)
         flows = []
         for operand in self.node.sources:
             own = vjp(partial(values.call_at, self.node, operand), values[operand], c).to(part.c.dtype)
-            flows.append((operand, own, book.mass(values[operand], own, operand.batch)))
+            flows.append((operand, own, conservation.mass(values[operand], own, operand.batch)))
         # What a constant wins is no part of the images: as with clamp, the others keep the mass.
-        targets = share(part.target, [m for _, _, m in flows], self.facts.shares) if len(flows) > 1 else [part.target]
+        targets = share(part.target, [m for _, _, m in flows], self.rule.shares) if len(flows) > 1 else [part.target]
         for (operand, own, actual), target in zip(flows, targets, strict=True):
-            yield Flow(operand, Contribution(own, target, actual))
+            yield Flow(operand, Massed(own, target, actual))

@@ -9,36 +9,44 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ramp_fast import ops
 from ramp_fast.graph import BatchAxis
+from ramp_fast.rules.conservation import Conservation, Contribution
+
+if TYPE_CHECKING:
+    from ramp_fast.rules.rule import Rule
 
 
 @dataclass
-class Contribution:
-    """What one reader of a tensor says about its relevance.
+class Massed(Contribution):
+    """Coefficients up to one positive factor per map and sample, and the mass that they stand for.
 
     Attributes
     ----------
     c : Tensor
-        Coefficients ``[T, *shape]``, up to one positive factor per right-hand side and sample.
+        Coefficients ``[num_maps, *shape]``.
     target : Tensor
-        The mass this relevance stands for, ``[T, B]`` (of P and N with contrast).
+        The mass of this relevance, ``[num_maps, B]`` (of P and N with contrast).
     actual : Tensor or None
         The mass of ``c`` as it is, where it is known already.
     centred : bool
-        Whether the last step has centred it (:meth:`Bookkeeping.centred`).
+        Whether the last step has centred it (:meth:`Masses.centred`).
     """
 
-    c: Tensor
     target: Tensor
     actual: Tensor | None = None
     centred: bool = False
+
+    def moved(self, c: Tensor, *, copies: bool = False) -> Massed:
+        """As :meth:`Contribution.moved`: only sums over copies can change the mass."""
+        return Massed(c, self.target, None if copies else self.actual)
 
 
 class Rows:
@@ -76,22 +84,52 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Bookkeeping:
-    """Sizes of one run and the operations on masses that depend on them.
+class Masses(Conservation):
+    """The mass ``sum |R|`` of every sample is kept: what absLRP conserves.
 
-    Attributes
-    ----------
-    batch : int
-        Samples.
-    sides : int
-        Right-hand sides ``T``.
-    contrast : bool
-        Whether the second half of them are differences.
+    With contrast the first half of the maps are P, of the target, and the second half D = P - N, where N is the map of
+    the other classes. Masses of the second half are those of N.
     """
 
-    batch: int
-    sides: int
-    contrast: bool
+    @classmethod
+    def maps_per_target(cls, contrast: bool) -> int:
+        """As :meth:`Conservation.maps_per_target`: with contrast P and D."""
+        return 2 if contrast else 1
+
+    @classmethod
+    def start(cls, rule: Rule, positive: Tensor, negative: Tensor | None, logits: Tensor) -> Tensor:
+        """As :meth:`Conservation.start`: (P, D) with contrast."""
+        p = rule.start(positive, logits)
+        return p if negative is None else torch.cat([p, p - rule.start(negative, logits)])
+
+    @classmethod
+    def maps_of(cls, relevance: Tensor, targets: int) -> Tensor:
+        """As :meth:`Conservation.maps_of`: D where there is one."""
+        return relevance[-targets:]
+
+    @classmethod
+    def scaled_to_seed(cls, maps: Tensor, seed: Tensor) -> Tensor:
+        """As :meth:`Conservation.scaled_to_seed`: maps have mass 1, and get that of the seed."""
+        mass = seed.abs().sum(-1, dtype=torch.float64).to(maps.dtype)
+        return maps * mass.view(1, -1, *[1] * (maps.dim() - 2))
+
+    def begin(self, c: Tensor) -> Massed:
+        """As :meth:`Conservation.begin`: mass 1."""
+        return Massed(c, c.new_ones(c.shape[:2]))
+
+    def piece(self, x: Tensor, c: Tensor, axis: BatchAxis) -> Massed:
+        """As :meth:`Conservation.piece`: it keeps the mass that it carries."""
+        mass = self.mass(x, c, axis)
+        return Massed(c, mass, mass)
+
+    def together(self, c: Tensor, parts: Iterable[Massed]) -> Massed:
+        """As :meth:`Conservation.together`: masses add."""
+        target = total(part.target for part in parts)
+        return Massed(c, target, target)
+
+    def finish(self, images: Tensor, part: Massed, axis: BatchAxis, dtype: torch.dtype) -> Tensor:
+        """As :meth:`Conservation.finish`: mass 1, or 0 where there is none."""
+        return self.exact(images, Massed(part.c.to(dtype), unit_mass(part.target)), axis).c
 
     def rows(self, c: Tensor, axis: BatchAxis) -> Rows:
         return Rows(c, axis, self.batch)
@@ -106,26 +144,26 @@ class Bookkeeping:
         rows = self.rows(c, axis)
         return rows.back(ops.rescale(rows.of(c, 1), scale, self.contrast), c)
 
-    def diagonal(self, part: Contribution, factor: Tensor, axis: BatchAxis) -> Contribution:
+    def diagonal(self, part: Massed, factor: Tensor, axis: BatchAxis) -> Massed:
         """``factor * c`` for a factor of the activation's shape, centred, in the memory order of ``c``."""
         rows = self.rows(part.c, axis)
         c, flat = rows.of(part.c, 1), rows.of(factor, 0)
         scaled = ops.scale_by(c, flat, self._centring(c, flat))
-        return Contribution(rows.back(scaled, part.c), part.target, centred=True)
+        return Massed(rows.back(scaled, part.c), part.target, centred=True)
 
-    def gate(self, part: Contribution, x: Tensor, axis: BatchAxis) -> Contribution:
+    def gate(self, part: Massed, x: Tensor, axis: BatchAxis) -> Massed:
         """``2 [x > 0] c``, centred, in the memory order of ``c``."""
         rows = self.rows(part.c, axis)
         c, flat = rows.of(part.c, 1), rows.of(x, 0)
         gated = ops.gate(c, flat, self._centring(c, flat, gate=True))
-        return Contribution(rows.back(gated, part.c), part.target, centred=True)
+        return Massed(rows.back(gated, part.c), part.target, centred=True)
 
-    def affine(self, part: Contribution, y: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> Contribution:
+    def affine(self, part: Massed, y: Tensor, gain: Tensor, shift: Tensor, relu: bool) -> Massed:
         """:func:`ramp_fast.ops.affine_pullback` at ``y`` ``[B * tiles, C, H, W]``, centred."""
         c, x = self.channels_last(part.c, 1), self.channels_last(y, 0)
         n_scale = ops.centring(c, x, gain, shift, relu) if self.contrast else None
         pulled = ops.affine_pullback(c, x, gain, shift, relu, n_scale)
-        return Contribution(self.channels_first(pulled, y), part.target, centred=True)
+        return Massed(self.channels_first(pulled, y), part.target, centred=True)
 
     def channels_last(self, t: Tensor, lead: int) -> Tensor:
         """``[..., B * tiles, C, H, W]`` as ``[..., B, tiles * H * W, C]`` behind ``lead`` axes."""
@@ -136,7 +174,7 @@ class Bookkeeping:
         rows, channels, *size = like.shape
         return c.view(c.shape[0], rows, *size, channels).movedim(-1, 2)
 
-    def merge(self, x: Tensor, parts: list[Contribution], axis: BatchAxis) -> Contribution:
+    def merge(self, x: Tensor, parts: Sequence[Massed], axis: BatchAxis) -> Massed:
         """Relevance from several readers adds; each part has its target mass first."""
         if len(parts) == 1:
             return parts[0]
@@ -148,21 +186,21 @@ class Bookkeeping:
         for other, scale, _ in others:
             c = c + self.rescale(other, scale, axis)
         # Masses add; the sum's own mass is smaller where relevance of opposite signs met.
-        return Contribution(c, target)
+        return Massed(c, target)
 
-    def scale(self, x: Tensor, part: Contribution, axis: BatchAxis) -> tuple[Tensor, Tensor]:
+    def scale(self, x: Tensor, part: Massed, axis: BatchAxis) -> tuple[Tensor, Tensor]:
         """The factor that gives ``part`` its target mass, and the mass it then has (0 where it is all zero)."""
         actual = part.actual if part.actual is not None else self.mass(x, part.c, axis)
         return ops.scale_to(part.target, actual)
 
-    def exact(self, x: Tensor, part: Contribution, axis: BatchAxis) -> Contribution:
+    def exact(self, x: Tensor, part: Massed, axis: BatchAxis) -> Massed:
         """``part`` scaled to its target mass."""
         if part.actual is part.target:
             return part
         scale, alive = self.scale(x, part, axis)
-        return Contribution(self.rescale(part.c, scale, axis), alive, alive)
+        return Massed(self.rescale(part.c, scale, axis), alive, alive)
 
-    def centred(self, part: Contribution, axis: BatchAxis) -> Contribution:
+    def centred(self, part: Massed, axis: BatchAxis) -> Massed:
         """``part`` with N scaled so that it is about as large as P, which makes D as small as it can be.
 
         Between two places where masses are restored P and N drift apart, and D would carry that drift through
@@ -177,7 +215,7 @@ class Bookkeeping:
         if scale is None:
             return part
         both = torch.cat([torch.ones_like(scale), scale])
-        return Contribution(rows.back(ops.rescale(flat, both, True), part.c), part.target, centred=True)
+        return Massed(rows.back(ops.rescale(flat, both, True), part.c), part.target, centred=True)
 
     def _centring(self, c: Tensor, factor: Tensor | None = None, gate: bool = False) -> Tensor | None:
         """What N of ``factor * c`` (``[factor > 0] c``) has to be multiplied by, ``[T / 2, B]``; rows as of `Rows`."""
@@ -192,3 +230,10 @@ def unit_mass(target: Tensor) -> Tensor:
 def total(masses: Iterable[Tensor]) -> Tensor:
     """Their sum; these tensors are tiny, so the number of operations is what counts."""
     return functools.reduce(operator.add, masses)
+
+
+def share(target: Tensor, masses: list[Tensor], shares: str) -> Sequence[Tensor]:
+    """Target masses of a junction's operands."""
+    if shares == "equal":
+        return [unit_mass(target)] * len(masses)
+    return ops.share(target, masses).unbind(0)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ramp_fast import ops
+from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
-from ramp_fast.rules.base import Facts, Flow, Operation, Values, vjp
-from ramp_fast.rules.masses import Bookkeeping, Contribution
+from ramp_fast.rules.base import Flow, Fusion, Operation, Values, vjp
+from ramp_fast.rules.masses import Massed, Masses
 
 aten = torch.ops.aten
 
@@ -22,8 +23,8 @@ class LinearPool(Operation):
     def needs(self) -> list[Node]:
         return [self.node.operands[0]]
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
         source = self.node.operands[0]
         x = values[source]
         p = self.node.params
@@ -39,14 +40,14 @@ class LinearPool(Operation):
                 for d in p["dims"]:
                     count *= x.shape[d]
                 c = c / count
-        yield Flow(source, book.gate(Contribution(c.expand(c.shape[0], *x.shape), part.target), x, source.batch))
+        yield Flow(source, conservation.gate(Massed(c.expand(c.shape[0], *x.shape), part.target), x, source.batch))
 
 
 class MaxPool(Operation):
     """``c_x = unpool(c)``, or ``unpool(z c)`` in the undivided form."""
 
-    def __init__(self, node: Node, facts: Facts) -> None:
-        super().__init__(node, facts)
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        super().__init__(node, precision, fusion, rule)
         p = node.params
         kernel = _pair(p["kernel_size"])
         stride = _pair(p["stride"] or kernel)
@@ -67,7 +68,7 @@ class MaxPool(Operation):
     def needs(self) -> list[Node]:
         if self.tiles:
             return [self.node.operands[0]]
-        return [] if self.facts.divided else [self.node]
+        return [] if self.fusion.divided else [self.node]
 
     def _arguments(self) -> tuple[Any, ...]:
         p = self.node.params
@@ -81,21 +82,21 @@ class MaxPool(Operation):
         narrow = indices.to(torch.int32) if self._unpools(x.device) else indices
         return y, (narrow, x.shape, x.is_contiguous())
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
         pull = self._tiled if self.tiles else self._indexed
-        yield Flow(self.node.operands[0], Contribution(pull(part.c, values, kept), part.target))
+        yield Flow(self.node.operands[0], Massed(pull(part.c, values, kept), part.target))
 
     def _tiled(self, c: Tensor, values: Values, kept: Any) -> Tensor:
         x = values[self.node.operands[0]].permute(0, 2, 3, 1)
-        out = ops.max_pool_pullback(c.permute(0, 1, 3, 4, 2), x, *self.window, self.facts.divided)
+        out = ops.max_pool_pullback(c.permute(0, 1, 3, 4, 2), x, *self.window, self.fusion.divided)
         return out.permute(0, 1, 4, 2, 3)
 
     def _indexed(self, narrow: Tensor, values: Values, kept: Any) -> Tensor:
         indices, shape, plain = kept
-        wide = self.facts.precision.accumulate
+        wide = self.precision.accumulate
         c = narrow
-        if not self.facts.divided:
+        if not self.fusion.divided:
             c = c.to(wide) * values[self.node].to(wide)
         if self._unpools(c.device):
             p = self.node.params
@@ -131,17 +132,17 @@ class LinearMap(Operation):
     def needs(self) -> list[Node]:
         return [self.node.operands[0]]
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
         source = self.node.operands[0]
         x = values[source]
         function = self.node.target
-        wide = part.c.to(self.facts.precision.accumulate)
+        wide = part.c.to(self.precision.accumulate)
         constants = [values[n] for n in self.node.args[1:]]
         constants = [t.to(wide.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in constants]
         signed = vjp(lambda u: function(u, *constants), tuple(x.shape), wide)
         absolute = vjp(lambda u: function.absolute(u, *constants), tuple(x.shape), wide)  # type: ignore[attr-defined]
-        yield Flow(source, Contribution((x.sign() * signed + absolute).to(part.c.dtype), part.target))
+        yield Flow(source, Massed((x.sign() * signed + absolute).to(part.c.dtype), part.target))
 
 
 class _AtPoint(Operation):
@@ -169,23 +170,23 @@ class Extreme(_AtPoint):
     """The largest (or smallest) of several entries, as max-pooling: ``c`` (or ``z c``) goes to the chosen one."""
 
     def needs(self) -> list[Node]:
-        return super().needs() + ([] if self.facts.divided else [self.node])
+        return super().needs() + ([] if self.fusion.divided else [self.node])
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
         source = self.node.operands[0]
-        c = part.c.to(self.facts.precision.accumulate)
-        if not self.facts.divided:
+        c = part.c.to(self.precision.accumulate)
+        if not self.fusion.divided:
             c = c * values[self.node].to(c.dtype)
-        yield Flow(source, Contribution(self.pull(values[source], c, values).to(part.c.dtype), part.target))
+        yield Flow(source, Massed(self.pull(values[source], c, values).to(part.c.dtype), part.target))
 
 
 class Function(_AtPoint):
     """The general definition for a function of one tensor: ``c_x = sign(x) J(x)^T c + J(|x|)^T c``."""
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
         source = self.node.operands[0]
-        x, c = values[source], part.c.to(self.facts.precision.accumulate)
+        x, c = values[source], part.c.to(self.precision.accumulate)
         own = x.sign() * self.pull(x, c, values) + self.pull(x.abs(), c, values)
-        yield Flow(source, Contribution(own.to(part.c.dtype), part.target))
+        yield Flow(source, Massed(own.to(part.c.dtype), part.target))

@@ -1,4 +1,4 @@
-"""Operations that move values: coefficients move back along, under every rule."""
+"""Operations that rearrange values: coefficients go back the same way, under every rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ramp_fast.graph import Node
 from ramp_fast.rules.base import Flow, Operation, Values, reduce_to, stacked_view, vjp
-from ramp_fast.rules.masses import Bookkeeping, Contribution
 
 _Inverse = Callable[[Tensor, Node, torch.Size], Tensor]
 
@@ -69,18 +68,16 @@ class Move(Operation):
     def forward(self, values: Values) -> tuple[Any, Any]:
         return values.call(self.node), values[self.node.operands[0]].shape
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         node = self.node
-        part = self.merged(parts, values, book)
+        part = self.merged(parts, values, conservation)
         how = node.params["how"]
         if how == "vjp":
             source = node.operands[0]
             c = vjp(lambda u: values.call_at(node, source, u), tuple(kept), part.c)
         else:
             c = _INVERSES[how](part.c, node, kept)
-        # Only sums over copies (expand and its like) can change the mass.
-        actual = None if how in ("expand", "vjp") else part.actual
-        yield Flow(node.operands[0], Contribution(c, part.target, actual))
+        yield Flow(node.operands[0], part.moved(c, copies=how in ("expand", "vjp")))
 
 
 class Decision(Operation):
@@ -90,9 +87,9 @@ class Decision(Operation):
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         decided = values.call(self.node)
-        return decided.to(self.facts.precision.forward) if decided.is_floating_point() else decided, None
+        return decided.to(self.precision.forward) if decided.is_floating_point() else decided, None
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         return iter(())
 
 
@@ -106,13 +103,13 @@ class Join(Operation):
         sizes = [values[n].shape for n in self.node.operands]
         return values.call(self.node), sizes
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
+    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         node = self.node
-        part = self.merged(parts, values, book)
+        part = self.merged(parts, values, conservation)
         dim = node.params["dim"] + 1
         several = len(node.sources) > 1
         if several:
-            part = book.exact(values[node], part, node.batch)
+            part = conservation.exact(values[node], part, node.batch)
         if node.params["how"] == "stack":
             pieces = list(part.c.unbind(dim))
             own = list(values[node].unbind(dim - 1)) if several else []
@@ -124,13 +121,12 @@ class Join(Operation):
             if operand.constant:
                 continue
             if not several:
-                yield Flow(operand, Contribution(pieces[i], part.target))
+                yield Flow(operand, part.moved(pieces[i], copies=True))
                 continue
-            mass = book.mass(own[i], pieces[i], operand.batch)
-            yield Flow(operand, Contribution(pieces[i], mass, mass))
+            yield Flow(operand, conservation.piece(own[i], pieces[i], operand.batch))
 
 
-class Parts(Operation):
+class Split(Operation):
     """unbind, split and chunk: the readers' parts are put together again."""
 
     pullback_kernel = "copy"
@@ -161,15 +157,15 @@ class Parts(Operation):
         return whole
 
 
-class Part(Operation):
-    """One output of :class:`Parts`: its relevance is scaled here, so that the parts can be put together."""
+class SplitOutput(Operation):
+    """One output of :class:`Split`: its relevance is scaled here, so that the parts can be put together."""
 
     pullback_kernel = "rescale"
 
     def needs(self) -> list[Node]:
         return [self.node]
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = self.merged(parts, values, book)
-        part = book.exact(values[self.node], part, self.node.batch)
+    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
+        part = conservation.exact(values[self.node], part, self.node.batch)
         yield Flow(self.node.operands[0], part, self.node.params["index"])

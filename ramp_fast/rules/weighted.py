@@ -15,7 +15,7 @@ from ramp_fast import gemm
 from ramp_fast import graph as g
 from ramp_fast.graph import Node
 from ramp_fast.rules.base import Flow, Operation, Values, selected
-from ramp_fast.rules.masses import Bookkeeping, Contribution
+from ramp_fast.rules.masses import Massed, Masses
 
 # Below this sums of float32 cannot overflow, whatever the rounding of the bound.
 _OVERFLOW = 1e37
@@ -44,8 +44,8 @@ class _Weighted(Operation, GenericType[Pullback]):
         if all(n.kind == g.PARAM for n in references):
             sources = tuple(n.params["tensor"] for n in references)
             options = repr(g.map_nodes(lambda n: references.index(n), params))
-            kind = self.node.kind, options, self.node.operands[0].example[1:], self.facts.positive_input
-            self.layer = gemm.shared_layer((*kind, self.facts.precision), sources, lambda: self.pack(constants))
+            kind = type(self), options, self.node.operands[0].example[1:], self.fusion.positive_input
+            self.layer = gemm.shared_layer((*kind, self.precision), sources, lambda: self.pack(constants))
         else:  # weights that the model computes
             self.layer = gemm.PackedLayer(*self.pack(constants), ())
         self.forward_kernel = self.forward_map.kernel
@@ -56,9 +56,9 @@ class _Weighted(Operation, GenericType[Pullback]):
         return self.node.params
 
     def needs(self) -> list[Node]:
-        if self.facts.norm is not None:
-            return [self.facts.norm.operands[0]]
-        return [] if self.facts.positive_input else [self.node.operands[0]]
+        if self.fusion.fused_norm is not None:
+            return [self.fusion.fused_norm.operands[0]]
+        return [] if self.fusion.positive_input else [self.node.operands[0]]
 
     @property
     def weight_bytes(self) -> int:
@@ -115,33 +115,33 @@ class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
     def pack(self, constants: dict[Node, Any]) -> tuple[gemm.LinearOp, gemm.Matrix | gemm.Selection]:
         weight, bias = self.effective(constants)
         # The factor 2 is exact in every binary format: it goes into the weights.
-        doubled = (2 * weight).to(self.facts.precision.pullback)
-        if self.facts.positive_input:
+        doubled = (2 * weight).to(self.precision.pullback)
+        if self.fusion.positive_input:
             return gemm.Matrix(weight, bias), gemm.Matrix(gemm.positive_part(doubled).t())
         return gemm.Matrix(weight, bias), gemm.Selection(doubled)
 
     def prepare(self, constants: dict[Node, Any]) -> None:
         super().prepare(constants)
-        if self.facts.positive_input:
+        if self.fusion.positive_input:
             self.pullback_kernel += " W+"
-        elif self.facts.norm is not None:
+        elif self.fusion.fused_norm is not None:
             self.pullback_kernel += " > norm"
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = book.centred(self.merged(parts, values, book), self.node.batch)
-        c = part.c.to(self.facts.precision.pullback).contiguous()
-        source, norm = self.node.operands[0], self.facts.norm
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = conservation.centred(self.merged(parts, values, conservation), self.node.batch)
+        c = part.c.to(self.precision.pullback).contiguous()
+        source, norm = self.node.operands[0], self.fusion.fused_norm
         if not isinstance(self.pullback_map, gemm.Selection):
-            yield Flow(source, Contribution(self.by_sample(self.pullback_map, 1, c), part.target))
+            yield Flow(source, Massed(self.by_sample(self.pullback_map, 1, c), part.target))
         elif norm is None:
-            yield Flow(source, Contribution(self.pullback_map(c, values[source], c.dtype), part.target))
+            yield Flow(source, Massed(self.pullback_map(c, values[source], c.dtype), part.target))
         else:
             p = norm.params
             source = norm.operands[0]
             pulled, actual = self.pullback_map.through_norm(
-                c, values[source], values[p["weight"]], values[p["bias"]], p["eps"], book.contrast
+                c, values[source], values[p["weight"]], values[p["bias"]], p["eps"], conservation.contrast
             )
-            yield Flow(source, Contribution(pulled, part.target, actual))
+            yield Flow(source, Massed(pulled, part.target, actual))
 
 
 class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.PhaseSelection"]):
@@ -153,41 +153,45 @@ class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelecti
         geometry = gemm.Geometry.of(p)
         size = self.node.operands[0].example[2:]
         tiles = len(size) == 2 and geometry.tiles(weight, *size)
-        doubled = (2 * weight).to(self.facts.precision.pullback)
+        doubled = (2 * weight).to(self.precision.pullback)
         forward: gemm.LinearOp
         if tiles:
             forward = gemm.PatchForward(weight, bias)
         else:
-            norm = self.facts.batch_norm
+            norm = self.fusion.fused_batch_norm
             folded = (weight, bias) if norm is None else _fold(weight, bias, norm.params, constants)
-            forward = gemm.convolution(*folded, geometry, self.facts.relu is not None)
-        if not self.facts.positive_input:
+            forward = gemm.convolution(*folded, geometry, self.fusion.fused_relu is not None)
+        if not self.fusion.positive_input:
             if tiles:
                 return forward, gemm.PatchSelection(doubled)
             if gemm.PhaseSelection.pays(doubled, geometry):
                 return forward, gemm.PhaseSelection(doubled, geometry, size)
         halves = [gemm.positive_part(doubled)]
-        if not self.facts.positive_input:
+        if not self.fusion.positive_input:
             halves.append(gemm.negative_part(doubled))
         # W+ and W- side by side, as two groups of input channels within every group.
         stacked = torch.cat(halves, 1)
         return forward, gemm.PatchPullback(stacked) if tiles else gemm.ConvPullback(stacked, geometry, size)
 
     def parameters(self) -> Any:
-        norm = self.facts.batch_norm
-        return self.node.params, norm and norm.params, self.facts.relu is not None
+        norm = self.fusion.fused_batch_norm
+        return self.node.params, norm and norm.params, self.fusion.fused_relu is not None
 
     def prepare(self, constants: dict[Node, Any]) -> None:
         super().prepare(constants)
-        steps = {"batch_norm": self.facts.batch_norm, "add": self.facts.addend, "relu": self.facts.relu}
+        steps = {
+            "batch_norm": self.fusion.fused_batch_norm,
+            "add": self.fusion.fused_add,
+            "relu": self.fusion.fused_relu,
+        }
         self.forward_kernel += "".join(f" > {name}" for name, node in steps.items() if node is not None)
         if not isinstance(self.pullback_map, (gemm.PatchSelection, gemm.PhaseSelection)):
-            self.pullback_kernel += " W+" if self.facts.positive_input else " W+|W-"
+            self.pullback_kernel += " W+" if self.fusion.positive_input else " W+|W-"
 
     def forward(self, values: Values) -> tuple[Any, Any]:
-        operands = [self.node.operands[0], *([] if self.facts.addend is None else [self.facts.addend])]
+        operands = [self.node.operands[0], *([] if self.fusion.fused_add is None else [self.fusion.fused_add])]
         forward: Callable[..., Tensor] = self.forward_map
-        if isinstance(forward, gemm.ConvForward) and self.facts.relu is None:
+        if isinstance(forward, gemm.ConvForward) and self.fusion.fused_relu is None:
             known = [values.known_bound(n) for n in operands]
             if None not in known:
                 self._bounded(forward, operands, values, values.bound)
@@ -208,22 +212,22 @@ class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelecti
         values.limit(self.node, largest)
         return largest < _OVERFLOW
 
-    def pullback(self, parts: list[Contribution], values: Values, kept: Any, book: Bookkeeping) -> Iterator[Flow]:
-        part = book.centred(self.merged(parts, values, book), self.node.batch)
-        c = part.c.to(self.facts.precision.pullback)
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        part = conservation.centred(self.merged(parts, values, conservation), self.node.batch)
+        c = part.c.to(self.precision.pullback)
         source = self.node.operands[0]
         if isinstance(self.pullback_map, gemm.PatchSelection):
-            yield Flow(source, Contribution(self.pullback_map(c, values[source]), part.target))
+            yield Flow(source, Massed(self.pullback_map(c, values[source]), part.target))
             return
         if isinstance(self.pullback_map, gemm.PhaseSelection):
             acc = self.by_sample(self.pullback_map, 1, c)
-            yield Flow(source, Contribution(self.pullback_map.select(acc, values[source]), part.target))
+            yield Flow(source, Massed(self.pullback_map.select(acc, values[source]), part.target))
             return
         pull = self.pullback_map
         acc = self.by_sample(lambda part: pull(part.flatten(0, 1)).unflatten(0, part.shape[:2]), 1, c)
-        if not self.facts.positive_input:
+        if not self.fusion.positive_input:
             groups = self.node.params["groups"]
             halves = acc.unflatten(2, (groups, 2, -1))
             positive, negative = (halves[:, :, :, i].flatten(2, 3) for i in (0, 1))
             acc = selected(positive, negative, values[source])
-        yield Flow(source, Contribution(acc, part.target))
+        yield Flow(source, Massed(acc, part.target))

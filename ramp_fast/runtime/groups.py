@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ramp_fast.plan import Plan
-from ramp_fast.runtime.run import forward, run
+from ramp_fast.runtime.run import pull_back, run_forward, run_logits
 
 
 class Groups:
@@ -25,13 +25,13 @@ class Groups:
         self._asked = 0
         self._pay: dict[tuple[int, bool], bool] = {}
 
-    def sizes(self, plan: Plan, shape: torch.Size, sides: int, contrast: bool) -> list[int]:
-        """Sizes that add up to the batch of images ``shape``, with ``sides`` right-hand sides (0: logits alone)."""
+    def sizes(self, plan: Plan, shape: torch.Size, targets: int, contrast: bool) -> list[int]:
+        """Sizes that add up to the batch of images ``shape``, of which ``targets`` are explained (0: logits alone)."""
         batch = shape[0]
         self._asked += batch
-        key = sides, contrast
+        key = targets, contrast
         if batch >= GROUP and self._asked >= 4 * GROUP and key not in self._pay:
-            self._pay[key] = _groups_pay(plan, shape, sides, contrast)
+            self._pay[key] = _groups_pay(plan, shape, targets, contrast)
         groups = batch // GROUP if self._pay.get(key, False) else 0
         return [GROUP] * groups + [1] * (batch - groups * GROUP)
 
@@ -39,21 +39,23 @@ class Groups:
 GROUP = 4
 
 
-def _groups_pay(plan: Plan, shape: torch.Size, sides: int, contrast: bool) -> bool:
+def _groups_pay(plan: Plan, shape: torch.Size, targets: int, contrast: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn((GROUP, *shape[1:]), generator=generator, dtype=plan.precision.forward)
     classes = plan.graph.output.example[1]
-    c = torch.rand((sides, GROUP, classes), generator=generator, dtype=plan.precision.accumulate)
-    if contrast:
-        c[sides // 2 :] = c[: sides // 2] - c[sides // 2 :]
+    size, wide = (targets, GROUP, classes), plan.precision.accumulate
+    positive = torch.rand(size, generator=generator, dtype=wide)
+    negative = torch.rand(size, generator=generator, dtype=wide) if contrast else None
+    c = plan.rule.conservation.start(plan.rule, positive, negative, torch.ones(GROUP, classes, dtype=wide))
 
     def part(first: int, last: int) -> tuple[Tensor, ...]:
-        """Maps, with sides, and logits, each with the images first."""
+        """Maps, of targets, and logits, each with the images first."""
         some = images[first:last].clone()
-        if not sides:
-            return (forward(plan, some),)
-        maps, found = run(plan, some, lambda _: (c[:, first:last], contrast))
-        return maps.transpose(0, 1), found
+        if not targets:
+            return (run_logits(plan, some),)
+        forward = run_forward(plan, some)
+        logits = forward.logits
+        return pull_back(plan, forward, c[:, first:last], contrast).transpose(0, 1), logits
 
     part(0, GROUP)  # packs weights for this size where a routine needs it
     together, alone = math.inf, math.inf

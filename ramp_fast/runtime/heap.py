@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
     _large_block()
 
 
-class HeldHeap(threading.local):
+class HeapPin(threading.local):
     """A block that keeps glibc from giving the end of the heap back after a run; each thread has a heap of its own.
 
     What is freed at the end goes back to the system as soon as it is 64 MiB. So a block that is never written, and
@@ -36,15 +36,15 @@ class HeldHeap(threading.local):
         self._runs: dict[int, int] = {}
         self._block: torch.UntypedStorage | None = None
 
-    def grows(self, device: torch.device, maps: int) -> bool:
+    def may_grow(self, device: torch.device, maps: int) -> bool:
         """Called once in every run, of so many samples times right-hand sides: whether it may need a longer heap."""
         if device.type != "cpu":
             return False
         self._runs[maps] = runs = self._runs.get(maps, 0) + 1
         return runs <= _RUNS and maps == max(self._runs)
 
-    def hold(self) -> None:
-        """Called in every step of a run for which :meth:`grows`: hold the heap where it ends now, if that is later."""
+    def pin(self) -> None:
+        """Called in every step of a run that :meth:`may_grow`: pin the heap where it ends now, if that is later."""
         block = _large_block()
         if self._block is None or block.data_ptr() > self._block.data_ptr():
             self._block = block

@@ -1,8 +1,9 @@
-"""Runtime: runs a plan on a batch, forward and back."""
+"""Runs a plan on a batch: the forward pass, and the pull-back of relevance through it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,15 +12,33 @@ from torch import Tensor
 from ramp_fast.graph import Node
 from ramp_fast.plan import Plan
 from ramp_fast.rules.base import Flow, Values
-from ramp_fast.rules.masses import Bookkeeping, Contribution, total, unit_mass
-from ramp_fast.rules.rearrange import Parts
-
-# From the logits [B, classes] to coefficients at the logits [T, B, classes] and whether they are a contrast.
-Seed = Callable[[Tensor], tuple[Tensor, bool]]
+from ramp_fast.rules.rearrange import Split
+from ramp_fast.runtime.heap import HeapPin
 
 
-def run(plan: Plan, images: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
-    """Forward pass and pull-back of one micro-batch.
+@dataclass
+class Forward:
+    """What a forward pass leaves for the pull-back.
+
+    Attributes
+    ----------
+    images : Tensor
+    logits : Tensor
+        ``[B, classes]``, in the plan's dtype for masses and scalings.
+    values : Values
+        Of the nodes that pull-backs read; they are dropped on the way back.
+    kept : dict of Node to object
+        What operations keep besides.
+    """
+
+    images: Tensor
+    logits: Tensor
+    values: Values
+    kept: dict[Node, Any]
+
+
+def run_forward(plan: Plan, images: Tensor) -> Forward:
+    """The forward pass of one micro-batch, for :func:`pull_back`.
 
     Parameters
     ----------
@@ -27,62 +46,78 @@ def run(plan: Plan, images: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
         Prepared.
     images : Tensor
         ``[B, C, H, W]`` in the plan's forward dtype, on the weights' device.
-    seed : callable
-        Called once with the logits.
-
-    Returns
-    -------
-    relevance : Tensor
-        ``[T, B, C, H, W]``; P and N of every pair have mass 1 (or 0 where there is none), with contrast the
-        second half is their difference.
-    logits : Tensor
-        ``[B, classes]``.
     """
     kept: dict[Node, Any] = {}
     values = _forward(plan, images, kept)
-    wide = values[plan.graph.output].to(plan.precision.accumulate)
-    c, contrast = seed(wide)
-    book = Bookkeeping(images.shape[0], c.shape[0], contrast)
-    heap_grows = plan.heap.grows(images.device, book.batch * book.sides)
-    target = c.new_ones(c.shape[:2])
-    pending: dict[Node, list[Contribution]] = {plan.graph.output: [Contribution(c, target, None)]}
-    pieces: dict[Node, dict[int, Contribution]] = {}
+    return Forward(images, values[plan.graph.output].to(plan.precision.accumulate), values, kept)
+
+
+# Of every plan: it is a matter of the memory, not of the plan.
+_PINS: weakref.WeakKeyDictionary[Plan, HeapPin] = weakref.WeakKeyDictionary()
+
+
+def pull_back(plan: Plan, forward: Forward, c: Tensor, contrast: bool) -> Tensor:
+    """Relevance of the images, ``[maps, B, C, H, W]``; ``forward`` is used up.
+
+    Parameters
+    ----------
+    plan : Plan
+    forward : Forward
+        Of :func:`run_forward`.
+    c : Tensor
+        Coefficients at the logits, ``[maps, B, classes]``, as the rule's conservation starts.
+    contrast : bool
+        Whether they are a contrast.
+
+    Returns
+    -------
+    Tensor
+        As the rule's conservation scales it: of absLRP every P and N has mass 1 (or 0 where there is none).
+    """
+    images, values, kept, rule = forward.images, forward.values, forward.kept, plan.rule
+    conservation = rule.conservation(images.shape[0], c.shape[0], contrast)
+    pin = _PINS.get(plan)
+    if pin is None:
+        pin = _PINS.setdefault(plan, HeapPin())
+    heap_grows = pin.may_grow(images.device, images.shape[0] * c.shape[0])
+    pending: dict[Node, list[Any]] = {plan.graph.output: [conservation.begin(c)]}
+    pieces: dict[Node, dict[int, Any]] = {}
 
     for step in reversed(plan.steps):
         node, operation = step.node, step.operation
         if operation is not None and step.carries:
-            if isinstance(operation, Parts):
-                flows = [_joined(operation, pieces.pop(node, {}), kept.pop(node))]
+            if isinstance(operation, Split):
+                parts = pieces.pop(node, {})
+                joined = operation.join({i: p.c for i, p in parts.items()}, kept.pop(node)) if parts else None
+                flows = (
+                    [] if joined is None else [Flow(node.operands[0], conservation.together(joined, parts.values()))]
+                )
             else:
-                parts = pending.pop(node, [])
+                arrived = pending.pop(node, [])
                 saved = kept.pop(node)
-                flows = list(operation.pullback(parts, values, saved, book)) if parts else []
+                flows = list(operation.pullback(arrived, values, saved, conservation)) if arrived else []
             for flow in flows:
-                if flow is None:
-                    continue
-                contribution = plan.rule.leave(node, flow.contribution)
+                contribution = rule.leave(node, flow.contribution)
                 if flow.part is None:
                     pending.setdefault(flow.node, []).append(contribution)
                 else:
                     pieces.setdefault(flow.node, {})[flow.part] = contribution
             del flows
         if heap_grows:
-            plan.heap.hold()
+            pin.pin()
         for done in step.drop_pullback:
             values.drop(done)
 
-    source = plan.graph.input
-    arrived = pending.get(source)
-    if not arrived:
-        return torch.zeros(c.shape[0], *images.shape, dtype=plan.precision.accumulate, device=c.device), wide
-    final = book.merge(images, arrived, source.batch)
-    wide_c = final.c.to(plan.precision.accumulate)
-    one = Contribution(wide_c, unit_mass(final.target))
-    return plan.rule.finish(book.exact(images, one, source.batch).c, images.to(wide_c.dtype)), wide
+    source, wide = plan.graph.input, plan.precision.accumulate
+    last = pending.get(source)
+    if not last:
+        return torch.zeros(c.shape[0], *images.shape, dtype=wide, device=c.device)
+    final = conservation.finish(images, conservation.merge(images, last, source.batch), source.batch, wide)
+    return rule.relevance(final, images.to(wide))
 
 
-def forward(plan: Plan, images: Tensor) -> Tensor:
-    """The logits of :func:`run`, ``[B, classes]``, to the last bit; nothing is kept for a pull-back."""
+def run_logits(plan: Plan, images: Tensor) -> Tensor:
+    """The logits of :func:`run_forward`, ``[B, classes]``, to the last bit; nothing is kept for a pull-back."""
     logits: Tensor = _forward(plan, images, None)[plan.graph.output]
     return logits.to(plan.precision.accumulate)
 
@@ -105,11 +140,3 @@ def _forward(plan: Plan, images: Tensor, kept: dict[Node, Any] | None) -> Values
         for done in step.drop_read if kept is None else step.drop_forward:
             values.drop(done)
     return values
-
-
-def _joined(operation: Parts, parts: dict[int, Contribution], kept: Any) -> Flow | None:
-    if not parts:
-        return None
-    c = operation.join({i: p.c for i, p in parts.items()}, kept)
-    target = total(p.target for p in parts.values())
-    return Flow(operation.node.operands[0], Contribution(c, target, target))

@@ -1,0 +1,106 @@
+"""What a rule keeps constant on the way from the logits to the pixels, as the runtime and operations see it.
+
+Relevance in flight is a tensor of coefficients ``c`` ``[maps, *shape]``: of a tensor ``x`` it is what the rule's
+``relevance(c, x)`` says, ``|x| c`` for absLRP and ``x c`` for the rules that are gradients in disguise. Operations that
+only move values are the same under every rule; what happens where relevance of several readers meets, and what has to
+be restored besides, is said here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ramp_fast.graph import BatchAxis
+
+if TYPE_CHECKING:
+    from ramp_fast.rules.rule import Rule
+
+
+@dataclass
+class Contribution:
+    """What one reader of a tensor says about its relevance.
+
+    Attributes
+    ----------
+    c : Tensor
+        Coefficients ``[maps, *shape]``.
+    """
+
+    c: Tensor
+
+    def moved(self, c: Tensor, *, copies: bool = False) -> Contribution:
+        """The same relevance, its values moved elsewhere; ``copies``: some were read several times and are added."""
+        return Contribution(c)
+
+
+@dataclass(frozen=True)
+class Conservation:
+    """How relevance adds up; this one, for linear rules, leaves coefficients as they are.
+
+    Attributes
+    ----------
+    batch : int
+        Samples.
+    num_maps : int
+        Coefficient tensors that are pulled back together.
+    contrast : bool
+        Whether the map of the other classes is subtracted.
+    """
+
+    batch: int
+    num_maps: int
+    contrast: bool
+
+    @classmethod
+    def maps_per_target(cls, contrast: bool) -> int:
+        """How many coefficient tensors a target takes."""
+        return 1
+
+    @classmethod
+    def start(cls, rule: Rule, positive: Tensor, negative: Tensor | None, logits: Tensor) -> Tensor:
+        """Coefficients at the logits ``[maps, B, classes]`` from seeds ``[K, B, classes]``.
+
+        ``negative`` is the seed of the classes to contrast with: here one signed seed says both.
+        """
+        return rule.start(positive if negative is None else positive - negative, logits)
+
+    @classmethod
+    def maps_of(cls, relevance: Tensor, targets: int) -> Tensor:
+        """``[K, ...]`` of ``[maps, ...]``."""
+        return relevance
+
+    @classmethod
+    def scaled_to_seed(cls, maps: Tensor, seed: Tensor) -> Tensor:
+        """Maps ``[K, B, ...]`` of a seed ``[B, classes]`` in its scale, which linear rules keep."""
+        return maps
+
+    def begin(self, c: Tensor) -> Contribution:
+        """Relevance at the logits."""
+        return Contribution(c)
+
+    def merge(self, x: Tensor, parts: Sequence[Any], axis: BatchAxis) -> Any:
+        """The relevance of ``x`` from that of its readers."""
+        first, *others = (part.c for part in parts)
+        return Contribution(sum(others, first))
+
+    def exact(self, x: Tensor, part: Any, axis: BatchAxis) -> Any:
+        """``part`` with everything that is known of its scale applied, so that it can be put beside others."""
+        return part
+
+    def piece(self, x: Tensor, c: Tensor, axis: BatchAxis) -> Any:
+        """The relevance ``c`` of an operand ``x`` that was put together with others, cut out of an exact one."""
+        return Contribution(c)
+
+    def together(self, c: Tensor, parts: Iterable[Any]) -> Any:
+        """The relevance ``c`` of a tensor that exact ``parts`` were cut out of."""
+        return Contribution(c)
+
+    def finish(self, images: Tensor, part: Any, axis: BatchAxis, dtype: torch.dtype) -> Tensor:
+        """Coefficients of the images ``[maps, B, C, H, W]`` in ``dtype``, as they are scaled in the end."""
+        c: Tensor = part.c.to(dtype)
+        return c

@@ -1,0 +1,161 @@
+"""absLRP: which steps compute several nodes at once, and where less than the whole rule is enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ramp_fast import graph as g
+from ramp_fast.gemm import Geometry, Precision, fuses_convolutions
+from ramp_fast.graph import Graph, Node
+from ramp_fast.rules.base import Fusion
+from ramp_fast.rules.junctions import plain_sum
+
+if TYPE_CHECKING:
+    from ramp_fast.rules.abslrp import AbsLRP
+
+
+def fusions(graph: Graph, rule: AbsLRP, precision: Precision) -> Mapping[Node, Fusion]:
+    """What the steps of a graph compute together under absLRP."""
+    search = _Search(graph, rule, precision)
+    return {node: search.fusion(node) for node in graph.nodes if not node.constant and node.kind != g.INPUT}
+
+
+class _Search:
+    def __init__(self, graph: Graph, rule: AbsLRP, precision: Precision) -> None:
+        self.graph, self.rule, self.precision = graph, rule, precision
+        self.users, self.carriers = graph.users(), graph.carriers()
+        self.residual = any(n.kind == g.ADD and len(n.sources) == 2 for n in graph.nodes)
+
+    def fusion(self, node: Node) -> Fusion:
+        found = Fusion()
+        if node.kind in g.WEIGHTED:
+            found.positive_input = self._positive(node.operands[0])
+            found.fused_norm = self._norm_below(node)
+            if node in self._convolutions:
+                found.fused_batch_norm, total = self._convolutions[node]
+                last = total or found.fused_batch_norm
+                found.fused_relu = self._relu_above(last)
+                if total is not None:
+                    found.fused_add = next(n for n in total.operands if n is not found.fused_batch_norm)
+        elif node.kind == g.LAYER_NORM:
+            above = (u for u in self.users[node] if u in self.carriers and self._norm_below(u) is node)
+            found.pulled_back_in = next(above, None)
+        elif node.kind in (g.ADD, g.BATCH_NORM):
+            found.fused_relu = self._relu_above(node)
+            if len(node.sources) == 2:
+                # The branch is what only this sum reads; the shortcut has other readers as well.
+                single = [n for n in node.operands if len(self.users[n]) == 1]
+                found.branch = single[0] if len(single) == 1 else node.operands[1]
+            for conv, (norm, total) in self._convolutions.items():
+                if node in (norm, total):
+                    found.fused_into = conv
+                    found.pulled_back_in = total if node is norm else None
+        elif node.kind == g.ACTIVATION:
+            found.fused_into = node.operands[0] if self._is_fused_relu(node) else None
+        elif node.kind in (g.MAX_POOL, g.MAX_REDUCTION):
+            form = self.rule.maxpool
+            found.divided = self.residual if form == "auto" else form == "divided"
+        return found
+
+    def _relu_above(self, node: Node) -> Node | None:
+        return next((u for u in self.users[node] if self._is_fused_relu(u)), None)
+
+    def _norm_below(self, linear: Node) -> Node | None:
+        """The LayerNorm whose pull-back the step of ``linear`` does as well."""
+        norm = linear.operands[0] if linear.kind == g.LINEAR else None
+        fuses = (
+            norm is not None
+            and norm.kind == g.LAYER_NORM
+            and norm.params["dims"] == 1
+            and len(self.users[norm]) == 1
+            and norm.batch.leading
+            and norm.batch.inner == 1
+            and not self._positive(norm)
+        )
+        return norm if fuses else None
+
+    @cached_property
+    def _convolutions(self) -> dict[Node, tuple[Node, Node | None]]:
+        """Convolutions whose step computes the BatchNorm behind them as well, and with some the residual sum.
+
+        Then only the result is kept, and the pull-backs tell from it what they need. From a sum with its ReLU a
+        BatchNorm is found as the difference to the other operand, wherever relevance arrives.
+        """
+        found: dict[Node, tuple[Node, Node | None]] = {}
+        position = {node: i for i, node in enumerate(self.graph.nodes)}
+        for norm in self.graph.nodes:
+            if norm.kind != g.BATCH_NORM or norm.constant:
+                continue
+            conv = norm.operands[0]
+            if conv.kind != g.CONV or self.users[conv] != [norm] or not self._fuses(conv):
+                continue
+            readers = self.users[norm]
+            if any(self._is_fused_relu(u) and u.params["cap"] < math.inf for u in readers):
+                continue  # from a value that was cut nothing is told
+            found[conv] = norm, None
+            total = readers[0] if len(readers) == 1 else norm
+            if total.kind != g.ADD or not plain_sum(total) or total.operands[0] is total.operands[1]:
+                continue
+            other = next(n for n in total.operands if n is not norm)
+            relu = self._relu_above(total)
+            there = position[other] < position[conv]
+            if there and relu is not None and relu.params["cap"] == math.inf:
+                found[conv] = norm, total
+        return found
+
+    def _fuses(self, conv: Node) -> bool:
+        weight = conv.params["weight"]
+        if weight.kind != g.PARAM or len(weight.example) != 4 or not conv.batch.leading:
+            return False
+        tensor = weight.params["tensor"]
+        tiles = Geometry.of(conv.params).tiles(tensor, *conv.operands[0].example[2:])
+        return not tiles and fuses_convolutions(self.precision, tensor.device)
+
+    def _is_fused_relu(self, node: Node) -> bool:
+        """Whether ``node`` is a ReLU that the step below computes in its own pass: a BatchNorm, or a residual sum.
+
+        With equal shares a ReLU sets masses, which a sum cannot do for every reader of the ReLU.
+        """
+        if node.kind != g.ACTIVATION or node.params["how"] != "relu":
+            return False
+        source = node.operands[0]
+        if self.users[source] != [node]:
+            return False
+        return source.kind == g.BATCH_NORM or (
+            source.kind == g.ADD and plain_sum(source) and self.rule.shares == "kept"
+        )
+
+    def _positive(self, node: Node) -> bool:
+        """Whether relevance reaches only positive entries of ``node``: by value, or by a gate right below."""
+        if _never_negative(node):
+            return True
+        while len(self.users[node]) == 1:
+            if self.rule.gated_output(node):
+                return True
+            if node.kind != g.REARRANGE or len(node.sources) != 1 or node.params["how"] in ("expand", "vjp"):
+                return False
+            node = node.operands[0]
+        return False
+
+
+_NEVER_NEGATIVE = frozenset({"relu", "sigmoid", "hardsigmoid", "abs", "square", "exp", "softplus", "sqrt", "rsqrt"})
+
+
+def _never_negative(node: Node) -> bool:
+    if node.kind == g.ACTIVATION:
+        return node.params["function"] in _NEVER_NEGATIVE
+    if node.kind == g.SOFTMAX:
+        return True
+    if node.kind in (g.MAX_POOL, g.MAX_REDUCTION, g.LINEAR_POOL, g.REARRANGE, g.SPLIT_OUTPUT, g.SPLIT, g.SELECT_TOKENS):
+        return bool(node.sources) and len(node.sources) == len(node.operands) and _all(node.sources)
+    if node.kind == g.ADD:
+        plain = node.params["signs"] == (1, 1) and len(node.sources) == 2
+        return plain and _all(node.sources)
+    return node.kind == g.MUL and _all(node.sources)
+
+
+def _all(nodes: Iterable[Node]) -> bool:
+    return all(_never_negative(n) for n in nodes)

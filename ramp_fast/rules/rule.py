@@ -1,0 +1,74 @@
+"""What a rule is: the interface that the plan, the runtime and the engine know."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ramp_fast.capture.passes import STANDARD
+from ramp_fast.gemm import Precision
+from ramp_fast.graph import Graph, Node
+from ramp_fast.rules.base import Fusion, Operation
+from ramp_fast.rules.conservation import Conservation
+
+Pass = Callable[[Graph], None]
+
+
+class Rule(ABC):
+    """How relevance is pulled back through every kind of operation.
+
+    A rule is immutable and hashable: engines compare rules, and share what they have packed, by ``==``.
+
+    Attributes
+    ----------
+    conservation : type of Conservation
+        What the rule keeps constant.
+    """
+
+    conservation: ClassVar[type[Conservation]] = Conservation
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short name, as in ``Engine(model, rule=name)`` and tables."""
+
+    def key(self) -> Hashable:
+        """What tells rules apart whose recordings cannot be shared."""
+        return self
+
+    def rewrites(self) -> Sequence[Pass]:
+        """Passes over the captured graph, in order. They keep the function that the graph computes."""
+        return STANDARD
+
+    def fuse(self, graph: Graph, precision: Precision) -> Mapping[Node, Fusion]:
+        """What steps compute together; by default nothing is fused, which is always right."""
+        return {}
+
+    def check_precision(self, precision: str) -> None:
+        """Raise a ValueError where the rule cannot be computed in a precision mode."""
+        return None
+
+    @abstractmethod
+    def start(self, seed: Tensor, logits: Tensor) -> Tensor:
+        """Coefficients at the logits ``[maps, B, classes]`` of relevance ``seed`` (the same shape)."""
+
+    @abstractmethod
+    def relevance(self, c: Tensor, x: Tensor) -> Tensor:
+        """Relevance of ``x`` from its coefficients ``c`` ``[maps, *x.shape]``."""
+
+    @abstractmethod
+    def operation(self, node: Node, precision: Precision, fusion: Fusion) -> Operation:
+        """The operation of ``node`` under this rule.
+
+        Raises
+        ------
+        UnsupportedModelError
+            The rule has no pull-back for this kind of operation.
+        """
+
+    def leave(self, node: Node, contribution: Any) -> Any:
+        """What leaves the operation of ``node`` towards one of its operands."""
+        return contribution
