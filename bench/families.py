@@ -30,7 +30,8 @@ import timm
 import torch
 
 from ramp_fast.capture import capture
-from ramp_fast.engine import Engine, _configured_shape
+from ramp_fast.capture.model_state import configured_shape
+from ramp_fast.engine import Engine
 from ramp_fast.errors import RampFastError, UnsupportedModelError
 
 try:
@@ -117,7 +118,7 @@ def fill(model: torch.nn.Module, seed: int = 0) -> None:
 
 def image_shape(model: torch.nn.Module) -> tuple[int, int, int]:
     """The configured one, or a small one where that is large and the model takes any."""
-    shape = _configured_shape(model)
+    shape = configured_shape(model)
     assert shape is not None, "timm's configuration has no input size"
     small = (shape[0], SMALL_SIZE, SMALL_SIZE)
     if shape[-1] >= LARGE:

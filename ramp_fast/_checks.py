@@ -59,6 +59,6 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> None:
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
-    """ " (did you mean ...?)" with the known name that is most like this one, or nothing."""
+    """The question "did you mean ...?", with the known name that is most like this one, or nothing."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from ramp_fast import capture
+from ramp_fast.capture import export as exporting
 
 
 @pytest.fixture(scope="module")
 def export_once() -> Iterator[None]:
     """Let :func:`ramp_fast.capture.capture` reuse the program that it exported last, for the same model and shape."""
-    export = capture._export
+    export = exporting._export
     last: list[Any] = []
 
     def cached(model: torch.nn.Module, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
@@ -24,5 +24,5 @@ def export_once() -> Iterator[None]:
         return program
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "_export", cached)
+        patch.setattr(exporting, "_export", cached)
         yield

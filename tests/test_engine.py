@@ -20,10 +20,9 @@ from small_models import CLASSES, FAMILIES, SIZE, images, resnet, vgg, vit
 from torch import Tensor, nn
 
 from ramp_fast import Engine, InputError, UnsupportedModelError
-from ramp_fast import engine as engine_module
 from ramp_fast.plan import Plan
 from ramp_fast.rules import AbsLRP, RelativeStabilizer
-from ramp_fast.runtime import run as runtime
+from ramp_fast.runtime import groups, run, targets
 
 # Relative to the largest entry of a map. Batching changes the order of sums in matrix products and nothing else.
 MICRO_BATCH = {
@@ -317,13 +316,13 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of what goes through the engine's plans; every trial of groups finds them faster."""
     sizes: list[int] = []
 
-    def watched(plan: Plan, batch: Tensor, seed: runtime.Seed) -> tuple[Tensor, Tensor]:
+    def watched(plan: Plan, batch: Tensor) -> run.Forward:
         sizes.append(batch.shape[0])
-        return runtime.run(plan, batch, seed)
+        return run.run_forward(plan, batch)
 
     readings = itertools.cycle([0.0, 1.0, 3.0])  # before the group, after it, after the images alone
-    monkeypatch.setattr(runtime, "time", types.SimpleNamespace(perf_counter=lambda: next(readings)))
-    monkeypatch.setattr(engine_module, "run", watched)
+    monkeypatch.setattr(groups, "time", types.SimpleNamespace(perf_counter=lambda: next(readings)))
+    monkeypatch.setattr(targets, "run_forward", watched)
     return sizes
 
 
@@ -346,14 +345,21 @@ def test_groups_change_no_bit(name: str, batches: list[int]) -> None:
 def test_images_go_one_by_one_where_groups_would_change_a_bit(
     where: str, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = runtime.run
+    def grown(found: Tensor, batch: Tensor) -> Tensor:
+        return found * (1 + 1e-6 * (batch.shape[0] > 1))
 
-    def sensitive(plan: Plan, batch: Tensor, seed: runtime.Seed) -> tuple[Tensor, Tensor]:
-        maps, logits = real(plan, batch, seed)
-        grown = 1 + 1e-6 * (batch.shape[0] > 1)
-        return (maps * grown, logits) if where == "maps" else (maps, logits * grown)
+    def forward(plan: Plan, batch: Tensor) -> run.Forward:
+        found = run.run_forward(plan, batch)
+        if where == "logits":
+            found.logits = grown(found.logits, batch)
+        return found
 
-    monkeypatch.setattr(runtime, "run", sensitive)
+    def pull_back(plan: Plan, found: run.Forward, c: Tensor, contrast: bool) -> Tensor:
+        maps = run.pull_back(plan, found, c, contrast)
+        return grown(maps, found.images) if where == "maps" else maps
+
+    monkeypatch.setattr(groups, "run_forward", forward)
+    monkeypatch.setattr(groups, "pull_back", pull_back)
     engine = Engine(FAMILIES["vit"](), precision="mixed")
     for _ in range(3):
         engine.attribute(images(8), 3)
@@ -380,12 +386,12 @@ def test_logits_are_those_of_attributions(family: Engine, micro_batch: int | Non
 def test_logits_alone_keep_nothing(family: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[set[Any]] = []
 
-    class Watched(runtime.Values):
+    class Watched(run.Values):
         def __setitem__(self, node: Any, value: Any) -> None:
             super().__setitem__(node, value)
             alive.append(set(self._values))
 
-    monkeypatch.setattr(runtime, "Values", Watched)
+    monkeypatch.setattr(run, "Values", Watched)
     family.logits(images(1))
     plan = family.plan
     assert len(alive) == len(plan.steps) + 1
@@ -406,7 +412,7 @@ def test_copies_of_engines(engine: Engine) -> None:
 
 def test_images_go_one_by_one_where_groups_are_slower(batches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     readings = itertools.cycle([0.0, 2.0, 3.0])
-    monkeypatch.setattr(runtime, "time", types.SimpleNamespace(perf_counter=lambda: next(readings)))
+    monkeypatch.setattr(groups, "time", types.SimpleNamespace(perf_counter=lambda: next(readings)))
     engine = Engine(FAMILIES["vit"](), precision="mixed")
     for _ in range(3):
         engine.attribute(images(8), 3)

@@ -12,9 +12,10 @@ import torch
 from small_models import FAMILIES, images, vgg, vit
 from torch import Tensor, nn
 
-import ramp_fast.engine
 from ramp_fast import Engine
 from ramp_fast.ops import _registry
+from ramp_fast.runtime import targets
+from ramp_fast.runtime.run import Forward
 
 
 def test_engines_are_built_at_the_same_time() -> None:
@@ -48,15 +49,15 @@ def test_a_run_keeps_the_weights_it_began_with(monkeypatch: pytest.MonkeyPatch) 
     engine = Engine(model)
     old = engine.attribute(x, 1).maps
     begun, changed = threading.Event(), threading.Event()
-    run = ramp_fast.engine.run
+    run_forward = targets.run_forward
 
-    def run_later(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def run_later(*arguments: Any) -> Forward:
         if not begun.is_set():
             begun.set()
             changed.wait()
-        return run(*arguments)
+        return run_forward(*arguments)
 
-    monkeypatch.setattr(ramp_fast.engine, "run", run_later)
+    monkeypatch.setattr(targets, "run_forward", run_later)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(lambda: engine.attribute(x, 1).maps)
         begun.wait()
@@ -71,13 +72,13 @@ def test_a_run_keeps_the_weights_it_began_with(monkeypatch: pytest.MonkeyPatch) 
 def test_a_new_thread_runs_with_the_number_of_threads_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     openmp = ctypes.CDLL(_registry.openmp_pool)
     engine, x = Engine(vgg()), images(1)
-    run, seen = ramp_fast.engine.run, []
+    run_forward, seen = targets.run_forward, []
 
-    def watched(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def watched(*arguments: Any) -> Forward:
         seen.append(openmp.omp_get_max_threads())
-        return run(*arguments)
+        return run_forward(*arguments)
 
-    monkeypatch.setattr(ramp_fast.engine, "run", watched)
+    monkeypatch.setattr(targets, "run_forward", watched)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)

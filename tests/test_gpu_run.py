@@ -61,7 +61,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-# Split that are done, raise, break their process and hang; then one more.
+# Parts that are done, raise, break their process and hang; then one more.
 WORKER = """
 import argparse, json, os, sys, time
 parser = argparse.ArgumentParser()
@@ -93,7 +93,7 @@ def parts_of(
     (tmp_path / "worker.py").write_text(worker)
     run.WORKER = tmp_path / "worker.py"
     record: dict[str, Any] = {}
-    parts = run.Split(tmp_path / "out.json", record, ["--device", "cpu", "--only", ""], {})
+    parts = run.Parts(tmp_path / "out.json", record, ["--device", "cpu", "--only", ""], {})
     parts.run(time.time() + seconds, jobs)
     assert json.loads((tmp_path / "out.json").read_text()) == record
     return record, [(part["name"], part["status"]) for part in record["parts"]]

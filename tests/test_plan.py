@@ -10,7 +10,7 @@ from torch import nn
 from ramp_fast import Engine, ops
 from ramp_fast import graph as g
 from ramp_fast.gemm import cpu_has_bf16
-from ramp_fast.rules.masses import Bookkeeping, Contribution
+from ramp_fast.rules.masses import Massed, Masses
 
 # Convolutions compute what is behind them under "mixed" with bfloat16 coefficients alone (gemm.fuses_convolutions).
 needs_bfloat16 = pytest.mark.skipif(not cpu_has_bf16(), reason="the processor has no bfloat16")
@@ -62,7 +62,7 @@ def test_relu_is_absorbed_by_batch_norm_only_where_nothing_else_reads_it() -> No
     def relus(engine: Engine) -> list[str]:
         return [s.operation.pullback_kernel for s in engine.plan.steps if s.node.kind == g.ACTIVATION]
 
-    assert relus(Engine(conv_bn(nn.ReLU()), input_shape=(3, 8, 8))) == ["(below)"]
+    assert relus(Engine(conv_bn(nn.ReLU()), input_shape=(3, 8, 8))) == ["fused into 1"]
     assert relus(Engine(Shared().eval(), input_shape=(3, 8, 8))) == ["gate"]
 
 
@@ -123,9 +123,9 @@ def test_convolutions_compute_the_batch_norms_and_sums_behind_them(shortcut_firs
         "second.3": "batch_norm > add > relu",
     }
     steps = {s.node.module: s.operation for s in engine.plan.steps if s.node.kind == g.BATCH_NORM}
-    in_sums = {last.replace(".0", ".1"), "second.4"}
+    in_sums = {last.replace(".0", ".1"): "add", "second.4": "add_1"}
     assert {m: op.pullback_kernel for m, op in steps.items()} == {
-        m: "(above)" if m in in_sums else "affine_pullback" for m in steps
+        m: f"fused into {in_sums[m]}" if m in in_sums else "affine_pullback" for m in steps
     }
     # Nothing but the results is kept for them.
     assert not any(op.keeps() for op in steps.values())
@@ -139,7 +139,7 @@ def test_maps_are_those_of_separate_steps(shortcut_first: bool, contrast: str, m
     images[0, :, :5] = 0
     apart = Engine(model, precision="float32", input_shape=(3, 16, 16))
     assert not any(" > " in kernel for kernel in fused(apart).values())
-    monkeypatch.setattr("ramp_fast.plan.fuses_convolutions", lambda precision, device: True)
+    monkeypatch.setattr("ramp_fast.rules.fusion.fuses_convolutions", lambda precision, device: True)
     together = Engine(model, precision="float32", input_shape=(3, 16, 16))
     assert all(" > " in kernel for kernel in fused(together).values())
     a, b = (e.attribute(images, contrast=contrast) for e in (together, apart))
@@ -200,7 +200,7 @@ def test_sums_that_are_read_in_other_ways(read: str, monkeypatch: pytest.MonkeyP
     model, images = Tail(read), torch.randn(2, 3, 8, 8)
     # Not scaled to 1: where all relevance goes one way P and N are the same map, and their difference is rounding.
     exact = Engine(model.double(), precision="float64").attribute(images.double(), normalize="none")
-    monkeypatch.setattr("ramp_fast.plan.fuses_convolutions", lambda precision, device: True)
+    monkeypatch.setattr("ramp_fast.rules.fusion.fuses_convolutions", lambda precision, device: True)
     result = Engine(model.float(), precision="float32").attribute(images, normalize="none")
     with torch.no_grad():
         torch.testing.assert_close(result.logits, model(images), rtol=1e-4, atol=1e-5)
@@ -211,8 +211,8 @@ def test_sums_that_are_read_in_other_ways(read: str, monkeypatch: pytest.MonkeyP
 def test_what_leaves_a_batch_norm_is_centred() -> None:
     y, gain, shift = torch.randn(1, 3, 8, 8), torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, 0.5, -0.5])
     p = torch.rand(1, 1, 3, 8, 8)
-    part = Contribution(torch.cat((p, p - 100 * p)), torch.ones(2, 1))  # N is 100 P
-    pulled = Bookkeeping(1, 2, True).affine(part, y, gain, shift, True)
+    part = Massed(torch.cat((p, p - 100 * p)), torch.ones(2, 1))  # N is 100 P
+    pulled = Masses(1, 2, True).affine(part, y, gain, shift, True)
     own = 2 * (y > 0) * gain.abs().view(3, 1, 1) * (1 + (y - shift.view(3, 1, 1)).sign())
     assert pulled.centred
     torch.testing.assert_close(pulled.c[0], own * p[0])
@@ -220,7 +220,7 @@ def test_what_leaves_a_batch_norm_is_centred() -> None:
 
 
 def test_convolutions_are_not_fused_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ramp_fast.gemm.cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("ramp_fast.gemm.precision.cpu_has_bf16", lambda: False)
     assert not any(" > " in kernel for kernel in fused(Engine(Residual(), input_shape=(3, 16, 16))).values())
 
 
@@ -232,7 +232,7 @@ def test_convolutions_are_fused_where_coefficients_are_bfloat16() -> None:
 @needs_bfloat16
 def test_what_convolutions_compute_as_well_is_counted_once() -> None:
     plan = Engine(Residual(), input_shape=(3, 16, 16)).plan
-    steps = [s for s in plan.steps if s.operation is not None and s.operation.facts.computed_in is not None]
+    steps = [s for s in plan.steps if s.operation is not None and s.operation.fusion.fused_into is not None]
     assert len(steps) == 7  # five BatchNorms and two sums
     assert not any(plan.kept_bytes(s) for s in steps)
 

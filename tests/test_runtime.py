@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ramp_fast.runtime.heap import HeldHeap
+from ramp_fast.runtime.heap import HeapPin
 
 # Is a block of 20 MB mapped for itself? (Then freeing it unmaps it.)
 MAPPED = """
@@ -54,7 +54,7 @@ def test_large_blocks_come_from_the_heap(keep: bool, tmp_path: Path) -> None:
 # Does the held block lie above all others, and the heap stay as long as it is when they are freed?
 HELD = """
 import ctypes, torch
-from ramp_fast.runtime.heap import HeldHeap, keep_freed_memory
+from ramp_fast.runtime.heap import HeapPin, keep_freed_memory
 
 class Statistics(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd u s f d k".split()]
@@ -62,10 +62,10 @@ class Statistics(ctypes.Structure):
 mallinfo = ctypes.CDLL(None).mallinfo2
 mallinfo.restype = Statistics
 keep_freed_memory()
-heap, blocks = HeldHeap(), []
+heap, blocks = HeapPin(), []
 for _ in range(10):
     blocks.append(torch.empty(20 * 2**20, dtype=torch.uint8))
-    heap.hold()
+    heap.pin()
 print(heap._block.data_ptr() > max(block.data_ptr() for block in blocks))
 before = mallinfo().arena
 del blocks
@@ -79,8 +79,8 @@ def test_the_end_of_the_heap_is_held(tmp_path: Path) -> None:
 
 
 def test_the_heap_grows_with_the_first_runs_of_the_most_maps() -> None:
-    heap = HeldHeap()
-    assert [heap.grows(torch.device("cpu"), n) for n in (1, 1, 1, 1, 4, 1, 4, 4, 4)] == [
+    heap = HeapPin()
+    assert [heap.may_grow(torch.device("cpu"), n) for n in (1, 1, 1, 1, 4, 1, 4, 4, 4)] == [
         *[True] * 3, False, True, False, True, True, False
     ]  # fmt: skip
-    assert not HeldHeap().grows(torch.device("meta"), 1)
+    assert not HeapPin().may_grow(torch.device("meta"), 1)

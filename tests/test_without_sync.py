@@ -17,11 +17,11 @@ from ramp_fast import Engine, gemm, rules
 from ramp_fast import graph as g
 from ramp_fast.capture import capture
 from ramp_fast.capture.passes import canonicalize
-from ramp_fast.engine import _Target
 from ramp_fast.gemm import precision_for
 from ramp_fast.plan import Plan
 from ramp_fast.rules import AbsLRP, RelativeStabilizer
-from ramp_fast.runtime.run import run
+from ramp_fast.runtime.run import pull_back, run_forward
+from ramp_fast.runtime.targets import Target
 
 CUDA = torch.device("cuda", 0)
 
@@ -37,10 +37,10 @@ def test_fake_tensors_notice_a_wait() -> None:
 def test_a_run_never_waits_for_the_device(
     name: str, precision: str, contrast: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gemm, "shared_maps", lambda _, sources, pack: gemm.Maps(*pack(), sources))  # asks for addresses
+    monkeypatch.setattr(gemm, "shared_layer", lambda _, sources, pack: gemm.PackedLayer(*pack(), sources))  # asks for addresses
     rule = rules.resolve(AbsLRP(stabilizer=RelativeStabilizer(0.1)))
     graph = capture(FAMILIES[name](), (3, SIZE, SIZE), strict=True)
-    canonicalize(graph, fold_batchnorm=False)
+    canonicalize(graph, rule.rewrites())
     with FakeTensorMode() as mode, torch.no_grad():
         for node in graph.nodes:
             if node.kind == g.PARAM:
@@ -48,12 +48,10 @@ def test_a_run_never_waits_for_the_device(
         plan = Plan(graph, rule, precision_for(precision, CUDA))
         plan.prepare()
         images = torch.empty(4, 3, SIZE, SIZE, dtype=plan.precision.forward, device=CUDA)
-        target = _Target(None, 4, CLASSES, contrast)
-
-        def seed(logits: Tensor) -> tuple[Tensor, bool]:
-            return target.seed(logits, None, rule)[1], target.contrast
-
-        maps, logits = run(plan, images, seed)
+        target = Target(None, 4, CLASSES, contrast)
+        forward = run_forward(plan, images)
+        logits = forward.logits
+        maps = pull_back(plan, forward, target.seed(logits, None, rule)[1], target.contrast)
     assert maps.device == logits.device == CUDA
     assert maps.shape == ((2 if contrast == "others" else 1), 4, 3, SIZE, SIZE)
     assert logits.shape == (4, CLASSES)
@@ -69,17 +67,15 @@ def test_masks_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             if "relative_position_bias" in name:
                 parameter.normal_()
     engine = Engine(model, precision="float32", input_shape=(3, 16, 16), micro_batch=2)
-    target = _Target(None, 2, CLASSES, "others")
+    target = Target(None, 2, CLASSES, "others")
 
     def silent(self: Tensor) -> bool:
         raise AssertionError("a run looks at a value")
-
-    def seed(logits: Tensor) -> tuple[Tensor, bool]:
-        return target.seed(logits, None, engine.rule)[1], True
 
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "__bool__", silent)
         with pytest.raises(AssertionError, match="looks at a value"):
             bool(torch.ones(1) > 0)
-        maps, _ = run(engine.plan, torch.randn(2, 3, 16, 16), seed)
+        forward = run_forward(engine.plan, torch.randn(2, 3, 16, 16))
+        maps = pull_back(engine.plan, forward, target.seed(forward.logits, None, engine.rule)[1], True)
     assert maps.isfinite().all()

@@ -66,12 +66,12 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
     return graph
 
 
-class _Exported(NamedTuple):
+class Exported(NamedTuple):
     program: torch.export.ExportedProgram
     weights_read: bool  # numbers were read off weights: it holds for the present ones only
 
 
-def _graph(exported: _Exported, strict: bool) -> Graph:
+def _graph(exported: Exported, strict: bool) -> Graph:
     program = exported.program
     _check_outputs(program)
     try:
@@ -226,7 +226,7 @@ def static_batch(graph: Graph) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> _Exported:
+def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> Exported:
     """The exported program: for any batch where the exporter finds a way, else for one image."""
     try:
         exported = _exported(model, EXAMPLE_BATCH, image_shape)
@@ -240,7 +240,7 @@ def _export(model: torch.nn.Module, image_shape: tuple[int, int, int]) -> _Expor
 
 def _exported(
     model: torch.nn.Module, batch: int, image_shape: tuple[int, int, int], *, symbolic: bool = True
-) -> _Exported:
+) -> Exported:
     shapes: Any = None
     if symbolic and batch > 1:
         shapes = ({0: torch.export.Dim.AUTO},)
@@ -251,12 +251,12 @@ def _exported(
     known = KnownValues(model)
     with quiet(), known:
         program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
-    return _Exported(program, known.read)
+    return Exported(program, known.read)
 
 
 def _export_one(
     model: torch.nn.Module, image_shape: tuple[int, int, int], failure: Exception | None = None
-) -> _Exported:
+) -> Exported:
     """The program for one image, or why there is none; ``failure`` is what the export of a batch ended with."""
     try:
         return _exported(model, 1, image_shape)

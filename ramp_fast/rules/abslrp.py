@@ -42,7 +42,7 @@ from ramp_fast.rules.diagonal import (
     Scale,
     Shift,
 )
-from ramp_fast.rules.fusion import fusions
+from ramp_fast.rules.fusion import Options, fusions
 from ramp_fast.rules.junctions import Add, Bilinear, Choice, Matmul, Mul
 from ramp_fast.rules.masses import Massed, Masses, unit_mass
 from ramp_fast.rules.pools import Extreme, Function, LinearMap, LinearPool, MaxPool
@@ -110,7 +110,7 @@ class AbsLRP(Rule):
 
     @property
     def name(self) -> str:
-        """ "abslrp", "abslrp-release", or the options."""
+        """What Engine takes for these options, or the options."""
         names = {AbsLRP(): "abslrp", AbsLRP(shares="equal"): "abslrp-release"}
         return names.get(self, repr(self))
 
@@ -121,7 +121,7 @@ class AbsLRP(Rule):
 
     def fuse(self, graph: Graph, precision: Precision) -> Mapping[Node, Fusion]:
         """As :meth:`Rule.fuse`."""
-        return fusions(graph, self, precision)
+        return fusions(graph, Options(precision, self.shares == "kept", self.maxpool, self.gated_output))
 
     def check_precision(self, precision: str) -> None:
         """As :meth:`Rule.check_precision`: "fast" needs a relative stabilizer."""

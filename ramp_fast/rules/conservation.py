@@ -8,17 +8,17 @@ be restored besides, is said here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ramp_fast.graph import BatchAxis
 
-if TYPE_CHECKING:
-    from ramp_fast.rules.rule import Rule
+# From a seed [K, B, classes] and the logits [B, classes] to coefficients at the logits: a rule's `start`.
+Start = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -62,12 +62,12 @@ class Conservation:
         return 1
 
     @classmethod
-    def start(cls, rule: Rule, positive: Tensor, negative: Tensor | None, logits: Tensor) -> Tensor:
+    def start(cls, coefficients: Start, positive: Tensor, negative: Tensor | None, logits: Tensor) -> Tensor:
         """Coefficients at the logits ``[maps, B, classes]`` from seeds ``[K, B, classes]``.
 
         ``negative`` is the seed of the classes to contrast with: here one signed seed says both.
         """
-        return rule.start(positive if negative is None else positive - negative, logits)
+        return coefficients(positive if negative is None else positive - negative, logits)
 
     @classmethod
     def maps_of(cls, relevance: Tensor, targets: int) -> Tensor:

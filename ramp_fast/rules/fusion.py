@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from ramp_fast import graph as g
 from ramp_fast.gemm import Geometry, Precision, fuses_convolutions
@@ -13,19 +13,36 @@ from ramp_fast.graph import Graph, Node
 from ramp_fast.rules.base import Fusion
 from ramp_fast.rules.junctions import plain_sum
 
-if TYPE_CHECKING:
-    from ramp_fast.rules.abslrp import AbsLRP
+
+@dataclass(frozen=True)
+class Options:
+    """What decides besides the graph.
+
+    Attributes
+    ----------
+    precision : Precision
+    shares_kept : bool
+        Operands of a sum keep their shares of relevance, and no masses are set between it and a ReLU behind it.
+    maxpool : {"auto", "divided", "undivided"}
+    gated_output : callable
+        Whether relevance of non-positive outputs of a node is dropped by its own pull-back.
+    """
+
+    precision: Precision
+    shares_kept: bool
+    maxpool: str
+    gated_output: Callable[[Node], bool]
 
 
-def fusions(graph: Graph, rule: AbsLRP, precision: Precision) -> Mapping[Node, Fusion]:
+def fusions(graph: Graph, options: Options) -> Mapping[Node, Fusion]:
     """What the steps of a graph compute together under absLRP."""
-    search = _Search(graph, rule, precision)
+    search = _Search(graph, options)
     return {node: search.fusion(node) for node in graph.nodes if not node.constant and node.kind != g.INPUT}
 
 
 class _Search:
-    def __init__(self, graph: Graph, rule: AbsLRP, precision: Precision) -> None:
-        self.graph, self.rule, self.precision = graph, rule, precision
+    def __init__(self, graph: Graph, options: Options) -> None:
+        self.graph, self.options = graph, options
         self.users, self.carriers = graph.users(), graph.carriers()
         self.residual = any(n.kind == g.ADD and len(n.sources) == 2 for n in graph.nodes)
 
@@ -56,7 +73,7 @@ class _Search:
         elif node.kind == g.ACTIVATION:
             found.fused_into = node.operands[0] if self._is_fused_relu(node) else None
         elif node.kind in (g.MAX_POOL, g.MAX_REDUCTION):
-            form = self.rule.maxpool
+            form = self.options.maxpool
             found.divided = self.residual if form == "auto" else form == "divided"
         return found
 
@@ -112,7 +129,7 @@ class _Search:
             return False
         tensor = weight.params["tensor"]
         tiles = Geometry.of(conv.params).tiles(tensor, *conv.operands[0].example[2:])
-        return not tiles and fuses_convolutions(self.precision, tensor.device)
+        return not tiles and fuses_convolutions(self.options.precision, tensor.device)
 
     def _is_fused_relu(self, node: Node) -> bool:
         """Whether ``node`` is a ReLU that the step below computes in its own pass: a BatchNorm, or a residual sum.
@@ -125,7 +142,7 @@ class _Search:
         if self.users[source] != [node]:
             return False
         return source.kind == g.BATCH_NORM or (
-            source.kind == g.ADD and plain_sum(source) and self.rule.shares == "kept"
+            source.kind == g.ADD and plain_sum(source) and self.options.shares_kept
         )
 
     def _positive(self, node: Node) -> bool:
@@ -133,7 +150,7 @@ class _Search:
         if _never_negative(node):
             return True
         while len(self.users[node]) == 1:
-            if self.rule.gated_output(node):
+            if self.options.gated_output(node):
                 return True
             if node.kind != g.REARRANGE or len(node.sources) != 1 or node.params["how"] in ("expand", "vjp"):
                 return False

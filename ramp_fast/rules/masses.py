@@ -11,17 +11,13 @@ import functools
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ramp_fast import ops
 from ramp_fast.graph import BatchAxis
-from ramp_fast.rules.conservation import Conservation, Contribution
-
-if TYPE_CHECKING:
-    from ramp_fast.rules.rule import Rule
+from ramp_fast.rules.conservation import Conservation, Contribution, Start
 
 
 @dataclass
@@ -97,10 +93,10 @@ class Masses(Conservation):
         return 2 if contrast else 1
 
     @classmethod
-    def start(cls, rule: Rule, positive: Tensor, negative: Tensor | None, logits: Tensor) -> Tensor:
+    def start(cls, coefficients: Start, positive: Tensor, negative: Tensor | None, logits: Tensor) -> Tensor:
         """As :meth:`Conservation.start`: (P, D) with contrast."""
-        p = rule.start(positive, logits)
-        return p if negative is None else torch.cat([p, p - rule.start(negative, logits)])
+        p = coefficients(positive, logits)
+        return p if negative is None else torch.cat([p, p - coefficients(negative, logits)])
 
     @classmethod
     def maps_of(cls, relevance: Tensor, targets: int) -> Tensor:

@@ -23,7 +23,7 @@ _OVERFLOW = 1e37
 Pullback = TypeVar("Pullback", bound=gemm.Packed)
 
 
-class _Weighted(Operation, GenericType[Pullback]):
+class Weighted(Operation, GenericType[Pullback]):
     layer: gemm.PackedLayer
 
     @property
@@ -111,7 +111,7 @@ def _fold(
     return scaled.to(weight.dtype), shift.to(weight.dtype)
 
 
-class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
+class Linear(Weighted["gemm.Matrix | gemm.Selection"]):
     def pack(self, constants: dict[Node, Any]) -> tuple[gemm.LinearOp, gemm.Matrix | gemm.Selection]:
         weight, bias = self.effective(constants)
         # The factor 2 is exact in every binary format: it goes into the weights.
@@ -144,7 +144,7 @@ class Linear(_Weighted["gemm.Matrix | gemm.Selection"]):
             yield Flow(source, Massed(pulled, part.target, actual))
 
 
-class Conv(_Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.PhaseSelection"]):
+class Conv(Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.PhaseSelection"]):
     def pack(
         self, constants: dict[Node, Any]
     ) -> tuple[gemm.LinearOp, gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.PhaseSelection]:

@@ -46,7 +46,7 @@ def _groups_pay(plan: Plan, shape: torch.Size, targets: int, contrast: bool) -> 
     size, wide = (targets, GROUP, classes), plan.precision.accumulate
     positive = torch.rand(size, generator=generator, dtype=wide)
     negative = torch.rand(size, generator=generator, dtype=wide) if contrast else None
-    c = plan.rule.conservation.start(plan.rule, positive, negative, torch.ones(GROUP, classes, dtype=wide))
+    c = plan.rule.conservation.start(plan.rule.start, positive, negative, torch.ones(GROUP, classes, dtype=wide))
 
     def part(first: int, last: int) -> tuple[Tensor, ...]:
         """Maps, of targets, and logits, each with the images first."""

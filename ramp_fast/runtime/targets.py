@@ -107,12 +107,12 @@ class Target:
         start = rule.conservation.start
         if self.seeded:
             seed = self._computed(logits) if given is None else given.to(logits)
-            return seed, start(rule, seed.unsqueeze(0), None, logits)
+            return seed, start(rule.start, seed.unsqueeze(0), None, logits)
         ids = logits.argmax(-1, keepdim=True) if given is None else given
         positive = torch.zeros(ids.shape[1], *logits.shape, dtype=logits.dtype, device=logits.device)
         positive.scatter_(2, ids.t().unsqueeze(-1).clamp(0, self.classes - 1), 1.0)  # invalid ones may be outside
         negative = (1 - positive) / (self.classes - 1) if self.contrast else None
-        return ids, start(rule, positive, negative, logits)
+        return ids, start(rule.start, positive, negative, logits)
 
     def _computed(self, logits: Tensor) -> Tensor:
         assert self.function is not None
