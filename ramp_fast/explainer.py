@@ -90,7 +90,7 @@ def module_of(model: Model) -> nn.Module:
 
 
 def logits_of(model: Model, images: Tensor) -> Tensor:
-    """Logits ``[N, classes]`` of images that go through a model together; for ``no_grad`` alone.
+    """Logits ``[N, classes]`` of images that go through a model together. An engine's have no gradients.
 
     An engine computes them where that is its model's function but for rounding: on CPUs, in no less than the images'
     precision. Values that a model returns are not looked at, and may lie in the memory of the images.

@@ -89,7 +89,10 @@ def _value(value: Any) -> Hashable:
 
 def _with_tensors_of(model: nn.Module, exported: Exported) -> Exported:
     program = copy.copy(exported.program)
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     program._state_dict = {name: tensors[name] for name in program.state_dict}
     program._constants = {name: tensors.get(name, value) for name, value in program.constants.items()}
     return Exported(program, exported.weights_read)

@@ -135,10 +135,10 @@ def test_phases_are_the_transposed_convolution_of_the_sign_s_half(
     weight, x = torch.randn(4, 3, *kernel, dtype=dtype), torch.randn(2, 3, *size, dtype=dtype)
     x[:, :, ::3, ::2] = 0
     geometry = gemm.Geometry(list(stride), list(padding), [1, 1], 1)
-    assert gemm.PhaseSelection.pays(weight, geometry)
+    assert gemm.SubpixelSelection.pays(weight, geometry)
     outputs = torch.nn.functional.conv2d(x, weight, stride=stride, padding=padding).shape[2:]
     c = torch.randn(2, 2, 4, *outputs, dtype=dtype)
-    phases = gemm.PhaseSelection(weight, geometry, size)
+    phases = gemm.SubpixelSelection(weight, geometry, size)
     pulled = phases.select(phases(c), x)
     for side, found in zip(c, pulled, strict=True):
         halves = [
@@ -159,4 +159,4 @@ def test_phases_are_the_transposed_convolution_of_the_sign_s_half(
     ],
 )
 def test_other_convolutions_are_not_pulled_back_in_phases(geometry: gemm.Geometry) -> None:
-    assert not gemm.PhaseSelection.pays(torch.zeros(6, 3, 3, 3), geometry)
+    assert not gemm.SubpixelSelection.pays(torch.zeros(6, 3, 3, 3), geometry)

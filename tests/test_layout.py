@@ -80,7 +80,7 @@ def test_no_file_imports_one_that_imports_it() -> None:
     done: set[str] = set()
 
     def walk(name: str, way: tuple[str, ...]) -> None:
-        assert name not in way, f"imports in a circle: {' -> '.join((*way[way.index(name):], name))}"
+        assert name not in way, f"imports in a circle: {' -> '.join((*way[way.index(name) :], name))}"
         if name not in done:
             for other in sorted(graph.get(name, ())):
                 walk(other, (*way, name))

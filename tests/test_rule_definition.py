@@ -575,7 +575,7 @@ def _class_token() -> Case:
         return m.head(m.norm(t)[:, 0])
 
     parts = {"a": nn.Linear(6, 6), "b": nn.Linear(6, 6), "norm": affine(nn.LayerNorm(6)), "head": nn.Linear(6, 5)}
-    return Case(Fn(f, **parts), {"gate", "add"}, picks=True)
+    return Case(Fn(f, **parts), {"select_tokens", "add"}, picks=True)
 
 
 @case("class token after attention")
@@ -586,7 +586,7 @@ def _class_token_attention() -> Case:
 
     parts = {k: make() for k, make in projections().items()}
     parts.update(mlp=nn.Linear(6, 6), norm=affine(nn.LayerNorm(6)), head=nn.Linear(6, 5))
-    return Case(Fn(f, **parts), {"gate", "attention"}, picks=True)
+    return Case(Fn(f, **parts), {"select_tokens", "attention"}, picks=True)
 
 
 @case("patch tokens of a slice")
@@ -595,7 +595,7 @@ def _patch_tokens() -> Case:
         return m.head(m.norm(m.a(tokens(x)))[:, 2:].mean(1))
 
     parts = {"a": nn.Linear(6, 6), "norm": affine(nn.LayerNorm(6)), "head": nn.Linear(6, 5)}
-    return Case(Fn(f, **parts), {"gate", "linear_pool"}, picks=True)
+    return Case(Fn(f, **parts), {"select_tokens", "linear_pool"}, picks=True)
 
 
 @case("two tokens, two heads")
@@ -605,7 +605,7 @@ def _distilled() -> Case:
         return (m.one(t[:, 0]) + m.two(t[:, 1])) / 2
 
     parts = {"a": nn.Linear(6, 6), "norm": affine(nn.LayerNorm(6)), "one": nn.Linear(6, 5), "two": nn.Linear(6, 5)}
-    return Case(Fn(f, **parts), {"gate", "add"}, picks=True)
+    return Case(Fn(f, **parts), {"select_tokens", "add"}, picks=True)
 
 
 # Rotary embeddings: one linear map with weights of both signs
@@ -675,18 +675,18 @@ simple("log_softmax inside", lambda m, x: m.b(m.a(tokens(x)).log_softmax(-1)), "
 simple(
     "cat",
     lambda m, x: torch.cat([m.a(x), m.b(x)], 1).sum(2),
-    "move",
+    "rearrange",
     a=lambda: nn.Conv2d(2, 3, 1),
     b=lambda: nn.Conv2d(2, 2, 1),
 )
 simple(
     "cat with itself and a constant",
     lambda m, x: m.a(torch.cat([tokens(x), m.c.expand(x.shape[0], -1, -1), tokens(x)], 1)),
-    "move",
+    "rearrange",
     a=lambda: nn.Linear(6, 4),
     c=lambda: torch.randn(1, 1, 6),
 )
-simple("stack", lambda m, x: torch.stack([m.a(x), x], 2).mean(1), "move", a=lambda: nn.Conv2d(2, 2, 1))
+simple("stack", lambda m, x: torch.stack([m.a(x), x], 2).mean(1), "rearrange", a=lambda: nn.Conv2d(2, 2, 1))
 simple("split", lambda m, x: (lambda p: torch.cat([m.a(p[0]), p[1]], 1))(x.split([1, 1], 1)), "parts part",
        a=lambda: nn.Conv2d(1, 2, 1))  # fmt: skip
 simple("split with a part unused", lambda m, x: (lambda p: p[0] * p[2])(tokens(x).split(2, 2)), "parts part mul")
@@ -697,9 +697,9 @@ simple(
     a=lambda: nn.Linear(3, 3),
 )
 simple("unbind", lambda m, x: (lambda p: p[0] * p[1] + p[0])(x.unbind(1)), "parts part mul add")
-simple("roll", lambda m, x: m.a(x.roll((1, -2), (2, 3))), "move", a=lambda: nn.Conv2d(2, 3, 3))
-simple("flip", lambda m, x: m.a(x.flip(3)), "move", a=lambda: nn.Conv2d(2, 3, 3))
-simple("pad", lambda m, x: m.a(F.pad(x, (1, 2, 0, 1))), "move", a=lambda: nn.Conv2d(2, 3, 3))
+simple("roll", lambda m, x: m.a(x.roll((1, -2), (2, 3))), "rearrange", a=lambda: nn.Conv2d(2, 3, 3))
+simple("flip", lambda m, x: m.a(x.flip(3)), "rearrange", a=lambda: nn.Conv2d(2, 3, 3))
+simple("pad", lambda m, x: m.a(F.pad(x, (1, 2, 0, 1))), "rearrange", a=lambda: nn.Conv2d(2, 3, 3))
 simple(
     "slices",
     lambda m, x: m.a(x[:, :, ::2, 1::2]) + m.b(x[:, :, 1::2, ::2]),
@@ -710,9 +710,9 @@ simple(
 simple("expand", lambda m, x: x.mean((2, 3), keepdim=True).expand(-1, -1, 4, 6) * x, "move mul")
 simple("permute", lambda m, x: m.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).mean(2), "move layer_norm",
        norm=lambda: affine(nn.LayerNorm(2)))  # fmt: skip
-simple("pixel shuffle", lambda m, x: m.a(F.pixel_shuffle(m.b(x), 2)), "move", a=lambda: nn.Conv2d(1, 3, 3),
+simple("pixel shuffle", lambda m, x: m.a(F.pixel_shuffle(m.b(x), 2)), "rearrange", a=lambda: nn.Conv2d(1, 3, 3),
        b=lambda: nn.Conv2d(2, 4, 1))  # fmt: skip
-simple("repeated channels", lambda m, x: m.a(x.repeat_interleave(2, 1)), "move", a=lambda: nn.Conv2d(4, 3, 3))
+simple("repeated channels", lambda m, x: m.a(x.repeat_interleave(2, 1)), "rearrange", a=lambda: nn.Conv2d(4, 3, 3))
 
 
 @lru_cache(maxsize=1)
@@ -782,7 +782,7 @@ def test_unknown_elementwise_operation_follows_the_definition() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32", "mixed"])
-@pytest.mark.parametrize("function", [torch.sigmoid, torch.tanh, F.hardsigmoid, torch.erf, torch.atan])
+@pytest.mark.parametrize("reduction", [torch.sigmoid, torch.tanh, F.hardsigmoid, torch.erf, torch.atan])
 def test_even_slopes_leave_nothing_below_zero(function: Callable[[Tensor], Tensor], precision: str) -> None:
     """``f'(-x) = f'(x)``: the relevance of a class with a negative argument is zero, not a rounding error."""
     dtype = torch.float64 if precision == "float64" else torch.float32
@@ -795,7 +795,7 @@ def test_even_slopes_leave_nothing_below_zero(function: Callable[[Tensor], Tenso
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32", "mixed"])
-@pytest.mark.parametrize("function", [torch.sigmoid, torch.tanh])
+@pytest.mark.parametrize("reduction", [torch.sigmoid, torch.tanh])
 def test_saturated_outputs_keep_their_relevance(function: Callable[[Tensor], Tensor], precision: str) -> None:
     """The slope is small, not zero: an output that is 1 to the last bit of float32 has a map, and not minus N."""
     dtype = torch.float64 if precision == "float64" else torch.float32

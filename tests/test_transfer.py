@@ -88,7 +88,7 @@ class Device:
     # What transfer.py knows as torch.cuda
 
     def Stream(self, device: object) -> Stream:
-        self.streams.append(Stream(self, ("outward", "homeward")[len(self.streams) - 1]))
+        self.streams.append(Stream(self, ("h2d", "d2h")[len(self.streams) - 1]))
         return self.streams[-1]
 
     def current_stream(self, device: object) -> Stream:
@@ -207,7 +207,7 @@ def test_the_device_always_has_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.log == [*["send", "run"] * 2, *["send", "wait", "run"] * 3, "wait", "wait"]
     assert len(device.streams) == 3
     # Copies to the device wait for nothing, and those from it for the computation alone.
-    assert set(device.waits) == {("computing", "outward"), ("homeward", "computing")}
+    assert set(device.waits) == {("computing", "h2d"), ("d2h", "computing")}
 
 
 def test_page_locked_images_are_copied_from_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,9 @@ def test_fake_tensors_notice_a_wait() -> None:
 def test_a_run_never_waits_for_the_device(
     name: str, precision: str, contrast: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gemm, "shared_layer", lambda _, sources, pack: gemm.PackedLayer(*pack(), sources))  # asks for addresses
+    monkeypatch.setattr(
+        gemm, "shared_layer", lambda _, sources, pack: gemm.PackedLayer(*pack(), sources)
+    )  # asks for addresses
     rule = rules.resolve(AbsLRP(stabilizer=RelativeStabilizer(0.1)))
     graph = capture(FAMILIES[name](), (3, SIZE, SIZE), strict=True)
     canonicalize(graph, rule.rewrites())

@@ -25,7 +25,7 @@ from torchvision.models.resnet import Bottleneck
 
 from ramp_fast import Engine
 
-from .twins import resnet50_twin, vgg16_twin
+from .torchvision_equivalents import resnet50_equivalent, vgg16_equivalent
 
 MODELS = ("vit_base_patch16_224", "resnet50", "vgg16")
 CONVOLUTIONAL = MODELS[1:]
@@ -85,9 +85,9 @@ def captum_lrp(model: nn.Module) -> Attribute:
             return self.relu3(self.add(self.bn3(self.conv3(x)), shortcut))
 
     if isinstance(model, VGG):
-        model = vgg16_twin(model)
+        model = vgg16_equivalent(model)
     elif isinstance(model, ResNet):
-        model = resnet50_twin(model, PlainBottleneck)
+        model = resnet50_equivalent(model, PlainBottleneck)
     method = LRP(model)
     return lambda images, target: method.attribute(_leaf(images), target=target).detach()
 
@@ -99,9 +99,9 @@ def zennit_epsilon_plus_flat(model: nn.Module) -> Attribute:
     from zennit.torchvision import ResNetCanonizer, VGGCanonizer
 
     if isinstance(model, VGG):
-        model, canonizer = vgg16_twin(model), VGGCanonizer()
+        model, canonizer = vgg16_equivalent(model), VGGCanonizer()
     else:
-        model, canonizer = resnet50_twin(model), ResNetCanonizer()
+        model, canonizer = resnet50_equivalent(model), ResNetCanonizer()
     composite = EpsilonPlusFlat(canonizers=[canonizer])
 
     def attribute(images: Tensor, target: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .methods import METHODS, MODELS, captum_lrp
-from .twins import resnet50_twin, vgg16_twin
+from .torchvision_equivalents import resnet50_equivalent, vgg16_equivalent
 
 BATCH = int(os.environ.get("RAMP_FAST_PEERS_BATCH", "8"))
 
@@ -76,8 +76,8 @@ def test_captum_lrp_on_vit() -> None:
     pytest.skip(f"captum's LRP does not run on {MODELS[0]}: {refusal.value}")
 
 
-@pytest.mark.parametrize(("name", "twin"), [("resnet50", resnet50_twin), ("vgg16", vgg16_twin)])
-def test_twin(name: str, twin: Any) -> None:
+@pytest.mark.parametrize(("name", "twin"), [("resnet50", resnet50_equivalent), ("vgg16", vgg16_equivalent)])
+def test_equivalent(name: str, twin: Any) -> None:
     model, images = build(name, batch=1)
     with torch.no_grad():
         torch.testing.assert_close(twin(model)(images), model(images))

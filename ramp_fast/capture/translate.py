@@ -86,13 +86,12 @@ class _Translator:
         self.strict = strict
         self.nodes: list[Node] = []
         self.env: dict[fx.Node, Node] = {}
-        self.root: dict[fx.Node, fx.Node] = {}  # storage owner, for in-place operations
+        self.storages = _Storages(program)
         self.unsupported: list[tuple[str, str]] = []
         self.input: Node | None = None
         self.output: Node | None = None
         self.batch_symbol: Any = None
         self.values: dict[Node, Any] = {}  # the exporter's own, without contents
-        self.position = {node: i for i, node in enumerate(_flattened(program.graph_module))}
         self.inlined: dict[fx.Node, list[Any]] = {}
         self.names: dict[str, int] = {}
         self.sizes: dict[Any, tuple[int | str, Any, Any]] = {}
@@ -177,7 +176,7 @@ class _Translator:
                 outer = next(arguments)
                 assert isinstance(outer, fx.Node)
                 self.env[inner] = self.env[outer]
-                self.root[inner] = self.root.get(outer, outer)
+                self.storages.share(inner, outer)
             elif inner.op == "output":
                 results = inner.args[0]
                 self.inlined[node] = list(results) if isinstance(results, (tuple, list)) else [results]
@@ -217,7 +216,7 @@ class _Translator:
         if node.target is operator.getitem and node.args[0] in self.inlined:
             inner = self.inlined[node.args[0]][node.args[1]]  # type: ignore[index]
             self.env[node] = self.env[inner]
-            self.root[node] = self.root.get(inner, inner)
+            self.storages.share(node, inner)
             return
         value = node.meta.get("val")
         args, kwargs = self.resolve(node.args), self.resolve(node.kwargs)
@@ -225,7 +224,7 @@ class _Translator:
         mutated: fx.Node | None = None
         if isinstance(target, torch._ops.OpOverload) and _is_inplace(target):
             (mutated, *_) = node.all_input_nodes
-            self._check_aliases(node, mutated)
+            self.storages.check_write(node, mutated, self.env)
             target = _functional(target)
             name = _short_name(target)
         module = _module_name(node)
@@ -251,7 +250,7 @@ class _Translator:
             replacement = self._lookup(out, name, node)
             if replacement is not None:
                 self.env[node] = replacement
-                self._track(node, mutated)
+                self._written(node, mutated)
                 return
             if node in self.inlined:
                 return
@@ -259,7 +258,7 @@ class _Translator:
         out.decided = out.kind == g.DECISION or (bool(carriers) and all(n.decided for n in carriers))
         self.emit(out, node)
         self.values[out] = value
-        self._track(node, mutated)
+        self._written(node, mutated)
 
     @staticmethod
     def _shape_only(out: Node, name: str) -> bool:
@@ -294,12 +293,12 @@ class _Translator:
             raise Unsupported(f"{_short_name(origin.target)}, which PyTorch composes for one size of the batch")
         arguments = iter(references)
         for inner in traced.graph.nodes:
-            self.position[inner] = self.position.get(origin, 0)
+            self.storages.place(inner, origin)
             inner.meta["nn_module_stack"] = origin.meta.get("nn_module_stack")
             if inner.op == "placeholder":
                 self.env[inner] = next(arguments)
                 outer = next((n for n in origin.all_input_nodes if self.env[n] is self.env[inner]), inner)
-                self.root[inner] = self.root.get(outer, outer)
+                self.storages.share(inner, outer)
             elif inner.op == "output":
                 results = inner.args[0]
                 if isinstance(results, (tuple, list)):
@@ -361,34 +360,55 @@ class _Translator:
         if entry not in self.unsupported:
             self.unsupported.append(entry)
 
-    def _track(self, node: fx.Node, mutated: fx.Node | None) -> None:
-        if mutated is not None:
-            before = self.env[mutated]
-            for alias in self._aliases(mutated):  # the same tensor under other names
-                if self.env.get(alias) is before:
-                    self.env[alias] = self.env[node]
-            self.root[node] = self.root.get(mutated, mutated)
+    def _written(self, node: fx.Node, mutated: fx.Node | None) -> None:
+        """Let every name of what an in-place operation wrote to stand for its result."""
+        if mutated is None:
+            self.storages.track(node)
             return
+        before = self.env[mutated]
+        for alias in self.storages.names(mutated):
+            if self.env.get(alias) is before:
+                self.env[alias] = self.env[node]
+        self.storages.share(node, mutated)
+
+
+class _Storages:
+    """Which nodes share memory, so that an in-place operation shows under every name of what it writes to."""
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        self._owner: dict[fx.Node, fx.Node] = {}
+        self._position = {node: i for i, node in enumerate(_flattened(program.graph_module))}
+
+    def share(self, node: fx.Node, source: fx.Node) -> None:
+        """Say that ``node`` is, or may be, a view of ``source``."""
+        self._owner[node] = self._owner.get(source, source)
+
+    def place(self, node: fx.Node, origin: fx.Node) -> None:
+        """Say that ``node``, which is not in the program, is computed where ``origin`` is."""
+        self._position[node] = self._position.get(origin, 0)
+
+    def names(self, node: fx.Node) -> list[fx.Node]:
+        """Every name of the storage that ``node`` is, or may be, a view of; itself included."""
+        owner = self._owner.get(node, node)
+        return [owner, *(n for n, o in self._owner.items() if o is owner and n is not owner)]
+
+    def track(self, node: fx.Node) -> None:
+        """Notice that ``node`` is a view of its first argument, if it is."""
         operation = isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target)
         part = node.target is operator.getitem  # one of several views
         if node.all_input_nodes and (operation or part):
-            source = node.all_input_nodes[0]
-            self.root[node] = self.root.get(source, source)
+            self.share(node, node.all_input_nodes[0])
 
-    def _check_aliases(self, node: fx.Node, mutated: fx.Node) -> None:
-        here = self.position[node]
-        aliases = self._aliases(mutated)
-        plain = not any(_may_copy(n) for n in aliases)
-        for other in aliases:
-            if other is mutated or (plain and self.env.get(other) is self.env[mutated]):
+    def check_write(self, node: fx.Node, mutated: fx.Node, env: dict[fx.Node, Node]) -> None:
+        """Raise where ``node`` writes to what is read later under a name that stands for other values."""
+        here = self._position[node]
+        names = self.names(mutated)
+        plain = not any(_may_copy(n) for n in names)
+        for other in names:
+            if other is mutated or (plain and env.get(other) is env[mutated]):
                 continue
-            if any(self.position[user] > here for user in other.users):
+            if any(self._position[user] > here for user in other.users):
                 raise NeedsFunctionalForm
-
-    def _aliases(self, node: fx.Node) -> list[fx.Node]:
-        """Every name of the storage that ``node`` is, or may be, a view of; itself included."""
-        owner = self.root.get(node, node)
-        return [owner, *(n for n, r in self.root.items() if r is owner and n is not owner)]
 
 
 def _submodule(node: fx.Node) -> Any:

@@ -284,7 +284,7 @@ def open_data(
         positive("open_data", "limit", limit)
     if not os.path.isdir(root):
         raise InputError(f"{root}: {'not a folder' if os.path.exists(root) else 'no such folder'}")
-    kind = _told(root) if layout == "auto" else layout
+    kind = _detect_layout(root) if layout == "auto" else layout
     for name, value, layouts in (("split", split, ("tiny-imagenet", "voc")), ("targets", targets, ("voc",))):
         if value is not None and kind not in layouts:
             raise InputError(f"{root}: {name} is for the layouts {' and '.join(layouts)}; this one is {kind}")
@@ -305,7 +305,7 @@ def open_data(
     return Dataset(kind, records, preprocessing, problems)
 
 
-def _told(root: str) -> str:
+def _detect_layout(root: str) -> str:
     if os.path.isdir(os.path.join(root, "JPEGImages")):
         return "voc"
     if os.path.isfile(os.path.join(root, "wnids.txt")):

@@ -268,7 +268,7 @@ class ConvPullback:
         return out
 
 
-class PhaseSelection:
+class SubpixelSelection:
     """:class:`Selection` for a convolution of images: of stride one, to all inputs of a cell of ``stride`` at once.
 
     Input ``s m + r`` gets tap ``s j + r + padding`` of output ``m - j``: for every phase r the same few j. A transposed
@@ -305,7 +305,7 @@ class PhaseSelection:
         """Whether it is faster than the transposed convolution."""
         plain = weight.dim() == 4 and geometry.groups == 1 and geometry.dilation == [1, 1]
         inside = all(p < k for p, k in zip(geometry.padding, weight.shape[2:], strict=True))
-        few = 2 * weight.shape[1] * math.prod(geometry.stride) <= _PHASE_OUTPUTS
+        few = 2 * weight.shape[1] * math.prod(geometry.stride) <= _SUBPIXEL_OUTPUTS
         return plain and inside and few and ops.cpu_kernels(weight.device)
 
     def __call__(self, c: Tensor) -> Tensor:
@@ -318,5 +318,5 @@ class PhaseSelection:
         return ops.select_phases(acc, x.permute(0, 2, 3, 1), *self.first).permute(0, 1, 4, 2, 3)
 
 
-# Outputs of a pull-back in phases: more of them are no longer cheaper than a transposed convolution (bench/LOG.md).
-_PHASE_OUTPUTS = 64
+# Outputs of a sub-pixel convolution: more of them are no longer cheaper than a transposed convolution (bench/LOG.md).
+_SUBPIXEL_OUTPUTS = 64

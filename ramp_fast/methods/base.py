@@ -1,4 +1,4 @@
-"""What methods share: checks of what they are given, seeds that hang on an image, tokens laid out as a picture."""
+"""What methods share: checks of what they are given, seeds that depend on an image, tokens laid out as a picture."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def seed_of(image: Tensor, seed: int) -> int:
 
 
 def one_by_one(images: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs ``[1, C, H, W]``, ``[1]``: so that no bit of a map hangs on the images beside it."""
+    """Pairs ``[1, C, H, W]``, ``[1]``: so that no bit of a map depends on the images beside it."""
     return zip(images.split(1), target.split(1), strict=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ramp_fast.explainer import logits_of
 from ramp_fast.methods.base import checked
 
 
@@ -27,7 +28,7 @@ def gradient(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
     Raises
     ------
     InputError
-        An argument is not as described.
+        An argument is not as described, or the model returns something else than logits.
     UnsupportedModelError
         The model is in training mode.
     """
@@ -50,6 +51,6 @@ def logit_and_product(model: nn.Module, images: Tensor, target: Tensor) -> tuple
 def _logit_and_gradient(model: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = images.detach().requires_grad_()
-        logit = model(leaf).gather(1, target.unsqueeze(1)).squeeze(1)
+        logit = logits_of(model, leaf).gather(1, target.unsqueeze(1)).squeeze(1)
         (slope,) = torch.autograd.grad(logit.sum(), leaf)
     return logit.detach(), slope

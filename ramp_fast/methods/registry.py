@@ -50,7 +50,7 @@ class MethodEntry:
 
     @property
     def draws(self) -> bool:
-        """Whether maps hang on a seed."""
+        """Whether maps depend on a seed."""
         return "seed" in self._parameters
 
     @property

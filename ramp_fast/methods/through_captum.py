@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ramp_fast._checks import positive
 from ramp_fast.errors import InputError, RampFastError, UnsupportedModelError
+from ramp_fast.explainer import logits_of
 from ramp_fast.methods.base import checked, checked_seed, one_by_one, seed_of, token_grid, upsampled
 
 # Layers that Grad-CAM has chosen, by the shape of an image. Names, not modules: those would keep their model alive.
@@ -92,7 +94,7 @@ class IntegratedGradients(_OneByOne):
         captum_attr()
 
     def _method(self, model: nn.Module) -> Any:
-        return captum_attr().IntegratedGradients(model)
+        return captum_attr().IntegratedGradients(partial(logits_of, model))
 
     def _map(self, method: Any, image: Tensor, label: Tensor) -> Tensor:
         return method.attribute(  # type: ignore[no-any-return]
@@ -148,7 +150,7 @@ class SmoothGrad(_OneByOne):
 
     def _method(self, model: nn.Module) -> Any:
         attr = captum_attr()
-        return attr.NoiseTunnel(attr.Saliency(model))
+        return attr.NoiseTunnel(attr.Saliency(partial(logits_of, model)))
 
     def _map(self, method: Any, image: Tensor, label: Tensor) -> Tensor:
         with _seeded(seed_of(image[0], self.seed), image.device):
@@ -208,7 +210,7 @@ class Occlusion(_OneByOne):
         captum_attr()
 
     def _method(self, model: nn.Module) -> Any:
-        return captum_attr().Occlusion(model)
+        return captum_attr().Occlusion(partial(logits_of, model))
 
     def _map(self, method: Any, image: Tensor, label: Tensor) -> Tensor:
         channels, height, width = image.shape[1:]
@@ -364,7 +366,7 @@ class _ThroughGrid(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         handle = self.model.get_submodule(self.layer).register_forward_hook(self._pass)
         try:
-            logits: Tensor = self.model(images)
+            logits = logits_of(self.model, images)
         finally:
             handle.remove()
         return logits

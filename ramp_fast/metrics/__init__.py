@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from ramp_fast.metrics.base import MethodError, Metric, Result, Sample
+from ramp_fast.metrics.base import MethodError, Metric, MetricInputs, Result
 from ramp_fast.metrics.complexity import Complexity, EffectiveComplexity, Sparseness
 from ramp_fast.metrics.curves import ABPC, AOPC, IROF, ROAD, Deletion, Insertion
 from ramp_fast.metrics.faithfulness import (
@@ -50,6 +50,7 @@ __all__ = [
     "MaxSensitivity",
     "MethodError",
     "Metric",
+    "MetricInputs",
     "Monotonicity",
     "MonotonicityCorrelation",
     "ParameterRandomisation",
@@ -58,7 +59,6 @@ __all__ = [
     "RelevanceMassAccuracy",
     "RelevanceRankAccuracy",
     "Result",
-    "Sample",
     "SensitivityN",
     "Sparseness",
     "Sufficiency",

@@ -73,7 +73,7 @@ class Result:
         return f"{self.name} {self.mean:.4f} +- {self.standard_error:.4f} (n = {self.count})"
 
 
-class Sample:
+class MetricInputs:
     """What a metric measures: images of one ``update``, checked.
 
     Maps, logits and predicted classes are computed when they are first asked for.
@@ -130,9 +130,9 @@ class Sample:
 
 
 class Metric:
-    """Measures maps of a method, images by images.
+    """Measures maps of a method, batch by batch.
 
-    A subclass has a ``name``, says whether higher is better, and computes the values of a :class:`Sample` in
+    A subclass has a ``name``, says whether higher is better, and computes the values of a :class:`MetricInputs` in
     :meth:`measure`. Values stay on the device they were computed on until :meth:`compute`.
 
     Parameters
@@ -181,7 +181,7 @@ class Metric:
         """What its curves are drawn over: "label", "values" [S] and "curves", the names of them; None without."""
         return None
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         """The metric by its name ``[N]`` (``[N / group]``), and components ``[N, ...]``."""
         raise NotImplementedError
 
@@ -240,7 +240,7 @@ class Metric:
             masks = checked_masks(self.name, masks, images)
         if maps is not None:
             maps = checked_maps(maps, images, self.name, "the caller", self._batches)
-        measured = self.measure(Sample(self, images, target, method, maps, masks), **options)
+        measured = self.measure(MetricInputs(self, images, target, method, maps, masks), **options)
         values = {name: v.detach() for name, v in measured.items()}
         self._add(values, images.shape[0])
         return values

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ramp_fast.errors import InputError
 from ramp_fast.metrics._maps import scaled
-from ramp_fast.metrics.base import Metric, Model, Sample
+from ramp_fast.metrics.base import Metric, MetricInputs, Model
 
 
-def _sizes(sample: Sample) -> Tensor:
+def _sizes(sample: MetricInputs) -> Tensor:
     """``|sum over channels|``, the largest 1, ``[N, H W]`` in float64."""
     return scaled(sample.scores.double().abs().flatten(1))
 
@@ -40,13 +40,13 @@ class Sparseness(Metric):
     -----
     Quantus adds 1e-7 to the values, after dividing them by the largest of the whole batch; that lowers the index where
     few of many pixels have weight (a single pixel of 224 x 224: 0.995 instead of 0.99998). The paper has no such term,
-    and the index does not hang on the scale.
+    and the index does not depend on the scale.
     """
 
     name = "sparseness"
     higher_is_better = True
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         ordered = _sizes(sample).sort(1).values
         count = ordered.shape[1]
         weights = torch.arange(1 - count, count, 2, dtype=ordered.dtype, device=ordered.device)
@@ -76,7 +76,7 @@ class Complexity(Metric):
     name = "complexity"
     higher_is_better = False
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         sizes = _sizes(sample)
         shares = sizes / sizes.sum(1, keepdim=True)
         return {self.name: -torch.xlogy(shares, shares).sum(1)}
@@ -98,7 +98,7 @@ class EffectiveComplexity(Metric):
 
     Notes
     -----
-    Quantus divides maps by the largest value of the whole batch, so that a value hangs on the other images; here each
+    Quantus divides maps by the largest value of the whole batch, so that a value depends on the other images; here each
     map is divided by its own. For single images both are the same.
     """
 
@@ -114,7 +114,7 @@ class EffectiveComplexity(Metric):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "eps": self.eps}
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         sizes = _sizes(sample)
         count = (sizes > self.eps).sum(1).double()
         return {self.name: count.masked_fill((sizes == 0).all(1), torch.nan)}

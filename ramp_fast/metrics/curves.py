@@ -12,7 +12,7 @@ from torch import Tensor
 from ramp_fast._ranges import ranges
 from ramp_fast.errors import InputError
 from ramp_fast.metrics._counts import check_bytes, checked_count
-from ramp_fast.metrics.base import Metric, Model, Sample
+from ramp_fast.metrics.base import Metric, MetricInputs, Model
 from ramp_fast.metrics.baselines import Baseline, Fill, Impute, check_baseline, filling
 from ramp_fast.metrics.features import Entries, Features, Granularity, kind_of_feature
 
@@ -84,16 +84,16 @@ class Masking(Metric):
         """Whether masked pixels are filled in from the others."""
         return isinstance(self.baseline, str) and self.baseline == "road"
 
-    def features(self, sample: Sample) -> Features:
+    def features(self, sample: MetricInputs) -> Features:
         """Of the sample's images, scored by its maps."""
         return self.granularity.of(sample.images, sample.maps)
 
-    def filling(self, sample: Sample, stream: int = 0) -> Fill | Impute:
+    def filling(self, sample: MetricInputs, stream: int = 0) -> Fill | Impute:
         """What masked features of the sample's images become; another ``stream`` draws random values anew."""
         generators = [self.generator(n, stream) for n in sample.numbers]
         return filling(self.baseline, sample.images, generators, self.noise, self.name)
 
-    def watched(self, sample: Sample, logits: Tensor, target: Tensor) -> Tensor:
+    def watched(self, sample: MetricInputs, logits: Tensor, target: Tensor) -> Tensor:
         """The output of the explained class, ``[..., N]`` of logits ``[..., N, classes]``, float32 or better."""
         if self.output == "probability":
             values = self.probabilities(sample.images, logits)
@@ -101,7 +101,7 @@ class Masking(Metric):
             values = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return values.gather(-1, target.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 
-    def logits_of_steps(self, sample: Sample, steps: Tensor, count: int, *, reveal: bool = False) -> Tensor:
+    def logits_of_steps(self, sample: MetricInputs, steps: Tensor, count: int, *, reveal: bool = False) -> Tensor:
         """Logits of the copies of steps 0 to ``count - 1``, ``[count, N, classes]``."""
         images, classes = sample.logits.shape
         check_bytes(self.name, f"the logits of {count} steps of {images} images", 4 * count * images * classes)
@@ -124,7 +124,7 @@ class Masking(Metric):
             rows.append(torch.cat(logits).unflatten(0, (count, stop - start)))
         return self.finite(torch.cat(rows, 1))
 
-    def curve(self, sample: Sample, steps: Tensor, count: int, *, reveal: bool = False) -> Tensor:
+    def curve(self, sample: MetricInputs, steps: Tensor, count: int, *, reveal: bool = False) -> Tensor:
         """The watched output after every step, ``[N, count]``, float32 or better."""
         return self.watched(sample, self.logits_of_steps(sample, steps, count, reveal=reveal), sample.target).t()
 
@@ -174,7 +174,7 @@ class Deletion(Shares):
     name = "deletion"
     higher_is_better = False
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         steps = self.features(sample).shares(self.steps + 1, descending=True)
         curve = self.curve(sample, steps, self.steps + 1)
         return {self.name: area(curve), "curve": curve}
@@ -201,7 +201,7 @@ class Insertion(Shares):
     def axis(self) -> dict[str, Any]:
         return {**super().axis(), "label": "share revealed"}
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         steps = self.features(sample).shares(self.steps + 1, descending=True)
         curve = self.curve(sample, steps, self.steps + 1, reveal=True)
         return {self.name: area(curve), "curve": curve}
@@ -229,7 +229,7 @@ class ABPC(Shares):
     def axis(self) -> dict[str, Any]:
         return {**super().axis(), "curves": ["morf", "lerf"]}
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         features = self.features(sample)
         morf, lerf = (
             self.curve(sample, features.shares(self.steps + 1, descending=descending), self.steps + 1)
@@ -270,7 +270,7 @@ class AOPC(Masking):
     def axis(self) -> dict[str, Any]:
         return {"label": "regions masked", "values": list(range(self.regions + 1)), "curves": ["curve"]}
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         steps = self.features(sample).steps(range(self.regions + 1), descending=True)
         outputs = self.curve(sample, steps, self.regions + 1)
         curve = outputs[:, :1] - outputs
@@ -297,7 +297,7 @@ class IROF(Masking):
     usual_granularity = "superpixel"
     usual_baseline = "mean"
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         features = self.features(sample)
         size = features.scores.shape[1]
         curve = self.curve(sample, features.steps(range(size + 1), descending=True), size + 1)
@@ -346,7 +346,7 @@ class ROAD(Masking):
     def axis(self) -> dict[str, Any]:
         return {"label": "% of pixels imputed", "values": list(self.percentages), "curves": ["curve"]}
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         steps = self.features(sample).percentages(self.percentages, descending=True)
         logits = self.logits_of_steps(sample, steps, len(self.percentages))
         kept = self.predictions(sample.images, sample.logits) if logits.shape[-1] == 1 else sample.target

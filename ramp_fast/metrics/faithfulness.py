@@ -17,7 +17,7 @@ from ramp_fast._ranges import ranges
 from ramp_fast.errors import InputError
 from ramp_fast.metrics._counts import check_bytes, checked_count
 from ramp_fast.metrics._maps import Sign, checked_sign, pearson, spearman, with_sign
-from ramp_fast.metrics.base import Metric, Model, Result, Sample
+from ramp_fast.metrics.base import Metric, MetricInputs, Model, Result
 from ramp_fast.metrics.baselines import Baseline
 from ramp_fast.metrics.curves import Masking, Shares
 from ramp_fast.metrics.features import Granularity, Superpixels, kind_of_feature
@@ -43,7 +43,7 @@ class _Subsets(Masking):
         """``[samples, count]``: the subset of n features of a draw are the n smallest."""
         return torch.rand(self.samples, count, generator=self.generator(number, _SUBSETS))
 
-    def correlations(self, sample: Sample, sizes: Sequence[int] | Sequence[float]) -> Tensor:
+    def correlations(self, sample: MetricInputs, sizes: Sequence[int] | Sequence[float]) -> Tensor:
         """Pearson's over the subsets, ``[N, sizes]``; sizes are numbers of features or shares of them, ascending."""
         images, maps, fill = sample.images, sample.maps, self.filling(sample)
         found = []
@@ -127,7 +127,7 @@ class SensitivityN(_Subsets):
         what = "features" if isinstance(self.sizes[0], int) else "share of features"
         return {"label": f"{what} masked", "values": list(self.sizes), "curves": ["correlations"]}
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         found = self.correlations(sample, self.sizes)
         return {self.name: found.nanmean(1), "correlations": found}
 
@@ -161,7 +161,7 @@ class FaithfulnessCorrelation(_Subsets):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "subset_size": self.subset_size}
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         return {self.name: self.correlations(sample, (self.subset_size,)).squeeze(1)}
 
 
@@ -245,7 +245,7 @@ class Infidelity(Masking):
         del found["granularity"]  # squares have sizes of their own, and noise is everywhere
         return found
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         images, maps, fill = sample.images, sample.maps, self.filling(sample)
         height, width = images.shape[2:]
         if self.perturbation == "square" and max(self.sizes) > min(height, width):
@@ -266,7 +266,7 @@ class Infidelity(Masking):
                     inside = _inside(squares[first:last].to(images.device), height, width)
                     copies = fill.of(rows).copies(image, (~inside).to(torch.int32), 0, 1)[0]
                 else:
-                    # a draw for every copy, so that it does not hang on how many there are together
+                    # a draw for every copy, so that it does not depend on how many there are together
                     drawn = [torch.randn(images.shape[1:], generator=generator) for _ in range(last - first)]
                     noise = torch.stack(drawn).to(images) * self.sigma
                     if self.perturbation == "gaussian":
@@ -346,7 +346,7 @@ class Monotonicity(Shares):
     def axis(self) -> dict[str, Any]:
         return {**super().axis(), "label": "share revealed"}
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         features = self.granularity.of(sample.images, with_sign(sample.maps, self.sign))
         steps = features.shares(self.steps + 1, descending=False)
         curve = self.curve(sample, steps, self.steps + 1, reveal=True)
@@ -396,7 +396,7 @@ class MonotonicityCorrelation(Masking):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "groups": self.groups, "samples": self.samples, "sign": self.sign}
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         images, device = sample.images, sample.images.device
         features = self.granularity.of(images, with_sign(sample.maps, self.sign))
         counts = torch.as_tensor(features.counts, device=device).view(-1, 1)
@@ -479,7 +479,7 @@ class Sufficiency(Metric):
         own = {"threshold": self.threshold, "sign": self.sign, "granularity": self.granularity.name}
         return {**super().settings(), **own}
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         signature = self.granularity.of(sample.images, with_sign(sample.maps, self.sign)).scores
         predicted = self.predictions(sample.images, sample.logits)
         return {**self._among(signature, predicted), "signature": signature, "predicted": predicted}

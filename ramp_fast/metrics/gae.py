@@ -16,7 +16,7 @@ from ramp_fast._checks import positive
 from ramp_fast.errors import InputError
 from ramp_fast.methods import logit_and_product
 from ramp_fast.metrics._counts import check_bytes, checked_count
-from ramp_fast.metrics.base import Metric, Model, Sample
+from ramp_fast.metrics.base import Metric, MetricInputs, Model
 
 PROTOCOLS = ("default", "published")
 TILES = 4
@@ -63,7 +63,7 @@ class GAE(Metric):
         S, at least 2.
     batch : int, optional
         For the protocol "published": how many images, a multiple of four, the published code's batches have;
-        ``update`` takes multiples of it. By default what ``update`` is given is one batch, so that values hang on how
+        ``update`` takes multiples of it. By default what ``update`` is given is one batch, so that values depend on how
         images are split, as they do there.
     seed : int
         Of the choice of positive images; the n-th group of a metric always draws the same number.
@@ -114,7 +114,7 @@ class GAE(Metric):
         own = {"protocol": self.protocol, "steps": self.steps}
         return {**super().settings(), **own, **({"batch": self.batch} if self.batch else {})}
 
-    def measure(self, sample: Sample, positive: int | Tensor | None = None, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, positive: int | Tensor | None = None, **options: Any) -> dict[str, Tensor]:
         images, groups = sample.images, sample.images.shape[0] // TILES
         predicted = sample.logits.argmax(1).view(groups, TILES)
         labels = predicted if self.protocol == "default" else sample.target.view(groups, TILES)
@@ -229,7 +229,7 @@ class GAE(Metric):
         return int(torch.linspace(1 / self.steps, 1, self.steps, dtype=torch.float32)[step - 1] * count)
 
     def _maps(
-        self, sample: Sample, start: Tensor, states: Tensor, mosaic: Tensor, y: Tensor
+        self, sample: MetricInputs, start: Tensor, states: Tensor, mosaic: Tensor, y: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``R+`` of the starts ``[G, ...]``, of the mosaics, and of later states ``[S - 1, 2 G, ...]``."""
         images = torch.cat([start, mosaic, states[1:].flatten(0, 1)])

@@ -16,7 +16,7 @@ from ramp_fast._checks import positive
 from ramp_fast.data import boxes_to_masks
 from ramp_fast.errors import InputError
 from ramp_fast.metrics._maps import Sign, checked_sign, with_sign
-from ramp_fast.metrics.base import Metric, Model, Sample
+from ramp_fast.metrics.base import Metric, MetricInputs, Model
 
 __all__ = [
     "PointingGame",
@@ -40,7 +40,7 @@ class _Localisation(Metric):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "sign": self.sign}
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         masks = sample.masks
         assert masks is not None  # update has seen to it
         values = self._located(with_sign(sample.scores.double(), self.sign), masks)
@@ -212,7 +212,7 @@ class TopKIntersection(_Localisation):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "k": self.k, "concept_influence": self.concept_influence}
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         height, width = sample.images.shape[-2:]
         if self.k > height * width:
             raise InputError(

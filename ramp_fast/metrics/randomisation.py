@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ramp_fast._checks import positive
 from ramp_fast.errors import InputError
 from ramp_fast.metrics._maps import SIMILARITIES, WINDOW, Sign, checked_sign, scaled, with_sign
-from ramp_fast.metrics.base import Metric, Model, Sample
+from ramp_fast.metrics.base import Metric, MetricInputs, Model
 
 
 class _Randomisation(Metric):
@@ -31,7 +31,7 @@ class _Randomisation(Metric):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "similarity": self.similarity, "sign": self.sign}
 
-    def _check_size(self, sample: Sample) -> None:
+    def _check_size(self, sample: MetricInputs) -> None:
         height, width = sample.images.shape[-2:]
         if self.similarity in ("ssim", "ssim_flat") and min(height, width) < WINDOW:
             raise InputError(
@@ -67,7 +67,7 @@ class RandomLogit(_Randomisation):
     Notes
     -----
     Values, ``[N]``, are random_logit and other, the class ``y'``. Quantus flattens maps, so that its windows go over
-    the ends of rows, and divides them by the largest value of the whole batch, so that a value hangs on the other
+    the ends of rows, and divides them by the largest value of the whole batch, so that a value depends on the other
     images; for single images ``similarity="ssim_flat"`` gives its numbers.
     """
 
@@ -84,12 +84,12 @@ class RandomLogit(_Randomisation):
     ) -> None:
         super().__init__(model, similarity, sign=sign, seed=seed, batch_size=batch_size)
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         self._check_size(sample)
         others = (self._classes or sample.logits.shape[1]) - 1
         if others < 1:
             raise InputError(f"{self.name}: the model has a single class: there is no other one to explain")
-        # a generator for each image, so that classes do not hang on the batch
+        # a generator for each image, so that classes do not depend on the batch
         drawn = torch.cat([torch.randint(others, (1,), generator=self.generator(n)) for n in sample.numbers])
         other = drawn.to(sample.target)
         other = other + (other >= sample.target)
@@ -156,7 +156,7 @@ class ParameterRandomisation(_Randomisation):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "stages": self.stages}
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         self._check_size(sample)
         scores, forgetful = sample.scores, self._copied()
         layers = _layers(forgetful)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ramp_fast.errors import InputError
 from ramp_fast.metrics._counts import checked_count
-from ramp_fast.metrics.base import Metric, Model, Sample
+from ramp_fast.metrics.base import Metric, MetricInputs, Model
 
 
 class _Sensitivity(Metric):
@@ -45,7 +45,7 @@ class _Sensitivity(Metric):
         own = {"samples": self.samples, "lower_bound": self.lower_bound, "upper_bound": self.upper_bound}
         return {**super().settings(), **own}
 
-    def measure(self, sample: Sample, **options: Any) -> dict[str, Tensor]:
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
         changes = self._changes(sample)
         return {self.name: self._summary(changes), "change": changes}
 
@@ -53,7 +53,7 @@ class _Sensitivity(Metric):
         """Of changes ``[N, samples]``, ``[N]``."""
         raise NotImplementedError
 
-    def _changes(self, sample: Sample) -> Tensor:
+    def _changes(self, sample: MetricInputs) -> Tensor:
         """Norms of differences by the norm of the map, ``[N, samples]``.
 
         Draws of all images go through the model together, and only a batch of them is held at a time.
@@ -74,7 +74,7 @@ class _Sensitivity(Metric):
         norm = _norm(maps).unsqueeze(1)
         return (torch.cat(pieces).view(-1, self.samples) / norm).masked_fill(norm == 0, torch.nan)
 
-    def _noise(self, sample: Sample, pairs: range) -> Tensor:
+    def _noise(self, sample: MetricInputs, pairs: range) -> Tensor:
         """For pairs of image and draw, counted ``image * samples + draw``."""
         shape = sample.images.shape[1:]
         noise = torch.empty(len(pairs), *shape)

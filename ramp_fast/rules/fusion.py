@@ -141,9 +141,7 @@ class _Search:
         source = node.operands[0]
         if self.users[source] != [node]:
             return False
-        return source.kind == g.BATCH_NORM or (
-            source.kind == g.ADD and plain_sum(source) and self.options.shares_kept
-        )
+        return source.kind == g.BATCH_NORM or (source.kind == g.ADD and plain_sum(source) and self.options.shares_kept)
 
     def _positive(self, node: Node) -> bool:
         """Whether relevance reaches only positive entries of ``node``: by value, or by a gate right below."""

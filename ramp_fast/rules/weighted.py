@@ -144,10 +144,10 @@ class Linear(Weighted["gemm.Matrix | gemm.Selection"]):
             yield Flow(source, Massed(pulled, part.target, actual))
 
 
-class Conv(Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.PhaseSelection"]):
+class Conv(Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.SubpixelSelection"]):
     def pack(
         self, constants: dict[Node, Any]
-    ) -> tuple[gemm.LinearOp, gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.PhaseSelection]:
+    ) -> tuple[gemm.LinearOp, gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.SubpixelSelection]:
         weight, bias = self.effective(constants)
         p = self.node.params
         geometry = gemm.Geometry.of(p)
@@ -164,8 +164,8 @@ class Conv(Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelectio
         if not self.fusion.positive_input:
             if tiles:
                 return forward, gemm.PatchSelection(doubled)
-            if gemm.PhaseSelection.pays(doubled, geometry):
-                return forward, gemm.PhaseSelection(doubled, geometry, size)
+            if gemm.SubpixelSelection.pays(doubled, geometry):
+                return forward, gemm.SubpixelSelection(doubled, geometry, size)
         halves = [gemm.positive_part(doubled)]
         if not self.fusion.positive_input:
             halves.append(gemm.negative_part(doubled))
@@ -185,7 +185,7 @@ class Conv(Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelectio
             "relu": self.fusion.fused_relu,
         }
         self.forward_kernel += "".join(f" > {name}" for name, node in steps.items() if node is not None)
-        if not isinstance(self.pullback_map, (gemm.PatchSelection, gemm.PhaseSelection)):
+        if not isinstance(self.pullback_map, (gemm.PatchSelection, gemm.SubpixelSelection)):
             self.pullback_kernel += " W+" if self.fusion.positive_input else " W+|W-"
 
     def forward(self, values: Values) -> tuple[Any, Any]:
@@ -219,7 +219,7 @@ class Conv(Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelectio
         if isinstance(self.pullback_map, gemm.PatchSelection):
             yield Flow(source, Massed(self.pullback_map(c, values[source]), part.target))
             return
-        if isinstance(self.pullback_map, gemm.PhaseSelection):
+        if isinstance(self.pullback_map, gemm.SubpixelSelection):
             acc = self.by_sample(self.pullback_map, 1, c)
             yield Flow(source, Massed(self.pullback_map.select(acc, values[source]), part.target))
             return

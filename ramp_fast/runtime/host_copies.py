@@ -20,7 +20,11 @@ Batch = tuple[Tensor, ...]
 
 
 def batches(
-    given: Iterable[Batch], run: Callable[..., Batch], device: torch.device, dtype: torch.dtype, home: torch.device
+    given: Iterable[Batch],
+    run: Callable[..., Batch],
+    device: torch.device,
+    dtype: torch.dtype,
+    output_device: torch.device,
 ) -> Iterator[Batch]:
     """``run(*batch)`` for one batch after the other.
 
@@ -33,22 +37,22 @@ def batches(
     device : torch.device
         With a stream on which ``run`` computes, the current one.
     dtype : torch.dtype
-    home : torch.device
+    output_device : torch.device
         Where the caller wants the results.
 
     Yields
     ------
     tuple of Tensor
-        On the CPU if that is ``home`` and ``device`` is a GPU, complete and valid until the next ones are asked for;
-        otherwise on ``device``.
+        On the CPU if that is ``output_device`` and ``device`` is a GPU, complete and valid until the next ones are
+        asked for; otherwise on ``device``.
     """
-    if _overlaps(device, home):
+    if _overlaps(device, output_device):
         return _overlapped(given, run, device, dtype)
     return (run(*(t.to(device, _dtype(i, t, dtype)).contiguous() for i, t in enumerate(batch))) for batch in given)
 
 
-def _overlaps(device: torch.device, home: torch.device) -> bool:
-    return device.type == "cuda" and home.type == "cpu"
+def _overlaps(device: torch.device, output_device: torch.device) -> bool:
+    return device.type == "cuda" and output_device.type == "cpu"
 
 
 def _dtype(index: int, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -74,25 +78,25 @@ def _overlapped(
     given: Iterable[Batch], run: Callable[..., Batch], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Batch]:
     computing = cuda.current_stream(device)
-    outward, homeward = _streams(device)
+    h2d, d2h = _streams(device)
     waiting = iter(given)
-    leaving: _Results | None = None
-    coming = next(waiting, None)
-    sent = None if coming is None else _send(coming, device, dtype, outward, computing)
+    in_flight: _Results | None = None
+    next_batch = next(waiting, None)
+    sent = None if next_batch is None else _send(next_batch, device, dtype, h2d, computing)
     while sent is not None:
         inputs, arrived = sent
         computing.wait_event(arrived)
-        results = _fetch(run(*inputs), homeward, computing)
-        coming = next(waiting, None)
-        sent = None if coming is None else _send(coming, device, dtype, outward, computing)
-        if leaving is not None:
-            yield leaving.wait()
-        leaving = results
-    if leaving is not None:
-        yield leaving.wait()
+        results = _fetch(run(*inputs), d2h, computing)
+        next_batch = next(waiting, None)
+        sent = None if next_batch is None else _send(next_batch, device, dtype, h2d, computing)
+        if in_flight is not None:
+            yield in_flight.wait()
+        in_flight = results
+    if in_flight is not None:
+        yield in_flight.wait()
 
 
-def _send(batch: Batch, device: torch.device, dtype: torch.dtype, outward: Any, computing: Any) -> tuple[Batch, Any]:
+def _send(batch: Batch, device: torch.device, dtype: torch.dtype, h2d: Any, computing: Any) -> tuple[Batch, Any]:
     """Start copying what is in host memory; the tensors on the device, and the event after which they are there."""
     moved: list[Tensor] = []
     for index, tensor in enumerate(batch):
@@ -104,12 +108,12 @@ def _send(batch: Batch, device: torch.device, dtype: torch.dtype, outward: Any, 
         if tensor.dtype != wanted or not tensor.is_contiguous() or not tensor.is_pinned():
             source = _page_locked(tensor.shape, wanted)
             source.copy_(tensor)
-        with cuda.stream(outward):  # its memory too: the computing stream's may be in use until that gets there
+        with cuda.stream(h2d):  # its memory too: the computing stream's may be in use until that gets there
             target = torch.empty(tensor.shape, dtype=wanted, device=device)
             _copy(target, source)
         target.record_stream(computing)
         moved.append(target)
-    return tuple(moved), outward.record_event()
+    return tuple(moved), h2d.record_event()
 
 
 @dataclass
@@ -124,14 +128,14 @@ class _Results:
         return self.values
 
 
-def _fetch(results: Batch, homeward: Any, computing: Any) -> _Results:
+def _fetch(results: Batch, d2h: Any, computing: Any) -> _Results:
     """Start copying to host memory what is computed by now."""
-    homeward.wait_event(computing.record_event())
+    d2h.wait_event(computing.record_event())
     values: list[Tensor] = []
     for result in results:
         value = _page_locked(result.shape, result.dtype)
-        with cuda.stream(homeward):
+        with cuda.stream(d2h):
             _copy(value, result)
-        result.record_stream(homeward)
+        result.record_stream(d2h)
         values.append(value)
-    return _Results(tuple(values), homeward.record_event())
+    return _Results(tuple(values), d2h.record_event())

@@ -1,4 +1,4 @@
-"""Sparseness, complexity and effective complexity: known answers, ranges, and what they do not hang on."""
+"""Sparseness, complexity and effective complexity: known answers, ranges, and what they do not depend on."""
 
 from __future__ import annotations
 

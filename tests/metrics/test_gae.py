@@ -141,7 +141,7 @@ def setting() -> tuple[nn.Module, Tensor]:
 
 
 def noise(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """A method whose map hangs on the image alone."""
+    """A method whose map depends on the image alone."""
     return (1e3 * images).sin()
 
 

@@ -1,4 +1,4 @@
-"""Max- and average sensitivity: against their definition, and what they do not hang on."""
+"""Max- and average sensitivity: against their definition, and what they do not depend on."""
 
 from __future__ import annotations
 

@@ -23,14 +23,14 @@ def _with_weights(twin: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     return twin.eval()
 
 
-def resnet50_twin(model: nn.Module, block: type[Bottleneck] = Bottleneck) -> nn.Module:
+def resnet50_equivalent(model: nn.Module, block: type[Bottleneck] = Bottleneck) -> nn.Module:
     """ResNet-50 of torchvision with the weights of timm's, made of ``block``."""
     with torch.device("meta"):
         twin = ResNet(block, [3, 4, 6, 3])
     return _with_weights(twin, model.state_dict())
 
 
-def vgg16_twin(model: nn.Module) -> nn.Module:
+def vgg16_equivalent(model: nn.Module) -> nn.Module:
     """VGG-16 of torchvision with the weights of timm's."""
     with torch.device("meta"):
         twin = vgg16()
