@@ -16,8 +16,8 @@ OWN_EXPORTS = {
     "test_no_trace",
     "test_patched",
     "test_preserve",
-    "test_samples",
-    "test_vocabulary_extra",
+    "test_batch_axes",
+    "test_vocabulary",
     "test_written_out",
 }
 _shared = shared(export._exported)

@@ -41,7 +41,7 @@ NOT_RUN = {
     "pip install": "changes the environment; its extras are looked up",
     "pytest": "runs this test",
     "python bench/": "a benchmark; that its file is there is looked up",
-    "python -m ramp_fast": "tests/test_cli.py runs it",
+    "python -m ramp_fast": "tests/cli/test_cli.py runs it",
     "RAMP_FAST_MODELS=FOLDER python bench/": "needs trained networks",
 }
 PLACEHOLDERS = {"PATH", "PATH...", "NAME", "NAME...", "FILE", "FOLDER", "DIR", "K"}
