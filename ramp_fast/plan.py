@@ -116,7 +116,7 @@ class Plan:
                 if step.operation is not None:
                     step.operation.prepare(values)
         # Weights that were packed are not needed a second time.
-        used = {r for s in self.steps if s.node.kind not in g.WEIGHTED for r in s.node.references()}
+        used = {r for s in self.steps if s.operation is None or not s.operation.packs for r in s.node.references()}
         self.constants = {n: v for n, v in values.items() if n in used}
 
     @property

@@ -76,7 +76,8 @@ def test_imports_go_down() -> None:
 
 
 def test_no_file_imports_one_that_imports_it() -> None:
-    graph = {module(path): {name for name, _ in imports(path)} - {module(path)} for path in FILES}
+    apart = {"ramp_fast"}  # which names what it offers, and has the extension in it
+    graph = {module(path): {name for name, _ in imports(path)} - {module(path)} - apart for path in FILES}
     done: set[str] = set()
 
     def walk(name: str, way: tuple[str, ...]) -> None:
@@ -87,5 +88,4 @@ def test_no_file_imports_one_that_imports_it() -> None:
             done.add(name)
 
     for name in graph:
-        if name != "ramp_fast":
-            walk(name, ())
+        walk(name, ())

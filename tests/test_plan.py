@@ -313,7 +313,7 @@ def test_weight_bytes_are_those_of_the_packed_weights() -> None:
 
 def test_engines_of_one_model_share_their_packed_weights() -> None:
     def maps(engine: Engine) -> dict[str, object]:
-        return {s.node.module: s.operation.maps for s in engine.plan.steps if s.node.kind == g.LINEAR}
+        return {s.node.module: s.operation.layer for s in engine.plan.steps if s.node.kind == g.LINEAR}
 
     model = small_vit()
     first, second = (Engine(model, input_shape=(3, 32, 32)) for _ in range(2))

@@ -160,10 +160,13 @@ class Operation:
     ----------
     forward_kernel, pullback_kernel : str
         Names of the routines, for ``print(engine.plan)``.
+    packs : bool
+        Whether :meth:`prepare` takes the node's constants, so that nobody else has to keep them.
     """
 
     forward_kernel = "aten"
     pullback_kernel = "torch"
+    packs = False
 
     def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
         self.node, self.precision, self.fusion, self.rule = node, precision, fusion, rule

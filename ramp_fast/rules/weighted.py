@@ -24,6 +24,15 @@ Pullback = TypeVar("Pullback", bound=gemm.Packed)
 
 
 class Weighted(Operation, GenericType[Pullback]):
+    """A layer with packed weights: a rule says how its pull-back packs them (:meth:`pack`) and what it does with them.
+
+    Attributes
+    ----------
+    layer : PackedLayer
+        Shared with other engines where class, :meth:`parameters` and bytes of the weights are the same.
+    """
+
+    packs = True
     layer: gemm.PackedLayer
 
     @property
@@ -36,6 +45,7 @@ class Weighted(Operation, GenericType[Pullback]):
         return pullback
 
     def pack(self, constants: dict[Node, Any]) -> tuple[gemm.LinearOp, Pullback]:
+        """What computes the layer, and what pulls back through it."""
         raise NotImplementedError
 
     def prepare(self, constants: dict[Node, Any]) -> None:

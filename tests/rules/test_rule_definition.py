@@ -475,7 +475,7 @@ def qk_norm(m: Fn, x: Tensor) -> Tensor:
 simple(
     "one qkv layer, normalised queries and keys",
     qk_norm,
-    "attention parts part layer_norm add",
+    "attention split split_output layer_norm add",
     qkv=lambda: nn.Linear(6, 18),
     qn=lambda: affine(nn.LayerNorm(3)),
     kn=lambda: affine(nn.LayerNorm(3)),
@@ -521,7 +521,7 @@ def window_mask() -> Tensor:
     return mask
 
 
-simple("shifted windows", windows, "matmul softmax add move", **projections(), bias=lambda: torch.randn(2, 4, 4),
+simple("shifted windows", windows, "matmul softmax add rearrange", **projections(), bias=lambda: torch.randn(2, 4, 4),
        mask=window_mask)  # fmt: skip
 
 # Pools
@@ -687,28 +687,28 @@ simple(
     c=lambda: torch.randn(1, 1, 6),
 )
 simple("stack", lambda m, x: torch.stack([m.a(x), x], 2).mean(1), "rearrange", a=lambda: nn.Conv2d(2, 2, 1))
-simple("split", lambda m, x: (lambda p: torch.cat([m.a(p[0]), p[1]], 1))(x.split([1, 1], 1)), "parts part",
+simple("split", lambda m, x: (lambda p: torch.cat([m.a(p[0]), p[1]], 1))(x.split([1, 1], 1)), "split split_output",
        a=lambda: nn.Conv2d(1, 2, 1))  # fmt: skip
-simple("split with a part unused", lambda m, x: (lambda p: p[0] * p[2])(tokens(x).split(2, 2)), "parts part mul")
+simple("split with a part unused", lambda m, x: (lambda p: p[0] * p[2])(tokens(x).split(2, 2)), "split split_output mul")
 simple(
     "chunk",
     lambda m, x: (lambda p: p[0] + m.a(p[1]))(tokens(x).chunk(2, -1)),
-    "parts part add",
+    "split split_output add",
     a=lambda: nn.Linear(3, 3),
 )
-simple("unbind", lambda m, x: (lambda p: p[0] * p[1] + p[0])(x.unbind(1)), "parts part mul add")
+simple("unbind", lambda m, x: (lambda p: p[0] * p[1] + p[0])(x.unbind(1)), "split split_output mul add")
 simple("roll", lambda m, x: m.a(x.roll((1, -2), (2, 3))), "rearrange", a=lambda: nn.Conv2d(2, 3, 3))
 simple("flip", lambda m, x: m.a(x.flip(3)), "rearrange", a=lambda: nn.Conv2d(2, 3, 3))
 simple("pad", lambda m, x: m.a(F.pad(x, (1, 2, 0, 1))), "rearrange", a=lambda: nn.Conv2d(2, 3, 3))
 simple(
     "slices",
     lambda m, x: m.a(x[:, :, ::2, 1::2]) + m.b(x[:, :, 1::2, ::2]),
-    "move add",
+    "rearrange add",
     a=lambda: nn.Conv2d(2, 3, 1),
     b=lambda: nn.Conv2d(2, 3, 1),
 )
-simple("expand", lambda m, x: x.mean((2, 3), keepdim=True).expand(-1, -1, 4, 6) * x, "move mul")
-simple("permute", lambda m, x: m.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).mean(2), "move layer_norm",
+simple("expand", lambda m, x: x.mean((2, 3), keepdim=True).expand(-1, -1, 4, 6) * x, "rearrange mul")
+simple("permute", lambda m, x: m.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).mean(2), "rearrange layer_norm",
        norm=lambda: affine(nn.LayerNorm(2)))  # fmt: skip
 simple("pixel shuffle", lambda m, x: m.a(F.pixel_shuffle(m.b(x), 2)), "rearrange", a=lambda: nn.Conv2d(1, 3, 3),
        b=lambda: nn.Conv2d(2, 4, 1))  # fmt: skip
@@ -782,7 +782,7 @@ def test_unknown_elementwise_operation_follows_the_definition() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32", "mixed"])
-@pytest.mark.parametrize("reduction", [torch.sigmoid, torch.tanh, F.hardsigmoid, torch.erf, torch.atan])
+@pytest.mark.parametrize("function", [torch.sigmoid, torch.tanh, F.hardsigmoid, torch.erf, torch.atan])
 def test_even_slopes_leave_nothing_below_zero(function: Callable[[Tensor], Tensor], precision: str) -> None:
     """``f'(-x) = f'(x)``: the relevance of a class with a negative argument is zero, not a rounding error."""
     dtype = torch.float64 if precision == "float64" else torch.float32
@@ -795,7 +795,7 @@ def test_even_slopes_leave_nothing_below_zero(function: Callable[[Tensor], Tenso
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32", "mixed"])
-@pytest.mark.parametrize("reduction", [torch.sigmoid, torch.tanh])
+@pytest.mark.parametrize("function", [torch.sigmoid, torch.tanh])
 def test_saturated_outputs_keep_their_relevance(function: Callable[[Tensor], Tensor], precision: str) -> None:
     """The slope is small, not zero: an output that is 1 to the last bit of float32 has a map, and not minus N."""
     dtype = torch.float64 if precision == "float64" else torch.float32

@@ -69,7 +69,7 @@ class Sum(Operation):
     def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
         for operand in self.node.sources:
-            yield Flow(operand, part.moved(reduce_to(part.c, operand.example[:0] + tuple(kept[operand]))))
+            yield Flow(operand, part.moved(reduce_to(part.c, kept[operand])))
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         return values.call(self.node), {n: values[n].shape for n in self.node.sources}
@@ -123,7 +123,8 @@ class PlusLinear(Weighted[Signed]):
         part = self.merged(parts, values, conservation)
         source, packed = self.node.operands[0], self.pullback_map
         x, z = values[source], values[self.node]
-        s = part.c * z / (packed.positive(x.clamp(min=0)) + packed.negative(x.clamp(max=0)))
+        below = packed.positive(x.clamp(min=0)) + packed.negative(x.clamp(max=0))
+        s = part.c * torch.where(below == 0, 0.0, z / below)
         c = torch.where(x > 0, packed.up(s), torch.where(x < 0, packed.down(s), 0.0))
         yield Flow(source, part.moved(c))
 
@@ -152,7 +153,8 @@ def plus(x: Tensor, z: Tensor, layer: Parted) -> Callable[[Tensor], Tensor]:
     def positive(u: Tensor) -> Tensor:
         return layer(u * (x > 0), lambda w: w.clamp(min=0)) + layer(u * (x < 0), lambda w: w.clamp(max=0))
 
-    ratio = z / positive(x).detach()
+    below = positive(x).detach()
+    ratio = torch.where(below == 0, 0.0, z / below)  # behind a ReLU nothing may be left
     return lambda u: positive(u) * ratio
 
 
