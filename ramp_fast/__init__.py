@@ -10,7 +10,8 @@ from ramp_fast.errors import BackendError, InputError, RampFastError, Unsupporte
 
 if TYPE_CHECKING:
     from ramp_fast import rules
-    from ramp_fast.engine import Attribution, Engine
+    from ramp_fast.engine import Engine
+    from ramp_fast.explainer import Attribution
 
 __all__ = [
     "Attribution",
@@ -23,7 +24,7 @@ __all__ = [
     "rules",
 ]
 
-_LAZY = {"Engine": "ramp_fast.engine", "Attribution": "ramp_fast.engine", "rules": "ramp_fast.rules"}
+_LAZY = {"Engine": "ramp_fast.engine", "Attribution": "ramp_fast.explainer", "rules": "ramp_fast.rules"}
 
 _native.check_installed()
 

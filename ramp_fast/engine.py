@@ -22,7 +22,7 @@ from ramp_fast.capture.model_checks import check_model, require_module
 from ramp_fast.capture.model_state import ModelState, configured_shape, device_of, tensors_of
 from ramp_fast.capture.patched import warn_of_patches
 from ramp_fast.errors import InputError
-from ramp_fast.explainer import CONTRASTS, Attribution, Explainer
+from ramp_fast.explainer import CONTRASTS, Attribution, Explainer, Method
 from ramp_fast.gemm import exact_float32, precision_for
 from ramp_fast.graph import Graph
 from ramp_fast.plan import Plan
@@ -36,7 +36,6 @@ from ramp_fast.runtime.targets import NORMALIZATIONS, Explained, Request, Target
 
 if TYPE_CHECKING:
     from ramp_fast.evaluation import Data, Evaluation
-    from ramp_fast.methods import Method
     from ramp_fast.metrics import Metric
 
 PRECISIONS = ("float64", "float32", "mixed", "fast")

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from ramp_fast.data import Dataset
     from ramp_fast.evaluation import Evaluation, Evaluator
-    from ramp_fast.metrics.base import Model
+    from ramp_fast.explainer import Model
 
 METHODS = ("abslrp", "ixg", "random")
 METRICS = ("gae", "deletion", "insertion")

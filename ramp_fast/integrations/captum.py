@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ramp_fast.engine import CONTRASTS, NORMALIZATIONS, Engine
+from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError
+from ramp_fast.explainer import CONTRASTS
 from ramp_fast.rules.abslrp import AbsLRP as Rule
+from ramp_fast.runtime.targets import NORMALIZATIONS
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ramp_fast.explainer import Method
 from ramp_fast.methods.baseline import Random
 from ramp_fast.methods.gradients import gradient, input_x_gradient, logit_and_product
 from ramp_fast.methods.registry import METHODS, MethodEntry, make_method

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ramp_fast.errors import InputError
+from ramp_fast.explainer import Model
 from ramp_fast.metrics._maps import scaled
-from ramp_fast.metrics.base import Metric, MetricInputs, Model
+from ramp_fast.metrics.base import Metric, MetricInputs
 
 
 def _sizes(sample: MetricInputs) -> Tensor:

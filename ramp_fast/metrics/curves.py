@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ramp_fast._ranges import ranges
 from ramp_fast.errors import InputError
+from ramp_fast.explainer import Model
 from ramp_fast.metrics._counts import check_bytes, checked_count
-from ramp_fast.metrics.base import Metric, MetricInputs, Model
+from ramp_fast.metrics.base import Metric, MetricInputs
 from ramp_fast.metrics.baselines import Baseline, Fill, Impute, check_baseline, filling
 from ramp_fast.metrics.features import Entries, Features, Granularity, kind_of_feature
 

@@ -15,9 +15,10 @@ from ramp_fast import ops
 from ramp_fast._checks import is_whole, positive
 from ramp_fast._ranges import ranges
 from ramp_fast.errors import InputError
+from ramp_fast.explainer import Model
 from ramp_fast.metrics._counts import check_bytes, checked_count
 from ramp_fast.metrics._maps import Sign, checked_sign, pearson, spearman, with_sign
-from ramp_fast.metrics.base import Metric, MetricInputs, Model, Result
+from ramp_fast.metrics.base import Metric, MetricInputs, Result
 from ramp_fast.metrics.baselines import Baseline
 from ramp_fast.metrics.curves import Masking, Shares
 from ramp_fast.metrics.features import Granularity, Superpixels, kind_of_feature

@@ -14,9 +14,10 @@ from torch import Tensor
 from ramp_fast import ops
 from ramp_fast._checks import positive
 from ramp_fast.errors import InputError
+from ramp_fast.explainer import Model
 from ramp_fast.methods import logit_and_product
 from ramp_fast.metrics._counts import check_bytes, checked_count
-from ramp_fast.metrics.base import Metric, MetricInputs, Model
+from ramp_fast.metrics.base import Metric, MetricInputs
 
 PROTOCOLS = ("default", "published")
 TILES = 4

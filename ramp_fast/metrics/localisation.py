@@ -15,8 +15,9 @@ from torch import Tensor
 from ramp_fast._checks import positive
 from ramp_fast.data import boxes_to_masks
 from ramp_fast.errors import InputError
+from ramp_fast.explainer import Model
 from ramp_fast.metrics._maps import Sign, checked_sign, with_sign
-from ramp_fast.metrics.base import Metric, MetricInputs, Model
+from ramp_fast.metrics.base import Metric, MetricInputs
 
 __all__ = [
     "PointingGame",

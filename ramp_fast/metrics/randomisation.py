@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ramp_fast._checks import positive
 from ramp_fast.errors import InputError
+from ramp_fast.explainer import Model
 from ramp_fast.metrics._maps import SIMILARITIES, WINDOW, Sign, checked_sign, scaled, with_sign
-from ramp_fast.metrics.base import Metric, MetricInputs, Model
+from ramp_fast.metrics.base import Metric, MetricInputs
 
 
 class _Randomisation(Metric):

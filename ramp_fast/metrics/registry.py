@@ -7,7 +7,8 @@ from typing import Any
 
 from ramp_fast._checks import nearest
 from ramp_fast.errors import InputError
-from ramp_fast.metrics.base import Metric, Model
+from ramp_fast.explainer import Model
+from ramp_fast.metrics.base import Metric
 from ramp_fast.metrics.complexity import Complexity, EffectiveComplexity, Sparseness
 from ramp_fast.metrics.curves import ABPC, AOPC, IROF, ROAD, Deletion, Insertion
 from ramp_fast.metrics.faithfulness import (

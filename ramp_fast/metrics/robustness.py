@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ramp_fast.errors import InputError
+from ramp_fast.explainer import Model
 from ramp_fast.metrics._counts import checked_count
-from ramp_fast.metrics.base import Metric, MetricInputs, Model
+from ramp_fast.metrics.base import Metric, MetricInputs
 
 
 class _Sensitivity(Metric):

@@ -211,7 +211,7 @@ class Matmul(Operation):
 
     @property
     def _gates_output(self) -> bool:
-        return self.rule.gates_attention and self.node.params["role"] == "attend"
+        return bool(self.rule.gates_attention and self.node.params["role"] == "attend")
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)

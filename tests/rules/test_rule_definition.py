@@ -689,7 +689,9 @@ simple(
 simple("stack", lambda m, x: torch.stack([m.a(x), x], 2).mean(1), "rearrange", a=lambda: nn.Conv2d(2, 2, 1))
 simple("split", lambda m, x: (lambda p: torch.cat([m.a(p[0]), p[1]], 1))(x.split([1, 1], 1)), "split split_output",
        a=lambda: nn.Conv2d(1, 2, 1))  # fmt: skip
-simple("split with a part unused", lambda m, x: (lambda p: p[0] * p[2])(tokens(x).split(2, 2)), "split split_output mul")
+simple(
+    "split with a part unused", lambda m, x: (lambda p: p[0] * p[2])(tokens(x).split(2, 2)), "split split_output mul"
+)
 simple(
     "chunk",
     lambda m, x: (lambda p: p[0] + m.a(p[1]))(tokens(x).chunk(2, -1)),
