@@ -9,11 +9,14 @@ from torch import nn
 
 from ramp_fast import Engine, ops
 from ramp_fast import graph as g
-from ramp_fast.gemm import cpu_has_bf16
 from ramp_fast.rules.masses import Massed, Masses
 
-# Convolutions compute what is behind them under "mixed" with bfloat16 coefficients alone (gemm.fuses_convolutions).
-needs_bfloat16 = pytest.mark.skipif(not cpu_has_bf16(), reason="the processor has no bfloat16")
+
+
+@pytest.fixture
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans as on a processor with bfloat16: only then convolutions compute what is behind them under "mixed"."""
+    monkeypatch.setattr("ramp_fast.gemm.precision.cpu_has_bf16", lambda: True)
 
 
 class Clamp(nn.Module):
@@ -107,7 +110,7 @@ def fused(engine: Engine) -> dict[str, str]:
     return {s.node.module: s.operation.forward_kernel for s in engine.plan.steps if s.node.kind == g.CONV}
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("bfloat16")
 @pytest.mark.parametrize("shortcut_first", [False, True])
 def test_convolutions_compute_the_batch_norms_and_sums_behind_them(shortcut_first: bool) -> None:
     model = Residual(shortcut_first)
@@ -224,12 +227,12 @@ def test_convolutions_are_not_fused_without_bfloat16(monkeypatch: pytest.MonkeyP
     assert not any(" > " in kernel for kernel in fused(Engine(Residual(), input_shape=(3, 16, 16))).values())
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("bfloat16")
 def test_convolutions_are_fused_where_coefficients_are_bfloat16() -> None:
     assert all(" > " in kernel for kernel in fused(Engine(Residual(), input_shape=(3, 16, 16))).values())
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("bfloat16")
 def test_what_convolutions_compute_as_well_is_counted_once() -> None:
     plan = Engine(Residual(), input_shape=(3, 16, 16)).plan
     steps = [s for s in plan.steps if s.operation is not None and s.operation.fusion.fused_into is not None]
