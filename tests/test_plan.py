@@ -12,7 +12,6 @@ from ramp_fast import graph as g
 from ramp_fast.rules.masses import Massed, Masses
 
 
-
 @pytest.fixture
 def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans as on a processor with bfloat16: only then convolutions compute what is behind them under "mixed"."""
