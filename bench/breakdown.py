@@ -50,8 +50,8 @@ def flops(node: Node, backward: bool) -> float:
         return 0.0
     out = math.prod(node.example) / node.example[0]
     if node.kind != g.ATTENTION:
-        weight = node.params["weight"].example
-        depth = weight[1 if not node.params.get("transposed") else 0] * math.prod(weight[2:])
+        weight = node.params.weight.example
+        depth = weight[1 if not getattr(node.params, "transposed", False) else 0] * math.prod(weight[2:])
         return 2 * out * depth * (SIDES if backward else 1)
     keys = node.operands[1].example[-2]
     # forward: scores and output; pull-back: scores once, then c_A, c_V, c_Q and c_K of every side

@@ -443,7 +443,7 @@ class Engine(Explainer):
     def _constants(self) -> dict[str, Tensor]:
         """Every tensor that is a leaf of a captured graph."""
         return {
-            f"{n.params['fqn']} (constant)": n.params["tensor"]
+            f"{n.params.fqn} (constant)": n.params.tensor
             for plan in self._plans.values()
             for n in plan.graph.nodes
             if n.kind == g.PARAM

@@ -7,11 +7,15 @@ needs no second definition, and a ``kind`` with ``operands`` and ``params``, whi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+
+from ramp_fast import params as p
+from ramp_fast.params import Params
 
 # Kinds of nodes without relevance.
 INPUT = "input"  # the images
@@ -49,6 +53,37 @@ SPLIT = "split"  # unbind, split, chunk: several outputs
 SPLIT_OUTPUT = "split_output"  # one of them
 GENERIC = "generic"  # strict=False: an elementwise operation outside the vocabulary
 
+PARAMS: dict[str, type[Params]] = {
+    PARAM: p.Leaf,
+    CONST: p.Leaf,
+    INT: p.Leaf,
+    LINEAR: p.Linear,
+    CONV: p.Conv,
+    BATCH_NORM: p.BatchNorm,
+    LAYER_NORM: p.LayerNorm,
+    GROUP_NORM: p.GroupNorm,
+    RMS_NORM: p.RmsNorm,
+    ACTIVATION: p.Activation,
+    ADD: p.Add,
+    DIV: p.Div,
+    SCALE: p.Scale,
+    MATMUL: p.Product,
+    BILINEAR: p.Product,
+    SOFTMAX: p.Along,
+    SHIFT: p.Along,
+    ATTENTION: p.Attention,
+    MAX_POOL: p.MaxPool,
+    LINEAR_POOL: p.LinearPool,
+    LINEAR_MAP: p.LinearMap,
+    MAX_REDUCTION: p.Reduction,
+    REDUCTION: p.Reduction,
+    DECISION: p.Reduction,
+    REARRANGE: p.Rearrange,
+    SPLIT: p.Split,
+    SPLIT_OUTPUT: p.SplitOutput,
+}
+"""What is known of a node of each kind; of kinds that are missing nothing but the operands."""
+
 WEIGHTED = frozenset({LINEAR, CONV})
 JUNCTIONS = frozenset({ADD, MUL, MATMUL, ATTENTION, BILINEAR, CHOICE})
 CONSTANT = frozenset({PARAM, CONST, INT})
@@ -84,8 +119,8 @@ class Node:
         Its arguments; other nodes appear as references.
     operands : list of Node
         The tensors whose product, sum or map this is; constants among them carry no relevance.
-    params : dict
-        What rules and kernels need to know (weights as nodes, strides, epsilon).
+    params : Params
+        What rules and kernels need to know: the class of :data:`PARAMS` for this kind.
     module : str
         Dotted name of the module the operation runs in, "" for the model itself.
     shape : tuple
@@ -106,7 +141,7 @@ class Node:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     operands: list[Node] = field(default_factory=list)
-    params: dict[str, Any] = field(default_factory=dict)
+    params: Any = field(default_factory=Params)
     module: str = ""
     shape: tuple[int | str, ...] = ()
     example: tuple[int, ...] = ()
@@ -153,13 +188,15 @@ def _constant(tensor: Any) -> Any:
 
 
 def map_nodes(function: Callable[[Node], Any], value: Any) -> Any:
-    """Apply ``function`` to every node inside nested tuples, lists and dicts."""
+    """Apply ``function`` to every node inside nested tuples, lists, dicts and parameters."""
     if isinstance(value, Node):
         return function(value)
     if isinstance(value, (tuple, list)):
         return type(value)(map_nodes(function, v) for v in value)
     if isinstance(value, dict):
         return {k: map_nodes(function, v) for k, v in value.items()}
+    if isinstance(value, Params):
+        return replace(value, **{f.name: map_nodes(function, getattr(value, f.name)) for f in fields(value)})
     return value
 
 
@@ -172,6 +209,9 @@ def nodes_in(value: Any) -> Iterator[Node]:
     elif isinstance(value, dict):
         for v in value.values():
             yield from nodes_in(v)
+    elif isinstance(value, Params):
+        for f in fields(value):
+            yield from nodes_in(getattr(value, f.name))
 
 
 @dataclass
@@ -194,7 +234,7 @@ class Graph:
             (
                 *(n.name, n.kind, n.shape, getattr(n.target, "__qualname__", str(n.target))),
                 repr(map_nodes(lambda m: m.name, (n.args, n.kwargs))),
-                _constant(n.params["tensor"]) if "tensor" in n.params else None,
+                _constant(n.params.tensor) if n.kind == PARAM else None,
             )
             for n in self.nodes
         )
@@ -275,7 +315,7 @@ def copied(node: Node) -> Node:
         node.args,
         dict(node.kwargs),
         list(node.operands),
-        dict(node.params),
+        copy.copy(node.params),
         node.module,
         node.shape,
         node.example,

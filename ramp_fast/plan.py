@@ -98,7 +98,7 @@ class Plan:
         with torch.inference_mode(False), torch.no_grad():
             for node in self.graph.nodes:
                 if node.kind == g.PARAM:
-                    value = node.params["tensor"].detach()
+                    value = node.params.tensor.detach()
                     if value.is_inference():
                         value = value.clone()  # autograd, which pulls back through small functions, could not keep it
                 elif node in self._static:
@@ -174,7 +174,9 @@ def _static_constants(graph: Graph) -> set[Node]:
 
 def _owns_memory(node: Node) -> bool:
     """Whether the value is not a view of another one that is counted already."""
-    return node.kind not in (g.SPLIT_OUTPUT, g.REARRANGE, g.SELECT_TOKENS, g.INPUT) or node.params.get("how") in (
+    return node.kind not in (g.SPLIT_OUTPUT, g.REARRANGE, g.SELECT_TOKENS, g.INPUT) or getattr(
+        node.params, "how", None
+    ) in (
         "cat",
         "stack",
         "vjp",

@@ -13,7 +13,8 @@ ROOT = Path(ramp_fast.__file__).parent
 # Rooms from the ground up. A room is a file at the top or a package; rooms on one floor do not know each other.
 FLOORS = [
     {"errors", "_ranges"},
-    {"_checks", "_files", "_native", "graph", "specs"},
+    {"_checks", "_files", "_native", "params", "specs"},
+    {"graph"},
     {"kernels"},
     {"ops"},
     {"gemm", "capture", "results"},

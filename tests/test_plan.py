@@ -235,7 +235,7 @@ def test_convolutions_are_fused_where_coefficients_are_bfloat16() -> None:
 def test_what_convolutions_compute_as_well_is_counted_once() -> None:
     plan = Engine(Residual(), input_shape=(3, 16, 16)).plan
     steps = [s for s in plan.steps if s.operation is not None and s.operation.fusion.fused_into is not None]
-    assert len(steps) == 7  # five BatchNorms and two sums
+    assert len(steps) == 11  # five BatchNorms, two sums, four ReLUs
     assert not any(plan.kept_bytes(s) for s in steps)
 
 

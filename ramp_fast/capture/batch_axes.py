@@ -65,7 +65,7 @@ def locate_samples(graph: Graph, *, symbolic: bool = True) -> None:
                 raise UnsupportedModelError(
                     f"{_described(node)} has weights that are computed from the size of the batch"
                 )
-            if not moves or read.params.get("floating", True):  # integers may be indices
+            if not moves or getattr(read.params, "floating", True):  # integers may be indices
                 constants.check(read)
         try:
             numbers = _numbers(node, values)
@@ -95,7 +95,7 @@ class _Constants:
     """What operations read besides tensors that depend on the images."""
 
     def __init__(self, graph: Graph) -> None:
-        tensors = [n.params["tensor"] for n in graph.nodes if n.kind == g.PARAM]
+        tensors = [n.params.tensor for n in graph.nodes if n.kind == g.PARAM]
         self._device = tensors[0].device if tensors else torch.device("cpu")
         self._known: dict[tuple[Node, int], Any] = {}
         self._varies: dict[Node, bool] = {}
@@ -104,7 +104,7 @@ class _Constants:
         """Constants belong to no sample. Integers may be sizes or indices: they stay what they are."""
         if node.kind == g.INT:
             return node.example[0]
-        if node.params.get("floating", True):
+        if getattr(node.params, "floating", True):
             return torch.zeros((1,) * len(node.example), dtype=torch.int16).expand(node.example)
         value = self._value(node, EXAMPLE_BATCH)
         return value.cpu() if isinstance(value, Tensor) else value
@@ -139,9 +139,9 @@ class _Constants:
         key = node, batch
         if key not in self._known:
             if node.kind == g.PARAM:
-                value = node.params["tensor"]
+                value = node.params.tensor
             elif node.kind == g.INT:
-                value = node.example[0] if batch == EXAMPLE_BATCH else node.params["more"]
+                value = node.example[0] if batch == EXAMPLE_BATCH else node.params.more
             elif not node.constant:  # of which only the shape is read
                 value = torch.zeros([_size_at(s, batch) for s in node.shape], device=self._device)
             else:
@@ -168,11 +168,11 @@ def _numbers(node: Node, values: dict[Node, Any]) -> Any:
     """Sample numbers of a node's result, from those of what it reads."""
     if node.kind == g.INPUT:
         return _SAMPLES.view(-1, *[1] * (len(node.example) - 1)).expand(node.example)
-    if node.kind == g.REARRANGE and node.params["how"] == "vjp":
+    if node.kind == g.REARRANGE and node.params.how == "vjp":
         return _moved(node, values)
-    if node.kind == g.REARRANGE and node.params["how"] == "cat":
+    if node.kind == g.REARRANGE and node.params.how == "cat":
         cores = [_core(values[n]) for n in node.operands]
-        if all(c.shape[node.params["dim"]] == 1 for c in cores):  # beside one another within the samples
+        if all(c.shape[node.params.dim] == 1 for c in cores):  # beside one another within the samples
             return _together(*cores).expand(node.example)
     if node.kind in (g.REARRANGE, g.SPLIT, g.SPLIT_OUTPUT):
         return node.target(*g.map_nodes(values.__getitem__, node.args), **g.map_nodes(values.__getitem__, node.kwargs))
@@ -182,12 +182,12 @@ def _numbers(node: Node, values: dict[Node, Any]) -> Any:
 def _moved(node: Node, values: dict[Node, Any]) -> Tensor:
     """Sample numbers moved by an operation that knows floating tensors only; padding belongs to no sample."""
     source = node.operands[0]
-    if node.params.get("masks"):
+    if node.params.masks:
         return values[source].expand(node.example)  # type: ignore[no-any-return]
     if str(node.target).startswith("aten.roll") and _rolls_samples(node, values[source]):
         raise _Mixed  # by the length of the example's batch it would change nothing
     args = g.map_nodes(lambda n: values[n].float() if n is source else values[n], node.args)
-    if node.params.get("pads"):
+    if node.params.pads:
         args = (args[0], args[1])
     moved: Tensor = node.target(*args, **g.map_nodes(values.__getitem__, node.kwargs))
     return moved.to(torch.int16)
@@ -239,7 +239,7 @@ def _computed(node: Node, values: dict[Node, Any]) -> Tensor:
     found: Tensor | None = None
     if _elementwise(node, sources):
         found = _together(*(cores[n] for n in sources))
-    elif "labels" in node.params:
+    elif getattr(node.params, "labels", None) is not None:
         found = _contracted(node, cores)
     elif node.kind == g.LINEAR:
         found = _over(cores[node.operands[0]], -1)
@@ -249,14 +249,14 @@ def _computed(node: Node, values: dict[Node, Any]) -> Tensor:
     elif node.kind == g.ATTENTION:
         found = _attended(node, cores)
     elif node.kind == g.SOFTMAX:
-        found = _over(cores[node.operands[0]], node.params["dim"])
+        found = _over(cores[node.operands[0]], node.params.dim)
     elif node.kind in (g.LAYER_NORM, g.RMS_NORM):
-        found = _over(cores[node.operands[0]], range(rank - node.params["dims"], rank))
+        found = _over(cores[node.operands[0]], range(rank - node.params.dims, rank))
     elif node.kind in (g.GROUP_NORM, g.CONV, g.MAX_POOL):
         source = node.operands[0]
         if node.kind == g.GROUP_NORM and not isinstance(source.shape[1], int):
             raise _Mixed  # how many samples share a group changes with the batch
-        unbatched = node.kind == g.CONV and len(node.params["weight"].shape) > rank
+        unbatched = node.kind == g.CONV and len(node.params.weight.shape) > rank
         if not unbatched and all(s == 1 for s in cores[source].shape[1:]):
             found = cores[source]
     if found is None:
@@ -276,7 +276,7 @@ def _elementwise(node: Node, sources: list[Node]) -> bool:
 
 def _contracted(node: Node, cores: dict[Node, Tensor]) -> Tensor:
     """Of an einsum, or a reduction written as one: axes that are not in the result are summed over."""
-    labels, result = node.params["labels"]
+    labels, result = node.params.labels
     terms = []
     for operand, own in zip(node.operands, labels, strict=True):
         numbers = _over(cores[operand], [i for i, label in enumerate(own) if label not in result])
@@ -290,7 +290,7 @@ def _contracted(node: Node, cores: dict[Node, Tensor]) -> Tensor:
 def _attended(node: Node, cores: dict[Node, Tensor]) -> Tensor:
     q, k, v = (cores[n] for n in node.operands)
     keys, values = _over(k, (-2, -1)), _over(v, -2)
-    if node.params["grouped"]:  # several heads of queries share one of keys
+    if node.params.grouped:  # several heads of queries share one of keys
         share = node.operands[0].example[-3] // node.operands[1].example[-3]
         keys, values = (t if t.shape[-3] == 1 else t.repeat_interleave(share, -3) for t in (keys, values))
     return _together(_over(q, -1), keys, values)
@@ -302,7 +302,7 @@ def _probed(node: Node, sources: list[Node], values: dict[Node, Any]) -> Tensor:
     def argument(n: Node, sample: int) -> Any:
         if n in sources:
             return torch.ones(n.example).masked_fill_(values[n] == sample, math.nan)
-        if n.params.get("floating", n.kind != g.INT):
+        if n.kind != g.INT and getattr(n.params, "floating", True):
             return torch.ones(n.example)
         return values[n].cpu() if isinstance(values[n], Tensor) else values[n]
 

@@ -212,8 +212,8 @@ def _leave_out_final_softmax(graph: Graph) -> None:
     while True:
         last = graph.output
         scores = last.operands[0] if last.operands else last
-        per_class = last.kind in (g.SOFTMAX, g.SHIFT) and last.params["dim"] % max(len(last.shape), 1) == 1
-        logarithm = last.kind == g.ACTIVATION and last.params["function"] == "log" and scores.kind == g.SOFTMAX
+        per_class = last.kind in (g.SOFTMAX, g.SHIFT) and last.params.dim % max(len(last.shape), 1) == 1
+        logarithm = last.kind == g.ACTIVATION and last.params.function == "log" and scores.kind == g.SOFTMAX
         if len(last.shape) != 2 or not (per_class or logarithm):
             return
         name = {g.SOFTMAX: "softmax", g.SHIFT: "log_softmax", g.ACTIVATION: "log"}[last.kind]

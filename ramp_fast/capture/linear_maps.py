@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ramp_fast import graph as g
+from ramp_fast import params as p
 from ramp_fast.graph import Graph, Node, copied
 
 aten = torch.ops.aten
@@ -150,7 +151,7 @@ def recognize_linear_maps(graph: Graph) -> None:
             function = LinearMap([copied(n) for n in inside], root, constants)
             node.kind, node.target = g.LINEAR_MAP, function
             node.args, node.kwargs = (root, *constants), {}
-            node.operands, node.params = [root], {}
+            node.operands, node.params = [root], p.LinearMap()
             # Steps refer to each other by the original nodes: keep the mapping closed.
             function.steps = _closed(function.steps, inside)
             replaced = True

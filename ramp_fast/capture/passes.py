@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ramp_fast import graph as g
+from ramp_fast import params as p
 from ramp_fast.capture.token_slices import hoist_slices, resized, slice_of
 from ramp_fast.capture.vocabulary import bind
 from ramp_fast.graph import Graph, Node, copied, only_user
@@ -36,7 +37,7 @@ def fold_batchnorm(graph: Graph) -> None:
             continue
         layer = node.operands[0]
         if layer.kind in g.WEIGHTED and only_user(users, layer) is node:
-            layer.params["batch_norm"] = dict(node.params)
+            layer.params.batch_norm = node.params
             graph.replace_uses(node, layer)
     graph.prune()
 
@@ -51,7 +52,7 @@ def recognize_norms(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.kind != g.DIV:
             continue
-        found = _denominator(node.params["denominator"], node.params["inverse"])
+        found = _denominator(node.params.denominator, node.params.inverse)
         if found is None:
             continue
         variance, eps = found
@@ -82,12 +83,12 @@ def recognize_norms(graph: Graph) -> None:
         weight, bias = (_flat_constant(constant, sizes, norm.name, before) for constant in (weight, bias))
         norm.module, norm.operands, norm.kwargs = node.module, [moved], {}
         norm.shape, norm.example, norm.batch = moved.shape, moved.example, moved.batch
-        norm.params = {"weight": weight, "eps": eps, "dims": len(dims)}
         if centred:
             norm.kind, norm.target, norm.args = g.LAYER_NORM, aten.layer_norm.default, (moved, sizes, weight, bias, eps)
-            norm.params["bias"] = bias
+            norm.params = p.LayerNorm(weight, bias, eps, len(dims))
         else:
             norm.kind, norm.target, norm.args = g.RMS_NORM, aten.rms_norm.default, (moved, sizes, weight, eps)
+            norm.params = p.RmsNorm(weight, eps, len(dims))
         after = norm
         if moved is not source:
             after = _permuted(norm, [order.index(d) for d in range(rank)], f"{node.name}_out")
@@ -100,23 +101,23 @@ def recognize_norms(graph: Graph) -> None:
 def _denominator(node: Node, inverse: bool) -> tuple[Node, float] | None:
     """``v`` and ``eps`` of a denominator ``sqrt(v + eps)``, or of a factor that is one by it."""
     node = _reshaped_from(node)
-    if inverse and node.kind == g.ACTIVATION and node.params["function"] == "reciprocal":
+    if inverse and node.kind == g.ACTIVATION and node.params.function == "reciprocal":
         return _denominator(node.operands[0], False)
     if node.kind != g.ACTIVATION:
         return None
-    power = node.args[1] if node.params["function"] == "pow" else None
-    if not (node.params["function"] == ("rsqrt" if inverse else "sqrt") or power == (-0.5 if inverse else 0.5)):
+    power = node.args[1] if node.params.function == "pow" else None
+    if not (node.params.function == ("rsqrt" if inverse else "sqrt") or power == (-0.5 if inverse else 0.5)):
         return None
     total = _reshaped_from(node.operands[0])
-    if total.kind != g.ADD or len(total.operands) != 1 or total.params["signs"] != (1, 1):
+    if total.kind != g.ADD or len(total.operands) != 1 or total.params.signs != (1, 1):
         return None
-    numbers = [n for n in (total.params["first"], total.params["second"]) if isinstance(n, (int, float))]
+    numbers = [n for n in (total.params.first, total.params.second) if isinstance(n, (int, float))]
     return (_reshaped_from(total.operands[0]), float(numbers[0])) if numbers and numbers[0] >= 0 else None
 
 
 def _reshaped_from(node: Node) -> Node:
     """Statistics before axes of length one are put back."""
-    while node.kind == g.REARRANGE and node.params["how"] == "reshape":
+    while node.kind == g.REARRANGE and node.params.how == "reshape":
         node = node.operands[0]
     return node
 
@@ -126,17 +127,17 @@ def _mean_axes(node: Node, source: Node) -> list[int]:
     node = _reshaped_from(node)
     if (
         node.kind == g.LINEAR_POOL
-        and node.params["how"] == "mean"
+        and node.params.how == "mean"
         and node.operands[0] is source
-        and "dims" in node.params
+        and node.params.dims is not None
     ):
-        return sorted(d % len(source.example) for d in node.params["dims"])
+        return sorted(d % len(source.example) for d in node.params.dims)
     return []
 
 
 def _centred(node: Node) -> tuple[Node, list[int]] | None:
     """``x`` and the axes of a node ``x - mean(x)``, of which the mean keeps or gets back its axes in their places."""
-    if node.kind != g.ADD or node.params["signs"] != (1, -1) or len(node.operands) != 2:
+    if node.kind != g.ADD or node.params.signs != (1, -1) or len(node.operands) != 2:
         return None
     source, mean = node.operands
     dims = _mean_axes(mean, source)
@@ -146,8 +147,8 @@ def _centred(node: Node) -> tuple[Node, list[int]] | None:
 
 def _squared(node: Node) -> Node | None:
     """``x`` of a node ``x * x``."""
-    if node.kind == g.ACTIVATION and node.params["function"] in ("square", "pow"):
-        return node.operands[0] if node.params["function"] == "square" or node.args[1] == 2 else None
+    if node.kind == g.ACTIVATION and node.params.function in ("square", "pow"):
+        return node.operands[0] if node.params.function == "square" or node.args[1] == 2 else None
     return node.operands[0] if node.kind == g.MUL and node.operands[0] is node.operands[1] else None
 
 
@@ -166,7 +167,7 @@ def _is_variance(node: Node, source: Node, dims: list[int]) -> bool:
         plain = bound.get("correction") == 0 or bound.get("unbiased") is False
         centred = _centred(node.operands[0])
         return plain and own == dims and (node.operands[0] is source or centred == (source, dims))
-    if node.kind == g.ADD and node.params["signs"] == (1, -1) and len(node.operands) == 2:  # E[x^2] - E[x]^2
+    if node.kind == g.ADD and node.params.signs == (1, -1) and len(node.operands) == 2:  # E[x^2] - E[x]^2
         mean = _squared(node.operands[1])
         return (
             mean is not None
@@ -185,10 +186,10 @@ def _affine(
     if reader is None or reader.kind != kind or reader.example != node.example:
         return None
     if kind == g.SCALE:
-        constant = None if reader.params["inverse"] else reader.params["factor"]
+        constant = None if reader.params.inverse else reader.params.factor
     else:
         others = [n for n in reader.operands if n.constant]
-        constant = others[0] if others and reader.params["signs"] == (1, 1) else None
+        constant = others[0] if others and reader.params.signs == (1, 1) else None
     if (
         not isinstance(constant, Node)
         or len(constant.example) > rank
@@ -206,7 +207,7 @@ def _flat_constant(constant: Node | None, sizes: list[int], norm: str, before: l
         return constant
     name = f"{norm}_{constant.name}"
     found = Node(name, g.CONST, aten.reshape.default, (constant, sizes), shape=tuple(sizes), example=tuple(sizes))
-    found.params["floating"] = True
+    found.params = p.Leaf()
     before.append(found)
     return found
 
@@ -218,7 +219,7 @@ def _permuted(source: Node, order: list[int], name: str) -> Node:
         aten.permute.default,
         (source, order),
         operands=[source],
-        params={"how": "permute", "dims": order},
+        params=p.Rearrange("permute", dims=order),
         module=source.module,
         shape=tuple(source.shape[d] for d in order),
         example=tuple(source.example[d] for d in order),
@@ -236,8 +237,8 @@ def join_projections(graph: Graph) -> None:
     for node in graph.nodes:
         if node.kind != g.LINEAR or node.target is not aten.linear.default:
             continue
-        weight, bias = _chunk(node.params["weight"]), _chunk(node.params["bias"])
-        if weight is None or (bias is None) != (node.params["bias"] is None) or (bias and bias[1] != weight[1]):
+        weight, bias = _chunk(node.params.weight), _chunk(node.params.bias)
+        if weight is None or (bias is None) != (node.params.bias is None) or (bias and bias[1] != weight[1]):
             continue
         key = weight[0], bias and bias[0], _origin(node.operands[0])
         groups.setdefault(key, {})[weight[1]] = node
@@ -250,8 +251,8 @@ def join_projections(graph: Graph) -> None:
             continue
         joined = copied(first)
         joined.name = f"{first.name}_joined"
-        joined.params = {**first.params, "weight": weights.args[0], "bias": biases and biases.args[0]}
-        joined.args = (first.operands[0], joined.params["weight"], joined.params["bias"])
+        joined.params = replace(first.params, weight=weights.args[0], bias=biases and biases.args[0])
+        joined.args = (first.operands[0], joined.params.weight, joined.params.bias)
         joined.shape, joined.example = resized(first, axis, total)
         graph.insert_after(first, joined)
         for number, layer in layers.items():
@@ -282,10 +283,10 @@ def fold_channel_scales(graph: Graph) -> None:
     """LayerScale: a per-channel constant right after a linear layer belongs to its weights."""
     users = graph.users(shapes=False)
     for node in graph.nodes:
-        if node.kind != g.SCALE or not isinstance(node.params["factor"], Node) or node.params["inverse"]:
+        if node.kind != g.SCALE or not isinstance(node.params.factor, Node) or node.params.inverse:
             continue
-        layer, factor = node.operands[0], node.params["factor"]
-        if layer.kind not in g.WEIGHTED or only_user(users, layer) is not node or "scale" in layer.params:
+        layer, factor = node.operands[0], node.params.factor
+        if layer.kind not in g.WEIGHTED or only_user(users, layer) is not node or layer.params.scale is not None:
             continue
         shape = factor.example
         channels = layer.example[-1] if layer.kind == g.LINEAR else layer.example[1]
@@ -293,7 +294,7 @@ def fold_channel_scales(graph: Graph) -> None:
         axis = rank - 1 if layer.kind == g.LINEAR else 1
         padded = (1,) * (rank - len(shape)) + shape
         if len(shape) <= rank and padded[axis] == channels and all(s == 1 for i, s in enumerate(padded) if i != axis):
-            layer.params["scale"] = factor
+            layer.params.scale = factor
             graph.replace_uses(node, layer)
     graph.prune()
 
@@ -314,21 +315,21 @@ def recognize_attention(graph: Graph) -> None:
         probabilities, value = node.operands
         if probabilities.kind != g.SOFTMAX or only_user(users, probabilities) is not node:
             continue
-        if len(node.shape) != 4 or probabilities.params["dim"] % 4 != 3:
+        if len(node.shape) != 4 or probabilities.params.dim % 4 != 3:
             continue
         scores, scale, mask = probabilities.operands[0], 1.0, None
-        if scores.kind == g.ADD and only_user(users, scores) is probabilities and scores.params["signs"] == (1, 1):
+        if scores.kind == g.ADD and only_user(users, scores) is probabilities and scores.params.signs == (1, 1):
             constants = [n for n in scores.operands if n.constant]
             if len(constants) == 1 and len(scores.operands) == 2:
                 mask = constants[0]
                 scores = scores.sources[0]
-        if scores.kind == g.SCALE and isinstance(scores.params["factor"], float) and len(users[scores]) == 1:
-            scale = 1 / scores.params["factor"] if scores.params["inverse"] else scores.params["factor"]
+        if scores.kind == g.SCALE and isinstance(scores.params.factor, float) and len(users[scores]) == 1:
+            scale = 1 / scores.params.factor if scores.params.inverse else scores.params.factor
             scores = scores.operands[0]
         if scores.kind != g.MATMUL or len(users[scores]) != 1 or scale <= 0:
             continue
         query, transposed = scores.operands
-        if transposed.kind != g.REARRANGE or transposed.params.get("dims") != [0, 1, 3, 2]:
+        if transposed.kind != g.REARRANGE or transposed.params.dims != [0, 1, 3, 2]:
             continue
         key = transposed.operands[0]
         if not (query.example[:2] == key.example[:2] == value.example[:2]):
@@ -337,7 +338,7 @@ def recognize_attention(graph: Graph) -> None:
         node.target, node.args = aten.scaled_dot_product_attention.default, (query, key, value, mask, 0.0, False)
         node.kwargs = {"scale": scale}
         node.operands = [query, key, value]
-        node.params = {"mask": mask, "causal": False, "scale": scale, "grouped": False}
+        node.params = p.Attention(mask, causal=False, scale=scale, grouped=False)
     graph.prune()
 
 
@@ -348,9 +349,9 @@ def mark_masks(graph: Graph) -> None:
         current = node.operands[0] if node.kind == g.SOFTMAX else node
         while current is not node and len(users[current]) == 1 and current.kind in (g.REARRANGE, g.ADD):
             if current.kind == g.ADD:
-                if len(current.sources) != 1 or current.params["signs"] != (1, 1):
+                if len(current.sources) != 1 or current.params.signs != (1, 1):
                     break
-                current.params["scores"] = True
+                current.params.scores = True
             current = current.sources[0]
 
 
@@ -361,15 +362,15 @@ def assign_matmul_roles(graph: Graph) -> None:
     for node in graph.nodes:
         if node.kind not in (g.MATMUL, g.BILINEAR):
             continue
-        node.params["role"] = "product"
+        node.params.role = "product"
         if any(_through(n, frozenset({g.REARRANGE})).kind == g.SOFTMAX for n in node.operands):
-            node.params["role"] = "attend"
+            node.params.role = "attend"
             continue
         current: Node | None = node
         while current is not None:
             current = only_user(users, current)
             if current is not None and current.kind == g.SOFTMAX:
-                node.params["role"] = "scores"
+                node.params.role = "scores"
             if current is None or current.kind not in soft | {g.ADD}:
                 break
 

@@ -9,6 +9,7 @@ import torch
 
 from ramp_fast import graph as g
 from ramp_fast.graph import Graph, Node, only_user
+from ramp_fast.params import Rearrange
 
 aten = torch.ops.aten
 
@@ -29,13 +30,13 @@ def gate_token_selections(graph: Graph) -> None:
     for node in reversed(graph.nodes):
         mixes[node] = any(u.kind in _MIXING or mixes[u] for u in users[node])
     for node in list(graph.nodes):
-        if node.kind != g.REARRANGE or node.params["how"] not in ("select", "slice") or mixes[node]:
+        if node.kind != g.REARRANGE or node.params.how not in ("select", "slice") or mixes[node]:
             continue
-        source, dim = node.operands[0], node.params["dim"]
+        source, dim = node.operands[0], node.params.dim
         taken: set[int] = set()
         whole = False
         for user in users[source]:
-            if user.kind == g.REARRANGE and user.params["how"] in ("select", "slice") and user.params["dim"] == dim:
+            if user.kind == g.REARRANGE and user.params.how in ("select", "slice") and user.params.dim == dim:
                 taken |= set(_taken(user))
             elif user.kind not in g.CONSTANT:
                 whole = True
@@ -58,12 +59,12 @@ def gate_token_selections(graph: Graph) -> None:
 
 
 def _taken(node: Node) -> range:
-    dim = node.params["dim"]
+    dim = node.params.dim
     length = node.operands[0].example[dim]
-    if node.params["how"] == "select":
-        index = node.params["index"] % length
+    if node.params.how == "select":
+        index = node.params.index % length
         return range(index, index + 1)
-    return range(length)[slice(node.params["start"], node.params["end"], node.params["step"])]
+    return range(length)[slice(node.params.start, node.params.end, node.params.step)]
 
 
 def hoist_slices(graph: Graph) -> None:
@@ -73,14 +74,14 @@ def hoist_slices(graph: Graph) -> None:
     and has no other reader.
     """
     for node in list(graph.nodes):
-        if node.kind == g.REARRANGE and node.params["how"] == "select" and _passable(graph, node):
+        if node.kind == g.REARRANGE and node.params.how == "select" and _passable(graph, node):
             _split_select(graph, node)
     moved = True
     while moved:
         moved = False
         users = graph.users()
         for node in list(graph.nodes):
-            if node.kind == g.REARRANGE and node.params["how"] == "slice":
+            if node.kind == g.REARRANGE and node.params.how == "slice":
                 source = node.operands[0]
                 if only_user(users, source) is node and _hoist(graph, node, source):
                     moved = True
@@ -90,7 +91,7 @@ def hoist_slices(graph: Graph) -> None:
 def _passable(graph: Graph, node: Node) -> bool:
     source = node.operands[0]
     single = len(graph.users()[source]) == 1
-    return single and node.params["dim"] != source.batch.axis and _plan_hoist(node, source) is not None
+    return single and node.params.dim != source.batch.axis and _plan_hoist(node, source) is not None
 
 
 def resized(node: Node, dim: int, length: int) -> tuple[tuple[int | str, ...], tuple[int, ...]]:
@@ -99,16 +100,16 @@ def resized(node: Node, dim: int, length: int) -> tuple[tuple[int | str, ...], t
 
 
 def _split_select(graph: Graph, node: Node) -> None:
-    source, dim = node.operands[0], node.params["dim"]
-    start = node.params["index"] % source.example[dim]
+    source, dim = node.operands[0], node.params.dim
+    start = node.params.index % source.example[dim]
     piece = slice_of(graph, source, dim, start, start + 1, 1)
     node.target, node.args, node.kwargs = aten.squeeze.dim, (piece, dim), {}
-    node.operands, node.params = [piece], {"how": "reshape"}
+    node.operands, node.params = [piece], Rearrange("reshape")
 
 
 def slice_of(graph: Graph, source: Node, dim: int, start: int, end: int, step: int) -> Node:
     """The slice of ``source``, an existing one where there is one (two would keep each other from moving)."""
-    params = {"how": "slice", "dim": dim, "start": start, "end": end, "step": step}
+    params = Rearrange("slice", dim, start, end, step)
     for node in graph.nodes:
         if node.target is aten.slice.Tensor and node.args[0] is source and node.params == params:
             return node
@@ -135,17 +136,17 @@ _Targets = list[tuple[Node, int]]
 
 
 def _plan_hoist(piece: Node, source: Node) -> _Targets | None:
-    dim, rank = piece.params["dim"], len(source.shape)
+    dim, rank = piece.params.dim, len(source.shape)
     kind = source.kind
     aligned: _Targets = [(n, dim) for n in source.operands]
     if kind in (g.ACTIVATION, g.GENERIC, g.SELECT_TOKENS):
         return aligned
     if kind in (g.LAYER_NORM, g.RMS_NORM):
-        return aligned if dim < rank - source.params["dims"] else None
+        return aligned if dim < rank - source.params.dims else None
     if kind == g.LINEAR:
         return aligned if dim < rank - 1 else None
     if kind == g.SCALE:
-        factor = source.params["factor"]
+        factor = source.params.factor
         plain = not isinstance(factor, Node) or len(factor.shape) < rank - dim or factor.shape[dim - rank] == 1
         return aligned if plain else None
     if kind in (g.ADD, g.MUL):
@@ -156,12 +157,12 @@ def _plan_hoist(piece: Node, source: Node) -> _Targets | None:
                 targets.append((n, own))
         return targets
     if kind == g.ATTENTION:
-        if dim != rank - 2 or source.params["causal"] or source.params["mask"] is not None or source.params["grouped"]:
+        if dim != rank - 2 or source.params.causal or source.params.mask is not None or source.params.grouped:
             return None
         return [(source.operands[0], dim)]
-    if kind == g.REARRANGE and source.params["how"] == "permute":
-        return [(source.operands[0], source.params["dims"][dim])]
-    if kind == g.REARRANGE and source.params["how"] == "reshape":
+    if kind == g.REARRANGE and source.params.how == "permute":
+        return [(source.operands[0], source.params.dims[dim])]
+    if kind == g.REARRANGE and source.params.how == "reshape":
         inner = source.operands[0]
         # Axes up to `dim` must be untouched; the target shape is rewritten below.
         if len(inner.shape) > dim and inner.shape[: dim + 1] == source.shape[: dim + 1]:
@@ -170,16 +171,16 @@ def _plan_hoist(piece: Node, source: Node) -> _Targets | None:
 
 
 def _hoist(graph: Graph, piece: Node, source: Node) -> bool:
-    dim = piece.params["dim"]
+    dim = piece.params.dim
     if dim == source.batch.axis:
         return False
     targets = _plan_hoist(piece, source)
     if targets is None:
         return False
     length = piece.example[dim]
-    if source.kind == g.REARRANGE and source.params["how"] == "reshape" and not _rewrite_reshape(source, dim, length):
+    if source.kind == g.REARRANGE and source.params.how == "reshape" and not _rewrite_reshape(source, dim, length):
         return False
-    start, end, step = piece.params["start"], piece.params["end"], piece.params["step"]
+    start, end, step = piece.params.start, piece.params.end, piece.params.step
     for operand, own in targets:
         source.replace(operand, slice_of(graph, operand, own, start, end, step))
     source.shape, source.example = resized(source, dim, length)

@@ -21,6 +21,7 @@ from ramp_fast.capture.exporter import first_line, known_size, quiet
 from ramp_fast.capture.vocabulary import VOCABULARY, InSteps, Unsupported, bind, composite
 from ramp_fast.errors import UnsupportedModelError
 from ramp_fast.graph import Graph, Node
+from ramp_fast.params import Leaf, SplitOutput
 
 # Nodes that compute nothing: shape and dtype guards left by export.
 _GUARDS = ("_assert", "sym_constrain", "_guards_fn")
@@ -158,7 +159,7 @@ class _Translator:
             return  # the body of a region, inlined where it is called
         elif node.op == "get_attr" and isinstance(value := _submodule(node), torch.Tensor):
             leaf = Node(node.name, g.CONST, lambda: value, shape=tuple(value.shape), example=tuple(value.shape))
-            leaf.params["floating"], leaf.dtype = value.is_floating_point(), value.dtype
+            leaf.params, leaf.dtype = Leaf(floating=value.is_floating_point()), value.dtype
             self.values[self.emit(leaf, node)] = value
         elif node.op == "get_attr" or node.op == "call_module":
             self._unsupported(node, str(node.target))
@@ -187,9 +188,9 @@ class _Translator:
         value = node.meta["val"]
         if node.name in self.leaves:
             fqn = self.leaves[node.name]
-            leaf = Node(node.name, g.PARAM, _no_call, params={"tensor": self.tensors[fqn], "fqn": fqn})
+            leaf = Node(node.name, g.PARAM, _no_call, params=Leaf(self.tensors[fqn], fqn, value.is_floating_point()))
             leaf.shape, leaf.example = self.shape(value), self.example(value)
-            leaf.params["floating"], leaf.dtype = value.is_floating_point(), value.dtype
+            leaf.dtype = value.dtype
             self.values[self.emit(leaf, node)] = value
             return
         if not isinstance(value, torch.Tensor):
@@ -240,10 +241,10 @@ class _Translator:
         variable = any(not ref.constant for ref in out.references())
         if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
             out.kind = g.INT
-            out.params["more"] = value if isinstance(value, (int, float, bool)) else self.size(value)[2]
+            out.params = Leaf(more=value if isinstance(value, (int, float, bool)) else self.size(value)[2])
         elif not variable or self._shape_only(out, name):
             out.kind = g.CONST
-            out.params["floating"] = isinstance(value, torch.Tensor) and value.is_floating_point()
+            out.params = Leaf(floating=isinstance(value, torch.Tensor) and value.is_floating_point())
             if _draws(out):
                 self._unsupported(node, f"{name}, which draws random numbers (maps would change from call to call)")
         else:
@@ -325,7 +326,7 @@ class _Translator:
                 self.values[source] = origin.meta.get("val")
                 return source  # type: ignore[no-any-return]
             out.kind, out.operands = g.SPLIT_OUTPUT, [source]
-            out.params = {"index": out.args[1]}
+            out.params = SplitOutput(out.args[1])
             return None
         handler = VOCABULARY.get(name)
         try:

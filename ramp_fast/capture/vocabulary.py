@@ -21,6 +21,7 @@ from torch import Tensor
 from ramp_fast import graph as g
 from ramp_fast.capture.linear_maps import Call, Resampling
 from ramp_fast.graph import Node
+from ramp_fast.params import Params
 
 Bound = dict[str, Any]
 Handler = Callable[[Node, Bound], "Node | InSteps | None"]
@@ -74,7 +75,8 @@ def bind(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
 
 
 def _set(node: Node, kind: str, operands: list[Node], **params: Any) -> None:
-    node.kind, node.operands, node.params = kind, operands, params
+    node.kind, node.operands = kind, operands
+    node.params = g.PARAMS.get(kind, Params)(**params)
 
 
 def _constant_only(value: Any, what: str) -> None:
@@ -490,8 +492,8 @@ def _is_statistic(node: Node) -> bool:
         node = node.operands[0]
     if node.kind != g.ACTIVATION:
         return False
-    power = node.args[1] if node.params["function"] == "pow" else 0
-    return node.params["function"] in ("rsqrt", "reciprocal") or power < 0
+    power = node.args[1] if node.params.function == "pow" else 0
+    return node.params.function in ("rsqrt", "reciprocal") or power < 0
 
 
 @handles("addcmul.default", "addcdiv.default")
@@ -543,11 +545,11 @@ def _matmul(node: Node, b: Bound) -> InSteps | None:
         if len(second.shape) == 2 and _fixed(second):
             _set(node, g.LINEAR, [first], weight=second, bias=None, transposed=True)
         else:
-            _linear_map(node, first, Call(node, first), contracts=True)
+            _linear_map(node, first, Call(node, first))
     elif first.constant:
         if len(first.shape) == 2 <= len(second.shape) and _fixed(first):
             return in_steps(lambda a, b: (b.mT @ a.mT).mT, first, second)
-        _linear_map(node, second, Call(node, second), contracts=True)
+        _linear_map(node, second, Call(node, second))
     else:
         _set(node, g.MATMUL, [first, second])
     return None
@@ -679,11 +681,11 @@ def _max_pool(node: Node, b: Bound) -> None:
          "max_pool3d_with_indices.default", "adaptive_max_pool1d.default", "adaptive_max_pool2d.default",
          "adaptive_max_pool3d.default", "amax.default", "amin.default", "max.dim", "min.dim")  # fmt: skip
 def _extreme(node: Node, b: Bound) -> None:
-    params: Bound = {}
+    labels = None
     if "dim" in b:
         rank = len(b["self"].shape)
-        params["labels"] = _reduced(rank, _axes(b["dim"], rank), b["keepdim"])
-    _set(node, g.MAX_REDUCTION, [b["self"]], **params)
+        labels = _reduced(rank, _axes(b["dim"], rank), b["keepdim"])
+    _set(node, g.MAX_REDUCTION, [b["self"]], labels=labels)
 
 
 @handles("linalg_vector_norm.default", "norm.ScalarOpt_dim", "std.correction", "std.dim", "var.correction", "var.dim",
@@ -961,7 +963,7 @@ def _places(index: Any, whole: Node, dim: int) -> list[int]:
 
 def _evaluated(node: Node) -> Any:
     if node.kind == g.PARAM:
-        return node.params["tensor"]
+        return node.params.tensor
     return node.target(*g.map_nodes(_evaluated, node.args), **g.map_nodes(_evaluated, node.kwargs))
 
 

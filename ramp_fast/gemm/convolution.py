@@ -14,6 +14,7 @@ from ramp_fast import ops
 from ramp_fast.gemm import private_operators
 from ramp_fast.gemm.matrix import Matrix, Selection, negative_part, positive_part
 from ramp_fast.gemm.precision import Precision
+from ramp_fast.params import Conv
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Geometry:
     groups: int
 
     @classmethod
-    def of(cls, params: dict[str, Any]) -> Geometry:
+    def of(cls, params: Conv) -> Geometry:
         """That of a node."""
-        return cls(params["stride"], params["padding"], params["dilation"], params["groups"])
+        return cls(params.stride, params.padding, params.dilation, params.groups)
 
     def pixels(self, weight: Tensor) -> bool:
         """Whether the windows are single pixels."""

@@ -157,9 +157,9 @@ class AbsLRP(Rule):
     def operation(self, node: Node, precision: Precision, fusion: Fusion) -> Operation:
         """As :meth:`Rule.operation`."""
         kind: type[Operation] = TABLE[node.kind]
-        if node.kind == g.REARRANGE and node.params["how"] in ("cat", "stack"):
+        if node.kind == g.REARRANGE and node.params.how in ("cat", "stack"):
             kind = Join
-        elif node.kind == g.ACTIVATION and node.params["how"] == "relu":
+        elif node.kind == g.ACTIVATION and node.params.how == "relu":
             kind = Relu if fusion.fused_into is None else FusedRelu
         return kind(node, precision, fusion, self)
 
@@ -171,7 +171,7 @@ class AbsLRP(Rule):
 
     def gated_output(self, node: Node) -> bool:
         """Whether relevance of non-positive outputs of ``node`` is dropped by its own pull-back."""
-        if node.kind == g.ATTENTION or (node.kind in (g.MATMUL, g.BILINEAR) and node.params["role"] == "attend"):
+        if node.kind == g.ATTENTION or (node.kind in (g.MATMUL, g.BILINEAR) and node.params.role == "attend"):
             return self.gates_attention
         return node.kind in (g.ACTIVATION, g.SELECT_TOKENS)
 

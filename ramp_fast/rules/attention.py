@@ -32,7 +32,7 @@ class Softmax(Operation):
         part = self.merged(parts, values, conservation)
         source = self.node.operands[0]
         scores = values[source]
-        dim = self.node.params["dim"] % scores.dim()
+        dim = self.node.params.dim % scores.dim()
         c = ops.softmax_pullback(masked(scores).movedim(dim, -1), part.c.movedim(dim + 1, -1))
         yield Flow(source, Massed(c.movedim(-1, dim + 1), part.target))
 
@@ -64,7 +64,7 @@ class Attention(Operation):
         self.pullback_kernel = "attention_pullback" if self._fused else "products"
 
     def prepare(self, constants: dict[Node, Any]) -> None:
-        mask = constants.get(self.node.params["mask"])
+        mask = constants.get(self.node.params.mask)
         self.only_masks = None if mask is None or mask.dtype == torch.bool else only_masks(mask)
 
     def needs(self) -> list[Node]:
@@ -74,13 +74,13 @@ class Attention(Operation):
     def forward(self, values: Values) -> tuple[Any, Any]:
         p = self.node.params
         q, k, v = (values[n] for n in self.node.operands)
-        mask = values[p["mask"]] if p["mask"] is not None else None
+        mask = values[p.mask] if p.mask is not None else None
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if mask is None and not p["grouped"] and flash_attends(q, k, v):
-                return flash_attention(q, k, v, p["causal"], p["scale"])
+            if mask is None and not p.grouped and flash_attends(q, k, v):
+                return flash_attention(q, k, v, p.causal, p.scale)
             return torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, mask, 0.0, p["causal"], scale=p["scale"], enable_gqa=p["grouped"]
+                q, k, v, mask, 0.0, p.causal, scale=p.scale, enable_gqa=p.grouped
             )
 
         if mask is None and q.shape[0] == k.shape[0]:
@@ -121,7 +121,7 @@ class Attention(Operation):
         """Whether one operator does it all: plain attention, samples first in every operand."""
         p = self.node.params
         q, k, v = self.node.operands
-        plain = p["mask"] is None and not p["causal"] and not p["grouped"] and p["scale"] > 0
+        plain = p.mask is None and not p.causal and not p.grouped and p.scale > 0
         # A constant query may be broadcast over the batch: the operator does not do that.
         fits = k.example == v.example and q.example[:-2] == k.example[:-2] and q.example[-1] == k.example[-1]
         return plain and fits and all(n.batch.leading for n in (self.node, *self.node.operands))
@@ -136,7 +136,7 @@ class Attention(Operation):
         heads = math.prod(between)
         q, k, v, out = (t.reshape(t.shape[0], heads, *t.shape[-2:]) for t in (q, k, v, out))
         c = c.reshape(*c.shape[:2], heads, *c.shape[-2:])
-        *flat, masses = ops.attention_pullback(q, k, v, out, c, self.node.params["scale"], gated, conservation.contrast)
+        *flat, masses = ops.attention_pullback(q, k, v, out, c, self.node.params.scale, gated, conservation.contrast)
         c_q, c_k, c_v = (t.reshape(*t.shape[:2], *between, *t.shape[-2:]) for t in flat)
         # The windows of one sample lie side by side along the batch.
         if masses.shape[-1] != conservation.batch:
@@ -149,13 +149,13 @@ class Attention(Operation):
         nodes, axis = self.node.operands, self.node.batch
         q, k, v = (values[n] for n in nodes)
         heads = k.shape[1]
-        if p["grouped"]:
+        if p.grouped:
             repeat = q.shape[1] // heads
             k, v = (t.repeat_interleave(repeat, 1) for t in (k, v))
         c = c.to(dtype)
         if gated:
             c = gate(c, values[self.node])
-        query = q * p["scale"]
+        query = q * p.scale
         plain, bias = self._scores(query, k, values)
         scores = plain if bias is None else plain + bias
         weights = torch.nan_to_num(scores.softmax(-1))
@@ -166,7 +166,7 @@ class Attention(Operation):
         m_bias = None
         if bias is not None:
             c_s, m_bias = self._take_bias(c_s, plain, bias, axis, conservation)
-        c_q = pull_product(c_s, k, query, dtype, gated, lambda u, w: u @ w) * p["scale"]
+        c_q = pull_product(c_s, k, query, dtype, gated, lambda u, w: u @ w) * p.scale
         c_k = self._fold(pull_product(c_s.mT, query, k, dtype, gated, lambda u, w: u @ w), heads)
         own = ((q, c_q, nodes[0]), (values[nodes[1]], c_k, nodes[1]), (values[nodes[2]], c_v, nodes[2]))
         m_q, m_k, m_v = (conservation.mass(x, u, n.batch) for x, u, n in own)
@@ -182,12 +182,12 @@ class Attention(Operation):
         wide = torch.promote_types(query.dtype, torch.float32)
         scores = query.to(wide) @ k.to(wide).mT
         p = self.node.params
-        if p["causal"]:
+        if p.causal:
             keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
             return scores.masked_fill(~keep, float("-inf")), None
-        if p["mask"] is None:
+        if p.mask is None:
             return scores, None
-        mask = values[p["mask"]]
+        mask = values[p.mask]
         if mask.dtype == torch.bool:
             return scores.masked_fill(~mask, float("-inf")), None
         hidden = mask < MASK_BELOW

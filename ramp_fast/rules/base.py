@@ -147,10 +147,10 @@ class Values:
 def _no_larger(node: Node) -> bool:
     """Whether no entry of the value is larger than the largest of the operands."""
     if node.kind == g.ACTIVATION:
-        return bool(node.params["how"] == "relu")
+        return bool(node.params.how == "relu")
     if node.kind == g.REARRANGE:
-        return node.params["how"] in ("reshape", "permute", "slice", "select", "cat", "stack")
-    return node.kind == g.MAX_POOL or (node.kind == g.LINEAR_POOL and node.params["how"] == "mean")
+        return node.params.how in ("reshape", "permute", "slice", "select", "cat", "stack")
+    return node.kind == g.MAX_POOL or (node.kind == g.LINEAR_POOL and node.params.how == "mean")
 
 
 class Operation:

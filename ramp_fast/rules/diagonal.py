@@ -70,17 +70,17 @@ class Activation(_Diagonal):
 
     def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
         super().__init__(node, precision, fusion, rule)
-        if node.params["function"] == "gelu":
+        if node.params.function == "gelu":
             self.forward_kernel = "gelu_factor"
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         x = values[self.node.operands[0]]
         dtype = self.precision.pullback
-        if self.node.params["function"] == "gelu":
+        if self.node.params.function == "gelu":
             tanh = self.node.kwargs.get("approximate", "none") == "tanh"
             y, factor = ops.gelu_factor(x, tanh, dtype)
             return y, factor
-        name = self.node.params["function"]
+        name = self.node.params.function
         y, factor = smooth_factor(name, lambda u: values.call_at(self.node, self.node.operands[0], u), x)
         return y, factor.to(dtype)
 
@@ -161,7 +161,7 @@ class BatchNorm(_Diagonal):
         if known is not None:
             values.limit(self.node, known * self._reach[0] + self._reach[1])
         relu = self.fusion.fused_relu
-        cap = relu.params["cap"] if relu is not None else math.inf
+        cap = relu.params.cap if relu is not None else math.inf
         return ops.affine_factor(x, self.gain, self.shift, relu is not None, cap, self.precision.pullback)
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
@@ -183,19 +183,19 @@ class Scale(Operation):
 
     @property
     def _number(self) -> bool:
-        factor = self.node.params["factor"]
+        factor = self.node.params.factor
         return not isinstance(factor, Node) or all(s == 1 for s in factor.example)
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
-        factor = values[self.node.params["factor"]]
+        factor = values[self.node.params.factor]
         source = self.node.operands[0]
         if not isinstance(factor, Tensor):
-            size = 1 / abs(factor) if self.node.params["inverse"] else abs(factor)
+            size = 1 / abs(factor) if self.node.params.inverse else abs(factor)
             c = part.c * size
         else:
             wide = factor.to(torch.promote_types(part.c.dtype, torch.float32))
-            size = wide.abs().reciprocal() if self.node.params["inverse"] else wide.abs()
+            size = wide.abs().reciprocal() if self.node.params.inverse else wide.abs()
             c = part.c * size.to(part.c.dtype)
             if not self._number:
                 c = 2 * gate(c, values[source] * factor)
@@ -248,11 +248,11 @@ class LayerNorm(Operation):
         source = self.node.operands[0]
         p = self.node.params
         x = values[source]
-        weight = values[p["weight"]]
+        weight = values[p.weight]
         part = self.merged(parts, values, conservation)
-        dims = p["dims"]
+        dims = p.dims
         flat = x.flatten(-dims), part.c.flatten(-dims), None if weight is None else weight.flatten()
-        c = ops.norm_pullback(flat[1], flat[0], flat[2], p["eps"]).view(part.c.shape)
+        c = ops.norm_pullback(flat[1], flat[0], flat[2], p.eps).view(part.c.shape)
         yield Flow(source, Massed(c, part.target))
 
 
@@ -267,10 +267,10 @@ class RmsNorm(Operation):
         p = self.node.params
         part = self.merged(parts, values, conservation)
         x = values[source].to(torch.promote_types(values[source].dtype, torch.float32))
-        axes = tuple(range(-p["dims"], 0))
-        eps = p["eps"] if p["eps"] is not None else torch.finfo(values[source].dtype).eps
+        axes = tuple(range(-p.dims, 0))
+        eps = p.eps if p.eps is not None else torch.finfo(values[source].dtype).eps
         inverse = (x.square().mean(axes, keepdim=True) + eps).rsqrt()
-        weight = values[p["weight"]]
+        weight = values[p.weight]
         factor = (1 + x.sign()) if weight is None else weight.abs() + x.sign() * weight
         yield Flow(source, Massed(ops.scale_by(part.c, factor * inverse), part.target))
 
@@ -286,14 +286,14 @@ class GroupNorm(Operation):
         p = self.node.params
         part = self.merged(parts, values, conservation)
         x = values[source].to(torch.promote_types(values[source].dtype, torch.float32))
-        grouped = x.unflatten(1, (p["groups"], -1)).flatten(2)
+        grouped = x.unflatten(1, (p.groups, -1)).flatten(2)
 
         def inverse_sigma(u: Tensor) -> Tensor:
-            inverse: Tensor = (u.var(-1, unbiased=False, keepdim=True) + p["eps"]).rsqrt()
+            inverse: Tensor = (u.var(-1, unbiased=False, keepdim=True) + p.eps).rsqrt()
             return inverse.expand_as(u).reshape(x.shape)
 
         shape = (-1, *[1] * (x.dim() - 2))
-        weight = values[p["weight"]]
+        weight = values[p.weight]
         gain = torch.ones((), dtype=x.dtype, device=x.device) if weight is None else weight.to(x.dtype).view(shape)
         factor = x.sign() * gain * inverse_sigma(grouped) + gain.abs() * inverse_sigma(grouped.abs())
         yield Flow(source, Massed(ops.scale_by(part.c, factor), part.target))
@@ -306,20 +306,20 @@ class Div(Operation):
     """
 
     def needs(self) -> list[Node]:
-        return [self.node.operands[0], self.node.params["denominator"]]
+        return [self.node.operands[0], self.node.params.denominator]
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
         source = self.node.operands[0]
-        x, denominator = values[source], values[self.node.params["denominator"]]
+        x, denominator = values[source], values[self.node.params.denominator]
         size = denominator.to(torch.promote_types(denominator.dtype, torch.float32)).abs()  # masks are no numbers yet
         scaled = (
             part.c * size
-            if self.node.params["inverse"]
+            if self.node.params.inverse
             else divide(part.c, size.expand(part.c.shape[1:]).expand_as(part.c))
         )
         # What is decided by comparisons is a number, as constant factors are: no layer.
-        c = scaled if self.node.params["number"] else 2 * gate(scaled, x * denominator)
+        c = scaled if self.node.params.number else 2 * gate(scaled, x * denominator)
         yield Flow(source, Massed(reduce_to(c.to(part.c.dtype), x.shape), part.target))
 
 

@@ -86,7 +86,7 @@ class _Search:
         fuses = (
             norm is not None
             and norm.kind == g.LAYER_NORM
-            and norm.params["dims"] == 1
+            and norm.params.dims == 1
             and len(self.users[norm]) == 1
             and norm.batch.leading
             and norm.batch.inner == 1
@@ -110,7 +110,7 @@ class _Search:
             if conv.kind != g.CONV or self.users[conv] != [norm] or not self._fuses(conv):
                 continue
             readers = self.users[norm]
-            if any(self._is_fused_relu(u) and u.params["cap"] < math.inf for u in readers):
+            if any(self._is_fused_relu(u) and u.params.cap < math.inf for u in readers):
                 continue  # from a value that was cut nothing is told
             found[conv] = norm, None
             total = readers[0] if len(readers) == 1 else norm
@@ -119,15 +119,15 @@ class _Search:
             other = next(n for n in total.operands if n is not norm)
             relu = self._relu_above(total)
             there = position[other] < position[conv]
-            if there and relu is not None and relu.params["cap"] == math.inf:
+            if there and relu is not None and relu.params.cap == math.inf:
                 found[conv] = norm, total
         return found
 
     def _fuses(self, conv: Node) -> bool:
-        weight = conv.params["weight"]
+        weight = conv.params.weight
         if weight.kind != g.PARAM or len(weight.example) != 4 or not conv.batch.leading:
             return False
-        tensor = weight.params["tensor"]
+        tensor = weight.params.tensor
         tiles = Geometry.of(conv.params).tiles(tensor, *conv.operands[0].example[2:])
         return not tiles and fuses_convolutions(self.options.precision, tensor.device)
 
@@ -136,7 +136,7 @@ class _Search:
 
         With equal shares a ReLU sets masses, which a sum cannot do for every reader of the ReLU.
         """
-        if node.kind != g.ACTIVATION or node.params["how"] != "relu":
+        if node.kind != g.ACTIVATION or node.params.how != "relu":
             return False
         source = node.operands[0]
         if self.users[source] != [node]:
@@ -150,7 +150,7 @@ class _Search:
         while len(self.users[node]) == 1:
             if self.options.gated_output(node):
                 return True
-            if node.kind != g.REARRANGE or len(node.sources) != 1 or node.params["how"] in ("expand", "vjp"):
+            if node.kind != g.REARRANGE or len(node.sources) != 1 or node.params.how in ("expand", "vjp"):
                 return False
             node = node.operands[0]
         return False
@@ -161,13 +161,13 @@ _NEVER_NEGATIVE = frozenset({"relu", "sigmoid", "hardsigmoid", "abs", "square", 
 
 def _never_negative(node: Node) -> bool:
     if node.kind == g.ACTIVATION:
-        return node.params["function"] in _NEVER_NEGATIVE
+        return node.params.function in _NEVER_NEGATIVE
     if node.kind == g.SOFTMAX:
         return True
     if node.kind in (g.MAX_POOL, g.MAX_REDUCTION, g.LINEAR_POOL, g.REARRANGE, g.SPLIT_OUTPUT, g.SPLIT, g.SELECT_TOKENS):
         return bool(node.sources) and len(node.sources) == len(node.operands) and _all(node.sources)
     if node.kind == g.ADD:
-        plain = node.params["signs"] == (1, 1) and len(node.sources) == 2
+        plain = node.params.signs == (1, 1) and len(node.sources) == 2
         return plain and _all(node.sources)
     return node.kind == g.MUL and _all(node.sources)
 

@@ -25,7 +25,7 @@ def plain_sum(node: Node) -> bool:
     """Whether ``node`` adds two tensors of the same shape."""
     a, *rest = node.operands
     same = len(rest) == 1 and a.example == rest[0].example and a.batch == rest[0].batch
-    return same and not a.constant and not rest[0].constant and bool(node.params["signs"] == (1, 1))
+    return same and not a.constant and not rest[0].constant and bool(node.params.signs == (1, 1))
 
 
 class Add(Operation):
@@ -57,7 +57,7 @@ class Add(Operation):
             return values[self._operands_of(conv)[0]], None
         relu = self.fusion.fused_relu
         if relu is not None:
-            return values.call(self.node).clamp_(0, relu.params["cap"]), None
+            return values.call(self.node).clamp_(0, relu.params.cap), None
         constant = self._added_to_scores(values)
         if constant is None:
             return super().forward(values)
@@ -78,7 +78,7 @@ class Add(Operation):
 
     def _added_to_scores(self, values: Values | dict[Node, Any]) -> Tensor | None:
         """The constant, a bias or a mask, where this sum goes into a softmax."""
-        if not self.node.params.get("scores"):
+        if not self.node.params.scores:
             return None
         constant = next((values[n] for n in self.node.operands if n.constant), None)
         return constant if isinstance(constant, Tensor) and constant.is_floating_point() else None
@@ -155,7 +155,7 @@ class Add(Operation):
             yield Flow(self.node.sources[0], Massed(part.c, part.target))
             return
         flows: list[tuple[Node | None, Tensor, Tensor]] = []
-        for operand, sign in zip((p["first"], p["second"]), p["signs"], strict=True):
+        for operand, sign in zip((p.first, p.second), p.signs, strict=True):
             x = values[operand]
             if not isinstance(x, Tensor):
                 x = part.c.new_full((), float(x))  # without a copy from the host
@@ -211,7 +211,7 @@ class Matmul(Operation):
 
     @property
     def _gates_output(self) -> bool:
-        return bool(self.rule.gates_attention and self.node.params["role"] == "attend")
+        return bool(self.rule.gates_attention and self.node.params.role == "attend")
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
@@ -221,7 +221,7 @@ class Matmul(Operation):
             c = gate(c, values[self.node])
         first, second = self.node.operands
         a, b = values[first], values[second]
-        only_positive = self.rule.gates_attention and self.node.params["role"] == "scores"
+        only_positive = self.rule.gates_attention and self.node.params.role == "scores"
         c_a = pull_product(c, b.mT, a, dtype, only_positive, lambda u, v: u @ v)
         c_b = pull_product(c, a.mT, b, dtype, only_positive, lambda u, v: v @ u)
         flows = [
@@ -256,12 +256,12 @@ class Bilinear(Operation):
     pullback_kernel = "autograd"
 
     def needs(self) -> list[Node]:
-        gated = self.rule.gates_attention and self.node.params["role"] == "attend"
+        gated = self.rule.gates_attention and self.node.params.role == "attend"
         return [*self.node.operands, *([self.node] if gated else [])]
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
-        gated, role = self.rule.gates_attention, self.node.params["role"]
+        gated, role = self.rule.gates_attention, self.node.params.role
         c = part.c.to(self.precision.accumulate)
         if gated and role == "attend":
             c = gate(c, values[self.node])

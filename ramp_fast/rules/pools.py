@@ -28,16 +28,16 @@ class LinearPool(Operation):
         source = self.node.operands[0]
         x = values[source]
         p = self.node.params
-        if p["how"] == "vjp":
+        if p.how == "vjp":
             c = vjp(lambda u: values.call_at(self.node, source, u), tuple(x.shape), part.c)
         else:
             c = part.c
-            if not p["keepdim"]:
-                for d in p["dims"]:
+            if not p.keepdim:
+                for d in p.dims:
                     c = c.unsqueeze(d + 1)
-            if p["how"] == "mean":
+            if p.how == "mean":
                 count = 1
-                for d in p["dims"]:
+                for d in p.dims:
                     count *= x.shape[d]
                 c = c / count
         yield Flow(source, conservation.gate(Massed(c.expand(c.shape[0], *x.shape), part.target), x, source.batch))
@@ -49,15 +49,15 @@ class MaxPool(Operation):
     def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
         super().__init__(node, precision, fusion, rule)
         p = node.params
-        kernel = _pair(p["kernel_size"])
-        stride = _pair(p["stride"] or kernel)
+        kernel = _pair(p.kernel_size)
+        stride = _pair(p.stride or kernel)
         self.window = kernel
         # Windows that lie side by side find their largest inputs again; others keep where these are.
         self.tiles = (
             len(node.example) == 4
             and stride == kernel
-            and _pair(p["padding"]) == (0, 0)
-            and _pair(p["dilation"]) == (1, 1)
+            and _pair(p.padding) == (0, 0)
+            and _pair(p.dilation) == (1, 1)
             and all(n // k == m for n, k, m in zip(node.operands[0].example[2:], kernel, node.example[2:], strict=True))
         )
         self.pullback_kernel = "max_pool_pullback" if self.tiles else "unpool (CPU)" if self._undilated else "aten"
@@ -72,7 +72,7 @@ class MaxPool(Operation):
 
     def _arguments(self) -> tuple[Any, ...]:
         p = self.node.params
-        return p["kernel_size"], p["stride"], p["padding"], p["dilation"], p["ceil_mode"]
+        return p.kernel_size, p.stride, p.padding, p.dilation, p.ceil_mode
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         x = values[self.node.operands[0]]
@@ -100,7 +100,7 @@ class MaxPool(Operation):
             c = c.to(wide) * values[self.node].to(wide)
         if self._unpools(c.device):
             p = self.node.params
-            windows = [list(_pair(p[k] or p["kernel_size"])) for k in ("kernel_size", "stride", "padding")]
+            windows = [list(_pair(getattr(p, k) or p.kernel_size)) for k in ("kernel_size", "stride", "padding")]
             rows = c.permute(0, 1, 3, 4, 2), indices.permute(0, 2, 3, 1)
             return ops.unpool(*rows, *shape[2:], *windows).permute(0, 1, 4, 2, 3).to(narrow.dtype)
         layout = torch.contiguous_format if plain else torch.channels_last
@@ -115,7 +115,7 @@ class MaxPool(Operation):
 
     @property
     def _undilated(self) -> bool:
-        return _pair(self.node.params["dilation"]) == (1, 1) and len(self.node.example) == 4
+        return _pair(self.node.params.dilation) == (1, 1) and len(self.node.example) == 4
 
     def _unpools(self, device: torch.device) -> bool:
         return self._undilated and ops.cpu_kernels(device)

@@ -19,7 +19,7 @@ def _reshape(c: Tensor, node: Node, shape: torch.Size) -> Tensor:
 
 
 def _permute(c: Tensor, node: Node, shape: torch.Size) -> Tensor:
-    dims = node.params["dims"]
+    dims = node.params.dims
     inverse = [0] * len(dims)
     for place, source in enumerate(dims):
         inverse[source] = place
@@ -30,14 +30,14 @@ def _slice(c: Tensor, node: Node, shape: torch.Size) -> Tensor:
     p = node.params
     full = c.new_zeros(c.shape[0], *shape)
     index: list[Any] = [slice(None)] * full.dim()
-    index[p["dim"] + 1] = slice(p["start"], p["end"], p["step"])
+    index[p.dim + 1] = slice(p.start, p.end, p.step)
     full[tuple(index)] = c
     return full
 
 
 def _select(c: Tensor, node: Node, shape: torch.Size) -> Tensor:
     full = c.new_zeros(c.shape[0], *shape)
-    full.select(node.params["dim"] + 1, node.params["index"]).copy_(c)
+    full.select(node.params.dim + 1, node.params.index).copy_(c)
     return full
 
 
@@ -61,7 +61,7 @@ class Move(Operation):
 
     def needs(self) -> list[Node]:
         # Masks that the images decide say again where values went.
-        if self.node.params["how"] != "vjp":
+        if self.node.params.how != "vjp":
             return []
         return [n for n in dict.fromkeys(self.node.references()) if not n.constant and n not in self.node.operands]
 
@@ -71,7 +71,7 @@ class Move(Operation):
     def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         node = self.node
         part = self.merged(parts, values, conservation)
-        how = node.params["how"]
+        how = node.params.how
         if how == "vjp":
             source = node.operands[0]
             c = vjp(lambda u: values.call_at(node, source, u), tuple(kept), part.c)
@@ -106,11 +106,11 @@ class Join(Operation):
     def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         node = self.node
         part = self.merged(parts, values, conservation)
-        dim = node.params["dim"] + 1
+        dim = node.params.dim + 1
         several = len(node.sources) > 1
         if several:
             part = conservation.exact(values[node], part, node.batch)
-        if node.params["how"] == "stack":
+        if node.params.how == "stack":
             pieces = list(part.c.unbind(dim))
             own = list(values[node].unbind(dim - 1)) if several else []
         else:
@@ -137,8 +137,8 @@ class Split(Operation):
 
     def join(self, pieces: dict[int, Tensor], kept: Any) -> Tensor:
         shape, shapes = kept
-        dim = self.node.params["dim"] + 1
-        unbound = self.node.params["how"] == "unbind"
+        dim = self.node.params.dim + 1
+        unbound = self.node.params.how == "unbind"
         if unbound and len(pieces) == shape[dim - 1]:
             beside = stacked_view([pieces[i] for i in range(len(pieces))], dim)
             if beside is not None:
@@ -168,4 +168,4 @@ class SplitOutput(Operation):
     def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
         part = conservation.exact(values[self.node], part, self.node.batch)
-        yield Flow(self.node.operands[0], part, self.node.params["index"])
+        yield Flow(self.node.operands[0], part, self.node.params.index)

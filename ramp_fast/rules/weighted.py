@@ -11,7 +11,7 @@ from typing import Generic as GenericType
 import torch
 from torch import Tensor
 
-from ramp_fast import gemm
+from ramp_fast import gemm, params
 from ramp_fast import graph as g
 from ramp_fast.graph import Node
 from ramp_fast.rules.base import Flow, Operation, Values, selected
@@ -49,11 +49,11 @@ class Weighted(Operation, GenericType[Pullback]):
         raise NotImplementedError
 
     def prepare(self, constants: dict[Node, Any]) -> None:
-        params = self.parameters()
-        references = list(g.nodes_in(params))
+        given = self.parameters()
+        references = list(g.nodes_in(given))
         if all(n.kind == g.PARAM for n in references):
-            sources = tuple(n.params["tensor"] for n in references)
-            options = repr(g.map_nodes(lambda n: references.index(n), params))
+            sources = tuple(n.params.tensor for n in references)
+            options = repr(g.map_nodes(lambda n: references.index(n), given))
             kind = type(self), options, self.node.operands[0].example[1:], self.fusion.positive_input
             self.layer = gemm.shared_layer((*kind, self.precision), sources, lambda: self.pack(constants))
         else:  # weights that the model computes
@@ -77,14 +77,14 @@ class Weighted(Operation, GenericType[Pullback]):
     def effective(self, constants: dict[Node, Any]) -> tuple[Tensor, Tensor | None]:
         """Weight and bias with everything that was folded into them."""
         p = self.node.params
-        weight: Tensor = constants[p["weight"]]
-        bias: Tensor | None = constants[p["bias"]] if isinstance(p["bias"], Node) else None
-        if p.get("transposed"):
+        weight: Tensor = constants[p.weight]
+        bias: Tensor | None = constants[p.bias] if isinstance(p.bias, Node) else None
+        if isinstance(p, params.Linear) and p.transposed:
             weight = weight.t()
-        if "batch_norm" in p:
-            weight, bias = _fold(weight, bias, p["batch_norm"], constants)
-        if "scale" in p:
-            scale = constants[p["scale"]].flatten()
+        if p.batch_norm is not None:
+            weight, bias = _fold(weight, bias, p.batch_norm, constants)
+        if p.scale is not None:
+            scale = constants[p.scale].flatten()
             weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
             bias = None if bias is None else bias * scale
         return weight, bias
@@ -99,19 +99,19 @@ class Weighted(Operation, GenericType[Pullback]):
         return gemm.by_sample(function, rows, operands, axis) if self.node.batch.leading else function(*operands)
 
 
-def affine(norm: dict[str, Any], constants: dict[Node, Any]) -> tuple[Tensor, Tensor]:
+def affine(norm: params.BatchNorm, constants: dict[Node, Any]) -> tuple[Tensor, Tensor]:
     """Gain and shift ``[C]`` of a BatchNorm's parameters, float64 where there is one."""
-    p = {k: constants[v] if isinstance(v, Node) else v for k, v in norm.items()}
-    wide = torch.float32 if p["var"].device.type == "mps" else torch.float64  # which Apple's GPUs do not have
-    gain = (p["var"].to(wide) + p["eps"]).rsqrt()
-    if p["weight"] is not None:
-        gain = gain * p["weight"].to(wide)
-    shift = -p["mean"].to(wide) * gain
-    return gain, shift if p["bias"] is None else shift + p["bias"].to(wide)
+    mean, var = constants[norm.mean], constants[norm.var]
+    wide = torch.float32 if var.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    gain: Tensor = (var.to(wide) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        gain = gain * constants[norm.weight].to(wide)
+    shift = -mean.to(wide) * gain
+    return gain, shift if norm.bias is None else shift + constants[norm.bias].to(wide)
 
 
 def _fold(
-    weight: Tensor, bias: Tensor | None, norm: dict[str, Any], constants: dict[Node, Any]
+    weight: Tensor, bias: Tensor | None, norm: params.BatchNorm, constants: dict[Node, Any]
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer and the BatchNorm behind it together."""
     gain, shift = affine(norm, constants)
@@ -149,7 +149,7 @@ class Linear(Weighted["gemm.Matrix | gemm.Selection"]):
             p = norm.params
             source = norm.operands[0]
             pulled, actual = self.pullback_map.through_norm(
-                c, values[source], values[p["weight"]], values[p["bias"]], p["eps"], conservation.contrast
+                c, values[source], values[p.weight], values[p.bias], p.eps, conservation.contrast
             )
             yield Flow(source, Massed(pulled, part.target, actual))
 
@@ -236,7 +236,7 @@ class Conv(Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelectio
         pull = self.pullback_map
         acc = self.by_sample(lambda part: pull(part.flatten(0, 1)).unflatten(0, part.shape[:2]), 1, c)
         if not self.fusion.positive_input:
-            groups = self.node.params["groups"]
+            groups = self.node.params.groups
             halves = acc.unflatten(2, (groups, 2, -1))
             positive, negative = (halves[:, :, :, i].flatten(2, 3) for i in (0, 1))
             acc = selected(positive, negative, values[source])

@@ -57,7 +57,7 @@ class PassOn(Jacobian):
 
 class Norm(Jacobian):
     def function(self, values: Values) -> Callable[[Tensor], Tensor]:
-        return norm(values[self.node.operands[0]], values[self.node.params["weight"]], self.node.params["eps"])
+        return norm(values[self.node.operands[0]], values[self.node.params.weight], self.node.params.eps)
 
 
 def norm(at: Tensor, weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
@@ -193,7 +193,7 @@ class Linear(Rule):
 
     def operation(self, node: Node, precision: Precision, fusion: Fusion) -> Operation:
         if node.kind == g.REARRANGE:
-            return (Join if node.params["how"] in ("cat", "stack") else Move)(node, precision, fusion)
+            return (Join if node.params.how in ("cat", "stack") else Move)(node, precision, fusion)
         if node.kind not in TABLES[self.table]:
             raise UnsupportedModelError(f"{self.name} has no pull-back for {node.kind}")
         return TABLES[self.table][node.kind](node, precision, fusion)

@@ -46,7 +46,7 @@ def test_a_run_never_waits_for_the_device(
     with FakeTensorMode() as mode, torch.no_grad():
         for node in graph.nodes:
             if node.kind == g.PARAM:
-                node.params["tensor"] = mode.from_tensor(node.params["tensor"]).to(CUDA)
+                node.params.tensor = mode.from_tensor(node.params.tensor).to(CUDA)
         plan = Plan(graph, rule, precision_for(precision, CUDA))
         plan.prepare()
         images = torch.empty(4, 3, SIZE, SIZE, dtype=plan.precision.forward, device=CUDA)
