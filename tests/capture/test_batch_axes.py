@@ -59,7 +59,7 @@ MIXING: dict[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], str]] = {
     "maximum": (lambda m, t, f: m.head(f - f.amax(0)), "amax"),
     "roll by the example's batch": (lambda m, t, f: m.head(f.roll(2, 0)), "roll"),
     "instance norm": (lambda m, t, f: m.head(F.instance_norm(f.t()[None])[0].t()), "instance_norm"),
-    "pairs": (lambda m, t, f: m.head(f + f.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)), "move"),
+    "pairs": (lambda m, t, f: m.head(f + f.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)), "rearrange"),
 }  # fmt: skip
 
 
