@@ -311,7 +311,7 @@ class Evaluator:
     ----------
     model : torch.nn.Module or Engine
         In eval mode. With an engine metrics that are given by name are metrics of the engine: on CPUs their logits are
-        those of :meth:`Engine.logits`.
+        those of :meth:`ramp_fast.Engine.logits`.
     metrics : sequence of names, or mapping of label to name or Metric
         Names as in ``ramp_fast.metrics.METRICS``, with settings as in "deletion:steps=50,granularity=patch:8". A
         metric that is given as an object is used as a template: its own values are left alone.
@@ -328,7 +328,7 @@ class Evaluator:
     first_image : int
         The number of the first image, where several processes evaluate parts of one data set: see ``Metric.fresh``.
     contrast : {"others", "none"}, optional
-        Of the maps of engines among the methods: see :meth:`Engine.attribute`. By default "others", and "none" where
+        Of the maps of engines among the methods: see :meth:`ramp_fast.Engine.attribute`. By default "others", and "none" where
         the model has a single logit.
 
     Raises
