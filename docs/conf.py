@@ -20,6 +20,7 @@ extensions = [
 ]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+smartquotes = False  # quotes are those of Python
 html_theme = "furo"
 html_title = f"ramp_fast {release}"
 html_static_path: list[str] = []
@@ -34,8 +35,8 @@ napoleon_google_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 
-# A reference that leads nowhere is a warning, for example :meth:`Engine.refresh` from a module without Engine. Types are
-# another matter: those of other libraries have no page here, and numpydoc describes many in words.
+# A reference that leads nowhere is a warning. Types are another matter: those of other libraries have no page here, and
+# numpydoc describes many in words.
 nitpicky = True
 nitpick_ignore_regex = [(r"py:(class|obj|exc)", r"(?!ramp_fast\.).*")]
 

@@ -328,8 +328,8 @@ class Evaluator:
     first_image : int
         The number of the first image, where several processes evaluate parts of one data set: see ``Metric.fresh``.
     contrast : {"others", "none"}, optional
-        Of the maps of engines among the methods: see :meth:`ramp_fast.Engine.attribute`. By default "others", and "none" where
-        the model has a single logit.
+        Of the maps of engines among the methods: see :meth:`ramp_fast.Engine.attribute`. By default "others", and
+        "none" where the model has a single logit.
 
     Raises
     ------

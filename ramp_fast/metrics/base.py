@@ -144,8 +144,8 @@ class Metric:
     ----------
     model : torch.nn.Module or Engine
         A classifier in eval mode, ``[N, C, H, W]`` to logits ``[N, classes]``. It is left as it is. On CPUs
-        :meth:`ramp_fast.Engine.logits` takes the place of the forward pass of an engine's model: faster, equal but for rounding.
-        (Not under precision "fast", nor for float64 images under another one than "float64".)
+        :meth:`ramp_fast.Engine.logits` takes the place of the forward pass of an engine's model: faster, equal but for
+        rounding. (Not under precision "fast", nor for float64 images under another one than "float64".)
     seed : int
         Of random draws. Image n of a metric always gets the same ones, whatever batch it comes in.
     batch_size : int, optional
