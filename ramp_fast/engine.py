@@ -51,7 +51,7 @@ class Engine(Explainer):
         never changed; when you change it, results are those of the model as it is now (Notes say what is noticed).
         Forward hooks that return a value, or change the result for a random image, are part of the model; others are
         not called.
-    rule : str or Rule
+    rule : str or ramp_fast.rules.Rule
         "abslrp" (shares kept at junctions), "abslrp-release" (equal shares), or a rule object.
     precision : {"mixed", "float32", "float64", "fast"}
         "mixed": float32 forward pass, bf16 products in the pull-back where the device has them. "fast": a

@@ -83,7 +83,7 @@ def read_image(path: str | Path) -> Image.Image:
     Parameters
     ----------
     path : str or pathlib.Path
-        The file, in one of :data:`FORMATS`.
+        JPEG, PNG, WebP, BMP, GIF, TIFF, JPEG 2000, AVIF or PPM, whatever its name says.
 
     Returns
     -------

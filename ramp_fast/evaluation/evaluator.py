@@ -34,9 +34,9 @@ class Evaluator:
 
     Parameters
     ----------
-    model : torch.nn.Module or Explainer
+    model : torch.nn.Module or Engine
         In eval mode. With an engine metrics that are given by name are metrics of the engine: on CPUs their logits are
-        those of :meth:`Explainer.logits`.
+        those of :meth:`ramp_fast.Engine.logits`.
     metrics : sequence of names, or mapping of label to name or Metric
         Names as in ``ramp_fast.metrics.METRICS``, with settings as in "deletion:steps=50,granularity=patch:8". A
         metric that is given as an object is used as a template: its own values are left alone.
@@ -53,8 +53,8 @@ class Evaluator:
     first_image : int
         The number of the first image, where several processes evaluate parts of one data set: see ``Metric.fresh``.
     contrast : {"others", "none"}, optional
-        Of the maps of engines among the methods: see :meth:`Explainer.attribute`. By default "others", and "none" where
-        the model has a single logit.
+        Of the maps of engines among the methods: see :meth:`ramp_fast.Engine.attribute`. By default "others", and
+        "none" where the model has a single logit.
 
     Raises
     ------
@@ -382,6 +382,6 @@ def _method(spec: str | Method | Explainer, model: Model, seed: int) -> Method |
         raise InputError("an engine among the methods is one of another model")
     if not callable(spec) and not isinstance(spec, Explainer):
         raise InputError(
-            f"a method is a name, a function (model, images, target) or an Explainer, got {type(spec).__name__}"
+            f"a method is a name, a function (model, images, target) or an Engine, got {type(spec).__name__}"
         )
     return spec

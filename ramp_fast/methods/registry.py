@@ -34,7 +34,7 @@ class MethodEntry:
     description : str
         One line.
     build : callable
-        ``(model, **settings) -> Method or Explainer``; ``seed`` is among the settings of those that draw.
+        ``(model, **settings) -> Method or Engine``; ``seed`` is among the settings of those that draw.
     extra : str or None
         The optional dependency it needs, ``pip install 'ramp_fast[extra]'``.
     """

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ramp_fast.metrics.base import MethodError, Metric, MetricInputs, Result
 from ramp_fast.metrics.complexity import Complexity, EffectiveComplexity, Sparseness
-from ramp_fast.metrics.curves import ABPC, AOPC, IROF, ROAD, Deletion, Insertion
+from ramp_fast.metrics.curves import ABPC, AOPC, IROF, ROAD, Deletion, Insertion, Masking
 from ramp_fast.metrics.faithfulness import (
     FaithfulnessCorrelation,
     Infidelity,
@@ -47,6 +47,7 @@ __all__ = [
     "FaithfulnessCorrelation",
     "Infidelity",
     "Insertion",
+    "Masking",
     "MaxSensitivity",
     "MethodError",
     "Metric",

@@ -137,10 +137,10 @@ class Metric:
 
     Parameters
     ----------
-    model : torch.nn.Module or Explainer
+    model : torch.nn.Module or Engine
         A classifier in eval mode, ``[N, C, H, W]`` to logits ``[N, classes]``. It is left as it is. On CPUs
-        :meth:`Engine.logits` takes the place of the forward pass of an engine's model: faster, equal but for rounding.
-        (Not under precision "fast", nor for float64 images under another one than "float64".)
+        :meth:`ramp_fast.Engine.logits` takes the place of the forward pass of an engine's model: faster, equal but for
+        rounding. (Not under precision "fast", nor for float64 images under another one than "float64".)
     seed : int
         Of random draws. Image n of a metric always gets the same ones, whatever batch it comes in.
     batch_size : int, optional
@@ -160,7 +160,7 @@ class Metric:
         self.engine = model if isinstance(model, Explainer) else None
         model = module_of(model)
         if not isinstance(model, nn.Module):
-            raise TypeError(f"{self.name}: model must be a torch.nn.Module or an Explainer, got {type(model).__name__}")
+            raise TypeError(f"{self.name}: model must be a torch.nn.Module or an Engine, got {type(model).__name__}")
         if batch_size is not None:
             positive(self.name, "batch_size", batch_size)
         if not isinstance(seed, int) or isinstance(seed, bool):
@@ -203,7 +203,7 @@ class Metric:
             Preprocessed for the model.
         target : int, integer Tensor [N] or None
             The classes to explain; None: the predicted ones.
-        method : callable, Explainer or None
+        method : callable, Engine or None
             ``(model, images, target) -> maps`` ``[N, C or 1, H, W]``. None where ``maps`` says it all.
         maps : Tensor [N, C or 1, H, W], optional
             The method's maps of these images, where they are known already.
