@@ -83,7 +83,7 @@ def commit() -> tuple[str | None, bool | None]:
 
 
 def machine(name: str, accelerator: str | None = None) -> dict[str, Any]:
-    """This machine under a short name."""
+    """Describe this machine, under a short name."""
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -179,7 +179,7 @@ def check(record: Any) -> list[str]:
 
 def _of_measurement(row: dict[str, Any]) -> list[str]:
     name = row.get("name")
-    problems = _entries(f"{name}", row, _OF_MEASUREMENT, optional={"floor"})
+    problems = _entries(f"{name}", row, _OF_MEASUREMENT, optional=frozenset({"floor"}))
     if problems:
         return problems
     if not isinstance(row["value"], (int, float)):
@@ -191,7 +191,7 @@ def _of_measurement(row: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _entries(what: str, found: dict[str, Any], wanted: set[str], optional: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
+def _entries(what: str, found: dict[str, Any], wanted: set[str], optional: frozenset[str] = frozenset()) -> list[str]:
     missing, unknown = wanted - found.keys(), found.keys() - wanted - optional
     return [f"{what} has no {entry}" for entry in sorted(missing)] + [
         f"{what} has an unknown entry {entry}" for entry in sorted(unknown)

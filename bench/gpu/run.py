@@ -187,7 +187,9 @@ def measurements(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 if row.get("roofline_%") is not None:
                     share = row["roofline_%"] / 100
                     found.append(
-                        results_io.measurement(f"{operator}/limit", share, "ratio", ratio_of="limits: bytes or products")
+                        results_io.measurement(
+                            f"{operator}/limit", share, "ratio", ratio_of="limits: bytes or products"
+                        )
                     )
         if kind == "profile" and "ms" in result:
             model, precision = name.split(":")
@@ -211,7 +213,7 @@ def _of_network(model: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def write_results(machine: str, record: dict[str, Any]) -> Path | None:
+def write_results(machine: str, record: dict[str, Any], folder: Path = results_io.FOLDER) -> Path | None:
     """A file in ``bench/results``, if anything was measured; the path."""
     found = measurements(record["parts"])
     if not found:
@@ -226,6 +228,7 @@ def write_results(machine: str, record: dict[str, Any]) -> Path | None:
         date=record["started"][:10],
         commit=record["commit"],
         changes=record["changes"],
+        folder=folder,
     )
 
 
