@@ -535,7 +535,8 @@ class PhaseSelection:
         return ops.select_phases(acc, x.permute(0, 2, 3, 1), *self.first).permute(0, 1, 4, 2, 3)
 
 
-# Outputs of a pull-back in phases: with more, a transposed convolution is cheaper (bench/LOG.md, "steps around convolutions").
+# Outputs of a pull-back in phases: with more, a transposed convolution is faster (bench/LOG.md, "steps around
+# convolutions").
 _PHASE_OUTPUTS = 64
 
 
