@@ -55,7 +55,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:], ""])
 
 
-def title(machine: dict[str, Any]) -> str:
+def title(records: list[dict[str, Any]], name: str) -> str:
+    """What a machine is, by its oldest file."""
+    machine = next(record["machine"] for record in records if record["machine"]["name"] == name)
     if machine["accelerator"]:
         return str(machine["accelerator"])
     return f"{machine['processor']}, {machine['cores']} cores"
@@ -94,7 +96,7 @@ def networks(records: list[dict[str, Any]]) -> str:
             key = f"{model}/{images}"
             ours = found[f"{key}/mixed"]
             cells = [cell(found, f"{key}/{method}", ours.record) for method in methods.values()]
-            head = [title(ours.record["machine"]), model, images, number(own_forward(found, key, ours))]
+            head = [title(records, machine), model, images, number(own_forward(found, key, ours))]
             rows.append([*head, *cells, measured(ours.record)])
     return table(["machine", "model", "images", "forward", *methods, "date, commit"], rows)
 
@@ -109,7 +111,7 @@ def first_sight(records: list[dict[str, Any]]) -> str:
             methods = [f"{key}/{method}" for method in ("mixed", GRADIENT, PUBLISHED)]
             cells = [cell(found, method, ours.record) for method in methods]
             cells[0] = f"**{cells[0]}**"
-            where = title(ours.record["machine"])
+            where = title(records, machine)
             rows.append([name, where, number(own_forward(found, key, ours)), *cells, measured(ours.record)])
     head = ["model", "machine", "forward", "`ramp_fast`", "gradient", "published package", "date, commit"]
     return table(head, rows)

@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench" / "results"
 
 _PACKAGES = ("torch", "timm", "numpy", "triton", "captum", "zennit", "lxt", "transformers", "quantus")
+_INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512", "avx2": "AVX2"}
 _ENTRIES = {"format", "machine", "date", "commit", "changes", "versions", "source", "note", "measurements"}
 _OF_MACHINE = {"name", "processor", "cores", "accelerator"}
 _OF_MEASUREMENT = {"name", "value", "unit", "rounds", "spread", "ratio", "ratio_of"}
@@ -83,12 +84,15 @@ def commit() -> tuple[str | None, bool | None]:
 
 
 def machine(name: str, accelerator: str | None = None) -> dict[str, Any]:
-    """Describe this machine, under a short name."""
+    """Describe this machine under a name, which stands for one machine: tables describe it by its oldest file."""
     processor = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        entries = {entry.strip(): value.strip() for entry, _, value in reversed(lines)}
+        flags = entries["flags"].split()
+        known = next((words for flag, words in _INSTRUCTIONS.items() if flag in flags), "no AVX2")
+        processor = f"{entries['model name']} ({known})"
+    except (OSError, KeyError):  # another system, or another kind of processor
         pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"name": name, "processor": processor, "cores": cores, "accelerator": accelerator}
