@@ -2,7 +2,7 @@
 
     python bench/breakdown.py vit_base_patch16_224 --plot docs/images/breakdown.svg
 
-(``--plot`` needs matplotlib.)
+(``--plot`` needs matplotlib; ``--results NAME`` writes ``bench/results/NAME-COMMIT-breakdown.json``.)
 
 The floor of a step is its multiplications and additions (of weighted layers and attention, from their shapes) over the
 best rate that a large product of the same dtype reaches in the same run. Products that the sign of an input selects
@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import results_io
 import timm
 import torch
 from torch import nn
@@ -133,6 +134,36 @@ def plot(rows: list[tuple[str, float, float]], title: str, path: str) -> None:
     figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
+def write_results(
+    machine: str,
+    network: str,
+    precision: str,
+    rows: list[tuple[str, float, float]],
+    whole: float,
+    own: float,
+    rounds: int,
+) -> None:
+    prefix = f"breakdown/{network}/{precision}"
+    found = [
+        results_io.measurement(f"{prefix}/{name}", ms, "ms/image", rounds=rounds, **({"floor": floor} if floor else {}))
+        for name, ms, floor in rows
+    ]
+    of = {"ratio": whole / own, "ratio_of": f"{network}/forward", "reference": own}
+    floor = sum(floor for _, _, floor in rows)
+    found.append(results_io.measurement(f"{prefix}/whole", whole, "ms/image", rounds=rounds, **of, floor=floor))
+    commit, changes = results_io.commit()
+    written = results_io.write(
+        results_io.machine(machine),
+        found,
+        "bench/breakdown.py",
+        versions=results_io.versions(),
+        commit=commit,
+        changes=changes,
+        label="breakdown",
+    )
+    print(f"written to {written}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -140,6 +171,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", default="mixed")
     parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--results", metavar="NAME", help="a short name of this machine")
     args = parser.parse_args()
     torch.manual_seed(0)
     model = timm.create_model(args.model).eval()
@@ -157,6 +189,9 @@ def main() -> None:
     for name, ms, floor in rows:
         print(f"| {name} | {ms:.1f} | {f'{floor:.1f}' if floor else ''} | {100 * ms / whole:.1f} % |")
     print(f"| whole | {whole:.1f} | {sum(r[2] for r in rows):.1f} | |")
+    if args.results:
+        network = f"{args.model}/{args.batch}"
+        write_results(args.results, network, args.precision, rows, whole, own, args.rounds)
     if args.plot:
         plot(rows, title, args.plot)
 

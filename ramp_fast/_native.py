@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,10 @@ def _is_required() -> bool:
     return os.environ.get(REQUIRE_VARIABLE, "").lower() in ("1", "true", "yes", "on")
 
 
+def _is_waived() -> bool:
+    return os.environ.get(REQUIRE_VARIABLE, "").lower() in ("0", "false", "no", "off")
+
+
 def _report(reason: str, *, stacklevel: int) -> None:
     """Warn that the extension is missing; an ImportError where it is required."""
     if _is_required():
@@ -31,10 +37,36 @@ def _report(reason: str, *, stacklevel: int) -> None:
     warnings.warn(f"{reason}. {_ADVICE}.", RuntimeWarning, stacklevel=stacklevel + 1)
 
 
+def _shadowed() -> Path | None:
+    """Another ``ramp_fast`` on ``sys.path``, with an extension for this Python, that this one hides."""
+    here = Path(__file__).resolve().parent
+    for entry in sys.path:
+        folder = Path(entry or os.curdir, "ramp_fast").absolute()
+        if any(Path(folder, f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES) and folder.resolve() != here:
+            return folder
+    return None
+
+
 def check_installed() -> None:
-    """Report at ``import ramp_fast`` that the extension was not built, without loading it or torch."""
-    if importlib.util.find_spec("ramp_fast._C") is None:
-        _report("ramp_fast is installed without its C++ extension", stacklevel=3)
+    """Report at ``import ramp_fast`` that the extension was not built, without loading it or torch.
+
+    Raises
+    ------
+    ImportError
+        The extension is missing and required, or there is an installed package that has one: then the sources of a
+        checkout were imported in its place, by ``python -m`` at the checkout's root or by ``PYTHONPATH``.
+    """
+    if importlib.util.find_spec("ramp_fast._C") is not None:
+        return
+    other = None if _is_waived() else _shadowed()
+    if other is not None:
+        raise ImportError(
+            f"ramp_fast was imported from {Path(__file__).parent}, which has no C++ extension, in place of the "
+            f"installed package in {other}, which has one. Run from another folder (`pytest` instead of `python -m "
+            f"pytest`), install the checkout with `pip install -e .`, or set {REQUIRE_VARIABLE}=0 to run it with the "
+            "slower reference operators"
+        )
+    _report("ramp_fast is installed without its C++ extension", stacklevel=3)
 
 
 def load() -> tuple[ModuleType | None, str, str]:

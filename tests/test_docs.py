@@ -50,10 +50,11 @@ _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = {
     command.strip(): page
     for page, text in PAGES.items()
-    for command in (
+    for line in (
         *re.findall(r"^    ((?:pip|ramp-fast|pytest|python|RAMP_FAST_\w+=\S+ python)\b.*)$", text, re.MULTILINE),
         *re.findall(r"`((?:ramp-fast \w+|python) [^`]+)`", _FENCED.sub("", text).replace("\n", " ")),
     )
+    for command in line.split(" && ")
 }
 
 

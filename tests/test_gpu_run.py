@@ -139,3 +139,20 @@ def test_a_worker_that_does_not_start(run: ModuleType, tmp_path: Path) -> None:
     record, parts = parts_of(run, tmp_path, "raise ImportError('no such library')", 30)
     assert parts == []
     assert "no such library" in record["broken"][0]
+
+
+def test_results(run: ModuleType, tmp_path: Path) -> None:
+    """The committed record of a run, as ``--results`` writes it."""
+    record = json.loads((RUN.parents[1] / "results" / "gpu" / "h200-2-times.json").read_text())
+    written = run.write_results("h200", {**record, "changes": False}, tmp_path)
+    assert written == tmp_path / "h200-d73d865.json"
+    result = json.loads(written.read_text())
+    assert result["machine"]["accelerator"] == "NVIDIA H200"
+    assert (result["date"], result["versions"]["torch"]) == ("2026-11-27", "2.11.0")
+    rows = {row["name"]: row for row in result["measurements"]}
+    mixed = rows["vit_base_patch16_224/64/mixed"]
+    assert (mixed["value"], mixed["unit"]) == (pytest.approx(0.7746, abs=1e-4), "ms/image")
+    assert mixed["ratio"] == pytest.approx(mixed["value"] / rows[mixed["ratio_of"]["name"]]["value"])
+    assert rows["limits/copy"]["value"] == pytest.approx(4193, abs=1)
+    assert rows["vit_base_patch16_224/64/mixed/peak memory"]["unit"] == "MB"
+    assert run.write_results("h200", {"parts": []}, tmp_path) is None

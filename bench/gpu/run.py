@@ -5,7 +5,8 @@
 Builds the package if it is not installed with its extension, then, most important first and each part skipped once
 the time is up: the machine's limits (a copy, a product in bfloat16), every operator with a Triton or CUDA kernel
 against the float64 reference, the golden maps, attributions of four networks against their forward pass and against
-other packages, and the operators' times against the limits. Prints a table and writes a JSON file into ``--out``.
+other packages, and the operators' times against the limits. Prints a table and writes everything it found into a JSON
+file in ``--out``; with ``--results MACHINE`` also the measurements as ``bench/results/MACHINE-COMMIT.json``.
 
 ``--device cpu --quick`` runs the same on tiny networks in a few seconds, to test this script. ``RAMP_FAST_PUBLISHED``
 names a checkout of the published package, which is timed as well then.
@@ -32,6 +33,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 WORKER = HERE / "worker.py"
+sys.path.insert(0, str(HERE.parent))
+
+import results_io  # noqa: E402
 
 HANGS = 150.0  # seconds after which a part is taken for hanging
 STARTING = 180.0  # the same while the worker imports and loads kernels
@@ -56,26 +60,14 @@ def build(build_folder: Path, rebuild: bool) -> tuple[dict[str, str], str]:
     if done.returncode == 0:
         return variables, "built"
     # Triton's kernels need no compiler: run what there is, and say so.
+    variables["RAMP_FAST_REQUIRE_EXTENSION"] = "0"
     for source, target in (("ramp_fast", "ramp_fast"), ("kernels", "ramp_fast/kernels")):
         shutil.copytree(ROOT / source, build_folder / target, dirs_exist_ok=True)
     print(f"the extension was not built:\n{(done.stdout + done.stderr)[-4000:]}", file=sys.stderr)
     return variables, "without the extension"
 
 
-def commit() -> str:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + (
-            " and changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-class Split:
+class Parts:
     """Runs the parts in workers and keeps what they report, in memory and in the file."""
 
     def __init__(self, file: Path, record: dict[str, Any], options: list[str], environment: dict[str, str]) -> None:
@@ -174,10 +166,77 @@ def table(parts: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def measurements(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Times, rates and errors of all parts, in the form of ``bench/results``."""
+    found = []
+    for part in parts:
+        kind, _, name = part["name"].partition(":")
+        result = part.get("result", {})
+        for row in result.get("rows", []):
+            if kind == "network":
+                found += _of_network(name, row)
+            elif kind == "limits":
+                found.append(results_io.measurement("limits/copy", row["copy_GB/s"], "GB/s"))
+                found.append(results_io.measurement("limits/bf16 product", row["bf16_TFLOP/s"], "TFLOP/s"))
+            elif kind == "golden":
+                name_of_map = f"golden/{name}/{row['rule']}/{row['precision']}"
+                found.append(results_io.measurement(name_of_map, row["error"], "relative error"))
+            elif kind == "time" and "ms" in row:
+                operator = f"operator/{name.replace(':', '/')}"
+                found.append(results_io.measurement(operator, row["ms"], "ms"))
+                if row.get("roofline_%") is not None:
+                    share = row["roofline_%"] / 100
+                    found.append(
+                        results_io.measurement(
+                            f"{operator}/limit", share, "ratio", ratio_of="limits: bytes or products"
+                        )
+                    )
+        if kind == "profile" and "ms" in result:
+            model, precision = name.split(":")
+            kernels = f"{model}/{result['batch']}/{precision}/all kernels"
+            found.append(results_io.measurement(kernels, result["ms"], "ms"))
+    return found
+
+
+def _of_network(model: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+    name, of = f"{model}/{row['batch']}/{row['way']}", {}
+    if row["way"] != "forward" and row["forwards"]:
+        forward = row["ms_image"] / row["forwards"]
+        of = {"ratio": row["forwards"], "ratio_of": f"{model}/{row['batch']}/forward", "reference": forward}
+    found = [results_io.measurement(name, row["ms_image"], "ms/image", **of)]
+    if "peak_MB" in row:
+        found.append(results_io.measurement(f"{name}/peak memory", row["peak_MB"], "MB"))
+    if "alone" in row:  # an image's map alone and in the batch
+        found.append(
+            results_io.measurement(f"{name}/alone", row["alone"], "ratio", ratio_of="the largest value of the map")
+        )
+    return found
+
+
+def write_results(machine: str, record: dict[str, Any], folder: Path = results_io.FOLDER) -> Path | None:
+    """A file in ``bench/results``, if anything was measured; the path."""
+    found = measurements(record["parts"])
+    if not found:
+        return None
+    environment = next(p["result"] for p in record["parts"] if p["name"] == "environment" and p.get("result"))
+    accelerator = environment["device"] if "capability" in environment else None
+    return results_io.write(
+        results_io.machine(machine, accelerator),
+        found,
+        "bench/gpu/run.py",
+        versions={"python": environment["python"], **environment["versions"]},
+        date=record["started"][:10],
+        commit=record["commit"],
+        changes=record["changes"],
+        folder=folder,
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8, help="time for everything but the build (8)")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=results_io.FOLDER / "gpu", metavar="FOLDER")
+    parser.add_argument("--results", metavar="MACHINE", help="a short name of this machine, such as h200")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny networks and operands, to test this script")
     parser.add_argument("--only", default="", metavar="PREFIXES", help="parts whose names begin so, comma-separated")
@@ -189,10 +248,12 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
     file = args.out.resolve() / f"{args.device.replace(':', '')}-{started.replace(':', '')}-{os.getpid()}.json"
-    record = {
+    commit, changes = results_io.commit()
+    record: dict[str, Any] = {
         "format": 1,
         "started": started,
-        "commit": commit(),
+        "commit": commit,
+        "changes": changes,
         "build": built,
         "arguments": {"minutes": args.minutes, "device": args.device, "quick": args.quick, "only": args.only},
     }
@@ -201,10 +262,12 @@ def main() -> int:
     parts.write()
     parts.run(time.time() + 60 * args.minutes, args.jobs)
     parts.write()
-    print(table(record["parts"]))  # type: ignore[arg-type]
+    print(table(record["parts"]))
     for output in record.get("broken", []):
         print(f"a worker ended outside of any part:\n{output}")
     print(f"written to {file}")
+    if args.results and (written := write_results(args.results, record)):
+        print(f"written to {written}")
     return 0 if parts.parts and all(p["status"] in ("ok", "skipped") for p in parts.parts.values()) else 1
 
 

@@ -2,6 +2,8 @@
 
     pytest bench/peers -q -s --benchmark-json peers.json
 
+``--results NAME`` also writes the figures to ``bench/results``.
+
 Every method attributes the same batch to the same classes in PyTorch's settings as they are. Rounds alternate with the
 model's own forward pass; ``extra_info`` has the ratio of the medians, seconds and megabytes per image, the latter above
 the loaded model in a process of its own. The methods explain different things: this compares costs, not maps.
@@ -27,6 +29,9 @@ from torch import Tensor, nn
 from .methods import METHODS, MODELS, captum_lrp
 from .torchvision_equivalents import resnet50_equivalent, vgg16_equivalent
 
+# Names of results, where they are not those of the methods.
+NAMES = {"ramp_fast": "mixed", "ramp_fast, one class": "mixed, one class", "ramp_fast, float32": "float32"}
+
 BATCH = int(os.environ.get("RAMP_FAST_PEERS_BATCH", "8"))
 
 
@@ -49,7 +54,7 @@ def peak_memory(model: str, method: str) -> float:
     ("name", "method"),
     [(name, method) for name in MODELS for method in METHODS if name in METHODS[method].models],
 )
-def test_cost(benchmark: Any, against_forward: Any, name: str, method: str) -> None:
+def test_cost(benchmark: Any, against_forward: Any, keep: Any, name: str, method: str) -> None:
     benchmark.group = f"{name}: one map"
     row = METHODS[method]
     if reason := row.missing():
@@ -58,11 +63,13 @@ def test_cost(benchmark: Any, against_forward: Any, name: str, method: str) -> N
     model, images = build(name)
     attribute = row.prepare(build(name)[0])
     target = torch.arange(BATCH)
-    result = against_forward(lambda: attribute(images, target), model, images, row.rounds, warmup=row.rounds > 1)
+    options = {"warmup": row.rounds > 1, "name": name, "method": NAMES.get(method, method)}
+    result = against_forward(lambda: attribute(images, target), model, images, row.rounds, **options)
     assert result.shape == (images.shape if method != "forward" else (BATCH, model.num_classes))
     assert result.isfinite().all()
     seconds = benchmark.stats.stats.median / BATCH
     benchmark.extra_info.update(seconds_per_image=seconds, megabytes_per_image=memory)
+    keep(f"{name}/{BATCH}/{options['method']}/peak memory", memory, "MB/image")
     print(f"{seconds:.3f} s and {memory:.0f} MB an image")
 
 

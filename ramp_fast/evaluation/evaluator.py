@@ -40,7 +40,7 @@ class Evaluator:
     metrics : sequence of names, or mapping of label to name or Metric
         Names as in ``ramp_fast.metrics.METRICS``, with settings as in "deletion:steps=50,granularity=patch:8". A
         metric that is given as an object is used as a template: its own values are left alone.
-    methods : sequence of names, or mapping of label to name, callable or Explainer
+    methods : sequence of names, or mapping of label to name, callable or Engine
         Names as in ``ramp_fast.methods.METHODS``, with settings as in "ig:steps=32".
     seed : int
         Of metrics and methods that are given by name.

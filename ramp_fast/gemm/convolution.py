@@ -127,7 +127,7 @@ class PixelForward:
 
 
 # Of float32 and single pixels on CPUs: from here on a product on tiles takes two thirds of the time of oneDNN's
-# convolution, and below, or of bfloat16, not less (bench/LOG.md).
+# convolution, and below, or of bfloat16, not less (bench/LOG.md, "pointwise convolutions").
 _PIXEL_CHANNELS = 128
 
 
@@ -146,7 +146,7 @@ def fuses_convolutions(precision: Precision, device: torch.device) -> bool:
     """Whether what follows a convolution of images is computed in its own pass: by oneDNN on CPUs.
 
     With coefficients in bfloat16: the sign of a BatchNorm's input is told from its output then, wrongly where it hangs
-    on rounding, which shows beside float32 coefficients and does not beside these (bench/LOG.md, "Accuracy").
+    on rounding, which shows beside float32 coefficients and does not beside these (bench/LOG.md, "fused convolutions").
     """
     mixed = precision.forward == torch.float32 and precision.pullback == torch.bfloat16
     return ops.cpu_kernels(device) and mixed and private_operators.convolves()
@@ -319,5 +319,6 @@ class SubpixelSelection:
         return ops.select_phases(acc, x.permute(0, 2, 3, 1), *self.first).permute(0, 1, 4, 2, 3)
 
 
-# Outputs of a sub-pixel convolution: more of them are no longer cheaper than a transposed convolution (bench/LOG.md).
+# Outputs of a sub-pixel convolution: with more, a transposed convolution is faster (bench/LOG.md, "steps around
+# convolutions").
 _SUBPIXEL_OUTPUTS = 64

@@ -1,7 +1,7 @@
 """Compile every Triton kernel ahead of time, without a GPU.
 
 ``compile_triton.py 80 90`` compiles one configuration per kernel for these compute capabilities and prints a JSON
-object for each, or with ``--table`` a table for bench/NOTES.md instead; with ``--all`` every configuration.
+object for each, or with ``--table`` a table for bench/LOG.md instead; with ``--all`` every configuration.
 """
 
 from __future__ import annotations

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import types
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,17 +20,17 @@ from ramp_fast.ops import _registry
 needs_extension = pytest.mark.skipif(_registry.extension is None, reason="tests the C++ extension itself")
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(code: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAMP_FAST_")} | environment
     # not in the checkout, which would hide an installed package behind its sources
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=os.path.abspath(os.sep), check=False
-    )
+    cwd = folder or os.path.abspath(os.sep)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=cwd, check=False)
 
 
 # Makes `ramp_fast._C` impossible to find, as in an installation that was built without a compiler.
 WITHOUT_EXTENSION = """
-import importlib.util, warnings
+import importlib.machinery, importlib.util, warnings
+importlib.machinery.EXTENSION_SUFFIXES = []  # an editable installation keeps it in another folder
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "ramp_fast._C" else find_spec(name, package)
 """
@@ -61,6 +64,55 @@ except ramp_fast.BackendError as error:
 def test_a_required_extension_that_is_missing_is_an_error() -> None:
     result = python(WITHOUT_EXTENSION + "import ramp_fast", RAMP_FAST_REQUIRE_EXTENSION="1")
     assert "ImportError: ramp_fast is installed without its C++ extension" in result.stderr
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with the package's Python files alone, as at the root of a clone."""
+    for name in ("__init__.py", "_native.py", "errors.py"):
+        target = tmp_path / "clone" / "ramp_fast" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(_native.__file__).with_name(name), target)
+    return tmp_path / "clone"
+
+
+# Nothing of what is installed can be imported, by its files or by the hook of an editable installation.
+NOTHING_INSTALLED = """
+import os, sys
+sys.path[:] = [p for p in sys.path if not (p and os.path.isdir(os.path.join(p, "ramp_fast")))]
+sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
+"""
+
+
+def installed(tmp_path: Path, extension: bool) -> str:
+    """Code that puts a folder with an installed package on the path."""
+    folder = tmp_path / "installed" / "ramp_fast"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    if extension:
+        (folder / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+    return NOTHING_INSTALLED + f"sys.path.append({str(folder.parent)!r})\n"
+
+
+def test_a_checkout_that_hides_an_installed_extension_is_an_error(checkout: Path, tmp_path: Path) -> None:
+    """``python -m pytest`` at the root of a clone ran the reference operators, and a warning was all that told."""
+    code = installed(tmp_path, extension=True) + "import ramp_fast; print(ramp_fast.__file__)"
+    result = python(code, checkout)
+    assert result.returncode != 0
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith(f"ImportError: ramp_fast was imported from {checkout / 'ramp_fast'}, which has no C++")
+    assert str(tmp_path / "installed" / "ramp_fast") in message
+    assert "pip install -e ." in message
+    result = python(code, checkout, RAMP_FAST_REQUIRE_EXTENSION="0")
+    assert result.stdout.strip() == str(checkout / "ramp_fast" / "__init__.py"), result.stderr
+    assert "RuntimeWarning: ramp_fast is installed without its C++ extension" in result.stderr
+
+
+def test_a_checkout_alone_warns(checkout: Path, tmp_path: Path) -> None:
+    code = installed(tmp_path, extension=False) + "import ramp_fast; print(ramp_fast.__file__)"
+    result = python(code, checkout)
+    assert result.stdout.strip() == str(checkout / "ramp_fast" / "__init__.py"), result.stderr
+    assert "RuntimeWarning: ramp_fast is installed without its C++ extension" in result.stderr
 
 
 def test_import_does_not_load_torch() -> None:
