@@ -11,7 +11,7 @@ file in ``--out``; with ``--results MACHINE`` also the measurements as ``bench/r
 ``--device cpu --quick`` runs the same on tiny networks in a few seconds, to test this script. ``RAMP_FAST_PUBLISHED``
 names a checkout of the published package, which is timed as well then.
 
-This process never touches the device. Split run in ``worker.py``: checks, which mostly compile, in several workers side
+This process never touches the device. Parts run in ``worker.py``: checks, which mostly compile, in several workers side
 by side; what is timed one after another. A worker is started again where a kernel has broken its CUDA context, and
 killed where one does not end.
 """
@@ -258,7 +258,7 @@ def main() -> int:
         "arguments": {"minutes": args.minutes, "device": args.device, "quick": args.quick, "only": args.only},
     }
     options = ["--device", args.device, "--only", args.only, *(["--quick"] if args.quick else [])]
-    parts = Split(file, record, options, environment)
+    parts = Parts(file, record, options, environment)
     parts.write()
     parts.run(time.time() + 60 * args.minutes, args.jobs)
     parts.write()

@@ -138,9 +138,7 @@ class PlusConv(Jacobian):
         return plus(
             values[self.node.operands[0]],
             values[self.node],
-            lambda u, part: F.conv2d(
-                u, part(values[p.weight]), None, p.stride, p.padding, p.dilation, p.groups
-            ),
+            lambda u, part: F.conv2d(u, part(values[p.weight]), None, p.stride, p.padding, p.dilation, p.groups),
         )
 
 
