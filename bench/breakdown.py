@@ -28,9 +28,9 @@ from ramp_fast import Engine
 from ramp_fast import graph as g
 from ramp_fast.gemm import Matrix
 from ramp_fast.graph import Node
-from ramp_fast.rules.rearrange import Parts
+from ramp_fast.rules.rearrange import Split
 
-SIDES = 2  # right-hand sides with contrast
+MAPS = 2  # of a target, with contrast
 
 
 def rate(dtype: torch.dtype) -> float:
@@ -53,10 +53,10 @@ def flops(node: Node, backward: bool) -> float:
     if node.kind != g.ATTENTION:
         weight = node.params.weight.example
         depth = weight[1 if not getattr(node.params, "transposed", False) else 0] * math.prod(weight[2:])
-        return 2 * out * depth * (SIDES if backward else 1)
+        return 2 * out * depth * (MAPS if backward else 1)
     keys = node.operands[1].example[-2]
-    # forward: scores and output; pull-back: scores once, then c_A, c_V, c_Q and c_K of every side
-    return 2 * out * keys * (1 + 4 * SIDES if backward else 2)
+    # forward: scores and output; pull-back: scores once, then c_A, c_V, c_Q and c_K of every map
+    return 2 * out * keys * (1 + 4 * MAPS if backward else 2)
 
 
 def measure(
@@ -83,7 +83,7 @@ def measure(
     for node, operation in operations:
         operation.forward = timed((node, False), operation.forward)  # type: ignore[method-assign]
         operation.pullback = timed((node, True), operation.pullback)  # type: ignore[method-assign]
-        if isinstance(operation, Parts):
+        if isinstance(operation, Split):
             operation.join = timed((node, True), operation.join)  # type: ignore[method-assign]
     steps: dict[Any, list[float]] = defaultdict(list)
     whole, own = [], []
