@@ -33,20 +33,20 @@ from ramp_fast.rules.diagonal import (
     BatchNorm,
     Div,
     FusedRelu,
-    Gate,
     Generic,
     GroupNorm,
     LayerNorm,
     Relu,
     RmsNorm,
     Scale,
+    SelectTokens,
     Shift,
 )
 from ramp_fast.rules.fusion import Options, fusions
 from ramp_fast.rules.junctions import Add, Bilinear, Choice, Matmul, Mul
 from ramp_fast.rules.masses import Massed, Masses, unit_mass
-from ramp_fast.rules.pools import Extreme, Function, LinearMap, LinearPool, MaxPool
-from ramp_fast.rules.rearrange import Decision, Join, Move, Split, SplitOutput
+from ramp_fast.rules.pools import LinearMap, LinearPool, MaxPool, MaxReduction, Reduction
+from ramp_fast.rules.rearrange import Decision, Join, Rearrange, Split, SplitOutput
 from ramp_fast.rules.rule import Pass, Rule
 from ramp_fast.rules.weighted import Conv, Linear
 
@@ -193,15 +193,15 @@ TABLE: dict[str, type[Operation]] = {
     g.ATTENTION: Attention,
     g.MAX_POOL: MaxPool,
     g.LINEAR_POOL: LinearPool,
-    g.SELECT_TOKENS: Gate,
+    g.SELECT_TOKENS: SelectTokens,
     g.LINEAR_MAP: LinearMap,
     g.BILINEAR: Bilinear,
-    g.MAX_REDUCTION: Extreme,
-    g.REDUCTION: Function,
+    g.MAX_REDUCTION: MaxReduction,
+    g.REDUCTION: Reduction,
     g.SHIFT: Shift,
     g.CHOICE: Choice,
     g.DECISION: Decision,
-    g.REARRANGE: Move,
+    g.REARRANGE: Rearrange,
     g.SPLIT: Split,
     g.SPLIT_OUTPUT: SplitOutput,
     g.GENERIC: Generic,

@@ -211,7 +211,7 @@ def source_shape(values: Values, source: Node, c: Tensor) -> torch.Size:
     return shape
 
 
-class Gate(Operation):
+class SelectTokens(Operation):
     """A linear layer with weight one: relevance of non-positive entries is dropped."""
 
     def needs(self) -> list[Node]:

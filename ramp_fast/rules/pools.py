@@ -166,7 +166,7 @@ class _AtPoint(Operation):
         return torch.nan_to_num(vjp(lambda u: self.call(u, values), x, c), nan=0.0, posinf=0.0, neginf=0.0)
 
 
-class Extreme(_AtPoint):
+class MaxReduction(_AtPoint):
     """The largest (or smallest) of several entries, as max-pooling: ``c`` (or ``z c``) goes to the chosen one."""
 
     def needs(self) -> list[Node]:
@@ -181,7 +181,7 @@ class Extreme(_AtPoint):
         yield Flow(source, Massed(self.pull(values[source], c, values).to(part.c.dtype), part.target))
 
 
-class Function(_AtPoint):
+class Reduction(_AtPoint):
     """The general definition for a function of one tensor: ``c_x = sign(x) J(x)^T c + J(|x|)^T c``."""
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:

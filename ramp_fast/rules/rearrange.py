@@ -54,7 +54,7 @@ _INVERSES: dict[str, _Inverse] = {
 }
 
 
-class Move(Operation):
+class Rearrange(Operation):
     """One operand, one output; mass stays what it is."""
 
     pullback_kernel = "view"

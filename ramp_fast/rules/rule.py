@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -20,7 +20,8 @@ Pass = Callable[[Graph], None]
 class Rule(ABC):
     """How relevance is pulled back through every kind of operation.
 
-    A rule is immutable and hashable: engines compare rules, and share what they have packed, by ``==``.
+    A rule is immutable. What it packs is shared between engines by the class of the operation that packs it and by that
+    operation's ``parameters()``: options of the rule that packed weights depend on belong there.
 
     Attributes
     ----------
@@ -34,10 +35,6 @@ class Rule(ABC):
     @abstractmethod
     def name(self) -> str:
         """Short name, as in ``Engine(model, rule=name)`` and tables."""
-
-    def key(self) -> Hashable:
-        """What tells rules apart whose recordings cannot be shared."""
-        return self
 
     def rewrites(self) -> Sequence[Pass]:
         """Passes over the captured graph, in order. They keep the function that the graph computes."""

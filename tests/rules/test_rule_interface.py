@@ -25,7 +25,7 @@ from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
 from ramp_fast.rules import Rule
 from ramp_fast.rules.base import Flow, Fusion, Operation, Values, reduce_to, vjp
-from ramp_fast.rules.rearrange import Join, Move, Split, SplitOutput
+from ramp_fast.rules.rearrange import Join, Rearrange, Split, SplitOutput
 from ramp_fast.rules.weighted import Weighted
 
 
@@ -191,7 +191,7 @@ class Linear(Rule):
 
     def operation(self, node: Node, precision: Precision, fusion: Fusion) -> Operation:
         if node.kind == g.REARRANGE:
-            return (Join if node.params.how in ("cat", "stack") else Move)(node, precision, fusion)
+            return (Join if node.params.how in ("cat", "stack") else Rearrange)(node, precision, fusion)
         if node.kind not in TABLES[self.table]:
             raise UnsupportedModelError(f"{self.name} has no pull-back for {node.kind}")
         return TABLES[self.table][node.kind](node, precision, fusion)
