@@ -26,7 +26,7 @@ from torch import nn
 
 from ramp_fast import Engine
 from ramp_fast import graph as g
-from ramp_fast.gemm import Matrix
+from ramp_fast.gemm import Matrix, precision_for
 from ramp_fast.graph import Node
 from ramp_fast.rules.rearrange import Split
 
@@ -176,8 +176,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = timm.create_model(args.model).eval()
     images = torch.randn(args.batch, *model.default_cfg["input_size"])
-    pull = torch.bfloat16 if args.precision == "mixed" else torch.float32
-    rates = {False: rate(torch.float32), True: rate(pull)}
+    precision = precision_for(args.precision, torch.device("cpu"))
+    rates = {False: rate(precision.forward), True: rate(precision.pullback)}
     steps, whole, own = measure(model, images, args.precision, args.rounds)
     rows = table(steps, whole, rates)
     title = (
