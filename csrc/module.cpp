@@ -16,6 +16,8 @@ PYBIND11_MODULE(_C, m) {
           "Choose the instruction set; ValueError if it cannot run.");
     m.def("poison_scratch", &rf::poison_scratch, rf::py::arg("enabled"),
           "Fill the kernels' scratch with NaN before every use (for tests).");
+    rf::register_activation(m);
+    rf::register_attention(m);
     rf::register_checksum(m);
     rf::register_junction(m);
     rf::register_linear(m);
@@ -24,8 +26,9 @@ PYBIND11_MODULE(_C, m) {
     rf::register_max_pool(m);
     rf::register_norm(m);
     rf::register_phases(m);
-    rf::register_activation(m);
-    rf::register_attention(m);
+    rf::register_product(m);
+    rf::register_scaling(m);
+    rf::register_softmax(m);
 #ifdef RF_HAVE_CUDA
     m.attr("has_cuda") = true;
     rf::register_cuda(m);

@@ -3,7 +3,7 @@
     gelu_factor:    y = gelu(x),         factor = 2 [y > 0] gelu'(x)
     affine_factor:  y = gain x + shift,  factor = sign(x) gain + |gain|
 
-With a ReLU behind it the second cuts y to [0, cap] and multiplies the factor by 2 [y > 0].
+Followed by a ReLU the second cuts y to [0, cap] and multiplies the factor by 2 [y > 0].
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from ramp_fast.ops.activation import affine_factor_equation, gelu_factor_equation
 
 BLOCK = 1024
 WARPS = 4
@@ -83,8 +81,6 @@ def affine_factor_kernel(
 
 def gelu_factor(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``ramp_fast::gelu_factor`` for x of any shape."""
-    if x.dtype == torch.float64:  # the kernel's error function is float32: the equation is the kernel
-        return gelu_factor_equation(x, tanh_approx, dtype)
     x = x.contiguous()
     y, factor = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
     if x.numel():
@@ -101,8 +97,6 @@ def affine_factor(
     """``ramp_fast::affine_factor`` for x [B, C, ...], gain and shift [C]; channels-last memory is kept."""
     if x.ndim < 2 or gain.shape != x.shape[1:2] or shift.shape != gain.shape:
         raise ValueError(f"x {list(x.shape)} must be [B, C, ...], gain {list(gain.shape)} and shift [C]")
-    if torch.float64 in (x.dtype, gain.dtype):
-        return affine_factor_equation(x, gain, shift, relu, cap, dtype)
     last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     if not last:
         x = x.contiguous()

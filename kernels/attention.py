@@ -28,7 +28,8 @@ from torch import Tensor
 
 from ramp_fast.kernels.common import INTERPRETED, dot, launch_tuned, sum_partials
 from ramp_fast.kernels.product import power_of_two, two_parts
-from ramp_fast.ops.attention import attention_pullback_equation, output_views, packed_output
+from ramp_fast.ops._registry import equation
+from ramp_fast.ops.attention import output_views, packed_output
 
 # Of a head; wider ones spill whatever the tile.
 MAX_WIDTH = 128
@@ -180,7 +181,7 @@ def prepare_kernel(
     gate_h,
     gate_n,
     batch,  # B
-    rhs,  # T
+    num_maps,  # T
     HEADS: tl.constexpr,
     COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -196,9 +197,9 @@ def prepare_kernel(
     program = tl.program_id(0)
     block = program % BLOCKS
     # All t of a head one after another: they share the gate.
-    t = program // BLOCKS % rhs
-    head = program // BLOCKS // rhs % HEADS
-    sample = (program // BLOCKS // rhs // HEADS).to(tl.int64)
+    t = program // BLOCKS % num_maps
+    head = program // BLOCKS // num_maps % HEADS
+    sample = (program // BLOCKS // num_maps // HEADS).to(tl.int64)
     index = (t * batch.to(tl.int64) + sample) * HEADS + head
     row = block * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK_D)
@@ -209,7 +210,7 @@ def prepare_kernel(
         place = gate_ptr + sample * gate_b + head.to(tl.int64) * gate_h
         gate = tl.load(place + row[:, None] * gate_n + column[None, :], mask=inside, other=0.0).to(tl.float32)
         x = tl.where(gate > 0, x, 0.0)
-    plane = batch.to(tl.int64) * rhs * HEADS * BLOCKS * BLOCK * BLOCK_D
+    plane = batch.to(tl.int64) * num_maps * HEADS * BLOCKS * BLOCK * BLOCK_D
     first = index * (BLOCKS * BLOCK)
     whole = whole_ptr + (first + row)[:, None] * BLOCK_D + column[None, :]
     if WHOLE == 2:
@@ -376,7 +377,7 @@ def queries_kernel(
     batch,  # B
     slots,
     scale,
-    RHS: tl.constexpr,  # T
+    NUM_MAPS: tl.constexpr,  # T
     HEADS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -394,7 +395,7 @@ def queries_kernel(
 ):
     BLOCKS: tl.constexpr = QUERY_ROWS // OWN
     COLUMNS: tl.constexpr = BLOCK_D if GATED else 2 * BLOCK_D
-    MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
+    GROUPS: tl.constexpr = NUM_MAPS // 2 if CONTRAST else NUM_MAPS
     # Keys of a last step apart from the others, the only one with masks, or else masks in every step if there are any.
     REST: tl.constexpr = KEYS % OTHER if APART else 0
     LAST: tl.constexpr = 16 if REST <= 16 else 32 if REST <= 32 else 64
@@ -430,11 +431,11 @@ def queries_kernel(
         tl.store(of_row, norm)
         tl.store(of_row + samples * (HEADS * QUERY_ROWS), norm_absolute)
 
-    g = _tile(g_head, query_plane * RHS, start, OWN, BLOCK_D, PARTS)
+    g = _tile(g_head, query_plane * NUM_MAPS, start, OWN, BLOCK_D, PARTS)
     sums = tl.zeros([OWN, COLUMNS], tl.float32)
     mass = tl.zeros([OWN], tl.float32)
     if CONTRAST:
-        g_d = _tile(g_head + MAPS * query_plane, query_plane * RHS, start, OWN, BLOCK_D, PARTS)
+        g_d = _tile(g_head + GROUPS * query_plane, query_plane * NUM_MAPS, start, OWN, BLOCK_D, PARTS)
         sums_d = tl.zeros([OWN, COLUMNS], tl.float32)
         mass_n = tl.zeros([OWN], tl.float32)
     else:
@@ -460,19 +461,19 @@ def queries_kernel(
     x = tl.load(x, mask=stored, other=0.0).to(tl.float32)
     out = sample.to(tl.int64) * out_b + head.to(tl.int64) * out_h + t.to(tl.int64) * out_t
     out = out_ptr + out + row[:, None] * out_n + column[None, :]
-    side = samples * slots  # from the masses of one right-hand side to those of the next
-    mass_a = masses_ptr + t * side + sample.to(tl.int64) * slots + head * QUERIES + row
-    mass_q = mass_a + 2 * RHS * side
+    map_stride = samples * slots  # of masses
+    mass_a = masses_ptr + t * map_stride + sample.to(tl.int64) * slots + head * QUERIES + row
+    mass_q = mass_a + 2 * NUM_MAPS * map_stride
     c_q = 2 * scale * _selected(sums, x, GATED)
     tl.store(out, c_q.to(out_ptr.dtype.element_ty), mask=stored)
     tl.store(mass_a, mass, mask=inside)
     tl.store(mass_q, tl.sum(tl.abs(x * c_q), 1), mask=inside)
     if CONTRAST:
         c_q_d = 2 * scale * _selected(sums_d, x, GATED)
-        to_d = out + tl.cast(MAPS, tl.int64) * out_t
+        to_d = out + tl.cast(GROUPS, tl.int64) * out_t
         tl.store(to_d, c_q_d.to(out_ptr.dtype.element_ty), mask=stored)
-        tl.store(mass_a + MAPS * side, mass_n, mask=inside)
-        tl.store(mass_q + MAPS * side, tl.sum(tl.abs(x * (c_q - c_q_d)), 1), mask=inside)
+        tl.store(mass_a + GROUPS * map_stride, mass_n, mask=inside)
+        tl.store(mass_q + GROUPS * map_stride, tl.sum(tl.abs(x * (c_q - c_q_d)), 1), mask=inside)
 
 
 @triton.jit
@@ -556,7 +557,7 @@ def keys_kernel(
     batch,
     slots,
     scale,
-    RHS: tl.constexpr,
+    NUM_MAPS: tl.constexpr,
     HEADS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -574,7 +575,7 @@ def keys_kernel(
 ):
     BLOCKS: tl.constexpr = KEY_ROWS // OWN
     COLUMNS: tl.constexpr = BLOCK_D if GATED else 2 * BLOCK_D
-    MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
+    GROUPS: tl.constexpr = NUM_MAPS // 2 if CONTRAST else NUM_MAPS
     REST: tl.constexpr = QUERIES % OTHER if APART else 0
     LAST: tl.constexpr = 16 if REST <= 16 else 32 if REST <= 32 else 64
     MASKED: tl.constexpr = REST == 0 and QUERIES % OTHER > 0
@@ -607,13 +608,13 @@ def keys_kernel(
         sums_k_d, sums_v_d = sums_k, sums_v  # not used
     for first in range(0, QUERIES - REST, OTHER):
         sums_k, sums_v, sums_k_d, sums_v_d = _pulled_to_keys(
-            *(k, unit, v, q, query_plane, powers, q_halves, g, MAPS * query_plane, query_plane * RHS),
+            *(k, unit, v, q, query_plane, powers, q_halves, g, GROUPS * query_plane, query_plane * NUM_MAPS),
             *(norms, norm_plane, first, sums_k, sums_v, sums_k_d, sums_v_d),
             *(QUERIES, OTHER, COLUMNS, BLOCK_D, CONTRAST, SCORE_PARTS, PARTS, MASKED),
         )
     if REST > 0:
         sums_k, sums_v, sums_k_d, sums_v_d = _pulled_to_keys(
-            *(k, unit, v, q, query_plane, powers, q_halves, g, MAPS * query_plane, query_plane * RHS),
+            *(k, unit, v, q, query_plane, powers, q_halves, g, GROUPS * query_plane, query_plane * NUM_MAPS),
             *(norms, norm_plane, QUERIES - REST, sums_k, sums_v, sums_k_d, sums_v_d),
             *(QUERIES, LAST, COLUMNS, BLOCK_D, CONTRAST, SCORE_PARTS, PARTS, True),
         )
@@ -625,10 +626,10 @@ def keys_kernel(
     stored = inside[:, None] & (column < WIDTH)[None, :]
     out = sample.to(tl.int64) * out_b + head.to(tl.int64) * out_h + t.to(tl.int64) * out_t
     out = out + row[:, None] * out_n + column[None, :]
-    to_d = out + tl.cast(MAPS, tl.int64) * out_t
-    side = samples * slots
-    mass_v = masses_ptr + (RHS + t) * side + sample.to(tl.int64) * slots + head * KEYS + row
-    mass_k = mass_v + 2 * RHS * side
+    to_d = out + tl.cast(GROUPS, tl.int64) * out_t
+    map_stride = samples * slots
+    mass_v = masses_ptr + (NUM_MAPS + t) * map_stride + sample.to(tl.int64) * slots + head * KEYS + row
+    mass_k = mass_v + 2 * NUM_MAPS * map_stride
     x = v_raw_ptr + sample.to(tl.int64) * v_b + head.to(tl.int64) * v_h + row[:, None] * v_n + column[None, :]
     x = tl.load(x, mask=stored, other=0.0).to(tl.float32)
     c_v = tl.where(x > 0, sums_v, 0.0)
@@ -637,7 +638,7 @@ def keys_kernel(
     if CONTRAST:
         c_v_d = tl.where(x > 0, sums_v_d, 0.0)
         tl.store(c_v_ptr + to_d, c_v_d.to(c_v_ptr.dtype.element_ty), mask=stored)
-        tl.store(mass_v + MAPS * side, tl.sum(tl.abs(x * (c_v - c_v_d)), 1), mask=inside)
+        tl.store(mass_v + GROUPS * map_stride, tl.sum(tl.abs(x * (c_v - c_v_d)), 1), mask=inside)
     x = k_raw_ptr + sample.to(tl.int64) * k_b + head.to(tl.int64) * k_h + row[:, None] * k_n + column[None, :]
     x = tl.load(x, mask=stored, other=0.0).to(tl.float32)
     c_k = 2 * scale * _selected(sums_k, x, GATED)
@@ -646,7 +647,7 @@ def keys_kernel(
     if CONTRAST:
         c_k_d = 2 * scale * _selected(sums_k_d, x, GATED)
         tl.store(c_k_ptr + to_d, c_k_d.to(c_k_ptr.dtype.element_ty), mask=stored)
-        tl.store(mass_k + MAPS * side, tl.sum(tl.abs(x * (c_k - c_k_d)), 1), mask=inside)
+        tl.store(mass_k + GROUPS * map_stride, tl.sum(tl.abs(x * (c_k - c_k_d)), 1), mask=inside)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, contrast: bool) -> None:
@@ -669,20 +670,20 @@ def attention_pullback(
     """``ramp_fast::attention_pullback`` for q, o [B, H, N, D], k, v [B, H, M, D] and c [T, B, H, N, D]."""
     _check(q, k, v, o, c, scale, contrast)
     batch, heads, queries, width = q.shape
-    rhs, keys = c.shape[0], k.shape[2]
+    num_maps, keys = c.shape[0], k.shape[2]
     if width > MAX_WIDTH or any(x.dtype == torch.float64 for x in (q, k, v, o, c)):
-        return attention_pullback_equation(q, k, v, o, c, scale, gated, contrast)
+        return equation("attention_pullback")(q, k, v, o, c, scale, gated, contrast)
     q, k, v, o, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, o, c))
-    if 0 in (rhs, batch, heads, queries, keys, width):
-        return packed_output(q, k, c).zero_(), torch.zeros((4, rhs, batch), device=c.device)
+    if 0 in (num_maps, batch, heads, queries, keys, width):
+        return packed_output(q, k, c).zero_(), torch.zeros((4, num_maps, batch), device=c.device)
     score_parts = 1 if q.dtype == k.dtype == torch.bfloat16 else 2
     parts = 1 if c.dtype == torch.bfloat16 else 3
     if contrast and not paired(width, parts):
         # P, D and N = P - D one by one; of N only the masses are kept.
-        half = rhs // 2
-        sides = torch.cat((c, c[:half] - c[half:]))
-        packed, masses = _pullback(q, k, v, o, sides, scale, gated, False, score_parts, parts)
-        return packed[:rhs], torch.cat((masses[:, :half], masses[:, rhs:]), 1)
+        half = num_maps // 2
+        maps = torch.cat((c, c[:half] - c[half:]))
+        packed, masses = _pullback(q, k, v, o, maps, scale, gated, False, score_parts, parts)
+        return packed[:num_maps], torch.cat((masses[:, :half], masses[:, num_maps:]), 1)
     return _pullback(q, k, v, o, c, scale, gated, contrast, score_parts, parts)
 
 
@@ -699,7 +700,7 @@ def _pullback(
     parts: int,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, width = q.shape
-    rhs, keys = c.shape[0], k.shape[2]
+    num_maps, keys = c.shape[0], k.shape[2]
     out = packed_output(q, k, c)
     c_q, c_k, c_v = output_views(out, q, k)
     major, minor = (8, 0) if c.device.type == "cpu" else torch.cuda.get_device_capability(c.device)
@@ -713,10 +714,10 @@ def _pullback(
     rows, key_rows = q_whole.shape[-2], k_whole.shape[-2]
     # Every row has a slot; both kernels fill all slots if there are as many queries as keys.
     new = torch.empty if queries == keys else torch.zeros
-    masses = new((4, rhs, batch, heads * max(queries, keys)), dtype=torch.float32, device=c.device)
+    masses = new((4, num_maps, batch, heads * max(queries, keys)), dtype=torch.float32, device=c.device)
     statistics = torch.empty((2, batch, heads, rows), dtype=torch.float32, device=c.device)
     options = {
-        "RHS": rhs,
+        "NUM_MAPS": num_maps,
         "HEADS": heads,
         "QUERIES": queries,
         "KEYS": keys,
@@ -729,7 +730,7 @@ def _pullback(
         "PARTS": parts,
         "BLOCK_D": padded(width),
     }
-    programs = batch * heads * (rhs // 2 if contrast else rhs)
+    programs = batch * heads * (num_maps // 2 if contrast else num_maps)
     numbers = batch, masses.shape[-1], scale
     launch_tuned(
         queries_kernel,
@@ -765,17 +766,17 @@ def _prepared(
 
     In whole blocks of rows. Three parts or one are bfloat16; two are float16 of rows divided by powers of 2.
     """
-    rhs, batch, heads, count, width = x.shape
+    num_maps, batch, heads, count, width = x.shape
     blocks = triton.cdiv(count, block)
     block_d = padded(width)
-    shape = rhs, batch, heads, blocks * block, block_d
+    shape = num_maps, batch, heads, blocks * block, block_d
     of_whole = torch.empty((whole, *shape), dtype=torch.float16 if whole == 2 else torch.bfloat16, device=x.device)
     powers = torch.empty(shape[:-1] if whole == 2 else (0,), dtype=torch.float32, device=x.device)
     of_halves = torch.empty((halves, *shape[:-1], block_d * (1 + both)), dtype=torch.bfloat16, device=x.device)
     by = x[0] if gate is None else gate
     with torch.cuda.device_of(x):
-        prepare_kernel[(rhs * batch * heads * blocks,)](
-            *(x, by, of_whole, powers, of_halves, *x.stride()[:4], *by.stride()[:3], batch, rhs),
+        prepare_kernel[(num_maps * batch * heads * blocks,)](
+            *(x, by, of_whole, powers, of_halves, *x.stride()[:4], *by.stride()[:3], batch, num_maps),
             HEADS=heads,
             COUNT=count,
             WIDTH=width,

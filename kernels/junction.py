@@ -15,11 +15,43 @@ import triton.language as tl
 from torch import Tensor
 
 from ramp_fast.kernels.common import compute_dtype, sum_partials
-from ramp_fast.kernels.scaling import check_sides, inner_size, merged_sides
-from ramp_fast.ops._common import same_layout
+from ramp_fast.kernels.scaling import (
+    check_shapes,
+    inner_size,
+    load_merged_pair,
+    load_pair,
+    store_masses,
+    store_pair,
+)
+from ramp_fast.ops._layout import same_layout
 
 BLOCK = 1024
 WARPS = 8  # 16 bytes of each operand a thread; with twice that the kernel takes 150 registers
+
+
+@triton.jit
+def _store_branch(
+    out_ptr,  # [T, B, inner]
+    masses_ptr,
+    row,  # of P in [T, B]
+    row_d,
+    inner,
+    elements,
+    inside,
+    mass_row,  # where the masses of this branch begin
+    blocks,
+    block,
+    x,
+    p,
+    d,
+    CONTRAST: tl.constexpr,
+):
+    """What the branch x of a sum gets, and its masses."""
+    p = tl.where(x > 0, p, 0.0)
+    d = tl.where(x > 0, d, 0.0)
+    x = tl.where(x > 0, x, 0.0)
+    store_pair(out_ptr, row, row_d, inner, elements, inside, p, d, CONTRAST)
+    store_masses(masses_ptr, mass_row + row, mass_row + row_d, blocks, block, x, p, d, CONTRAST)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -35,7 +67,7 @@ def junction_kernel(
     masses_ptr,  # [2, T, B, blocks]: of a, of b
     batch,  # B
     inner,
-    RHS: tl.constexpr,  # T
+    NUM_MAPS: tl.constexpr,  # T
     CONTRAST: tl.constexpr,
     MERGE: tl.constexpr,
     RELU: tl.constexpr,  # c <- 2 [a + b > 0] c first
@@ -50,54 +82,28 @@ def junction_kernel(
     a = tl.load(a_ptr + sample * inner + elements, mask=inside, other=0.0).to(COMPUTE)
     b = tl.load(b_ptr + sample * inner + elements, mask=inside, other=0.0).to(COMPUTE)
 
-    MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
-    for t in range(MAPS):
+    GROUPS: tl.constexpr = NUM_MAPS // 2 if CONTRAST else NUM_MAPS
+    for t in range(GROUPS):
         row = t * batch.to(tl.int64) + sample
-        row_d = row + MAPS * batch.to(tl.int64)
-        offset = row * inner + elements
-        offset_d = row_d * inner + elements
+        row_d = row + GROUPS * batch.to(tl.int64)
         if MERGE:
-            p, d = merged_sides(
-                c_ptr,
-                c_scale_ptr,
-                second_ptr,
-                second_scale_ptr,
-                row,
-                row_d,
-                offset,
-                offset_d,
-                inside,
-                CONTRAST,
-                COMPUTE,
+            p, d = load_merged_pair(
+                *(c_ptr, c_scale_ptr, second_ptr, second_scale_ptr),
+                *(row, row_d, inner, elements, inside, CONTRAST, COMPUTE),
             )
         else:
-            p = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
-            d = p
-            if CONTRAST:
-                d = tl.load(c_ptr + offset_d, mask=inside, other=0.0).to(COMPUTE)
+            p, d = load_pair(c_ptr, row, row_d, inner, elements, inside, CONTRAST, COMPUTE)
         p = 2 * p
+        d = 2 * d
         if RELU:
             p = tl.where(a + b > 0, 2 * p, 0.0)
-        mass_row = row * blocks + block
-        mass_b_row = (RHS * batch.to(tl.int64) + row) * blocks + block
-        tl.store(c_a_ptr + offset, tl.where(a > 0, p, 0.0).to(c_a_ptr.dtype.element_ty), mask=inside)
-        tl.store(c_b_ptr + offset, tl.where(b > 0, p, 0.0).to(c_b_ptr.dtype.element_ty), mask=inside)
-        tl.store(masses_ptr + mass_row, tl.sum(tl.where(a > 0, a * tl.abs(p), 0.0), 0))
-        tl.store(masses_ptr + mass_b_row, tl.sum(tl.where(b > 0, b * tl.abs(p), 0.0), 0))
-        if CONTRAST:
-            d = 2 * d
-            if RELU:
-                d = tl.where(a + b > 0, 2 * d, 0.0)
-            mass_row += MAPS * batch.to(tl.int64) * blocks
-            mass_b_row += MAPS * batch.to(tl.int64) * blocks
-            n = tl.abs(p - d)
-            tl.store(c_a_ptr + offset_d, tl.where(a > 0, d, 0.0).to(c_a_ptr.dtype.element_ty), mask=inside)
-            tl.store(c_b_ptr + offset_d, tl.where(b > 0, d, 0.0).to(c_b_ptr.dtype.element_ty), mask=inside)
-            tl.store(masses_ptr + mass_row, tl.sum(tl.where(a > 0, a * n, 0.0), 0))
-            tl.store(masses_ptr + mass_b_row, tl.sum(tl.where(b > 0, b * n, 0.0), 0))
+            d = tl.where(a + b > 0, 2 * d, 0.0)
+        b_row = NUM_MAPS * batch.to(tl.int64)
+        _store_branch(c_a_ptr, masses_ptr, row, row_d, inner, elements, inside, 0, blocks, block, a, p, d, CONTRAST)
+        _store_branch(c_b_ptr, masses_ptr, row, row_d, inner, elements, inside, b_row, blocks, block, b, p, d, CONTRAST)
 
 
-def _split(
+def _launch(
     parts: tuple[Tensor, ...], dtypes: tuple[torch.dtype, torch.dtype], contrast: bool, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch for parts (c, a, b) or (first, its scale, second, its scale, a, b), in one memory layout."""
@@ -105,17 +111,17 @@ def _split(
     merge = len(parts) == 6
     c_a, c_b = (torch.empty_like(c, dtype=dtype) for dtype in dtypes)
     dtype, compute = compute_dtype(*parts)
-    rhs, batch = c.shape[:2]
+    num_maps, batch = c.shape[:2]
     inner = inner_size(c)
     blocks = triton.cdiv(inner, BLOCK)
-    masses = torch.empty((2, rhs, batch, blocks), dtype=dtype, device=c.device)
+    masses = torch.empty((2, num_maps, batch, blocks), dtype=dtype, device=c.device)
     if masses.numel():
         with torch.cuda.device_of(c):
             junction_kernel[(blocks * batch,)](
                 c,
                 *(parts[1:4] if merge else (c, c, c)),
                 *(a, b, c_a, c_b, masses, batch, inner),
-                RHS=rhs,
+                NUM_MAPS=num_maps,
                 CONTRAST=contrast,
                 MERGE=merge,
                 RELU=relu,
@@ -130,9 +136,9 @@ def junction(
     c: Tensor, a: Tensor, b: Tensor, contrast: bool, b_dtype: torch.dtype | None = None, relu: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``ramp_fast::junction`` for c [T, B, ...], a and b [B, ...]."""
-    check_sides(c, (a, b), (), contrast)
+    check_shapes(c, (a, b), (), contrast)
     c, a, b = same_layout((c,), (a, b))
-    return _split((c, a, b), (c.dtype, b_dtype or c.dtype), contrast, relu)
+    return _launch((c, a, b), (c.dtype, b_dtype or c.dtype), contrast, relu)
 
 
 def merge_junction(
@@ -149,8 +155,8 @@ def merge_junction(
     """``ramp_fast::merge_junction`` for first and second [T, B, ...], scales [T, B], a and b [B, ...]."""
     if first.shape != second.shape:
         raise ValueError(f"first {list(first.shape)} and second {list(second.shape)} must have the same shape")
-    check_sides(first, (a, b), (first_scale, second_scale), contrast)
+    check_shapes(first, (a, b), (first_scale, second_scale), contrast)
     out_dtype = torch.promote_types(first.dtype, second.dtype)
     first, second, a, b = same_layout((first, second), (a, b))
     parts = first, first_scale.contiguous(), second, second_scale.contiguous(), a, b
-    return _split(parts, (out_dtype, b_dtype or out_dtype), contrast, relu)
+    return _launch(parts, (out_dtype, b_dtype or out_dtype), contrast, relu)

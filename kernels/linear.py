@@ -1,4 +1,4 @@
-"""Linear layers whose input has both signs, with the LayerNorm below them if there is one.
+"""Linear layers whose input has both signs, with the LayerNorm that feeds them if there is one.
 
     c_x = W+^T c where x > 0,  W-^T c where x < 0                                    (linear_pullback)
     c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) (W+^T c where n > 0, W-^T c where n < 0)
@@ -6,8 +6,8 @@
 
 Both halves of the weights lie row by row beside each other, so one product with ``2 BLOCK_N`` columns reads c once and
 leaves both sums of an element in one thread, which keeps one of them. K is walked in steps of a fixed size in a fixed
-order, whatever the tile and however many rows there are. (A library that multiplies by both halves for a kernel to
-choose from is slower, and sums a row in an order that depends on how many there are.)
+order, whatever the tile and however many rows there are. (Two products of a library and a kernel that chooses are
+slower, and the library sums a row in an order that depends on the number of rows.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ramp_fast.kernels.common import (
     tile_of,
 )
 from ramp_fast.kernels.norm import block_and_warps, row_statistics
-from ramp_fast.ops.linear import linear_norm_pullback_equation, linear_pullback_equation
+from ramp_fast.ops._registry import equation
 
 # Columns that one partial mass sums over; divides every BLOCK_N.
 MASS_COLUMNS: tl.constexpr = tl.constexpr(64)
@@ -85,8 +85,8 @@ def linear_pullback_kernel(
     bias_ptr,  # [I]; not read unless HAS_BIAS
     masses_ptr,  # [T, rows, ceil(I / MASS_COLUMNS)]
     rows,
-    MAPS: tl.constexpr,  # T / SIDES
-    SIDES: tl.constexpr,  # 2: a tile holds the rows of P and of D, for the mass of P - D
+    GROUPS: tl.constexpr,  # T / GROUP_MAPS
+    GROUP_MAPS: tl.constexpr,  # 2: a tile holds the rows of P and of D, for the mass of P - D
     DEPTH: tl.constexpr,  # K
     WIDTH: tl.constexpr,  # I
     NORM: tl.constexpr,
@@ -97,28 +97,28 @@ def linear_pullback_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DESCRIBED: tl.constexpr,  # tiles of the weights, and of c where they are not of two sides, by descriptors
+    DESCRIBED: tl.constexpr,  # tiles of the weights, and of c unless they hold two maps, by descriptors
 ):
     TILES_N: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    TILE_ROWS: tl.constexpr = BLOCK_M // SIDES
+    TILE_ROWS: tl.constexpr = BLOCK_M // GROUP_MAPS
     tiles_m = tl.cdiv(rows, TILE_ROWS)
     program = tl.program_id(0)
     index = program // (tiles_m * TILES_N)  # of the map
     program = program % (tiles_m * TILES_N)
     tile_m, tile_n = tile_of(program, tiles_m, TILES_N)
 
-    # With two sides eight rows of P alternate with the same eight of D: a thread of the tensor cores holds both.
+    # With two maps eight rows of P alternate with the same eight of D: a thread of the tensor cores holds both.
     r = tl.arange(0, BLOCK_M)
-    if SIDES == 2:
-        side = r // 8 % 2
+    if GROUP_MAPS == 2:
+        of_pair = r // 8 % 2
         position = r // 16 * 8 + r % 8
     else:
-        side = r * 0
+        of_pair = r * 0
         position = r
     row = tile_m.to(tl.int64) * TILE_ROWS + position
     inside_rows = row < rows
     row = tl.minimum(row, rows - 1)  # rows and columns outside are computed and not stored: no masks in the loop
-    c_row = (index + side * MAPS).to(tl.int64) * rows + row
+    c_row = (index + of_pair * GROUPS).to(tl.int64) * rows + row
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = inside_rows[:, None] & (column < WIDTH)[None, :]
     half = tl.minimum(tile_n * 2 * BLOCK_N + tl.arange(0, 2 * BLOCK_N), 2 * WIDTH - 1).to(tl.int64)
@@ -127,9 +127,9 @@ def linear_pullback_kernel(
         w_tiles = tl.make_tensor_descriptor(
             halves_ptr, shape=[2 * WIDTH, DEPTH], strides=[DEPTH, 1], block_shape=[2 * BLOCK_N, BLOCK_K]
         )
-        if SIDES == 1:
+        if GROUP_MAPS == 1:
             c_tiles = tl.make_tensor_descriptor(
-                c_ptr, shape=[MAPS * rows, DEPTH], strides=[DEPTH, 1], block_shape=[BLOCK_M, BLOCK_K]
+                c_ptr, shape=[GROUPS * rows, DEPTH], strides=[DEPTH, 1], block_shape=[BLOCK_M, BLOCK_K]
             )
             top = index * rows + tile_m * TILE_ROWS  # rows of the next map are computed and not stored
             for start in range(0, DEPTH, BLOCK_K):
@@ -156,8 +156,8 @@ def linear_pullback_kernel(
                 c = tl.load(c_tile + start, mask=(start + k < DEPTH)[None, :], other=0.0)
                 w = tl.load(w_tile + start, mask=(start + k < DEPTH)[:, None], other=0.0)
             sums = dot(c, w, sums, PRECISION)
-    # Of two sides every thread holds both sums of both: from here on a row is a row of x.
-    if SIDES == 2:
+    # Of two maps every thread holds both sums of both: from here on a row is a row of x.
+    if GROUP_MAPS == 2:
         pairs = sums.reshape(BLOCK_M // 16, 2, 8, BLOCK_N, 2).permute(0, 2, 3, 4, 1)
         of_p, of_d = tl.split(pairs.reshape(TILE_ROWS, BLOCK_N, 2, 2))
         upper, lower = tl.split(of_p)
@@ -201,13 +201,13 @@ def linear_pullback_kernel(
         x = tl.abs(x)  # 0 outside
         of_c = tl.sum((x * tl.abs(out)).reshape(TILE_ROWS, PARTS, MASS_COLUMNS), 2)
         tl.store(mass_row, of_c, mask=stored)
-    if SIDES == 2:
+    if GROUP_MAPS == 2:
         out_d = factor * tl.where(gate > 0, upper_d, tl.where(gate < 0, lower_d, 0.0))
-        side = rows.to(tl.int64) * MAPS
-        tl.store(place + side * WIDTH, out_d.to(out_ptr.dtype.element_ty), mask=inside)
+        to_d = rows.to(tl.int64) * GROUPS
+        tl.store(place + to_d * WIDTH, out_d.to(out_ptr.dtype.element_ty), mask=inside)
         if NORM:
             of_n = tl.sum((x * tl.abs(out - out_d)).reshape(TILE_ROWS, PARTS, MASS_COLUMNS), 2)
-            tl.store(mass_row + side * SLOTS, of_n, mask=stored)
+            tl.store(mass_row + to_d * SLOTS, of_n, mask=stored)
 
 
 def _check(c: Tensor, panels: Tensor, x: Tensor) -> None:
@@ -230,20 +230,20 @@ def _launch(
     out: Tensor,
     norm: tuple[Any, ...],
     masses: Tensor | None,
-    sides: int,
+    group_maps: int,
 ) -> None:
     """One call for both operators; ``norm`` is (statistics, weight, bias) or empty."""
     statistics, weight, bias = norm or (None, None, None)
     depth, width = c.shape[-1], x.shape[-1]
-    rows, maps = x.numel() // width, c.shape[0] // sides
+    rows, groups = x.numel() // width, c.shape[0] // group_maps
 
     def grid(meta: dict[str, int]) -> tuple[int]:
-        return (maps * triton.cdiv(rows, meta["BLOCK_M"] // sides) * triton.cdiv(width, meta["BLOCK_N"]),)
+        return (groups * triton.cdiv(rows, meta["BLOCK_M"] // group_maps) * triton.cdiv(width, meta["BLOCK_N"]),)
 
     launch_tuned(
         linear_pullback_kernel,
         CONFIGS[c.dtype],
-        ("DEPTH", "WIDTH", "NORM", "SIDES", "FEW"),
+        ("DEPTH", "WIDTH", "NORM", "GROUP_MAPS", "FEW"),
         worth_trying,
         grid,
         (
@@ -257,8 +257,8 @@ def _launch(
             x if masses is None else masses,
             rows,
         ),
-        MAPS=maps,
-        SIDES=sides,
+        GROUPS=groups,
+        GROUP_MAPS=group_maps,
         DEPTH=depth,
         WIDTH=width,
         NORM=bool(norm),
@@ -282,7 +282,7 @@ def worth_trying(configs: list[triton.Config], arguments: dict[str, Any], **cons
 def linear_pullback(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """``ramp_fast::linear_pullback`` for c [T, B, ..., K], panels [I, 2, K] and x [B, ..., I]."""
     if panels.dtype == torch.float64:  # tensor cores gain nothing there: the equation serves
-        return linear_pullback_equation(c, panels, x, dtype)
+        return equation("linear_pullback")(c, panels, x, dtype)
     _check(c, panels, x)
     out = torch.empty((c.shape[0], *x.shape), dtype=dtype, device=c.device)
     if out.numel():
@@ -295,7 +295,7 @@ def linear_norm_pullback(
 ) -> tuple[Tensor, Tensor]:
     """``ramp_fast::linear_norm_pullback``; weight and bias [I]."""
     if panels.dtype == torch.float64:
-        return linear_norm_pullback_equation(c, panels, x, weight, bias, eps, contrast)
+        return equation("linear_norm_pullback")(c, panels, x, weight, bias, eps, contrast)
     _check(c, panels, x)
     width = x.shape[-1]
     for name, vector in (("weight", weight), ("bias", bias)):
@@ -303,7 +303,7 @@ def linear_norm_pullback(
             raise ValueError(f"{name} {list(vector.shape)} must have shape [{width}]")
     if contrast and c.shape[0] % 2:
         raise ValueError(f"c {list(c.shape)}: with contrast the first axis holds P and D rows and must be even")
-    sides = 2 if contrast else 1
+    group_maps = 2 if contrast else 1
     vectors = [None if v is None else v.contiguous() for v in (weight, bias)]
     c, x = c.contiguous(), x.contiguous()
     out = torch.empty((c.shape[0], *x.shape), dtype=torch.float32, device=c.device)
@@ -315,5 +315,5 @@ def linear_norm_pullback(
         block, warps = block_and_warps(width)
         with torch.cuda.device_of(c):
             statistics_kernel[(len(statistics),)](x, statistics, WIDTH=width, EPS=eps, BLOCK=block, num_warps=warps)
-        _launch(c, panels.contiguous(), x, out, (statistics, *vectors), masses, sides)
+        _launch(c, panels.contiguous(), x, out, (statistics, *vectors), masses, group_maps)
     return out, sum_partials(masses.flatten(2))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ramp_fast.ops.masses import scale_to_equation, share_equation
+from ramp_fast.ops._registry import equation
 
 BLOCK = 256
 WARPS = 2
@@ -65,7 +65,7 @@ def share(target: Tensor, masses: Sequence[Tensor]) -> Tensor:
     if any(mass.shape != target.shape for mass in masses):
         raise ValueError(f"masses {[list(mass.shape) for mass in masses]} must have shape {list(target.shape)}")
     if len(masses) not in (2, 3) or any(mass.dtype != target.dtype for mass in masses):
-        return share_equation(target, masses)
+        return equation("share")(target, masses)
     out = torch.empty((len(masses), *target.shape), dtype=target.dtype, device=target.device)
     if out.numel():
         own = [mass.contiguous() for mass in masses]
@@ -84,7 +84,7 @@ def scale_to(target: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
     if actual.shape != target.shape:
         raise ValueError(f"target {list(target.shape)} and actual {list(actual.shape)} must have the same shape")
     if actual.dtype != target.dtype:
-        return scale_to_equation(target, actual)
+        return equation("scale_to")(target, actual)
     target, actual = target.contiguous(), actual.contiguous()
     scale, mass = torch.empty_like(target), torch.empty_like(target)
     if scale.numel():

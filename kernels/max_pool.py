@@ -3,7 +3,7 @@
     c_x = c,  or  c_x = max(x) c  where not divided
 
 and the others 0. A program walks over a row of windows, channels innermost: it finds the winners of its block once and
-writes every input's coefficient once for each right-hand side. Windows that the edge cuts off have no output: what is
+writes every input's coefficient once for each map. Windows that the edge cuts off have no output: what is
 left of them gets 0.
 """
 
@@ -26,7 +26,7 @@ def max_pool_pullback_kernel(
     x_ptr,  # [B, H, W, C]
     out_ptr,  # [T, B, H, W, C]
     batch,  # B
-    RHS: tl.constexpr,  # T
+    NUM_MAPS: tl.constexpr,  # T
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -62,13 +62,13 @@ def max_pool_pullback_kernel(
             best = tl.where(larger, x, best)
             winner = tl.where(larger, y * KERNEL_WIDTH + z, winner)
 
-    for t in range(RHS):
-        side = t * batch.to(tl.int64)
-        from_window = ((side + sample) * OUT_HEIGHT + top) * (OUT_WIDTH * CHANNELS) + place
+    for t in range(NUM_MAPS):
+        first_sample = t * batch.to(tl.int64)
+        from_window = ((first_sample + sample) * OUT_HEIGHT + top) * (OUT_WIDTH * CHANNELS) + place
         c = tl.load(c_ptr + from_window, mask=whole, other=0.0).to(COMPUTE)
         value = c if DIVIDED else c * best
         for y in range(KERNEL_HEIGHT):
-            line = out_ptr + (side * HEIGHT + first_line + y) * (WIDTH * CHANNELS)
+            line = out_ptr + (first_sample * HEIGHT + first_line + y) * (WIDTH * CHANNELS)
             for z in range(KERNEL_WIDTH):
                 inside = (left * KERNEL_WIDTH + z < WIDTH) & (top * KERNEL_HEIGHT + y < HEIGHT)
                 out = tl.where(winner == y * KERNEL_WIDTH + z, value, 0.0)
@@ -95,7 +95,7 @@ def max_pool_pullback(c: Tensor, x: Tensor, kernel_height: int, kernel_width: in
         with torch.cuda.device_of(c):
             max_pool_pullback_kernel[(batch * triton.cdiv(height, kernel_height) * blocks,)](
                 *(c, x, out, batch),
-                RHS=c.shape[0],
+                NUM_MAPS=c.shape[0],
                 HEIGHT=height,
                 WIDTH=width,
                 CHANNELS=channels,

@@ -2,7 +2,7 @@
 
     c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) c,    sigma(u) = sqrt(var(u) + eps) over the row
 
-One program per row: statistics of x and |x| in two passes (the row stays in cache), then every right-hand side.
+One program per row: statistics of x and |x| in two passes (the row stays in cache), then every map.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def norm_pullback_kernel(
     weight_ptr,  # [width]; not read unless HAS_WEIGHT
     out_ptr,  # [T, rows, width]
     rows,
-    RHS: tl.constexpr,  # T; like WIDTH a constant of the model (and an int for Triton 3.6's interpreter)
+    NUM_MAPS: tl.constexpr,  # T; like WIDTH a constant of the model (and an int for Triton 3.6's interpreter)
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,  # a constant, so that float64 does not get a float32 epsilon
     HAS_WEIGHT: tl.constexpr,
@@ -79,7 +79,7 @@ def norm_pullback_kernel(
             w = tl.full([BLOCK], 1.0, COMPUTE)
         sign = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(COMPUTE)
         factor = sign * w * inverse + tl.abs(w) * inverse_absolute
-        for t in range(RHS):
+        for t in range(NUM_MAPS):
             offset = (t * rows.to(tl.int64) + row) * WIDTH + start + columns
             c = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
             tl.store(out_ptr + offset, (factor * c).to(out_ptr.dtype.element_ty), mask=inside)
@@ -110,7 +110,7 @@ def norm_pullback(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Te
             x if weight is None else weight,
             out,
             rows,
-            RHS=c.shape[0],
+            NUM_MAPS=c.shape[0],
             WIDTH=width,
             EPS=eps,
             HAS_WEIGHT=weight is not None,

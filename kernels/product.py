@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ramp_fast.kernels.common import FEW_ROWS, INTERPRETED, aligned, dot, fitting, launch_tuned, tile_of
-from ramp_fast.ops.tiles import product_equation, unpack_parts
+from ramp_fast.ops._registry import equation
+from ramp_fast.ops.product import unpack_parts
 
 SPLIT_BLOCK, SPLIT_WARPS = 1024, 4
 
@@ -205,7 +206,7 @@ def split_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def product(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
     """``ramp_fast::product`` for x [..., K] and tiles as ``pack_tiles`` makes them here."""
     if x.dtype == torch.float64:
-        return product_equation(x, tiles, bias, width)
+        return equation("product")(x, tiles, bias, width)
     depth = x.shape[-1]
     wide = x.dtype == torch.float32
     expected = torch.int32 if wide else torch.bfloat16, [width, depth + wide]

@@ -6,7 +6,7 @@
 ``rescale_parts`` has a scale for each part of a row; scale_by and gate may scale N as well.
 
 With contrast rows [0, T/2) of c are P and rows [T/2, T) are D = P - N. One program per sample and block of elements,
-which sees every right-hand side.
+which sees every map.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ramp_fast.kernels.common import compute_dtype, sum_partials
-from ramp_fast.ops._common import same_layout
+from ramp_fast.ops._layout import same_layout
 from ramp_fast.ops.scaling import CENTRE_RUN, centring_runs
 
 BLOCK = 2048
@@ -25,48 +25,90 @@ WARPS = 8
 
 
 @triton.jit
-def rescaled_sides(
+def load_pair(
     c_ptr,  # [T, B, inner]
-    scale_ptr,  # [T, B]
     row,  # of P in [T, B]
-    row_d,
-    offset,  # of its elements in [T, B, inner]
-    offset_d,
+    row_d,  # of D
+    inner,
+    elements,
     inside,
     CONTRAST: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """P and D after scaling, or the one side there is, twice; and where N is zero."""
-    p = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
-    scale_p = tl.load(scale_ptr + row).to(COMPUTE)
+    """Elements of P and D, or those of a single map twice."""
+    p = tl.load(c_ptr + row * inner + elements, mask=inside, other=0.0).to(COMPUTE)
+    d = p
+    if CONTRAST:
+        d = tl.load(c_ptr + row_d * inner + elements, mask=inside, other=0.0).to(COMPUTE)
+    return p, d
+
+
+@triton.jit
+def store_pair(out_ptr, row, row_d, inner, elements, inside, p, d, CONTRAST: tl.constexpr):
+    tl.store(out_ptr + row * inner + elements, p.to(out_ptr.dtype.element_ty), mask=inside)
+    if CONTRAST:
+        tl.store(out_ptr + row_d * inner + elements, d.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_masses(masses_ptr, row, row_d, blocks, block, x, p, d, CONTRAST: tl.constexpr):
+    """The masses of P and N of one block at x, which is not negative."""
+    tl.store(masses_ptr + row * blocks + block, tl.sum(x * tl.abs(p), 0))
+    if CONTRAST:
+        tl.store(masses_ptr + row_d * blocks + block, tl.sum(x * tl.abs(p - d), 0))
+
+
+@triton.jit
+def rescaled_pair(p, d, scale_p, scale_n, CONTRAST: tl.constexpr):
+    """P and D after scaling, or the single map twice; and where N is zero."""
     scaled = scale_p * p
     if CONTRAST:
-        d = tl.load(c_ptr + offset_d, mask=inside, other=0.0).to(COMPUTE)
-        scale_n = tl.load(scale_ptr + row_d).to(COMPUTE)
         return scaled, tl.where(d == p, scaled, scale_n * d + (scale_p - scale_n) * p), d == p
     else:
         return scaled, scaled, p == p
 
 
 @triton.jit
-def merged_sides(
+def load_rescaled_pair(
     c_ptr,
-    scale_ptr,
-    second_ptr,
-    second_scale_ptr,
+    scale_ptr,  # [T, B]
     row,
     row_d,
-    offset,
-    offset_d,
+    inner,
+    elements,
     inside,
     CONTRAST: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The sum of two such pairs. Where N is zero in both, D is P to the last bit: a fused product would round one."""
-    p, d, zero = rescaled_sides(c_ptr, scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE)
-    q, e, too = rescaled_sides(second_ptr, second_scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE)
+    p, d = load_pair(c_ptr, row, row_d, inner, elements, inside, CONTRAST, COMPUTE)
+    scale_p = tl.load(scale_ptr + row).to(COMPUTE)
+    scale_n = scale_p
+    if CONTRAST:
+        scale_n = tl.load(scale_ptr + row_d).to(COMPUTE)
+    return rescaled_pair(p, d, scale_p, scale_n, CONTRAST)
+
+
+@triton.jit
+def load_merged_pair(
+    first_ptr,
+    first_scale_ptr,
+    second_ptr,
+    second_scale_ptr,
+    row,
+    row_d,
+    inner,
+    elements,
+    inside,
+    CONTRAST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The sum of two scaled pairs. Where N is zero in both, D is P to the last bit: a fused product would round it."""
+    p, d, zero = load_rescaled_pair(first_ptr, first_scale_ptr, row, row_d, inner, elements, inside, CONTRAST, COMPUTE)
+    q, e, zero_too = load_rescaled_pair(
+        second_ptr, second_scale_ptr, row, row_d, inner, elements, inside, CONTRAST, COMPUTE
+    )
     p += q
-    return p, tl.where(zero & too, p, d + e)
+    return p, tl.where(zero & zero_too, p, d + e)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -78,7 +120,7 @@ def merge_kernel(
     out_ptr,  # [T, B, inner]
     batch,  # B
     inner,
-    RHS: tl.constexpr,  # T
+    NUM_MAPS: tl.constexpr,  # T
     CONTRAST: tl.constexpr,
     SECOND: tl.constexpr,
     COMPUTE: tl.constexpr,  # float32 or float64
@@ -88,33 +130,20 @@ def merge_kernel(
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     elements = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = elements < inner
-    MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
-    for t in range(MAPS):
+    GROUPS: tl.constexpr = NUM_MAPS // 2 if CONTRAST else NUM_MAPS
+    for t in range(GROUPS):
         row = t * batch.to(tl.int64) + sample
-        row_d = row + MAPS * batch.to(tl.int64)
-        offset = row * inner + elements
-        offset_d = row_d * inner + elements
+        row_d = row + GROUPS * batch.to(tl.int64)
         if SECOND:
-            p, d = merged_sides(
-                first_ptr,
-                first_scale_ptr,
-                second_ptr,
-                second_scale_ptr,
-                row,
-                row_d,
-                offset,
-                offset_d,
-                inside,
-                CONTRAST,
-                COMPUTE,
+            p, d = load_merged_pair(
+                *(first_ptr, first_scale_ptr, second_ptr, second_scale_ptr),
+                *(row, row_d, inner, elements, inside, CONTRAST, COMPUTE),
             )
         else:
-            p, d, _ = rescaled_sides(
-                first_ptr, first_scale_ptr, row, row_d, offset, offset_d, inside, CONTRAST, COMPUTE
+            p, d, _ = load_rescaled_pair(
+                first_ptr, first_scale_ptr, row, row_d, inner, elements, inside, CONTRAST, COMPUTE
             )
-        tl.store(out_ptr + offset, p.to(out_ptr.dtype.element_ty), mask=inside)
-        if CONTRAST:
-            tl.store(out_ptr + offset_d, d.to(out_ptr.dtype.element_ty), mask=inside)
+        store_pair(out_ptr, row, row_d, inner, elements, inside, p, d, CONTRAST)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -124,7 +153,7 @@ def mass_kernel(
     masses_ptr,  # [T, B, blocks]
     batch,
     inner,
-    RHS: tl.constexpr,
+    NUM_MAPS: tl.constexpr,
     CONTRAST: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -135,15 +164,12 @@ def mass_kernel(
     elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = elements < inner
     x = tl.abs(tl.load(x_ptr + sample * inner + elements, mask=inside, other=0.0).to(COMPUTE))
-    MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
-    for t in range(MAPS):
+    GROUPS: tl.constexpr = NUM_MAPS // 2 if CONTRAST else NUM_MAPS
+    for t in range(GROUPS):
         row = t * batch.to(tl.int64) + sample
-        p = tl.load(c_ptr + row * inner + elements, mask=inside, other=0.0).to(COMPUTE)
-        tl.store(masses_ptr + row * blocks + block, tl.sum(x * tl.abs(p), 0))
-        if CONTRAST:
-            row += MAPS * batch.to(tl.int64)
-            d = tl.load(c_ptr + row * inner + elements, mask=inside, other=0.0).to(COMPUTE)
-            tl.store(masses_ptr + row * blocks + block, tl.sum(x * tl.abs(p - d), 0))
+        row_d = row + GROUPS * batch.to(tl.int64)
+        p, d = load_pair(c_ptr, row, row_d, inner, elements, inside, CONTRAST, COMPUTE)
+        store_masses(masses_ptr, row, row_d, blocks, block, x, p, d, CONTRAST)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -155,7 +181,7 @@ def rescale_parts_kernel(
     inner,  # rows * parts * width
     parts,
     width,
-    RHS: tl.constexpr,  # T
+    NUM_MAPS: tl.constexpr,  # T
     CONTRAST: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -165,19 +191,17 @@ def rescale_parts_kernel(
     elements = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = elements < inner
     part = elements // width % parts
-    MAPS: tl.constexpr = RHS // 2 if CONTRAST else RHS
-    for t in range(MAPS):
+    GROUPS: tl.constexpr = NUM_MAPS // 2 if CONTRAST else NUM_MAPS
+    for t in range(GROUPS):
         row = t * batch.to(tl.int64) + sample
-        p = tl.load(c_ptr + row * inner + elements, mask=inside, other=0.0).to(COMPUTE)
+        row_d = row + GROUPS * batch.to(tl.int64)
+        p, d = load_pair(c_ptr, row, row_d, inner, elements, inside, CONTRAST, COMPUTE)
         scale_p = tl.load(scale_ptr + row * parts + part, mask=inside, other=0.0).to(COMPUTE)
-        scaled = scale_p * p
-        tl.store(out_ptr + row * inner + elements, scaled.to(out_ptr.dtype.element_ty), mask=inside)
+        scale_n = scale_p
         if CONTRAST:
-            row_d = row + MAPS * batch.to(tl.int64)
-            d = tl.load(c_ptr + row_d * inner + elements, mask=inside, other=0.0).to(COMPUTE)
             scale_n = tl.load(scale_ptr + row_d * parts + part, mask=inside, other=0.0).to(COMPUTE)
-            d = tl.where(d == p, scaled, scale_n * d + (scale_p - scale_n) * p)
-            tl.store(out_ptr + row_d * inner + elements, d.to(out_ptr.dtype.element_ty), mask=inside)
+        p, d, _ = rescaled_pair(p, d, scale_p, scale_n, CONTRAST)
+        store_pair(out_ptr, row, row_d, inner, elements, inside, p, d, CONTRAST)
 
 
 @triton.jit
@@ -196,24 +220,24 @@ def scale_by_kernel(
     out_ptr,  # [T, B, inner]
     batch,  # B
     inner,
-    RHS: tl.constexpr,
+    NUM_MAPS: tl.constexpr,
     GATE: tl.constexpr,  # 2 [x > 0] c instead of x c
     N_SCALED: tl.constexpr,  # N times n_scale as well
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    side = batch.to(tl.int64) * inner
+    map_size = batch.to(tl.int64) * inner
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < side
+    inside = place < map_size
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(COMPUTE)
-    MAPS: tl.constexpr = RHS // 2 if N_SCALED else RHS
-    for t in range(MAPS):
-        offset = t * side + place
+    GROUPS: tl.constexpr = NUM_MAPS // 2 if N_SCALED else NUM_MAPS
+    for t in range(GROUPS):
+        offset = t * map_size + place
         p = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
         tl.store(out_ptr + offset, _diagonal(p, x, GATE).to(out_ptr.dtype.element_ty), mask=inside)
         if N_SCALED:
             scale = tl.load(n_scale_ptr + t * batch + place // inner, mask=inside, other=0.0).to(COMPUTE)
-            offset += MAPS * side
+            offset += GROUPS * map_size
             d = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
             d = tl.where(d == p, p, scale * d + (1 - scale) * p)
             tl.store(out_ptr + offset, _diagonal(d, x, GATE).to(out_ptr.dtype.element_ty), mask=inside)
@@ -226,12 +250,12 @@ def centring_kernel(
     gain_ptr,  # [CHANNELS]; this and the next are not read unless AFFINE
     shift_ptr,  # [CHANNELS]
     out_ptr,  # [T / 2, B]
-    side,  # T / 2 B inner
+    to_d,  # T / 2 B inner
     batch,  # B
     inner,
     step,  # between two runs
     COUNT: tl.constexpr,  # numbers looked at
-    RUN: tl.constexpr,  # as many lie side by side
+    RUN: tl.constexpr,  # so many are neighbours
     CHANNELS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     AFFINE: tl.constexpr,  # c is compared behind affine_pullback, whose y is x and whose relu is GATE
@@ -243,7 +267,7 @@ def centring_kernel(
     inside = number < COUNT
     element = number // RUN * step + number % RUN
     p = tl.load(c_ptr + row * inner + element, mask=inside, other=0.0).to(tl.float64)
-    d = tl.load(c_ptr + side + row * inner + element, mask=inside, other=0.0).to(tl.float64)
+    d = tl.load(c_ptr + to_d + row * inner + element, mask=inside, other=0.0).to(tl.float64)
     of_p = tl.abs(p)
     of_n = tl.abs(p - d)
     if WEIGHTED:
@@ -265,7 +289,7 @@ def centring_kernel(
     tl.store(out_ptr + row, alpha.to(out_ptr.dtype.element_ty))
 
 
-def check_sides(c: Tensor, samples: tuple[Tensor, ...], scales: tuple[Tensor, ...], contrast: bool) -> None:
+def check_shapes(c: Tensor, samples: tuple[Tensor, ...], scales: tuple[Tensor, ...], contrast: bool) -> None:
     """Shapes of coefficients [T, B, ...], of samples [B, ...] and of scales [T, B]."""
     if c.ndim < 2:
         raise ValueError(f"c must be [T, B, ...], not {list(c.shape)}")
@@ -286,17 +310,17 @@ def inner_size(c: Tensor) -> int:
 
 def mass(x: Tensor, c: Tensor, contrast: bool) -> Tensor:
     """``ramp_fast::mass`` for x [B, ...] and c [T, B, ...]."""
-    check_sides(c, (x,), (), contrast)
+    check_shapes(c, (x,), (), contrast)
     c, x = same_layout((c,), (x,))
     dtype, compute = compute_dtype(x, c)
-    rhs, batch = c.shape[:2]
+    num_maps, batch = c.shape[:2]
     blocks = triton.cdiv(inner_size(c), BLOCK)
-    masses = torch.empty((rhs, batch, blocks), dtype=dtype, device=c.device)
+    masses = torch.empty((num_maps, batch, blocks), dtype=dtype, device=c.device)
     if masses.numel():
         with torch.cuda.device_of(c):
             mass_kernel[(batch * blocks,)](
                 *(x, c, masses, batch, inner_size(c)),
-                RHS=rhs,
+                NUM_MAPS=num_maps,
                 CONTRAST=contrast,
                 COMPUTE=compute,
                 BLOCK=BLOCK,
@@ -318,7 +342,7 @@ def _merge(first: Tensor, first_scale: Tensor, second: Tensor | None, scale: Ten
                 out,
                 first.shape[1],
                 inner_size(first),
-                RHS=first.shape[0],
+                NUM_MAPS=first.shape[0],
                 CONTRAST=contrast,
                 SECOND=second is not None,
                 COMPUTE=compute_dtype(first, first_scale, second, scale)[1],
@@ -330,14 +354,14 @@ def _merge(first: Tensor, first_scale: Tensor, second: Tensor | None, scale: Ten
 
 def rescale(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
     """``ramp_fast::rescale`` for c [T, B, ...] and scale [T, B]."""
-    check_sides(c, (), (scale,), contrast)
+    check_shapes(c, (), (scale,), contrast)
     (c,) = same_layout((c,), ())
     return _merge(c, scale, None, None, contrast)
 
 
 def rescale_parts(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
     """``ramp_fast::rescale_parts`` for c [T, B, rows, parts, width] and scale [T, B, parts]."""
-    check_sides(c, (), (), contrast)
+    check_shapes(c, (), (), contrast)
     if c.ndim != 5 or scale.shape != (*c.shape[:2], c.shape[3]):
         raise ValueError(
             f"c {list(c.shape)} must be [T, B, rows, parts, width], scale {list(scale.shape)} [T, B, parts]"
@@ -348,7 +372,7 @@ def rescale_parts(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
         with torch.cuda.device_of(c):
             rescale_parts_kernel[(c.shape[1] * triton.cdiv(inner_size(c), BLOCK),)](
                 *(c, scale, out, c.shape[1], inner_size(c), c.shape[3], c.shape[4]),
-                RHS=c.shape[0],
+                NUM_MAPS=c.shape[0],
                 CONTRAST=contrast,
                 COMPUTE=compute_dtype(c, scale)[1],
                 BLOCK=BLOCK,
@@ -361,13 +385,13 @@ def merge(first: Tensor, first_scale: Tensor, second: Tensor, second_scale: Tens
     """``ramp_fast::merge`` for first and second [T, B, ...] and their scales [T, B]."""
     if first.shape != second.shape:
         raise ValueError(f"first {list(first.shape)} and second {list(second.shape)} must have the same shape")
-    check_sides(first, (), (first_scale, second_scale), contrast)
+    check_shapes(first, (), (first_scale, second_scale), contrast)
     first, second = same_layout((first, second), ())
     return _merge(first, first_scale, second, second_scale, contrast)
 
 
 def _scale_by(c: Tensor, x: Tensor, n_scale: Tensor | None, gate: bool) -> Tensor:
-    check_sides(c, (x,), (), n_scale is not None)
+    check_shapes(c, (x,), (), n_scale is not None)
     if n_scale is not None and n_scale.shape != (c.shape[0] // 2, c.shape[1]):
         raise ValueError(f"n_scale {list(n_scale.shape)} must have shape {[c.shape[0] // 2, c.shape[1]]}")
     c, x = same_layout((c,), (x,))
@@ -376,7 +400,7 @@ def _scale_by(c: Tensor, x: Tensor, n_scale: Tensor | None, gate: bool) -> Tenso
         with torch.cuda.device_of(c):
             scale_by_kernel[(triton.cdiv(x.numel(), BLOCK),)](
                 *(c, x, x if n_scale is None else n_scale.contiguous(), out, c.shape[1], inner_size(c)),
-                RHS=c.shape[0],
+                NUM_MAPS=c.shape[0],
                 GATE=gate,
                 N_SCALED=n_scale is not None,
                 COMPUTE=compute_dtype(c, x, n_scale)[1],
@@ -404,7 +428,7 @@ def centring(
     gate: bool = False,
 ) -> Tensor:
     """``ramp_fast::centring`` for c [T, B, ...], factor [B, ...], gain and shift [C]."""
-    check_sides(c, () if factor is None else (factor,), (), True)
+    check_shapes(c, () if factor is None else (factor,), (), True)
     affine = factor is not None and gain is not None and shift is not None
     c, x = c.contiguous(), c if factor is None else factor.contiguous()
     out = torch.empty((c.shape[0] // 2, c.shape[1]), dtype=compute_dtype(c, factor, gain, shift)[0], device=c.device)

@@ -1,6 +1,6 @@
 """Softmax: ``c_S = (sign(S) softmax(S) + softmax(|S|)) c`` over rows of scores, -inf where masked.
 
-One program per row: maxima, then sums, then every right-hand side; the row stays in cache.
+One program per row: maxima, then sums, then every map; the row stays in cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def softmax_pullback_kernel(
     c_ptr,  # [T, rows, width]
     out_ptr,  # [T, rows, width]
     rows,
-    RHS: tl.constexpr,  # T
+    NUM_MAPS: tl.constexpr,  # T
     WIDTH: tl.constexpr,
     COMPUTE: tl.constexpr,  # float32 or float64
     BLOCK: tl.constexpr,
@@ -54,7 +54,7 @@ def softmax_pullback_kernel(
         a = tl.exp(s - top) * inverse
         weight = tl.where(s > 0, a, tl.where(s < 0, -a, 0.0)) + tl.exp(tl.abs(s) - top_absolute) * inverse_absolute
         weight = tl.where(s == float("-inf"), 0.0, weight)
-        for t in range(RHS):
+        for t in range(NUM_MAPS):
             offset = (t * rows.to(tl.int64) + row) * WIDTH + start + columns
             c = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
             out = tl.where(weight == 0, 0.0, weight * c)
@@ -74,7 +74,7 @@ def softmax_pullback(scores: Tensor, c: Tensor) -> Tensor:
         with torch.cuda.device_of(c):
             softmax_pullback_kernel[(rows,)](
                 *(scores, c, out, rows),
-                RHS=c.shape[0],
+                NUM_MAPS=c.shape[0],
                 WIDTH=width,
                 COMPUTE=compute_dtype(scores, c)[1],
                 BLOCK=block,

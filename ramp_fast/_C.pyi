@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -14,118 +14,11 @@ def active_isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def poison_scratch(enabled: bool) -> None: ...
 
-# Kernels: inputs, outputs (written), options. ValueError for a shape, dtype, layout or device they do not take.
-def mass(x: Tensor, c: Tensor, mass: Tensor, contrast: bool, threads: _Threads, /) -> None: ...
-def rescale(c: Tensor, scale: Tensor, out: Tensor, contrast: bool, threads: _Threads, /) -> None: ...
-def rescale_parts(c: Tensor, scale: Tensor, out: Tensor, contrast: bool, threads: _Threads, /) -> None: ...
-def merge(
-    first: Tensor,
-    first_scale: Tensor,
-    second: Tensor,
-    second_scale: Tensor,
-    out: Tensor,
-    contrast: bool,
-    threads: _Threads,
-    /,
-) -> None: ...
-def junction(
-    c: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c_a: Tensor,
-    c_b: Tensor,
-    mass_a: Tensor,
-    mass_b: Tensor,
-    contrast: bool,
-    relu: bool,
-    threads: _Threads,
-    /,
-) -> None: ...
-def merge_junction(
-    first: Tensor,
-    first_scale: Tensor,
-    second: Tensor,
-    second_scale: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c_a: Tensor,
-    c_b: Tensor,
-    mass_a: Tensor,
-    mass_b: Tensor,
-    contrast: bool,
-    relu: bool,
-    threads: _Threads,
-    /,
-) -> None: ...
-def residual_pullback(
-    first: Tensor,
-    first_scale: Tensor | None,
-    second: Tensor | None,
-    second_scale: Tensor | None,
-    z: Tensor,
-    b: Tensor,
-    gain: Tensor,
-    shift: Tensor,
-    c_x: Tensor,
-    c_b: Tensor,
-    mass_y: Tensor,
-    mass_b: Tensor,
-    contrast: bool,
-    threads: _Threads,
-    /,
-) -> None: ...
-def norm_pullback(
-    c: Tensor, x: Tensor, weight: Tensor | None, eps: float, out: Tensor, threads: _Threads, /
-) -> None: ...
-def linear_pullback(c: Tensor, panels: Tensor, x: Tensor, out: Tensor, threads: _Threads, /) -> None: ...
+# Kernels raise ValueError for a shape, dtype, layout or device that they do not take. Those that are not here have the
+# name and arguments of their operator, without dtypes, then its outputs (written), then the number of threads;
+# ramp_fast.ops._registry calls them by name. These have arguments of their own.
+def checksum(addresses: Any, sizes: Any, sampled: Any, out: Any, threads: _Threads, /) -> None: ...
 def product(x: Tensor, tiles: Tensor, bias: Tensor | None, out: Tensor, threads: _Threads, /) -> None: ...
-def linear_norm_pullback(
-    c: Tensor,
-    panels: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    out: Tensor,
-    mass: Tensor,
-    contrast: bool,
-    threads: _Threads,
-    /,
-) -> None: ...
-def max_pool_pullback(
-    c: Tensor,
-    x: Tensor,
-    kernel_height: int,
-    kernel_width: int,
-    divided: bool,
-    out: Tensor,
-    threads: _Threads,
-    /,
-) -> None: ...
-def share(target: Tensor, masses: Sequence[Tensor], out: Tensor, /) -> None: ...
-def scale_to(target: Tensor, actual: Tensor, scale: Tensor, mass: Tensor, /) -> None: ...
-def select_phases(acc: Tensor, x: Tensor, top: int, left: int, out: Tensor, threads: _Threads, /) -> None: ...
-def unpool(
-    c: Tensor,
-    indices: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    out: Tensor,
-    threads: _Threads,
-    /,
-) -> None: ...
-def scale_by(
-    c: Tensor,
-    factor: Tensor,
-    n_scale: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    out: Tensor,
-    gate: bool,
-    threads: _Threads,
-    /,
-) -> None: ...
 def centring(
     c: Tensor,
     factor: Tensor | None,
@@ -138,45 +31,18 @@ def centring(
     threads: _Threads,
     /,
 ) -> None: ...
-def mask_steps(scores: Tensor, ks: Sequence[int], descending: bool, out: Tensor, threads: _Threads, /) -> None: ...
-def masked_copies(
-    images: Tensor,
-    steps: Tensor,
-    baseline: Tensor,
-    first: int,
-    last: int,
-    reveal: bool,
-    out: Tensor,
-    channels_last: bool,
-    threads: _Threads,
-    /,
-) -> None: ...
-def order_by_step(steps: Tensor, order: Tensor, begins: Tensor, threads: _Threads, /) -> None: ...
-def advance_copies(
-    source: Tensor,
-    order: Tensor,
-    begins: Tensor,
-    first: int,
-    by: int,
-    out: Tensor,
-    channels_last: bool,
-    threads: _Threads,
-    /,
-) -> None: ...
 def affine_factor(
     x: Tensor,
     gain: Tensor,
     shift: Tensor,
     relu: bool,
     cap: float,
+    channels_last: bool,
     y: Tensor,
     factor: Tensor,
-    channels_last: bool,
     threads: _Threads,
     /,
 ) -> None: ...
-def gelu_factor(x: Tensor, tanh_approx: bool, y: Tensor, factor: Tensor, threads: _Threads, /) -> None: ...
-def softmax_pullback(scores: Tensor, c: Tensor, out: Tensor, threads: _Threads, /) -> None: ...
 def attention_pullback(
     q: Tensor,
     k: Tensor,
@@ -190,6 +56,30 @@ def attention_pullback(
     c_k: Tensor,
     c_v: Tensor,
     masses: Tensor,
+    threads: _Threads,
+    /,
+) -> None: ...
+def masked_copies(
+    images: Tensor,
+    steps: Tensor,
+    baseline: Tensor,
+    first: int,
+    last: int,
+    reveal: bool,
+    channels_last: bool,
+    out: Tensor,
+    threads: _Threads,
+    /,
+) -> None: ...
+def order_by_step(steps: Tensor, order: Tensor, begins: Tensor, threads: _Threads, /) -> None: ...
+def advance_copies(
+    source: Tensor,
+    order: Tensor,
+    begins: Tensor,
+    first: int,
+    by: int,
+    channels_last: bool,
+    out: Tensor,
     threads: _Threads,
     /,
 ) -> None: ...

@@ -1,33 +1,15 @@
-// Bindings: softmax_pullback, attention_pullback.
+// Binding: attention_pullback.
 #include "bind/bind.h"
 #include "cpu/dispatch.h"
 
 namespace rf {
 namespace {
 
-void softmax_pullback(py::handle scores_, py::handle c_, py::handle out_, int threads) {
-    const TensorView scores(scores_, "scores"), c(c_, "c"), out(out_, "out");
-    if (scores.ndim() < 1 || c.ndim() != scores.ndim() + 1)
-        fail("c must have one axis more than the scores: " + scores.describe() + ", " + c.describe());
-    scores.matches(0, c, 1, scores.ndim());
-    out.same_shape(c);
-    SoftmaxArgs args{};
-    args.rhs = c.size(0);
-    args.rows = scores.product(0, scores.ndim() - 1);
-    args.width = scores.size(-1);
-    args.scores = scores.contiguous().operand();
-    args.c = c.contiguous().operand();
-    args.out = out.contiguous().operand();
-    args.threads = threads;
-    py::gil_scoped_release release;
-    RF_CALL(softmax_pullback, args);
-}
-
-// [B, H, rows, D] or, with `rhs`, [T, B, H, rows, D].
-StridedOperand strided(const TensorView& x, bool rhs) {
+// [B, H, rows, D] or, with `maps`, [T, B, H, rows, D].
+StridedOperand strided(const TensorView& x, bool maps) {
     if (x.size(-1) > 1 && x.stride(-1) != 1) fail(x.describe() + " must be contiguous along its last axis");
-    const int first = rhs ? 1 : 0;
-    return {x.operand(), {rhs ? x.stride(0) : 0, x.stride(first), x.stride(first + 1), x.stride(first + 2)}};
+    const int first = maps ? 1 : 0;
+    return {x.operand(), {maps ? x.stride(0) : 0, x.stride(first), x.stride(first + 1), x.stride(first + 2)}};
 }
 
 void attention_pullback(py::handle q_, py::handle k_, py::handle v_, py::handle o_, py::handle c_,
@@ -50,7 +32,7 @@ void attention_pullback(py::handle q_, py::handle k_, py::handle v_, py::handle 
     masses.shaped({4, T, B}).contiguous();
     if (masses.dtype() == DType::bf16) fail(masses.describe() + " is written as float32 or float64");
     AttentionArgs args{};
-    args.rhs = T;
+    args.num_maps = T;
     args.batch = B;
     args.heads = H;
     args.queries = N;
@@ -76,7 +58,6 @@ void attention_pullback(py::handle q_, py::handle k_, py::handle v_, py::handle 
 }  // namespace
 
 void register_attention(py::module_& m) {
-    m.def("softmax_pullback", &softmax_pullback);
     m.def("attention_pullback", &attention_pullback);
 }
 

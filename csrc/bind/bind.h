@@ -9,6 +9,10 @@
 
 namespace rf {
 
+// The binding of a CPU kernel has the name of its operator in ramp_fast/ops and takes the operator's
+// arguments in their order, without dtypes, which the outputs have; then the outputs, allocated and not
+// written yet; then the number of threads. `operator` in ramp_fast/ops/_registry.py calls it like that. Some
+// have arguments more, between the two, which a function in ramp_fast/ops passes.
 void register_activation(py::module_& m);
 void register_attention(py::module_& m);
 void register_checksum(py::module_& m);
@@ -20,6 +24,9 @@ void register_masses(py::module_& m);
 void register_max_pool(py::module_& m);
 void register_norm(py::module_& m);
 void register_phases(py::module_& m);
+void register_product(py::module_& m);
+void register_scaling(py::module_& m);
+void register_softmax(py::module_& m);
 
 // An absent optional tensor is None.
 inline std::optional<TensorView> optional_view(py::handle object, const char* name) {
@@ -36,6 +43,10 @@ void check_coefficient(const TensorView& c, bool contrast);
 
 // Checks a scale [T, B] that belongs to c.
 void check_per_sample(const TensorView& scale, const TensorView& c);
+
+// Checks the coefficients [T, B, ...] of two readers, in one memory layout, and their scales [T, B].
+void check_readers(const TensorView& first, const TensorView& first_scale, const TensorView& second,
+                   const TensorView& second_scale);
 
 // Checks gain and shift [C] of c [T, B, ..., C], which is contiguous from axis 1 on.
 void check_channels(const TensorView& gain, const TensorView& shift, const TensorView& c);

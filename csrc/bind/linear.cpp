@@ -1,4 +1,4 @@
-// Bindings: linear_pullback, linear_norm_pullback, product.
+// Bindings: linear_pullback, linear_norm_pullback.
 #include "bind/bind.h"
 #include "cpu/dispatch.h"
 
@@ -17,7 +17,7 @@ LinearArgs arguments(const TensorView& c, const TensorView& panels, const Tensor
     if (c.dtype() != panels.dtype())
         fail(c.describe() + " and " + panels.describe() + " must have the same dtype");
     LinearArgs args{};
-    args.rhs = c.size(0);
+    args.num_maps = c.size(0);
     args.batch = c.size(1);
     args.rows = x.product(1, x.ndim() - 1);
     args.depth = c.size(-1);
@@ -42,7 +42,7 @@ void linear_pullback(py::handle c_, py::handle panels_, py::handle x_, py::handl
 }
 
 void linear_norm_pullback(py::handle c_, py::handle panels_, py::handle x_, py::handle weight_,
-                          py::handle bias_, double eps, py::handle out_, py::handle mass_, bool contrast,
+                          py::handle bias_, double eps, bool contrast, py::handle out_, py::handle mass_,
                           int threads) {
     const TensorView c(c_, "c"), panels(panels_, "panels"), x(x_, "x"), out(out_, "out"), mass(mass_, "mass");
     const auto weight = optional_view(weight_, "weight"), bias = optional_view(bias_, "bias");
@@ -61,52 +61,11 @@ void linear_norm_pullback(py::handle c_, py::handle panels_, py::handle x_, py::
     RF_CALL_BF16(linear_pullback, args);
 }
 
-void product(py::handle x_, py::handle tiles_, py::handle bias_, py::handle out_, int threads) {
-    const TensorView x(x_, "x"), out(out_, "out");
-    const bool bytes = x.dtype() == DType::f32;
-    const TensorView tiles(tiles_, "tiles", bytes ? Elements::int32 : Elements::floating);
-    const auto bias = optional_view(bias_, "bias");
-    if (x.ndim() != 2 || out.ndim() != 2)
-        fail("x and out must be matrices: " + x.describe() + ", " + out.describe());
-    out.matches(0, x, 0, 1);
-    ProductArgs args{};
-    args.rows = x.size(0);
-    args.depth = x.size(1);
-    args.width = out.size(1);
-    if (x.dtype() == DType::f64 || out.dtype() != x.dtype() || (bias && bias->dtype() != DType::f32) ||
-        (!bytes && tiles.dtype() != DType::bf16))
-        fail(
-            "x and out must both be float32 or bfloat16, bias float32, and tiles int32 for float32 x, else "
-            "bfloat16: " +
-            x.describe() + ", " + out.describe() + ", " + tiles.describe());
-    if (args.depth < 1 || (bytes && args.depth > kDigitDepth))
-        fail("x must have at least one column, and of float32 at most " + std::to_string(kDigitDepth) + ": " +
-             x.describe());
-    if (bytes)
-        tiles.shaped({(args.width + 15) / 16, 3 * ((args.depth + 63) / 64) + 1, 16, 16});
-    else
-        tiles.shaped({(args.width + 31) / 32, (args.depth + 31) / 32, 2, 16, 32});
-    if (bias) bias->shaped({args.width}).contiguous();
-    args.x = x.contiguous().operand();
-    args.tiles = tiles.contiguous().operand();
-    args.bias = operand_or_null(bias);
-    args.out = out.contiguous().operand();
-    args.threads = threads;
-#ifdef RF_HAVE_AMX
-    if (current_isa() == Isa::amx) {
-        py::gil_scoped_release release;
-        return amx::product(args);
-    }
-#endif
-    fail("product runs on the instruction set 'amx' only; in use: '" + active_isa() + "'");
-}
-
 }  // namespace
 
 void register_linear(py::module_& m) {
     m.def("linear_pullback", &linear_pullback);
     m.def("linear_norm_pullback", &linear_norm_pullback);
-    m.def("product", &product);
 }
 
 }  // namespace rf

@@ -39,7 +39,7 @@ void mask_steps(py::handle scores_, const std::vector<std::int64_t>& ks, bool de
 }
 
 void masked_copies(py::handle images_, py::handle steps_, py::handle baseline_, std::int64_t first,
-                   std::int64_t last, bool reveal, py::handle out_, bool channels_last, int threads) {
+                   std::int64_t last, bool reveal, bool channels_last, py::handle out_, int threads) {
     const TensorView images(images_, "images"), steps(steps_, "steps", Elements::int32);
     const TensorView baseline(baseline_, "baseline"), out(out_, "out");
     if (images.ndim() != 4 || steps.ndim() != 4 || baseline.ndim() != 4 || out.ndim() != 5)
@@ -101,7 +101,7 @@ void order_by_step(py::handle steps_, py::handle order_, py::handle begins_, int
 }
 
 void advance_copies(py::handle source_, py::handle order_, py::handle begins_, std::int64_t first,
-                    std::int64_t by, py::handle out_, bool channels_last, int threads) {
+                    std::int64_t by, bool channels_last, py::handle out_, int threads) {
     const TensorView source(source_, "source"), out(out_, "out");
     const TensorView order(order_, "order", Elements::int32), begins(begins_, "begins", Elements::int32);
     if (source.ndim() != 4 || out.ndim() != 5)

@@ -1,4 +1,5 @@
-// Arithmetic on masses [T, B]: share, scale_to. So few numbers that one loop does, whatever the processor.
+// Bindings and kernels of arithmetic on masses [T, B]: share, scale_to. They are so few numbers that one loop
+// on one thread does, whatever the instruction set.
 #include <vector>
 
 #include "bind/bind.h"
@@ -31,7 +32,7 @@ void share_of(const TensorView& target, const std::vector<TensorView>& masses, c
     }
 }
 
-void share(py::handle target_, const std::vector<py::object>& masses_, py::handle out_) {
+void share(py::handle target_, const std::vector<py::object>& masses_, py::handle out_, int) {
     const TensorView target(target_, "target"), out(out_, "out");
     std::vector<TensorView> masses;
     for (const py::object& mass : masses_) {
@@ -60,7 +61,7 @@ void scale_of(const TensorView& target, const TensorView& actual, const TensorVi
     }
 }
 
-void scale_to(py::handle target_, py::handle actual_, py::handle scale_, py::handle mass_) {
+void scale_to(py::handle target_, py::handle actual_, py::handle scale_, py::handle mass_, int) {
     const TensorView target(target_, "target"), actual(actual_, "actual");
     const TensorView scale(scale_, "scale"), mass(mass_, "mass");
     for (const TensorView* view : {&actual, &scale, &mass}) check_like(*view, target);

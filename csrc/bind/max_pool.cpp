@@ -19,7 +19,7 @@ void max_pool_pullback(py::handle c_, py::handle x_, std::int64_t kernel_height,
         fail("windows of " + std::to_string(kernel_height) + " x " + std::to_string(kernel_width) + " in " +
              x.describe() + " do not fit " + c.describe());
     MaxPoolArgs args{};
-    args.rhs = c.size(0);
+    args.num_maps = c.size(0);
     args.batch = c.size(1);
     args.height = x.size(1);
     args.width = x.size(2);
@@ -37,23 +37,23 @@ void max_pool_pullback(py::handle c_, py::handle x_, std::int64_t kernel_height,
 
 using Pair = std::pair<std::int64_t, std::int64_t>;
 
-void unpool(py::handle c_, py::handle indices_, Pair kernel, Pair stride, Pair padding, py::handle out_,
-            int threads) {
+void unpool(py::handle c_, py::handle indices_, std::int64_t height, std::int64_t width, Pair kernel,
+            Pair stride, Pair padding, py::handle out_, int threads) {
     const TensorView c(c_, "c"), indices(indices_, "indices", Elements::int32), out(out_, "out");
     check_coefficient(c, false);
     if (indices.ndim() != 4 || c.ndim() != 5 || out.ndim() != 5)
         fail("indices must be [B, h, w, C], c [T, B, h, w, C] and out [T, B, H, W, C]: " +
              indices.describe() + ", " + c.describe() + ", " + out.describe());
     indices.matches(0, c, 1, 4);
-    out.matches(0, c, 0, 2).matches(4, c, 4, 1);
+    out.shaped({c.size(0), c.size(1), height, width, c.size(4)});
     UnpoolArgs args{};
-    args.rhs = c.size(0);
+    args.num_maps = c.size(0);
     args.batch = c.size(1);
     args.rows = c.size(2);
     args.columns = c.size(3);
     args.channels = c.size(4);
-    args.height = out.size(2);
-    args.width = out.size(3);
+    args.height = height;
+    args.width = width;
     const std::int64_t numbers[3][2] = {
         {kernel.first, kernel.second}, {stride.first, stride.second}, {padding.first, padding.second}};
     for (int axis = 0; axis < 2; ++axis) {

@@ -20,7 +20,7 @@ void norm_pullback(py::handle c_, py::handle x_, py::handle weight_, double eps,
     if (weight) weight->shaped({x.size(-1)}).contiguous();
 
     NormArgs args{};
-    args.rhs = c.size(0);
+    args.num_maps = c.size(0);
     args.batch = c.size(1);
     args.rows = x.product(1, x.ndim() - 1);
     args.width = x.size(-1);

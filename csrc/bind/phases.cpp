@@ -5,7 +5,7 @@
 namespace rf {
 namespace {
 
-// Those of one input lie in one block of the kernel.
+// The kernel takes all channels of a pixel in one block.
 constexpr std::int64_t kMostChannels = 512;
 
 void select_phases(py::handle acc_, py::handle x_, std::int64_t top, std::int64_t left, py::handle out_,
@@ -17,7 +17,7 @@ void select_phases(py::handle acc_, py::handle x_, std::int64_t top, std::int64_
     out.matches(0, acc, 0, 2).matches(1, x, 0, 4);
     acc.matches(7, x, 3, 1);
     SelectPhasesArgs args{};
-    args.rhs = acc.size(0);
+    args.num_maps = acc.size(0);
     args.batch = acc.size(1);
     args.rows = acc.size(2);
     args.columns = acc.size(3);

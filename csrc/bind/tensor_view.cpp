@@ -166,7 +166,7 @@ const TensorView& TensorView::same_layout(int axis, const TensorView& other, int
     bool same = true;
     for (int i = 0; i < n; ++i)
         same = same && (shape_[axis + i] == 1 || strides_[axis + i] == other.strides_[other_axis + i]);
-    // Leading axes (right-hand sides, then samples) must be outermost, and the memory dense: each axis, taken
+    // Leading axes (maps, then samples) must be outermost, and the memory dense: each axis, taken
     // by increasing stride, starts where the ones before it end.
     std::int64_t run = 1;
     for (int left = ndim_ - (axis + 1); same && left > 0; --left) {
@@ -194,6 +194,14 @@ void check_coefficient(const TensorView& c, bool contrast) {
 
 void check_per_sample(const TensorView& scale, const TensorView& c) {
     scale.shaped({c.size(0), c.size(1)}).contiguous();
+}
+
+void check_readers(const TensorView& first, const TensorView& first_scale, const TensorView& second,
+                   const TensorView& second_scale) {
+    first.same_layout(1, second, 1);
+    second.same_layout(1, first, 1).matches(0, first, 0, 1);
+    check_per_sample(first_scale, first);
+    check_per_sample(second_scale, first);
 }
 
 void check_mass(const TensorView& mass, const TensorView& c) {

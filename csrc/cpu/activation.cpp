@@ -1,5 +1,5 @@
-// Elementwise pull-backs and the fused GELU.
-#include "cpu/channels.h"
+// GELU and BatchNorm with the factors of their pull-backs, in one pass.
+#include "cpu/block.h"
 
 namespace rf::RF_ISA {
 namespace {
@@ -8,119 +8,6 @@ struct Chunked {
     const void* args;
     int64_t size;  // elements or rows of one task
 };
-
-// n elements of a row of c times the factor, from `offset` of the output on.
-template <class F>
-RF_INLINE void scale_row(const ScaleArgs& args, const F* __restrict c, const F* __restrict factor, bool gate,
-                         int64_t offset, int64_t n) {
-    F buffer[kBlock];
-    F* __restrict out = target(args.out, offset, buffer);
-    if (gate) {
-        RF_SIMD
-        for (int64_t i = 0; i < n; ++i) out[i] = factor[i] > F(0) ? F(2) * c[i] : F(0);
-    } else {
-        RF_SIMD
-        for (int64_t i = 0; i < n; ++i) out[i] = c[i] * factor[i];
-    }
-    commit(args.out, offset, n, out);
-}
-
-template <class F>
-struct Scale {
-    const ScaleArgs& args;
-    Channels<F> channels;  // with gain and shift
-};
-
-template <class F>
-void scale_chunk(int64_t index, const void* context, void*) {
-    const Scale<F>& job = *static_cast<const Scale<F>*>(context);
-    const ScaleArgs& args = job.args;
-    const bool affine = args.gain.data != nullptr, gate = args.gate && !affine;
-    const int64_t side = args.batch * args.inner, end = min64((index + 1) * kChunk, side);
-    const bool pairs = args.n_scale.data != nullptr;
-    const int64_t groups = pairs ? args.rhs / 2 : args.rhs;
-    F factor_buffer[kBlock], affine_buffer[kBlock], in_p[kBlock], in_d[kBlock], scaled[kBlock];
-    int64_t n;
-    for (int64_t start = index * kChunk; start < end; start += n) {
-        n = min64(kBlock, end - start);
-        if (pairs) n = min64(n, args.inner - start % args.inner);  // of one sample
-        const F* factor = load_ahead(args.factor, start, n, factor_buffer);
-        if (affine) {
-            const int64_t channel = job.channels.at(start);
-            affine_factors(factor, job.channels.size + channel, job.channels.shift + channel, n, args.gate,
-                           affine_buffer);
-            factor = affine_buffer;
-        }
-        for (int64_t t = 0; t < groups; ++t) {
-            const int64_t row = t * side + start, row_d = row + groups * side;
-            const F* __restrict p = load_ahead(args.c, row, n, in_p);
-            scale_row(args, p, factor, gate, row, n);
-            if (!pairs) continue;
-            const F* __restrict d = load_ahead(args.c, row_d, n, in_d);
-            const F scale = load_one<F>(args.n_scale, t * args.batch + start / args.inner);
-            RF_SIMD
-            for (int64_t i = 0; i < n; ++i)  // where N is zero it stays so, to the last bit
-                scaled[i] = d[i] == p[i] ? p[i] : scale * d[i] + (F(1) - scale) * p[i];
-            scale_row<F>(args, scaled, factor, gate, row_d, n);
-        }
-    }
-}
-
-template <class F>
-void run_scale(const ScaleArgs& args) {
-    const int64_t side = args.batch * args.inner;
-    Partials numbers(args.gain.data ? channel_numbers(args.channels) : 0);
-    Scale<F> job{args, {}};
-    if (args.gain.data)
-        job.channels = fill(args.gain, args.shift, args.channels, reinterpret_cast<F*>(numbers.data()));
-    parallel_for(ceil_div(side, kChunk), args.rhs * side, args.threads, scale_chunk<F>, &job, 0);
-}
-
-// What N of one pair of rows has to be multiplied by.
-template <class F>
-void centring_row(int64_t index, const void* context, void*) {
-    const CentringArgs& args = *static_cast<const CentringArgs*>(context);
-    const int64_t b = index % args.batch, row = index * args.inner;
-    const int64_t row_d = row + args.rhs / 2 * args.batch * args.inner;
-    F p_in[kCentringRun], d_in[kCentringRun], x_in[kCentringRun], weight[kCentringRun];
-    double of_p = 0, of_n = 0;
-    const bool whole = args.runs == 0;
-    const int64_t runs = whole ? ceil_div(args.inner, kCentringRun) : args.runs,
-                  step = whole ? kCentringRun : args.step;
-    for (int64_t run = 0; run < runs; ++run) {
-        const int64_t start = run * step, n = min64(kCentringRun, args.inner - start);
-        if (const int64_t soon = start + 12 * step; run + 12 < runs) {
-            fetch(args.c, row + soon, kCentringRun);
-            fetch(args.c, row_d + soon, kCentringRun);
-            if (args.factor.data) fetch(args.factor, b * args.inner + soon, kCentringRun);
-        }
-        const F* p = load(args.c, row + start, n, p_in);
-        const F* d = load(args.c, row_d + start, n, d_in);
-        const F* x = args.factor.data ? load(args.factor, b * args.inner + start, n, x_in) : nullptr;
-        for (int64_t i = 0; i < n; ++i) {
-            weight[i] = x == nullptr ? F(1) : args.gate ? F(x[i] > 0) : absolute(x[i]);
-            if (args.gain.data) {
-                const int64_t channel = (start + i) % args.channels;
-                weight[i] = affine_factor_of(x[i], absolute(load_one<F>(args.gain, channel)),
-                                             load_one<F>(args.shift, channel));
-                if (args.gate && !(x[i] > 0)) weight[i] = 0;
-            }
-        }
-        F sum_p = 0, sum_n = 0;
-        RF_SIMD_SUM(sum_p, sum_n)
-        for (int64_t i = 0; i < n; ++i) {
-            sum_p += weight[i] * absolute(p[i]);
-            sum_n += weight[i] * absolute(p[i] - d[i]);
-        }
-        of_p += static_cast<double>(sum_p);
-        of_n += static_cast<double>(sum_n);
-    }
-    // Not positive and finite, as it is stored: one of the two is zero here, or NaN.
-    const double ratio = of_p / of_n;
-    const double scale =
-        args.out.dtype == DType::f64 ? ratio : static_cast<double>(static_cast<float>(ratio));
-    store_one(args.out, index, scale > 0 && scale <= 1.7976931348623157e308 ? scale : 1);
-}
 
 // Rational minimax approximation on [-4, 4], where erf reaches 1 in float.
 RF_INLINE float error_function(float x) {
@@ -261,18 +148,6 @@ void affine_factor(const AffineArgs& args) {
     } else {
         parallel_for(args.outer * args.channels, work, args.threads, affine_plane, &args, 0);
     }
-}
-
-void scale_by(const ScaleArgs& args) {
-    const bool wide = any_double(args.c, args.factor, args.n_scale, args.gain, args.shift);
-    wide ? run_scale<double>(args) : run_scale<float>(args);
-}
-
-void centring(const CentringArgs& args) {
-    const bool wide = any_double(args.c, args.factor, args.gain, args.shift);
-    const int64_t looked_at = args.runs ? args.runs * kCentringRun : args.inner;
-    parallel_for(args.rhs / 2 * args.batch, args.rhs * args.batch * looked_at, args.threads,
-                 wide ? centring_row<double> : centring_row<float>, &args, 0);
 }
 
 void gelu_factor(const GeluArgs& args) {

@@ -110,15 +110,15 @@ RF_INLINE const F* load(const Operand& source, int64_t offset, int64_t count, F*
     return buffer;
 }
 
-// `count` elements on their way to the caches. What is read a block at a time from several places is too
-// short in each for the processor to see it coming.
+// Prefetches `count` elements. Where blocks are read from several arrays in turn, each is too short for the
+// hardware prefetcher.
 RF_INLINE void fetch(const Operand& source, int64_t offset, int64_t count) {
     const int64_t item = item_size(source.dtype);
     const char* const from = static_cast<const char*>(source.data) + offset * item;
     for (int64_t at = 0; at < count * item; at += 64) __builtin_prefetch(from + at);
 }
 
-// As `load`, and as many elements again are fetched.
+// As `load`, and prefetches as many elements behind them.
 template <class F>
 RF_INLINE const F* load_ahead(const Operand& source, int64_t offset, int64_t count, F* __restrict buffer) {
     fetch(source, offset + count, count);

@@ -1,4 +1,4 @@
-// Checksums of memory, by which it is noticed that weights have changed.
+// Checksums of memory, which tell whether weights have changed.
 #include "cpu/block.h"
 
 namespace rf::RF_ISA {
@@ -7,13 +7,14 @@ namespace {
 using std::uint32_t;
 using std::uint64_t;
 
-// Words that are summed side by side: a few vector registers of them hide the time that one product takes.
+// Words in independent sums: a few vector registers of them hide the latency of a product.
 constexpr int64_t kWords = 64;
 constexpr int64_t kLineWords = 16;
-// Of this many lines of 64 bytes, a page, a sample has one.
+// Lines of 64 bytes in a page, of which a sample has one.
 constexpr int64_t kLines = 64;
 
-// For one word, and for one sum before it, this can be undone: no single word changes unnoticed.
+// For a given sum this is a bijection of the word, and for a given word of the sum: no change of a single word
+// goes unnoticed.
 RF_INLINE void take(uint32_t* __restrict sums, const char* data, int64_t words) {
     uint32_t in[kWords];
     __builtin_memcpy(in, data, static_cast<std::size_t>(4 * words));
@@ -47,7 +48,7 @@ uint64_t checksum_of(const char* data, int64_t bytes) {
     return together(sums, bytes);
 }
 
-// One line of every page; which one differs from block to block, or columns of a matrix would be passed over.
+// One line of every page; which one differs from page to page, or columns of a matrix would be missed.
 uint64_t sample_of(const char* data, int64_t bytes) {
     constexpr int64_t line = 4 * kLineWords, block = kLines * line;
     uint32_t sums[kWords];

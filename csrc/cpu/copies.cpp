@@ -1,4 +1,4 @@
-// Masked copies of images: written as a whole, or taken some steps further where they lie.
+// Masked copies of images: written as a whole, or advanced in place by some steps.
 #include "cpu/block.h"
 
 namespace rf::RF_ISA {
@@ -106,8 +106,8 @@ void copies_of_span(int64_t index, const void* context, void*) {
     }
 }
 
-// Parts of an image that are ordered beside each other: one alone waits for its counters, since entries of
-// one step are never far.
+// Parts of an image that are ordered in the same loop, with counters of their own: neighbours mostly have the
+// same step, and with one counter each would wait for the increment before it.
 constexpr int64_t kParts = 8;
 
 // Entries of one image by their step, those of one step in ascending order.
@@ -146,10 +146,10 @@ void order_image(int64_t b, const void* context, void* memory) {
     for_each([=](int64_t entry, int32_t* place) { order[(*place)++] = static_cast<int32_t>(entry); });
 }
 
-// Entries that are fetched ahead: they lie all over the image, and their addresses are known.
+// How many entries ahead are prefetched: they are scattered over the image, but their addresses are known.
 constexpr int32_t kAhead = 24;
 
-// One copy of one image. Nothing says that the order is one: what it has beyond the image is left out.
+// One copy of one image. The order comes from the caller: entries that are not of the image are left out.
 template <class Word>
 void advance_copy(int64_t index, const void* context, void*) {
     const AdvanceCopiesArgs& args = *static_cast<const AdvanceCopiesArgs*>(context);
@@ -170,7 +170,7 @@ void advance_copy(int64_t index, const void* context, void*) {
     const int64_t scale = args.shared && args.channels_last ? args.channels : 1;
     const uint32_t channels = static_cast<uint32_t>(args.channels);
     const uint32_t pixels = static_cast<uint32_t>(args.pixels);
-    // Its plane, seldom another one than of the entry before: a division takes as long as all the rest.
+    // Its plane, mostly that of the entry before it: a division takes as long as all the rest.
     uint32_t plane = 0, plane_begin = 0;
     const auto channel_of = [&](uint32_t entry) {
         if (args.channels_last) return channels == 3 ? entry % 3 : entry % channels;
@@ -227,7 +227,7 @@ void advance_copies(const AdvanceCopiesArgs& args) {
     const Task task = args.out.dtype == DType::f64   ? advance_copy<std::uint64_t>
                       : args.out.dtype == DType::f32 ? advance_copy<uint32_t>
                                                      : advance_copy<std::uint16_t>;
-    // the share of the entries that all steps would write if they were alike
+    // estimated as if all steps masked equally many entries
     const int64_t work = args.steps == 0 ? 0 : args.copies * args.batch * size * args.by / args.steps;
     parallel_for(args.copies * args.batch, work, args.threads, task, &args, 0);
 }

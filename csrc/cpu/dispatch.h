@@ -50,7 +50,7 @@ Isa current_isa();
 #else
 #define RF_CALL_VECTORS(kernel, args) RF_CALL(kernel, args)
 #endif
-// For those that convert to it, which AMX has nothing of its own for.
+// For those that only convert to it, with AMX as without.
 #ifdef RF_HAVE_AVX512BF16
 #define RF_CALL_ROUNDING(kernel, args)              \
     if (rf::current_isa() >= rf::Isa::avx512bf16) { \

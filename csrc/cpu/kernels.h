@@ -1,4 +1,4 @@
-// What the CPU kernels do, one struct of arguments per operator. Shapes are row-major; T right-hand sides
+// What the CPU kernels do, one struct of arguments per operator. Shapes are row-major; T maps
 // lead. With `contrast` rows [0, T/2) of a coefficient are P (positive) and rows [T/2, T) are D = P - N.
 //
 // Arithmetic is float for float and bfloat16 operands, double as soon as one operand is double. Masses are
@@ -21,11 +21,11 @@ constexpr std::int64_t item_size(DType dtype) {
     return dtype == DType::f64 ? 8 : dtype == DType::bf16 ? 2 : 4;
 }
 
-// The pass behind mass, rescale and merge.
+// mass, rescale, rescale_parts and merge:
 //   c = rescale(first, first_scale) + rescale(second, second_scale)      (absent parts are skipped)
 //   out = c, or with a mass = sum |a| |c|
-struct CombineArgs {
-    std::int64_t rhs, batch, inner;  // T, B, the rest
+struct MergeArgs {
+    std::int64_t num_maps, batch, inner;  // T, B, the rest
     bool contrast;
     Operand first, second;              // [T, B, inner]
     Operand first_scale, second_scale;  // [T, B]; with parts first_scale is [T, B, parts]
@@ -42,8 +42,8 @@ struct CombineArgs {
 // With gain and shift a = g x + h is a BatchNorm by channel, the innermost axis, and `a` holds z itself, the
 // result of relu: a is z - b, and c_a goes on to x, |g| (1 + sign(a - h)) times as large. Its mass is that at
 // a.
-struct SplitArgs {
-    std::int64_t rhs, batch, inner;
+struct JunctionArgs {
+    std::int64_t num_maps, batch, inner;
     bool contrast, relu;
     Operand first, second;              // [T, B, inner]; second may be absent
     Operand first_scale, second_scale;  // [T, B]; absent without second
@@ -57,7 +57,7 @@ struct SplitArgs {
 
 // c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) c, sigma(u) = sqrt(var(u) + eps) over the last axis.
 struct NormArgs {
-    std::int64_t rhs, batch, rows, width;  // T, B, rows of one sample, normalised size
+    std::int64_t num_maps, batch, rows, width;  // T, B, rows of one sample, normalised size
     double eps;
     Operand c;       // [T, B, rows, width]
     Operand x;       // [B, rows, width]
@@ -73,7 +73,7 @@ constexpr std::int64_t kLinearColumns = 32;
 // With `norm` s is that of the output n of a LayerNorm of x, and out is multiplied by the LayerNorm's own
 // factor (NormArgs); mass is sum |x| |out|, of P and N with `contrast`.
 struct LinearArgs {
-    std::int64_t rhs, batch, rows, depth, width;  // T, B, rows of one sample, K, inputs
+    std::int64_t num_maps, batch, rows, depth, width;  // T, B, rows of one sample, K, inputs
     bool norm, contrast;
     double eps;
     Operand c;             // [T, B, rows, depth], in the dtype of the panels
@@ -85,18 +85,18 @@ struct LinearArgs {
     int threads;
 };
 
-// Of a matrix product in whole numbers (digits.h): three products of digits, each up to 2^14, for every
-// number of a row keep the sums below 2^31.
-constexpr std::int64_t kDigitDepth = 1 << 15;
+// The depth of a matrix product in int8 slices (int8_slices.h): three products of slices, each up to 2^14,
+// for every number of a row keep the sums below 2^31.
+constexpr std::int64_t kInt8Depth = 1 << 15;
 
 // out[r, i] = sum_k x[r, k] W[i, k] + bias[i]; x, out: bfloat16 or float
 struct ProductArgs {
-    std::int64_t rows, depth, width;  // depth is 1 or more, for float up to kDigitDepth
+    std::int64_t rows, depth, width;  // depth is 1 or more, for float up to kInt8Depth
     Operand x;                        // [rows, depth]
     Operand tiles;  // of W, zero where there is no number. For bfloat16 [panels, steps, 2, 16, 32], panels of
                     // 32 columns and steps of 32; for float bytes [panels, 3 steps + 1, 16, 64], panels of 16
-                    // columns, steps of 64 in three digits, and a block that begins with 16 floats: what a
-                    // unit of each column stands for
+                    // columns, steps of 64 in three slices, and a block that begins with 16 floats: the
+                    // scales of the columns
     Operand bias;   // [width], float, or absent
     Operand out;    // [rows, width]
     int threads;
@@ -107,7 +107,7 @@ struct ProductArgs {
 // |g| (1 + sign(y - h)) is what it multiplies by, with `gate` 2 [y > 0] times that.
 // With n_scale the rows are pairs (P, D = P - N), and N is multiplied by it as well.
 struct ScaleArgs {
-    std::int64_t rhs, batch, inner;  // T, B, the rest
+    std::int64_t num_maps, batch, inner;  // T, B, the rest
     bool gate;
     Operand c, factor, out;  // [T, B, inner], [B, inner], [T, B, inner]
     Operand n_scale;         // [T / 2, B] or absent
@@ -123,7 +123,7 @@ constexpr std::int64_t kCentringRun = 32;
 // or what ScaleArgs multiplies by: what N has to be multiplied by to become as large as P. The sample is
 // `runs` times so many, `step` apart, or the whole row of `inner` where runs is 0.
 struct CentringArgs {
-    std::int64_t rhs, batch, inner;
+    std::int64_t num_maps, batch, inner;
     std::int64_t runs, step;
     bool gate;
     Operand c, factor;      // [T, B, inner], [B, inner] or absent
@@ -136,7 +136,7 @@ struct CentringArgs {
 // out = c (times the maximum if not `divided`) at the first largest input of its window, else 0; windows of
 // kernel_height x kernel_width lie side by side, channels are innermost.
 struct MaxPoolArgs {
-    std::int64_t rhs, batch, height, width, channels;  // of the input
+    std::int64_t num_maps, batch, height, width, channels;  // of the input
     std::int64_t kernel_height, kernel_width;
     bool divided;
     Operand c;    // [T, B, height / kernel_height, width / kernel_width, channels]
@@ -148,8 +148,8 @@ struct MaxPoolArgs {
 // out = the sum of c over the windows whose largest input this is; windows may overlap, channels are
 // innermost.
 struct UnpoolArgs {
-    std::int64_t rhs, batch, height, width, channels;  // of the input
-    std::int64_t rows, columns;                        // of windows
+    std::int64_t num_maps, batch, height, width, channels;  // of the input
+    std::int64_t rows, columns;                             // of windows
     std::int64_t kernel[2], stride[2], padding[2];
     Operand c;        // [T, B, rows, columns, channels]
     Operand indices;  // [B, rows, columns, channels], int32: y width + x of a window's largest input
@@ -160,8 +160,8 @@ struct UnpoolArgs {
 // out[y, x, c] = acc[top + y / s, left + x / s, y % s, x % s, h, c], h = 0 where the input is positive, 1
 // where it is negative, and 0 where it is 0; s = stride[0] for rows and stride[1] for columns.
 struct SelectPhasesArgs {
-    std::int64_t rhs, batch, height, width, channels;  // of the input
-    std::int64_t rows, columns;                        // of acc
+    std::int64_t num_maps, batch, height, width, channels;  // of the input
+    std::int64_t rows, columns;                             // of acc
     std::int64_t stride[2], top, left;
     Operand acc;  // [T, B, rows, columns, stride[0], stride[1], 2, channels]
     Operand x;    // [B, height, width, channels]
@@ -241,7 +241,7 @@ struct AffineArgs {
 
 // c_s = (sign(s) softmax(s) + softmax(|s|)) c, rows of `width` scores; -inf is masked: excluded, gives 0
 struct SoftmaxArgs {
-    std::int64_t rhs, rows, width;
+    std::int64_t num_maps, rows, width;
     Operand scores;  // [rows, width]
     Operand c, out;  // [T, rows, width]
     int threads;
@@ -257,7 +257,7 @@ struct StridedOperand {
 //   c_Q = 2 scale (c_S K+ where scale q > 0; if not gated c_S K- where scale q < 0; else 0)
 //   c_K = 2 (c_S^T (scale Q)+ where k > 0; if not gated c_S^T (scale Q)- where k < 0; else 0)
 struct AttentionArgs {
-    std::int64_t rhs, batch, heads, queries, keys, width;  // T, B, H, N, M, D
+    std::int64_t num_maps, batch, heads, queries, keys, width;  // T, B, H, N, M, D
     bool gated, contrast;
     double scale;
     StridedOperand q, k, v, o, c;  // [B, H, N or M, D]; c [T, B, H, N, D]
@@ -279,8 +279,8 @@ struct ChecksumArgs {
 #define RF_DECLARE_KERNELS(isa)                    \
     namespace isa {                                \
     void checksum(const ChecksumArgs&);            \
-    void combine(const CombineArgs&);              \
-    void split(const SplitArgs&);                  \
+    void merge(const MergeArgs&);                  \
+    void junction(const JunctionArgs&);            \
     void centring(const CentringArgs&);            \
     void norm_pullback(const NormArgs&);           \
     void max_pool_pullback(const MaxPoolArgs&);    \
@@ -307,7 +307,7 @@ namespace avx512bf16 {
 void attention_pullback(const AttentionArgs&);
 void linear_pullback(const LinearArgs&);
 void norm_pullback(const NormArgs&);
-void split(const SplitArgs&);
+void junction(const JunctionArgs&);
 }  // namespace avx512bf16
 
 namespace amx {
@@ -315,9 +315,9 @@ void attention_pullback(const AttentionArgs&);
 void linear_pullback(const LinearArgs&);
 void product(const ProductArgs&);  // there is no other
 // Parts of the last two.
-void linear_pullback_on_tiles(const LinearArgs&);
-void linear_pullback_of_digits(const LinearArgs&);
-void product_of_digits(const ProductArgs&);
+void linear_pullback_tiles(const LinearArgs&);
+void linear_pullback_int8(const LinearArgs&);
+void product_int8(const ProductArgs&);
 }  // namespace amx
 
 }  // namespace rf

@@ -45,8 +45,8 @@ RF_INLINE Halves rounded(Lanes value) {
 }
 
 #ifdef __AVX512F__
-// Past the caches, to an aligned address.
-RF_INLINE void write_past(const Operand& out, int64_t index, Lanes value) {
+// By a streaming store, to an aligned address.
+RF_INLINE void store_streaming(const Operand& out, int64_t index, Lanes value) {
     if (out.dtype == DType::f32)
         _mm512_stream_ps(static_cast<float*>(out.data) + index, bits_of<__m512>(value));
     else
@@ -56,10 +56,10 @@ RF_INLINE void write_past(const Operand& out, int64_t index, Lanes value) {
 #endif
 
 template <class V>
-RF_INLINE void write(const Operand& out, int64_t index, V value, bool past) {
+RF_INLINE void write(const Operand& out, int64_t index, V value, [[maybe_unused]] bool stream) {
     if constexpr (sizeof(V) == sizeof(Lanes)) {
 #ifdef __AVX512F__
-        if (past) return write_past(out, index, value);
+        if (stream) return store_streaming(out, index, value);
 #endif
         if (out.dtype == DType::f32) {
             *reinterpret_cast<Lanes*>(static_cast<float*>(out.data) + index) = value;

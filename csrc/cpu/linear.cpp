@@ -1,11 +1,11 @@
-// The pull-back of a linear layer whose input has both signs, for all right-hand sides:
+// The pull-back of a linear layer whose input has both signs, for all maps:
 //   out[r, i] = sum_k c[r, k] max(s W[k, i], 0),  s = sign of the input x[r, i]
 // W+ and W- are never both multiplied: before a vector of weights meets a row, each lane takes the half that
-// the row's input asks for. That is one blend for the products of two right-hand sides, in execution units
+// the row's input asks for. That is one blend for the products of two maps, in execution units
 // that the products leave idle, instead of a second product.
 //
 // Weights lie in panels of kLinearColumns columns, [panel, step, column, pack]: a step is one row of W, or
-// where the elements are bfloat16 two rows whose numbers sit side by side. A sum runs over the steps in
+// where the elements are bfloat16 two rows whose numbers are neighbours. A sum runs over the steps in
 // order, whatever tile it is in.
 #include "cpu/linear.h"
 
@@ -16,7 +16,7 @@
 namespace rf::RF_ISA {
 namespace {
 
-// Accumulators of two right-hand sides, the halves of the weights, a blend and two broadcasts fill the vector
+// Accumulators of two maps, the halves of the weights, a blend and two broadcasts fill the vector
 // registers; with AVX-512, masks the mask registers.
 #if defined(__AVX512F__)
 constexpr int kRows = 3, kVectors = 2;
@@ -24,7 +24,7 @@ constexpr int kRows = 3, kVectors = 2;
 constexpr int kRows = 2, kVectors = 2;
 #endif
 
-// Rows of one task, whole tiles: 3072 coefficients for each and two right-hand sides stay in a 1 MB L2 cache.
+// Rows of one task, whole tiles: 3072 coefficients for each and two maps stay in a 1 MB L2 cache.
 template <class P>
 constexpr int64_t kTaskRows = 44 / static_cast<int64_t>(sizeof(typename P::Coefficient)) * kRows;
 
@@ -162,14 +162,14 @@ struct Pair512 {
 };
 #endif
 
-// Sums of `rows` rows of `sides` right-hand sides over kVectors vectors of columns of a panel.
-// c points at a row of the first side, gates are [rows, kLinearColumns], sums [sides, kRows, kLinearColumns].
-template <class P, int sides, int rows>
-RF_INLINE void tile(const typename P::Coefficient* c, int64_t side, int64_t depth,
+// Sums of `rows` rows of `maps` maps over kVectors vectors of columns of a panel. c points at a row of the
+// first map, gates are [rows, kLinearColumns], sums [maps, kRows, kLinearColumns].
+template <class P, int maps, int rows>
+RF_INLINE void tile(const typename P::Coefficient* c, int64_t map_stride, int64_t depth,
                     const typename P::Element* weights, const typename P::Sum* gates,
                     typename P::Sum* __restrict sums) {
-    constexpr int64_t sums_side = kRows * kLinearColumns;
-    typename P::SumVector sum[sides][rows][kVectors];
+    constexpr int64_t sums_of_map = kRows * kLinearColumns;
+    typename P::SumVector sum[maps][rows][kVectors];
     typename P::Mask mask[rows][kVectors];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
@@ -177,7 +177,7 @@ RF_INLINE void tile(const typename P::Coefficient* c, int64_t side, int64_t dept
         for (int v = 0; v < kVectors; ++v) {
             mask[r][v] = P::mask(gates + r * kLinearColumns + v * P::lanes);
 #pragma GCC unroll 8
-            for (int s = 0; s < sides; ++s) sum[s][r][v] = typename P::SumVector{};
+            for (int s = 0; s < maps; ++s) sum[s][r][v] = typename P::SumVector{};
         }
     }
     const auto step = [&](int64_t k, auto element_of) __attribute__((always_inline)) {
@@ -186,14 +186,14 @@ RF_INLINE void tile(const typename P::Coefficient* c, int64_t side, int64_t dept
         for (int v = 0; v < kVectors; ++v) w[v] = P::halves(weights + k * kLinearColumns + v * P::lanes);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
-            typename P::Element element[sides];
+            typename P::Element element[maps];
 #pragma GCC unroll 8
-            for (int s = 0; s < sides; ++s) element[s] = element_of(c + s * side + r * depth, k);
+            for (int s = 0; s < maps; ++s) element[s] = element_of(c + s * map_stride + r * depth, k);
 #pragma GCC unroll 8
             for (int v = 0; v < kVectors; ++v) {
                 const auto chosen = P::select(mask[r][v], w[v]);
 #pragma GCC unroll 8
-                for (int s = 0; s < sides; ++s) P::multiply_add(sum[s][r][v], chosen, element[s]);
+                for (int s = 0; s < maps; ++s) P::multiply_add(sum[s][r][v], chosen, element[s]);
             }
         }
     };
@@ -206,36 +206,37 @@ RF_INLINE void tile(const typename P::Coefficient* c, int64_t side, int64_t dept
             return static_cast<typename P::Element>(row[at * P::pack]);
         });
 #pragma GCC unroll 8
-    for (int s = 0; s < sides; ++s) {
+    for (int s = 0; s < maps; ++s) {
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
             for (int v = 0; v < kVectors; ++v)
-                __builtin_memcpy(sums + s * sums_side + r * kLinearColumns + v * P::lanes, &sum[s][r][v],
+                __builtin_memcpy(sums + s * sums_of_map + r * kLinearColumns + v * P::lanes, &sum[s][r][v],
                                  sizeof(sum[s][r][v]));
         }
     }
 }
 
-template <class P, int sides, int rows>
-__attribute__((noinline)) void panel(const typename P::Coefficient* c, int64_t side, int64_t depth,
+template <class P, int maps, int rows>
+__attribute__((noinline)) void panel(const typename P::Coefficient* c, int64_t map_stride, int64_t depth,
                                      const typename P::Element* weights, const typename P::Sum* gates,
                                      typename P::Sum* sums) {
     constexpr int64_t width = kVectors * P::lanes;
     static_assert(kLinearColumns % width == 0, "tiles fill a panel");
     for (int64_t i = 0; i < kLinearColumns; i += width)
-        tile<P, sides, rows>(c, side, depth, weights + i, gates + i, sums + i);
+        tile<P, maps, rows>(c, map_stride, depth, weights + i, gates + i, sums + i);
 }
 
-// The same for 1 to kRows rows and one or two right-hand sides.
+// The same for 1 to kRows rows and one or two maps.
 template <class P, int rows = kRows>
-RF_INLINE void panel_of(int64_t sides, int64_t count, const typename P::Coefficient* c, int64_t side,
+RF_INLINE void panel_of(int64_t maps, int64_t count, const typename P::Coefficient* c, int64_t map_stride,
                         int64_t depth, const typename P::Element* weights, const typename P::Sum* gates,
                         typename P::Sum* sums) {
     if constexpr (rows > 1) {
-        if (count < rows) return panel_of<P, rows - 1>(sides, count, c, side, depth, weights, gates, sums);
+        if (count < rows)
+            return panel_of<P, rows - 1>(maps, count, c, map_stride, depth, weights, gates, sums);
     }
-    (sides == 2 ? panel<P, 2, rows> : panel<P, 1, rows>)(c, side, depth, weights, gates, sums);
+    (maps == 2 ? panel<P, 2, rows> : panel<P, 1, rows>)(c, map_stride, depth, weights, gates, sums);
 }
 
 template <class P>
@@ -244,9 +245,9 @@ void linear_task(int64_t index, const void* context, void*) {
     using Coefficient = typename P::Coefficient;
     const Linear<F>& job = *static_cast<const Linear<F>*>(context);
     const LinearArgs& args = job.args;
-    const Place at =
-        place_of(job, index / job.panels / job.chunks, index / job.panels % job.chunks, index % job.panels);
-    const int64_t side_rows = job.groups * args.batch * args.rows;
+    const PanelRows at =
+        panel_rows(job, index / job.panels / job.chunks, index / job.panels % job.chunks, index % job.panels);
+    const int64_t map_rows = job.groups * args.batch * args.rows;
     const int64_t steps = ceil_div(args.depth, P::pack);
     const Coefficient* c = static_cast<const Coefficient*>(args.c.data);
     const typename P::Element* weights =
@@ -264,8 +265,8 @@ void linear_task(int64_t index, const void* context, void*) {
         }
         for (int64_t t = 0; t < job.groups; ++t) {
             const int64_t first = (t * args.batch + at.sample) * args.rows + row;
-            panel_of<P>(job.sides, count, c + first * args.depth, side_rows * args.depth, args.depth, weights,
-                        gate[0], sums[0][0]);
+            panel_of<P>(job.group_maps, count, c + first * args.depth, map_rows * args.depth, args.depth,
+                        weights, gate[0], sums[0][0]);
             for (int64_t r = 0; r < count; ++r)
                 finish_row(job, first + r, at, x[r], factor[r], sums[0][r], sums[1][r], buffer,
                            at.masses + t);
@@ -283,7 +284,7 @@ void run(const LinearArgs& args) {
 void linear_pullback(const LinearArgs& args) {
     if (args.panels.dtype == DType::f64) return run<Number<double>>(args);
 #ifdef __AMX_BF16__
-    if (args.rows > 0 && args.depth > 0) return linear_pullback_on_tiles(args);
+    if (args.rows > 0 && args.depth > 0) return linear_pullback_tiles(args);
 #endif
 #ifdef __AVX512BF16__
     if (args.panels.dtype == DType::bf16) return run<Pair512>(args);

@@ -14,11 +14,11 @@ struct Linear {
     int64_t panels, chunks;  // chunks: groups of rows of one sample
     int64_t chunk_rows;
     int64_t task_panels;
-    int64_t groups, sides;      // right-hand sides t and t + groups go together
-    Statistics<F>* statistics;  // [B, rows], of the LayerNorm's input
-    F *weight, *bias;           // [width], of the LayerNorm
-    double* partials;           // [B, chunks, panels, T]
-    char* left;                 // of kernels on tiles: [T, B, groups of rows] left tiles; null: c itself
+    int64_t groups, group_maps;  // maps t and t + groups are computed together
+    Statistics<F>* statistics;   // [B, rows], of the LayerNorm's input
+    F *weight, *bias;            // [width], of the LayerNorm
+    double* partials;            // [B, chunks, panels, T]
+    char* left;                  // of kernels on tiles: [T, B, groups of rows] left tiles; null: c itself
 };
 
 // The signs that select, and what the sums are multiplied by, for `n` columns of a row of x.
@@ -44,35 +44,35 @@ RF_INLINE void prepare_row(const Linear<F>& job, const F* __restrict x, int64_t 
 }
 
 // Some rows of a sample, the columns of a panel.
-struct Place {
+struct PanelRows {
     int64_t sample, begin, end;
     int64_t panel, column, columns;
     double* masses;  // [T]
 };
 
 template <class F>
-RF_INLINE Place place_of(const Linear<F>& job, int64_t sample, int64_t chunk, int64_t panel) {
-    Place at;
+RF_INLINE PanelRows panel_rows(const Linear<F>& job, int64_t sample, int64_t chunk, int64_t panel) {
+    PanelRows at;
     at.sample = sample;
     at.begin = chunk * job.chunk_rows;
     at.end = min64(at.begin + job.chunk_rows, job.args.rows);
     at.panel = panel;
     at.column = panel * kLinearColumns;
     at.columns = min64(kLinearColumns, job.args.width - at.column);
-    at.masses = job.partials + ((sample * job.chunks + chunk) * job.panels + panel) * job.args.rhs;
-    for (int64_t t = 0; t < job.args.rhs; ++t) at.masses[t] = 0;
+    at.masses = job.partials + ((sample * job.chunks + chunk) * job.panels + panel) * job.args.num_maps;
+    for (int64_t t = 0; t < job.args.num_maps; ++t) at.masses[t] = 0;
     return at;
 }
 
 // Scales and stores a row of sums of group t, and adds its masses.
 template <class F>
-RF_INLINE void finish_row(const Linear<F>& job, int64_t row, const Place& at, const F* x,
+RF_INLINE void finish_row(const Linear<F>& job, int64_t row, const PanelRows& at, const F* x,
                           const F* __restrict factor, F* __restrict first, F* __restrict second,
                           F* __restrict buffer, double* mass) {
     const LinearArgs& args = job.args;
-    const int64_t n = at.columns, side_rows = job.groups * args.batch * args.rows;
-    for (int64_t s = 0; s < job.sides; ++s) {
-        const int64_t offset = (row + s * side_rows) * args.width + at.column;
+    const int64_t n = at.columns, map_rows = job.groups * args.batch * args.rows;
+    for (int64_t s = 0; s < job.group_maps; ++s) {
+        const int64_t offset = (row + s * map_rows) * args.width + at.column;
         F* __restrict sum = s == 0 ? first : second;
         F* __restrict out = target(args.out, offset, buffer);
         RF_SIMD
@@ -85,7 +85,7 @@ RF_INLINE void finish_row(const Linear<F>& job, int64_t row, const Place& at, co
         add_mass<F, true>(x, first, second, n, mass, second_mass);
     } else {
         add_mass<F, false>(x, first, nullptr, n, mass, nullptr);
-        if (job.sides == 2) add_mass<F, false>(x, second, nullptr, n, second_mass, nullptr);
+        if (job.group_maps == 2) add_mass<F, false>(x, second, nullptr, n, second_mass, nullptr);
     }
 }
 
@@ -112,9 +112,9 @@ void run(const LinearArgs& args, const Kernel& kernel) {
     const int64_t chunks = ceil_div(args.rows, kernel.chunk_rows);
     const int64_t tasks = args.batch * chunks * ceil_div(panels, kernel.task_panels);
     const int64_t rows = args.batch * args.rows;
-    const bool pairs = args.rhs % 2 == 0;
+    const bool pairs = args.num_maps % 2 == 0;
     static_assert(sizeof(Statistics<F>) <= 3 * sizeof(double), "Partials holds them");
-    Partials partials(args.batch * chunks * panels * args.rhs), statistics(args.norm ? 3 * rows : 0);
+    Partials partials(args.batch * chunks * panels * args.num_maps), statistics(args.norm ? 3 * rows : 0);
     Partials parameters(args.norm ? 2 * args.width : 0);
     F* weight = reinterpret_cast<F*>(parameters.data());
     const Scratch left(static_cast<std::size_t>(kernel.left_bytes));
@@ -123,7 +123,7 @@ void run(const LinearArgs& args, const Kernel& kernel) {
                         chunks,
                         kernel.chunk_rows,
                         kernel.task_panels,
-                        pairs ? args.rhs / 2 : args.rhs,
+                        pairs ? args.num_maps / 2 : args.num_maps,
                         pairs ? 2 : 1,
                         reinterpret_cast<Statistics<F>*>(statistics.data()),
                         weight,
@@ -139,11 +139,12 @@ void run(const LinearArgs& args, const Kernel& kernel) {
                      static_cast<std::size_t>(args.width) * sizeof(F));
     }
     if (kernel.pack != nullptr)
-        parallel_for(kernel.pack_tasks, args.rhs * rows * args.depth, args.threads, kernel.pack, &job, 0);
-    parallel_for(tasks, args.rhs * rows * args.width * args.depth, args.threads, kernel.task, &job,
+        parallel_for(kernel.pack_tasks, args.num_maps * rows * args.depth, args.threads, kernel.pack, &job,
+                     0);
+    parallel_for(tasks, args.num_maps * rows * args.width * args.depth, args.threads, kernel.task, &job,
                  kernel.scratch_bytes);
     if (args.mass.data)
-        store_masses(args.mass, 0, args.rhs, args.batch, job.partials, chunks * panels, args.rhs);
+        store_masses(args.mass, 0, args.num_maps, args.batch, job.partials, chunks * panels, args.num_maps);
 }
 
 }  // namespace

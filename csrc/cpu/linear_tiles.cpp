@@ -1,5 +1,5 @@
 // The pull-back of linear.cpp on tile registers, for coefficients and weights of bfloat16: the sums of both
-// right-hand sides over both halves of 16 columns are four tiles. Only compiled where there are some.
+// maps over both halves of 16 columns are four tiles. Only compiled for processors that have them.
 #include "cpu/linear_tiles.h"
 
 namespace rf::RF_ISA {
@@ -9,7 +9,7 @@ constexpr int64_t kBlockSteps = 16;
 constexpr int64_t kPairs = kTileDepth / 2;                      // of rows of W, in a step
 constexpr int64_t kWeightBytes = kBlockSteps * 2 * kTileBytes;  // right tiles of a block
 
-using TileSums = float[2][2][kTileRows][kLinearColumns];  // [side, W+ | W-, row, column]
+using TileSums = float[2][2][kTileRows][kLinearColumns];  // [map, W+ | W-, row, column]
 
 // Right tiles of 16 columns of W+ and W- for steps [begin, end): [step, W+ | W-]. `panel` points at the first
 // of the columns.
@@ -27,37 +27,37 @@ void split_panel(const float* panel, int64_t depth, int64_t begin, int64_t end, 
     }
 }
 
-const char* panel_at(const LinearArgs& args, const Place& at, int64_t step) {
+const char* panel_at(const LinearArgs& args, const PanelRows& at, int64_t step) {
     return static_cast<const char*>(args.panels.data) +
            (at.panel * ceil_div(args.depth, 2) + step * kPairs) * kLinearColumns * 4;
 }
 
-LeftTiles left_tiles(const Linear<float>& job, int64_t rhs, int64_t sample, int64_t row, int64_t step) {
+LeftTiles left_tiles(const Linear<float>& job, int64_t map, int64_t sample, int64_t row, int64_t step) {
     const LinearArgs& args = job.args;
     if (job.left != nullptr) {
-        const int64_t steps = ceil_div(args.depth, kTileDepth), group = left_group(args, rhs, sample, row);
+        const int64_t steps = ceil_div(args.depth, kTileDepth), group = left_group(args, map, sample, row);
         return {job.left + (group * steps + step) * kTileBytes, 64, kTileBytes};
     }
-    const int64_t first = ((rhs * args.batch + sample) * args.rows + row) * args.depth + step * kTileDepth;
+    const int64_t first = ((map * args.batch + sample) * args.rows + row) * args.depth + step * kTileDepth;
     return {static_cast<const char*>(args.c.data) + 2 * first, 2 * args.depth, 2 * kTileDepth};
 }
 
-// Adds a block to the sums of a panel, of the right-hand sides of group t; meanwhile the next block is
+// Adds a block to the sums of a panel, of the maps of group t; meanwhile the next block is
 // fetched: its weights, and a share of its left tiles.
 template <bool both>
-void sum_tiles(const Linear<float>& job, const TilePlaces& places, int64_t t, const Block& now,
+void sum_tiles(const Linear<float>& job, const TaskPanels& panels_of_task, int64_t t, const Block& now,
                const Block& next, TileRegisters& tiles, char* weights, TileSums* sums) {
     const LinearArgs& args = job.args;
-    const Place& at = places.at[now.index];
+    const PanelRows& at = panels_of_task.at[now.index];
     const int64_t steps = now.end - now.begin, second = both ? t + job.groups : t;
-    const auto left = [&](int64_t rhs, int64_t row, int64_t step) {
-        return left_tiles(job, rhs, at.sample, row, step);
+    const auto left = [&](int64_t map, int64_t row, int64_t step) {
+        return left_tiles(job, map, at.sample, row, step);
     };
-    const char* next_panel = panel_at(args, places.at[next.index], next.begin);
+    const char* next_panel = panel_at(args, panels_of_task.at[next.index], next.begin);
     const int64_t next_pairs =
         min64((next.end - next.begin) * kPairs, ceil_div(args.depth, 2) - next.begin * kPairs);
     // The left tiles that the first panel of the next steps will read.
-    const Block row_block = block_after({now.begin, now.end, places.count - 1}, places,
+    const Block row_block = block_after({now.begin, now.end, panels_of_task.count - 1}, panels_of_task,
                                         ceil_div(args.depth, kTileDepth), kBlockSteps);
     constexpr int64_t stride = kLinearColumns * sizeof(float);
     int64_t index = 0;
@@ -68,7 +68,7 @@ void sum_tiles(const Linear<float>& job, const TilePlaces& places, int64_t t, co
             const int64_t count = min64(kTileRows, at.end - row);
             TileSums& to = sums[(row - at.begin) / kTileRows];
             tiles.set(count, both ? count : 0);
-            settle();
+            compiler_barrier();
             if (now.begin == 0) {
                 clear_sums();
             } else {
@@ -79,15 +79,16 @@ void sum_tiles(const Linear<float>& job, const TilePlaces& places, int64_t t, co
             }
             // P's rows are fetched beside one half of the columns, D's beside the other.
             const LeftTiles then = left(both && column > 0 ? second : t, row, row_block.begin);
-            Ahead ahead(then.data, job.left != nullptr ? 1 : count,
-                        (row_block.end - row_block.begin) * then.step, then.stride, now.index, places.count);
-            Ahead panel_ahead(next_panel, 1, next_pairs * kLinearColumns * 4, 0, index++,
-                              2 * ceil_div(at.end - at.begin, kTileRows));
-            const int64_t lines = ceil_div(ahead.lines(), steps),
-                          panel_lines = ceil_div(panel_ahead.lines(), steps);
+            Prefetch left_prefetch(then.data, job.left != nullptr ? 1 : count,
+                                   (row_block.end - row_block.begin) * then.step, then.stride, now.index,
+                                   panels_of_task.count);
+            Prefetch panel_prefetch(next_panel, 1, next_pairs * kLinearColumns * 4, 0, index++,
+                                    2 * ceil_div(at.end - at.begin, kTileRows));
+            const int64_t lines = ceil_div(left_prefetch.lines(), steps),
+                          panel_lines = ceil_div(panel_prefetch.lines(), steps);
             add_products<both>(left(t, row, now.begin), left(second, row, now.begin), {weights}, steps, [&] {
-                ahead.fetch(lines);
-                panel_ahead.fetch(panel_lines);
+                left_prefetch.fetch(lines);
+                panel_prefetch.fetch(panel_lines);
             });
             _tile_stored(0, &to[0][0][0][column], stride);
             _tile_stored(1, &to[0][1][0][column], stride);
@@ -101,22 +102,23 @@ void sum_tiles(const Linear<float>& job, const TilePlaces& places, int64_t t, co
 void tiles_task(int64_t index, const void* context, void* scratch) {
     const Linear<float>& job = *static_cast<const Linear<float>*>(context);
     const int64_t steps = ceil_div(job.args.depth, kTileDepth), groups = job.chunk_rows / kTileRows;
-    const TilePlaces places = places_of(job, index);
+    const TaskPanels panels_of_task = task_panels_of(job, index);
     char* weights = static_cast<char*>(scratch);
     TileSums* sums = reinterpret_cast<TileSums*>(weights + kWeightBytes);
     for (int64_t t = 0; t < job.groups; ++t) {
         TileRegisters tiles;
         for (Block now{0, min64(kBlockSteps, steps), 0};;) {
-            const Block next = block_after(now, places, steps, kBlockSteps);
-            (job.sides == 2 ? sum_tiles<true> : sum_tiles<false>)(job, places, t, now, next, tiles, weights,
-                                                                  sums + now.index * groups);
+            const Block next = block_after(now, panels_of_task, steps, kBlockSteps);
+            (job.group_maps == 2 ? sum_tiles<true> : sum_tiles<false>)(job, panels_of_task, t, now, next,
+                                                                       tiles, weights,
+                                                                       sums + now.index * groups);
             if (next.begin == 0 && next.index == 0) break;
             now = next;
         }
-        for (int64_t i = 0; i < places.count; ++i)
-            finish_panel(job, places.at[i], t, [&](int64_t row, const float* gate, float* chosen[2]) {
+        for (int64_t i = 0; i < panels_of_task.count; ++i)
+            finish_panel(job, panels_of_task.at[i], t, [&](int64_t row, const float* gate, float* chosen[2]) {
                 TileSums& of_row = sums[i * groups + row / kTileRows];
-                for (int64_t s = 0; s < job.sides; ++s) {
+                for (int64_t s = 0; s < job.group_maps; ++s) {
                     float* __restrict positive = chosen[s] = of_row[s][0][row % kTileRows];
                     const float* __restrict negative = of_row[s][1][row % kTileRows];
                     RF_SIMD
@@ -137,13 +139,13 @@ void left_task(int64_t index, const void* context, void*) {
 
 }  // namespace
 
-void linear_pullback_on_tiles(const LinearArgs& args) {
-    if (args.panels.dtype == DType::f32) return linear_pullback_of_digits(args);
+void linear_pullback_tiles(const LinearArgs& args) {
+    if (args.panels.dtype == DType::f32) return linear_pullback_int8(args);
     const TaskSize size = task_size(args);
     const bool as_is = args.depth % kTileDepth == 0;
     const std::size_t scratch =
         kWeightBytes + static_cast<std::size_t>(size.panels * size.groups) * sizeof(TileSums);
-    const int64_t left = as_is ? 0 : args.rhs * args.batch * ceil_div(args.rows, kTileRows);
+    const int64_t left = as_is ? 0 : args.num_maps * args.batch * ceil_div(args.rows, kTileRows);
     run<float>(args, {size.groups * kTileRows, size.panels, tiles_task, scratch, as_is ? nullptr : left_task,
                       left, left * ceil_div(args.depth, kTileDepth) * kTileBytes});
 }

@@ -25,19 +25,20 @@ RF_INLINE TaskSize task_size(const LinearArgs& args) {
 }
 
 // The panels of a task, and its rows.
-struct TilePlaces {
+struct TaskPanels {
     int64_t count;
-    Place at[kTaskPanels];
+    PanelRows at[kTaskPanels];
 };
 
-RF_INLINE TilePlaces places_of(const Linear<float>& job, int64_t index) {
+RF_INLINE TaskPanels task_panels_of(const Linear<float>& job, int64_t index) {
     const int64_t panel_groups = ceil_div(job.panels, job.task_panels);
     const int64_t chunk = index / panel_groups % job.chunks, sample = index / panel_groups / job.chunks;
     const int64_t first = index % panel_groups * job.task_panels;
-    TilePlaces places;
-    places.count = min64(job.task_panels, job.panels - first);
-    for (int64_t i = 0; i < places.count; ++i) places.at[i] = place_of(job, sample, chunk, first + i);
-    return places;
+    TaskPanels panels_of_task;
+    panels_of_task.count = min64(job.task_panels, job.panels - first);
+    for (int64_t i = 0; i < panels_of_task.count; ++i)
+        panels_of_task.at[i] = panel_rows(job, sample, chunk, first + i);
+    return panels_of_task;
 }
 
 // A block of steps [begin, end), of panel `index` of the task's.
@@ -47,15 +48,16 @@ struct Block {
 
 // The block after: that of the next panel, or of the first one and the next steps (after the last ones, the
 // first).
-RF_INLINE Block block_after(const Block& now, const TilePlaces& places, int64_t steps, int64_t block) {
-    if (now.index + 1 < places.count) return {now.begin, now.end, now.index + 1};
+RF_INLINE Block block_after(const Block& now, const TaskPanels& panels_of_task, int64_t steps,
+                            int64_t block) {
+    if (now.index + 1 < panels_of_task.count) return {now.begin, now.end, now.index + 1};
     const int64_t begin = now.end % steps;
     return {begin, min64(begin + block, steps), 0};
 }
 
-// The group of left tiles that has a row of a sample of a right-hand side.
-RF_INLINE int64_t left_group(const LinearArgs& args, int64_t rhs, int64_t sample, int64_t row) {
-    return (rhs * args.batch + sample) * ceil_div(args.rows, kTileRows) + row / kTileRows;
+// The group of left tiles that has a row of a sample of a map.
+RF_INLINE int64_t left_group(const LinearArgs& args, int64_t map, int64_t sample, int64_t row) {
+    return (map * args.batch + sample) * ceil_div(args.rows, kTileRows) + row / kTileRows;
 }
 
 // The first row of c that such a group has, and how many it has.
@@ -68,10 +70,9 @@ RF_INLINE Rows rows_of_group(const LinearArgs& args, int64_t index) {
     return {index / groups * args.rows + row, min64(kTileRows, args.rows - row)};
 }
 
-// Finishes the rows of a panel; `chosen(row, gates, sums)` points at their sums of one and two right-hand
-// sides.
+// Finishes the rows of a panel; `chosen(row, gates, sums)` points at their sums for one or two maps.
 template <class Chosen>
-RF_INLINE void finish_panel(const Linear<float>& job, const Place& at, int64_t t, const Chosen& chosen) {
+RF_INLINE void finish_panel(const Linear<float>& job, const PanelRows& at, int64_t t, const Chosen& chosen) {
     const LinearArgs& args = job.args;
     float x_buffer[kLinearColumns], gate[kLinearColumns], factor[kLinearColumns], buffer[kLinearColumns];
     for (int64_t row = at.begin; row < at.end; ++row) {

@@ -22,9 +22,9 @@ RF_INLINE void add_mass(const F* __restrict x, const F* __restrict p, const F* _
 }
 
 // mass[first + t batch + b]: the sum over the `parts` of sample b of partials[part stride + t], in order.
-inline void store_masses(const Operand& mass, int64_t first, int64_t rhs, int64_t batch,
+inline void store_masses(const Operand& mass, int64_t first, int64_t num_maps, int64_t batch,
                          const double* partials, int64_t parts, int64_t stride) {
-    for (int64_t t = 0; t < rhs; ++t)
+    for (int64_t t = 0; t < num_maps; ++t)
         for (int64_t b = 0; b < batch; ++b) {
             double sum = 0;
             for (int64_t part = b * parts; part < (b + 1) * parts; ++part) sum += partials[part * stride + t];

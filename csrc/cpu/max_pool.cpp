@@ -1,6 +1,6 @@
 // The pull-back of max-pooling, channels innermost: the largest input of a window gets the window's
-// coefficient. Windows that tile the image find it again, the first of equals (the coefficient is multiplied
-// by its value if not `divided`); of others `unpool` is told where it is.
+// coefficient. Where windows tile the image it is found again, the first of equals (the coefficient is
+// multiplied by its value if not `divided`); for others `unpool` gets the indices.
 #include "cpu/block.h"
 
 namespace rf::RF_ISA {
@@ -17,14 +17,14 @@ void zero(const Operand& out, int64_t offset, int64_t count) {
     }
 }
 
-// One row of windows of one sample, for all right-hand sides.
+// One row of windows of one sample, for all maps.
 template <class F>
 void pool_row(int64_t index, const void* context, void*) {
     const MaxPoolArgs& args = *static_cast<const MaxPoolArgs*>(context);
     const int64_t out_height = args.height / args.kernel_height, out_width = args.width / args.kernel_width;
     const int64_t channels = args.channels, line = args.width * channels, plane = args.height * line;
     const int64_t b = index / out_height, top = index % out_height;
-    const int64_t first_line = b * plane + top * args.kernel_height * line, side = args.batch * plane;
+    const int64_t first_line = b * plane + top * args.kernel_height * line, map_stride = args.batch * plane;
     F in[kBlock], best[kBlock], value[kBlock], out_buffer[kBlock];
     std::int32_t winner[kBlock];
     for (int64_t left = 0; left < out_width; ++left) {
@@ -42,7 +42,7 @@ void pool_row(int64_t index, const void* context, void*) {
                         winner[i] = larger ? number : winner[i];
                     }
                 }
-            for (int64_t t = 0; t < args.rhs; ++t) {
+            for (int64_t t = 0; t < args.num_maps; ++t) {
                 const int64_t from =
                     (((t * args.batch + b) * out_height + top) * out_width + left) * channels;
                 const F* __restrict c = load(args.c, from + start, n, in);
@@ -50,7 +50,7 @@ void pool_row(int64_t index, const void* context, void*) {
                 for (int64_t i = 0; i < n; ++i) value[i] = args.divided ? c[i] : c[i] * best[i];
                 for (int64_t y = 0, tap = 0; y < args.kernel_height; ++y)
                     for (int64_t z = 0; z < args.kernel_width; ++z, ++tap) {
-                        const int64_t at = t * side + corner + y * line + z * channels + start;
+                        const int64_t at = t * map_stride + corner + y * line + z * channels + start;
                         const std::int32_t number = static_cast<std::int32_t>(tap);
                         F* __restrict out = target(args.out, at, out_buffer);
                         RF_SIMD
@@ -62,11 +62,11 @@ void pool_row(int64_t index, const void* context, void*) {
     }
     // What no window covers: the end of these lines, and below the last windows the rest of the image.
     const int64_t covered = out_width * args.kernel_width * channels;
-    for (int64_t t = 0; t < args.rhs; ++t) {
+    for (int64_t t = 0; t < args.num_maps; ++t) {
         for (int64_t y = 0; y < args.kernel_height; ++y)
-            zero<F>(args.out, t * side + first_line + y * line + covered, line - covered);
+            zero<F>(args.out, t * map_stride + first_line + y * line + covered, line - covered);
         const int64_t below = (out_height * args.kernel_height) * line;
-        if (top + 1 == out_height) zero<F>(args.out, t * side + b * plane + below, plane - below);
+        if (top + 1 == out_height) zero<F>(args.out, t * map_stride + b * plane + below, plane - below);
     }
 }
 
@@ -91,7 +91,7 @@ void unpool_line(int64_t index, const void* context, void*) {
         const std::int32_t here = static_cast<std::int32_t>(y * args.width + x);
         for (int64_t start = 0; start < channels; start += kBlock) {
             const int64_t n = min64(kBlock, channels - start);
-            for (int64_t t = 0; t < args.rhs; ++t) {
+            for (int64_t t = 0; t < args.num_maps; ++t) {
                 const int64_t sample = t * args.batch + b;
                 for (int64_t i = 0; i < n; ++i) sum[i] = F(0);
                 for (int64_t row = top; row < bottom; ++row)
@@ -118,15 +118,15 @@ void unpool_line(int64_t index, const void* context, void*) {
 }  // namespace
 
 void unpool(const UnpoolArgs& args) {
-    parallel_for(args.batch * args.height, args.rhs * args.batch * args.height * args.width * args.channels,
-                 args.threads, args.c.dtype == DType::f64 ? unpool_line<double> : unpool_line<float>, &args,
-                 0);
+    parallel_for(args.batch * args.height,
+                 args.num_maps * args.batch * args.height * args.width * args.channels, args.threads,
+                 args.c.dtype == DType::f64 ? unpool_line<double> : unpool_line<float>, &args, 0);
 }
 
 void max_pool_pullback(const MaxPoolArgs& args) {
     const bool wide = args.c.dtype == DType::f64 || args.x.dtype == DType::f64;
     parallel_for(args.batch * (args.height / args.kernel_height),
-                 args.rhs * args.batch * args.height * args.width * args.channels, args.threads,
+                 args.num_maps * args.batch * args.height * args.width * args.channels, args.threads,
                  wide ? pool_row<double> : pool_row<float>, &args, 0);
 }
 

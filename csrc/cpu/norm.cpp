@@ -1,4 +1,4 @@
-// LayerNorm's pull-back. Below a linear layer it is part of that layer's step (linear.cpp).
+// LayerNorm's pull-back. That of a LayerNorm that feeds a linear layer is part of the layer's step (linear.cpp).
 #include "cpu/lanes.h"
 #include "cpu/row_statistics.h"
 
@@ -13,12 +13,12 @@ struct Norm {
     const void* weight;  // [width] as F
 };
 
-// Elements [begin, end) of a row `x`, of `sides` right-hand sides in `type`; `offset` is that of the row in
-// the first of them.
-template <class V, int sides, DType type, class F>
+// Elements [begin, end) of a row `x`, for `maps` maps in `type`; `offset` is that of the row in the first of
+// them.
+template <class V, int maps, DType type, class F>
 RF_INLINE void pull_span(const NormArgs& args, const F* x, const F* weight, const Statistics<F>& s,
                          int64_t offset, int64_t begin, int64_t end) {
-    const int64_t side = args.batch * args.rows * args.width;
+    const int64_t map_stride = args.batch * args.rows * args.width;
     const Operand c{args.c.data, type}, out{args.out.data, type};
     const V zero{};
     for (int64_t i = begin; i < end; i += static_cast<int64_t>(sizeof(V) / sizeof(F))) {
@@ -26,21 +26,21 @@ RF_INLINE void pull_span(const NormArgs& args, const F* x, const F* weight, cons
         const V signed_part = w * s.inverse;
         const V upper = at > zero ? signed_part : zero, lower = at < zero ? signed_part : zero;
         const V factor = upper - lower + magnitude<V>(w) * s.inverse_absolute;
-        for (int64_t t = 0; t < sides; ++t) {
-            const int64_t index = offset + t * side + i;
+        for (int64_t t = 0; t < maps; ++t) {
+            const int64_t index = offset + t * map_stride + i;
             write<V>(out, index, factor * read<V>(c, index), false);
         }
     }
 }
 
-template <int sides, DType type, class F>
+template <int maps, DType type, class F>
 RF_INLINE void pull_row(const NormArgs& args, const F* x, const F* weight, const Statistics<F>& s,
                         int64_t offset) {
-    // Floats, the tail apart, go by vectors.
+    // Floats by vectors, except for the tail.
     const int64_t whole = sizeof(F) == sizeof(float) ? args.width / kLanes * kLanes : 0;
     if constexpr (sizeof(F) == sizeof(float))
-        pull_span<Lanes, sides, type>(args, x, weight, s, offset, 0, whole);
-    pull_span<F, sides, type>(args, x, weight, s, offset, whole, args.width);
+        pull_span<Lanes, maps, type>(args, x, weight, s, offset, 0, whole);
+    pull_span<F, maps, type>(args, x, weight, s, offset, whole, args.width);
 }
 
 template <DType type, class F>
@@ -52,18 +52,18 @@ void norm_chunk(int64_t index, const void* context, void* scratch) {
     for (int64_t row = index * job.rows_per_chunk; row < min64((index + 1) * job.rows_per_chunk, rows);
          ++row) {
         const F* const x = load(args.x, row * width, width, static_cast<F*>(scratch));
-        // While the statistics are summed, what they are for is on its way.
-        const auto fetch_side = [&](int64_t t) {
+        // Coefficients are prefetched while the statistics are summed.
+        const auto fetch_map = [&](int64_t t) {
             const char* from =
                 static_cast<const char*>(args.c.data) + (t * rows + row) * width * item_size(type);
             return [from](int64_t i) { __builtin_prefetch(from + i * item_size(type)); };
         };
         const Statistics<F> statistics =
-            row_statistics(x, width, args.eps, fetch_side(0), fetch_side(args.rhs > 1));
+            row_statistics(x, width, args.eps, fetch_map(0), fetch_map(args.num_maps > 1));
         int64_t t = 0;
-        for (; t + 2 <= args.rhs; t += 2)
+        for (; t + 2 <= args.num_maps; t += 2)
             pull_row<2, type>(args, x, weight, statistics, (t * rows + row) * width);
-        if (t < args.rhs) pull_row<1, type>(args, x, weight, statistics, (t * rows + row) * width);
+        if (t < args.num_maps) pull_row<1, type>(args, x, weight, statistics, (t * rows + row) * width);
     }
 }
 
@@ -82,7 +82,7 @@ void run(const NormArgs& args) {
     Task task = args.c.dtype == DType::bf16 ? norm_chunk<DType::bf16, F> : norm_chunk<DType::f32, F>;
     if constexpr (sizeof(F) == sizeof(double))
         if (args.c.dtype == DType::f64) task = norm_chunk<DType::f64, F>;
-    parallel_for(ceil_div(rows, rows_per_chunk), args.rhs * rows * args.width, args.threads, task, &job,
+    parallel_for(ceil_div(rows, rows_per_chunk), args.num_maps * rows * args.width, args.threads, task, &job,
                  static_cast<std::size_t>(args.width) * sizeof(F));
 }
 

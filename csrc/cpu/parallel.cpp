@@ -51,14 +51,14 @@ struct Loop {
     std::atomic<int> entered{0};
 };
 
-// A thread does its own range, the same one in every call: what it has read before is in its own caches and
-// its address translations too. Then it helps the others. Each task writes its own outputs, so the order does
-// not show.
+// A thread begins with its own range, the same one in every call: its caches and TLB hold what it has read
+// there before. Then it takes tasks of the others. Each task writes its own outputs, so the order of the tasks
+// does not matter.
 void run(void* data) {
     Loop& loop = *static_cast<Loop*>(data);
     const int slot = loop.entered.fetch_add(1, std::memory_order_relaxed);
     char* scratch = loop.scratch + loop.scratch_stride * slot;
-    // Which range it begins with is a matter of speed alone, whatever the runtime says.
+    // Which range it begins with is a matter of speed alone: any number would do.
     const unsigned self = loop.threads == 1 ? 0 : static_cast<unsigned>(thread_number());
     for (int turn = 0; turn < loop.threads; ++turn) {
         Range& range = loop.ranges[(self + turn) % loop.threads];

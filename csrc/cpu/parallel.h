@@ -1,7 +1,7 @@
 // A parallel loop on the OpenMP pool that PyTorch already runs.
 //
-// Two OpenMP runtimes in a process keep two pools whose idle threads spin against each other, and PyTorch's
-// wheels have shipped theirs under different file names. So none is linked: `bind_openmp` looks up
+// Two OpenMP runtimes in a process have two pools, whose idle threads spin and take time from each other, and
+// PyTorch's wheels have shipped theirs under different file names. So none is linked: `bind_openmp` looks up
 // `GOMP_parallel` and `omp_get_thread_num` among the libraries that libtorch_cpu itself uses (libgomp, or
 // LLVM's and Intel's runtimes, which export the same entry points). Where it is not found the loops run
 // serially.

@@ -1,11 +1,12 @@
-// The choice between W+ and W- by the sign of the input, where a strided convolution has been pulled back as
-// one of stride one with a group of outputs for every phase of the input.
+// Sub-pixel (polyphase) transposed convolutions: a convolution of stride s has been pulled back as one of
+// stride one whose s x s groups of outputs are the phases, pixels of one cell. They are put where they
+// belong, of W+ or of W- by the sign of the input.
 #include "cpu/block.h"
 
 namespace rf::RF_ISA {
 namespace {
 
-// One line of one sample of the input, for all right-hand sides. Channels are few, 3 of an image.
+// One line of one sample of the input, for all maps. Channels are few, mostly the 3 of an image.
 template <class F, class Stored>
 void select_line(int64_t index, const void* context, void*) {
     const SelectPhasesArgs& args = *static_cast<const SelectPhasesArgs*>(context);
@@ -13,7 +14,7 @@ void select_line(int64_t index, const void* context, void*) {
     const int64_t cell = args.stride[0] * args.stride[1] * 2 * channels;  // of acc
     const int64_t block = kBlock / channels;                              // of inputs
     F in[kBlock];
-    for (int64_t t = 0; t < args.rhs; ++t) {
+    for (int64_t t = 0; t < args.num_maps; ++t) {
         const int64_t sample = t * args.batch + b;
         const Stored* const line =
             static_cast<const Stored*>(args.acc.data) +
@@ -55,8 +56,9 @@ void select_phases(const SelectPhasesArgs& args) {
     if (args.channels == 0) return;
     const Task task =
         args.x.dtype == DType::f64 ? task_for<double>(args.acc.dtype) : task_for<float>(args.acc.dtype);
-    parallel_for(args.batch * args.height, args.rhs * args.batch * args.height * args.width * args.channels,
-                 args.threads, task, &args, 0);
+    parallel_for(args.batch * args.height,
+                 args.num_maps * args.batch * args.height * args.width * args.channels, args.threads, task,
+                 &args, 0);
 }
 
 }  // namespace rf::RF_ISA

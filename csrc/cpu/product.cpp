@@ -1,4 +1,4 @@
-// y = x W^T + b of bfloat16 on tile registers. Only compiled where there are some.
+// y = x W^T + b of bfloat16 on tile registers. Only compiled for processors that have them.
 //
 // A sum takes ranges of the depth in order, whatever task or tile it is in.
 #include "cpu/product_tasks.h"
@@ -20,7 +20,7 @@ struct Job {
     ProductTasks tasks;             // in pairs of groups, and panels
     int64_t range;                  // steps that are taken at a time
     char* left;                     // [groups, steps, 16, 32]; null: x itself
-    bool stream;                    // the result past the caches
+    bool stream;                    // the result by streaming stores
 };
 
 void pack_task(int64_t group, const void* context, void*) {
@@ -44,12 +44,13 @@ RF_INLINE RightTiles right_tiles(const Job& job, int64_t panel, int64_t step) {
 }
 
 // Steps [begin, end) of a panel.
-struct Stretch {
+struct DepthRange {
     int64_t panel, begin, end;
 };
 
 // Share `index` of `count` of the left tiles of a pair of groups of rows.
-RF_INLINE Ahead fetch_left(const Job& job, int64_t row, const Stretch& at, int64_t index, int64_t count) {
+RF_INLINE Prefetch prefetch_left(const Job& job, int64_t row, const DepthRange& at, int64_t index,
+                                 int64_t count) {
     const LeftTiles tiles = left_tiles(job, row, at.begin);
     const int64_t rows = min64(kPairRows, job.args.rows - row), bytes = (at.end - at.begin) * tiles.step;
     if (job.left == nullptr) return {tiles.data, rows, bytes, tiles.stride, index, count};
@@ -58,12 +59,12 @@ RF_INLINE Ahead fetch_left(const Job& job, int64_t row, const Stretch& at, int64
 
 using PairSums = float[kPairRows][kLinearColumns];
 
-// Finished sums on their way to the result, a row at a time beside the products of the next pair: written at
-// once they would wait for memory, and the next tiles with them.
-class Drain {
+// Finished sums that are stored a row at a time during the products of the next pair: stored at once they
+// would wait for memory, and the next tiles with them.
+class DeferredStore {
   public:
-    Drain() = default;
-    Drain(const PairSums& sums, const Job& job, int64_t row, int64_t column)
+    DeferredStore() = default;
+    DeferredStore(const PairSums& sums, const Job& job, int64_t row, int64_t column)
         : sums_(sums[0]),
           out_(static_cast<std::uint16_t*>(job.args.out.data) + row * job.args.width + column),
           stride_(job.args.width),
@@ -91,19 +92,19 @@ class Drain {
     std::uint16_t* out_ = nullptr;
     int64_t stride_ = 0, rows_ = 0;
     std::uint32_t mask_ = 0;  // of columns
-    bool stream_ = false;     // past the caches
+    bool stream_ = false;     // by streaming stores
 };
 
 // Loads the sums of a pair of groups of rows, `stride` bytes apart (0: every row starts with the same
-// numbers), adds a stretch to them and stores them.
+// numbers), adds a range of the depth to them and stores them.
 template <class Beside>
-RF_INLINE void add_stretch(const Job& job, TileRegisters& tiles, int64_t row, const Stretch& at,
-                           const float* from, int64_t stride, PairSums& to, const Beside& beside) {
+RF_INLINE void add_range(const Job& job, TileRegisters& tiles, int64_t row, const DepthRange& at,
+                         const float* from, int64_t stride, PairSums& to, const Beside& beside) {
     const int64_t count = min64(kPairRows, job.args.rows - row);
     const bool both = count > kTileRows;
     tiles.set(min64(count, kTileRows), both ? count - kTileRows : 0);
     const float* below = from + kTileRows * stride / static_cast<int64_t>(sizeof(float));
-    settle();
+    compiler_barrier();
     _tile_loadd(0, from, stride);
     _tile_loadd(1, from + kTileColumns, stride);
     if (both) _tile_loadd(2, below, stride);
@@ -122,22 +123,22 @@ RF_INLINE void add_stretch(const Job& job, TileRegisters& tiles, int64_t row, co
     if (both) _tile_stored(3, to[kTileRows] + kTileColumns, to_bytes);
 }
 
-// What is fetched while the rows of a task meet a stretch: the next stretch of weights, and a share of the
+// What is prefetched while a range is multiplied: the next range of weights, and a share of the
 // left tiles of rows [top, bottom) that follow, of the next range or task.
-struct Fetched {
-    Stretch right, left;
+struct NextOperands {
+    DepthRange right, left;
     int64_t top, bottom;
 };
 
-RF_INLINE Fetched fetched(const Job& job, const Part& part, const Part& coming, const Stretch& now,
-                          const Stretch& next) {
-    const Stretch start{coming.first, 0, min64(job.range, job.steps)};
-    const Stretch& right = next.begin < job.steps ? next : start;
+RF_INLINE NextOperands next_operands(const Job& job, const Part& part, const Part& coming,
+                                     const DepthRange& now, const DepthRange& next) {
+    const DepthRange start{coming.first, 0, min64(job.range, job.steps)};
+    const DepthRange& right = next.begin < job.steps ? next : start;
     if (now.end == job.steps) {
         const bool stays = coming.top == part.top;
         return {right, start, coming.top * kPairRows, stays ? 0 : coming.bottom * kPairRows};
     }
-    const Stretch range{part.first, now.end, min64(now.end + job.range, job.steps)};
+    const DepthRange range{part.first, now.end, min64(now.end + job.range, job.steps)};
     return {right, range, part.top * kPairRows, part.bottom * kPairRows};
 }
 
@@ -155,42 +156,43 @@ void product_task(int64_t index, const void* context, void* scratch) {
             bias[i / kLinearColumns - part.first][i % kLinearColumns] =
                 static_cast<const float*>(args.bias.data)[i];
     TileRegisters tiles;
-    Drain drain;
-    for (Stretch now{part.first, 0, min64(job.range, job.steps)}; now.begin < job.steps;) {
-        Stretch next{now.panel + 1, now.begin, now.end};
+    DeferredStore stores;
+    for (DepthRange now{part.first, 0, min64(job.range, job.steps)}; now.begin < job.steps;) {
+        DepthRange next{now.panel + 1, now.begin, now.end};
         if (next.panel == part.last) next = {part.first, now.end, min64(now.end + job.range, job.steps)};
         const bool resumed = now.begin > 0, finishes = now.end == job.steps;
-        const Fetched then = fetched(job, part, coming, now, next);
+        const NextOperands then = next_operands(job, part, coming, now, next);
         const int64_t slots = now.end - now.begin, panel = now.panel - part.first;
         const char* right = right_tiles(job, then.right.panel, then.right.begin).data;
         const int64_t right_bytes = (then.right.end - then.right.begin) * 2 * kTileBytes;
         for (int64_t pair = 0; pair < pairs; ++pair) {
             const int64_t row = (part.top + pair) * kPairRows, then_row = then.top + pair * kPairRows;
-            Ahead left_ahead, right_ahead(right, 1, right_bytes, 0, pair, pairs);
-            if (then_row < then.bottom) left_ahead = fetch_left(job, then_row, then.left, panel, panels);
-            const int64_t left_lines = ceil_div(left_ahead.lines(), slots),
-                          right_lines = ceil_div(right_ahead.lines(), slots),
-                          drained = ceil_div(drain.rows(), slots);
+            Prefetch left_prefetch, right_prefetch(right, 1, right_bytes, 0, pair, pairs);
+            if (then_row < then.bottom)
+                left_prefetch = prefetch_left(job, then_row, then.left, panel, panels);
+            const int64_t left_lines = ceil_div(left_prefetch.lines(), slots),
+                          right_lines = ceil_div(right_prefetch.lines(), slots),
+                          stored_rows = ceil_div(stores.rows(), slots);
             const int64_t place = panel * job.tasks.task_rows() + pair;
             PairSums& to = finishes ? *finished : unfinished[place];
-            add_stretch(job, tiles, row, now, resumed ? unfinished[place][0] : bias[panel],
-                        resumed ? sizeof(PairSums) / kPairRows : 0, to, [&] {
-                            left_ahead.fetch(left_lines);
-                            right_ahead.fetch(right_lines);
-                            drain.write(drained);
-                        });
-            if (finishes) drain = Drain(to, job, row, now.panel * kLinearColumns);
+            add_range(job, tiles, row, now, resumed ? unfinished[place][0] : bias[panel],
+                      resumed ? sizeof(PairSums) / kPairRows : 0, to, [&] {
+                          left_prefetch.fetch(left_lines);
+                          right_prefetch.fetch(right_lines);
+                          stores.write(stored_rows);
+                      });
+            if (finishes) stores = DeferredStore(to, job, row, now.panel * kLinearColumns);
         }
         now = next;
     }
-    drain.write(drain.rows());
+    stores.write(stores.rows());
     _mm_sfence();
 }
 
 }  // namespace
 
 void product(const ProductArgs& args) {
-    if (args.x.dtype == DType::f32) return product_of_digits(args);
+    if (args.x.dtype == DType::f32) return product_int8(args);
     const int64_t panels = ceil_div(args.width, kLinearColumns);
     Job job{args,
             ceil_div(args.depth, kTileDepth),

@@ -11,7 +11,7 @@ struct Part {
     int64_t first, last, top, bottom;  // columns, rows
 };
 
-// Rows and columns are counted in units: those of a tile, or several.
+// Rows and columns are counted in tiles, or in groups of tiles.
 class ProductTasks {
   public:
     ProductTasks(int64_t rows, int64_t columns, int64_t task_rows, int64_t task_columns, int64_t last_columns)
@@ -45,7 +45,8 @@ class ProductTasks {
     int64_t before_;  // tasks before those of the last rows
 };
 
-// A result of more bytes for each thread does not wait in its L2 cache for whoever reads it.
+// A result of more bytes for each thread does not stay in its L2 cache until it is read: it is written by
+// streaming stores.
 constexpr int64_t kStreamBytes = 3 << 20;
 
 }  // namespace

@@ -39,9 +39,9 @@ RF_INLINE void add_sums(const F* __restrict x, int64_t begin, int64_t width, F m
     }
 }
 
-// Floats: four vectors of sums at a time, since one waits for its last addition, and as few sums over their
-// lanes as float32 allows. The tail goes as above. `pass(i)` is called for every vector of
-// those, to fetch something meanwhile.
+// Floats: four vectors of sums at a time, to hide the latency of additions, reduced to one number as seldom as
+// the precision of float32 allows. The tail goes as above. `pass(i)` is called for every vector, to prefetch
+// something meanwhile.
 template <bool centred, class Pass>
 RF_INLINE void add_row_sums(const float* __restrict x, int64_t width, float mean, float mean_absolute,
                             double& first, double& second, const Pass& pass) {
@@ -72,8 +72,7 @@ RF_INLINE void add_row_sums(const double* __restrict x, int64_t width, double me
     add_sums<centred>(x, 0, width, mean, mean_absolute, first, second);
 }
 
-// Two passes: means, then centred squares; each with what is to be fetched meanwhile, as add_row_sums takes
-// it.
+// Two passes: means, then centred squares; each calls what prefetches meanwhile, as for add_row_sums.
 template <class F, class First, class Second>
 RF_INLINE Statistics<F> row_statistics(const F* __restrict x, int64_t width, double eps,
                                        const First& during_means, const Second& during_squares) {

@@ -24,9 +24,9 @@ struct RightTiles {
     const char* data;
 };
 
-// Stores before it are done before tiles are loaded. The intrinsics do not say what memory they read (GCC
-// 12), so a compiler could keep a number in a register, or drop it.
-RF_INLINE void settle() {
+// Before tiles are loaded. The intrinsics do not say what memory they read (GCC 12), so a compiler could keep
+// a number in a register, or drop its store.
+RF_INLINE void compiler_barrier() {
     __asm__ volatile("" ::: "memory");
 }
 
@@ -50,7 +50,7 @@ class TileRegisters {
             config[16 + 2 * i] = 64;  // bytes of a row
             config[48 + i] = static_cast<unsigned char>(rows[i] > 0 ? rows[i] : 1);
         }
-        settle();
+        compiler_barrier();
         _tile_loadconfig(config);
     }
 
@@ -68,13 +68,13 @@ RF_INLINE void multiply_tiles() {
     }
 }
 
-// Memory to fetch into the L2 cache while products run: share `index` of `count` of rows `stride` bytes
-// apart. Reading a line from further away takes as long as a few products, and nothing else hides it: tiles
-// are read from several places at a time.
-class Ahead {
+// Memory to prefetch into the L2 cache while products run: share `index` of `count` of rows `stride` bytes
+// apart. Reading a line from further away takes as long as a few products, and the hardware does not hide it:
+// tiles are read from several addresses at a time.
+class Prefetch {
   public:
-    Ahead() = default;
-    Ahead(const char* data, int64_t rows, int64_t row_bytes, int64_t stride, int64_t index, int64_t count)
+    Prefetch() = default;
+    Prefetch(const char* data, int64_t rows, int64_t row_bytes, int64_t stride, int64_t index, int64_t count)
         : row_(ceil_div(row_bytes, 64)), skip_(stride - 64 * row_) {
         const int64_t lines = rows * row_, first = lines * index / count;
         left_ = lines * (index + 1) / count - first;
@@ -101,7 +101,7 @@ class Ahead {
 };
 
 // Adds the products of `steps` steps to the sums; `both` groups of rows, or the first. `beside` is called in
-// every step: what it does there runs in units that the products leave idle, a little at a time.
+// every step: what it does there runs in execution units that the products leave idle, a little at a time.
 template <bool both, class Beside>
 RF_INLINE void add_products(const LeftTiles& first, const LeftTiles& second, const RightTiles& right,
                             int64_t steps, const Beside& beside) {

@@ -1,6 +1,6 @@
 """Fused steps of the relevance pull-back as ``torch.ops.ramp_fast.*`` operators.
 
-Relevance is ``R = |x| c``. A coefficient c is [T, B, ...]: T right-hand sides, B samples; what it belongs to, x, is
+Relevance is ``R = |x| c``. A coefficient c is [T, B, ...]: T maps, B samples; the activation x that it belongs to is
 [B, ...]. With ``contrast`` T is even: rows [0, T/2) are P (positive), rows [T/2, T) are D = P - N.
 
 Arithmetic is float32 for float32 and bfloat16 operands and float64 as soon as one operand is float64; masses are
@@ -16,7 +16,7 @@ from ramp_fast.errors import BackendError
 from ramp_fast.ops import _registry
 from ramp_fast.ops._registry import BACKENDS, forced_backend, set_backend, unavailable
 from ramp_fast.ops.activation import affine_factor, gelu_factor
-from ramp_fast.ops.attention import attention_pullback, softmax_pullback
+from ramp_fast.ops.attention import attention_pullback
 from ramp_fast.ops.junction import junction, merge_junction, residual_pullback
 from ramp_fast.ops.linear import linear_norm_pullback, linear_pullback, pack_panels
 from ramp_fast.ops.masking import copies_in_turn, mask_steps, masked_copies
@@ -24,12 +24,13 @@ from ramp_fast.ops.masses import scale_to, share
 from ramp_fast.ops.max_pool import max_pool_pullback, unpool
 from ramp_fast.ops.norm import norm_pullback
 from ramp_fast.ops.phases import select_phases
+from ramp_fast.ops.product import INT8_DEPTH, has_tiles, multiplies, pack_tiles, product
 from ramp_fast.ops.scaling import affine_pullback, centring, gate, mass, merge, rescale, rescale_parts, scale_by
-from ramp_fast.ops.tiles import DIGIT_DEPTH, has_tiles, multiplies, pack_tiles, product
+from ramp_fast.ops.softmax import softmax_pullback
 
 __all__ = [
     "BACKENDS",
-    "DIGIT_DEPTH",
+    "INT8_DEPTH",
     "affine_factor",
     "affine_pullback",
     "attention_pullback",
@@ -76,7 +77,7 @@ def cpu_isas() -> list[str]:
 
 
 def cpu_kernels(device: torch.device) -> bool:
-    """Whether tensors there go to the C++ kernels or the equations, not to a forced backend that lacks an operator."""
+    """Whether every operator runs on tensors there: by C++ kernels or references, not by a forced GPU backend."""
     return device.type == "cpu" and forced_backend() in (None, "cpu", "reference")
 
 

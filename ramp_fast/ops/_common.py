@@ -1,8 +1,8 @@
-"""What the operators share: dtypes, memory layouts, and the equations of scaling and masses."""
+"""What the operators share: dtypes, allocation, and the equations of scaling and masses."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ __all__ = [
     "C",
     "affine_factor_from",
     "compute_dtype",
+    "contiguous_like",
     "divide",
     "halves",
     "mass_equation",
     "per_sample",
     "rescale_equation",
-    "same_layout",
 ]
 
 
@@ -31,43 +31,14 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def contiguous_like(c: Tensor, *_: Any) -> Tensor:
+    """A contiguous output of the shape and dtype of an operator's first argument, not written yet."""
+    return torch.empty_like(c, memory_format=torch.contiguous_format)
+
+
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """``a / b`` with 0 where ``b`` is 0: relevance that is zero everywhere stays zero."""
     return (a / b).masked_fill_(b == 0, 0)
-
-
-def same_layout(coefficients: tuple[Tensor, ...], samples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Give coefficients [T, B, ...] and samples [B, ...] one dense memory layout.
-
-    Elementwise kernels see memory as [T, B, elements], so any order of the inner axes will do as long as it is
-    the same everywhere (channels-last, for example); otherwise every tensor is made contiguous.
-    """
-    tensors = coefficients + samples
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return tensors
-    first = coefficients[0]
-    strides = first.stride()
-    inner_strides = strides[1:]
-    if (
-        first.ndim > 2
-        and strides[0] == first[0].numel()
-        and strides[1] == first[0, 0].numel()
-        and _is_dense(first.shape[2:], strides[2:])
-        and all(tensor.stride() == strides and tensor.shape == first.shape for tensor in coefficients)
-        and all(tensor.stride() == inner_strides and tensor.shape == first.shape[1:] for tensor in samples)
-    ):
-        return tensors
-    return tuple([tensor.contiguous() for tensor in tensors])
-
-
-def _is_dense(shape: torch.Size, strides: tuple[int, ...]) -> bool:
-    run = 1
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size != 1:
-            if stride != run:
-                return False
-            run *= size
-    return True
 
 
 def per_sample(scale: Tensor, c: Tensor) -> Tensor:
@@ -86,8 +57,8 @@ def halves(c: Tensor, contrast: bool) -> tuple[Tensor, Tensor | None]:
 def rescale_equation(c: Tensor, scale: Tensor, contrast: bool) -> Tensor:
     """P <- s_P P, D <- s_N D + (s_P - s_N) P, in the dtype of its arguments.
 
-    Where D is P, which says that N is zero, it stays P to the last bit: N would become a rounding error otherwise, and
-    grow to the mass of a map where nothing else of N is left.
+    Where D is P, N is zero, and D stays P to the last bit: otherwise N would be a rounding error, which later steps
+    would scale up to the mass of a map if nothing else of N is left.
     """
     p, d = halves(c, contrast)
     scale_p, scale_n = halves(per_sample(scale, c), contrast)

@@ -1,57 +1,22 @@
-"""Activations and BatchNorm: ``gelu_factor``, ``affine_factor``."""
+"""Activations and BatchNorm: ``gelu_factor``, ``affine_factor``. Their kernels compute in float32."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads
 
 from ramp_fast.ops._common import C, compute_dtype
-from ramp_fast.ops._registry import register
+from ramp_fast.ops._registry import operator
 
 
-def gelu_factor_equation(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    u = x.to(compute_dtype(x)).contiguous()
-    if tanh_approx:
-        inner = math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)
-        tanh = inner.tanh()
-        y = 0.5 * u * (1 + tanh)
-        inner_slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * u**2)
-        slope = 0.5 * (1 + tanh) + 0.5 * u * (1 - tanh**2) * inner_slope
-    else:
-        cumulative = 0.5 * (1 + torch.erf(u / math.sqrt(2)))
-        y = u * cumulative
-        slope = cumulative + u * torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
-    factor = torch.where(y > 0, 2 * slope, torch.zeros_like(slope))
-    return y.to(x.dtype), factor.to(dtype)
-
-
-def _gelu_outputs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _gelu_outputs(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-def _gelu_factor_fake(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _gelu_outputs(x, dtype)
-
-
-def _gelu_factor_cpu(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if x.dtype == torch.float64:  # the kernel's polynomials are float32: the equation is the kernel
-        return gelu_factor_equation(x, tanh_approx, dtype)
-    y, factor = _gelu_outputs(x, dtype)
-    C.gelu_factor(x.contiguous(), tanh_approx, y, factor, get_num_threads())
-    return y, factor
-
-
-_gelu_factor = register(
-    "gelu_factor(Tensor x, bool tanh_approx, ScalarType dtype) -> (Tensor, Tensor)",
-    reference=gelu_factor_equation,
-    fake=_gelu_factor_fake,
-    cpu=_gelu_factor_cpu,
-    triton="activation:gelu_factor",
-)
-
-
+@operator(outputs=_gelu_outputs, float64=False, triton="activation:gelu_factor")
 def gelu_factor(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """GELU and the factor of its pull-back in one pass.
 
@@ -70,57 +35,43 @@ def gelu_factor(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tenso
     factor : Tensor
         ``2 [y > 0] gelu'(x)``.
     """
-    return _gelu_factor(x, tanh_approx, dtype)  # type: ignore[no-any-return]
+    u = x.to(compute_dtype(x)).contiguous()
+    if tanh_approx:
+        inner = math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)
+        tanh = inner.tanh()
+        y = 0.5 * u * (1 + tanh)
+        inner_slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * u**2)
+        slope = 0.5 * (1 + tanh) + 0.5 * u * (1 - tanh**2) * inner_slope
+    else:
+        cumulative = 0.5 * (1 + torch.erf(u / math.sqrt(2)))
+        y = u * cumulative
+        slope = cumulative + u * torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
+    factor = torch.where(y > 0, 2 * slope, torch.zeros_like(slope))
+    return y.to(x.dtype), factor.to(dtype)
 
 
-def affine_factor_equation(
-    x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    wide = compute_dtype(x, gain, shift)
-    shape = (-1,) + (1,) * (x.ndim - 2)
-    u, g = x.to(wide), gain.to(wide).view(shape)
-    y = g * u + shift.to(wide).view(shape)
-    factor = u.sign() * g + g.abs()
-    if relu:
-        factor = torch.where(y > 0, 2 * factor, torch.zeros_like(factor))
-        y = y.clamp(0, cap)
-    return torch.empty_like(x).copy_(y), torch.empty_like(x, dtype=dtype).copy_(factor)
-
-
-def _affine_factor_fake(
-    x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+def _affine_outputs(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x, dtype=args[-1])
 
 
 def _affine_factor_cpu(
     x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    if x.dtype == torch.float64 or gain.dtype == torch.float64:  # float32 kernel: the equation serves
-        return affine_factor_equation(x, gain, shift, relu, cap, dtype)
     last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     if not last:
         x = x.contiguous()
-    y, factor = _affine_factor_fake(x, gain, shift, relu, cap, dtype)
+    y, factor = _affine_outputs(x, dtype)
     rows = [t.permute(0, 2, 3, 1) if last else t for t in (x, y, factor)]
     gain, shift = gain.float().contiguous(), shift.float().contiguous()
-    C.affine_factor(rows[0], gain, shift, relu, cap, rows[1], rows[2], last, get_num_threads())
+    C.affine_factor(rows[0], gain, shift, relu, cap, last, rows[1], rows[2], get_num_threads())
     return y, factor
 
 
-_affine_factor = register(
-    "affine_factor(Tensor x, Tensor gain, Tensor shift, bool relu, float cap, ScalarType dtype) -> (Tensor, Tensor)",
-    reference=affine_factor_equation,
-    fake=_affine_factor_fake,
-    cpu=_affine_factor_cpu,
-    triton="activation:affine_factor",
-)
-
-
+@operator(outputs=_affine_outputs, float64=False, cpu=_affine_factor_cpu, triton="activation:affine_factor")
 def affine_factor(
     x: Tensor, gain: Tensor, shift: Tensor, relu: bool, cap: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """BatchNorm in eval mode, with the ReLU behind it if there is one, and the factor of their pull-back.
+    """BatchNorm in eval mode, followed by a ReLU if there is one, and the factor of their pull-back.
 
     Parameters
     ----------
@@ -142,4 +93,12 @@ def affine_factor(
     factor : Tensor
         ``sign(x) gain + |gain|``, with ``relu`` times ``2 [y > 0]``.
     """
-    return _affine_factor(x, gain, shift, relu, cap, dtype)  # type: ignore[no-any-return]
+    wide = compute_dtype(x, gain, shift)
+    shape = (-1,) + (1,) * (x.ndim - 2)
+    u, g = x.to(wide), gain.to(wide).view(shape)
+    y = g * u + shift.to(wide).view(shape)
+    factor = u.sign() * g + g.abs()
+    if relu:
+        factor = torch.where(y > 0, 2 * factor, torch.zeros_like(factor))
+        y = y.clamp(0, cap)
+    return torch.empty_like(x).copy_(y), torch.empty_like(x, dtype=dtype).copy_(factor)

@@ -1,7 +1,4 @@
-"""Attention ``softmax(scale Q K^T) V``: ``attention_pullback`` for all of it, ``softmax_pullback`` for softmax alone.
-
-Softmax: ``c_S = (sign(S) softmax(S) + softmax(|S|)) c`` over rows of scores, -inf where masked.
-"""
+"""Attention ``softmax(scale Q K^T) V``, all of it in one step: ``attention_pullback``."""
 
 from __future__ import annotations
 
@@ -9,53 +6,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from ramp_fast.ops._common import C, compute_dtype, mass_equation
-from ramp_fast.ops._registry import register
-
-
-def _softmax_pullback_reference(scores: Tensor, c: Tensor) -> Tensor:
-    dtype = compute_dtype(scores, c)
-    s = scores.to(dtype)
-    masked = s == -torch.inf
-    absolute = s.abs().masked_fill(masked, -torch.inf)
-    weight = s.sign() * s.softmax(-1) + absolute.softmax(-1)
-    weight = weight.masked_fill(masked, 0)  # also rows masked as a whole, whose softmax is NaN
-    return torch.where(weight == 0, torch.zeros_like(weight), weight * c.to(dtype)).to(c.dtype).contiguous()
-
-
-def _softmax_pullback_fake(scores: Tensor, c: Tensor) -> Tensor:
-    return torch.empty_like(c, memory_format=torch.contiguous_format)
-
-
-def _softmax_pullback_cpu(scores: Tensor, c: Tensor) -> Tensor:
-    out = torch.empty(c.shape, dtype=c.dtype)
-    C.softmax_pullback(scores.contiguous(), c.contiguous(), out, get_num_threads())
-    return out
-
-
-_softmax_pullback = register(
-    "softmax_pullback(Tensor scores, Tensor c) -> Tensor",
-    reference=_softmax_pullback_reference,
-    fake=_softmax_pullback_fake,
-    cpu=_softmax_pullback_cpu,
-    triton="softmax:softmax_pullback",
-)
-
-
-def softmax_pullback(scores: Tensor, c: Tensor) -> Tensor:
-    """Pull coefficients of attention weights back to the scores.
-
-    Parameters
-    ----------
-    scores : Tensor [B, H, N, M]
-        What softmax was taken of: scaled, with any bias added, -inf where masked.
-    c : Tensor [T, B, H, N, M]
-
-    Returns
-    -------
-    Tensor [T, B, H, N, M] in the dtype of c
-        0 where masked, and in rows that are masked as a whole.
-    """
-    return _softmax_pullback(scores, c)  # type: ignore[no-any-return]
+from ramp_fast.ops._registry import operator
 
 
 def packed_output(q: Tensor, k: Tensor, c: Tensor) -> Tensor:
@@ -82,7 +33,24 @@ def output_views(packed: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, 
     return c_q, c_k, c_v
 
 
-def attention_pullback_equation(
+def _outputs(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
+) -> tuple[Tensor, Tensor]:
+    return packed_output(q, k, c), c.new_empty((4, *c.shape[:2]), dtype=compute_dtype(q, k, v, o, c))
+
+
+def _attention_pullback_cpu(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
+) -> tuple[Tensor, Tensor]:
+    packed, masses = _outputs(q, k, v, o, c, scale, gated, contrast)
+    q, k, v, o, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, o, c))
+    outputs = output_views(packed, q, k)
+    C.attention_pullback(q, k, v, o, c, scale, gated, contrast, *outputs, masses, get_num_threads())
+    return packed, masses
+
+
+@operator(outputs=_outputs, cpu=_attention_pullback_cpu, triton="attention:attention_pullback")
+def _attention_pullback(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
 ) -> tuple[Tensor, Tensor]:
     packed = packed_output(q, k, c)
@@ -111,32 +79,6 @@ def attention_pullback_equation(
     for output, own in zip(outputs, (c_q, c_k, c_v), strict=True):
         output.copy_(own)
     return packed, masses
-
-
-def _attention_pullback_fake(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
-) -> tuple[Tensor, Tensor]:
-    return packed_output(q, k, c), c.new_empty((4, *c.shape[:2]), dtype=compute_dtype(q, k, v, o, c))
-
-
-def _attention_pullback_cpu(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
-) -> tuple[Tensor, Tensor]:
-    packed, masses = _attention_pullback_fake(q, k, v, o, c, scale, gated, contrast)
-    q, k, v, o, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, o, c))
-    outputs = output_views(packed, q, k)
-    C.attention_pullback(q, k, v, o, c, scale, gated, contrast, *outputs, masses, get_num_threads())
-    return packed, masses
-
-
-_attention_pullback = register(
-    "attention_pullback(Tensor q, Tensor k, Tensor v, Tensor o, Tensor c, float scale, bool gated, bool contrast)"
-    " -> (Tensor, Tensor)",
-    reference=attention_pullback_equation,
-    fake=_attention_pullback_fake,
-    cpu=_attention_pullback_cpu,
-    triton="attention:attention_pullback",
-)
 
 
 def attention_pullback(

@@ -1,4 +1,4 @@
-"""Checksums of memory: 64 bits by which it is noticed that weights have changed."""
+"""Checksums of memory, of 64 bits, which tell whether weights have changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, get_num_threads
 from ramp_fast.ops._registry import extension
 
 _LINE, _PAGE = 64, 4096  # bytes
-# Bytes of a piece of memory that has a checksum of its own.
+# Bytes that have a checksum of their own.
 PIECE = 1 << 17
 
 

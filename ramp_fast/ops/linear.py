@@ -1,18 +1,20 @@
 """Linear layers whose input has both signs: ``c_x = W+^T c`` where x > 0, ``W-^T c`` where x < 0.
 
-Weights come as panels (:func:`pack_panels`) in the layout of the backend that is to run. The CPU kernel's hold W once,
-with its signs: it multiplies by the half that the sign of each input asks for and never by the other. The Triton
-kernel's hold both halves, which tensor cores can only choose from afterwards.
+Weights are packed into panels (:func:`pack_panels`) in the layout of the backend that will run. Those of the CPU kernel
+hold W once, with its signs: it multiplies only by the half that the sign of each input asks for. Those of the Triton
+kernel hold both halves, W+ and W-: tensor cores multiply by both, and the result is chosen afterwards.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, get_num_threads
+from torch import Tensor
 
-from ramp_fast.ops._common import C, mass_equation
-from ramp_fast.ops._registry import backends_for, register
+from ramp_fast.ops._common import mass_equation
+from ramp_fast.ops._registry import backends_for, operator
 from ramp_fast.ops.norm import inverse_sigma, norm_factor
 
 # Columns of one panel (kLinearColumns in csrc/cpu/kernels.h).
@@ -59,33 +61,13 @@ def _selected(c: Tensor, panels: Tensor, gate: Tensor) -> Tensor:
     return torch.where(gate > 0, upper, torch.where(gate < 0, lower, torch.zeros((), dtype=dtype, device=c.device)))
 
 
-def linear_pullback_equation(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return _selected(c, panels, x).to(dtype).contiguous()
-
-
-def _linear_pullback_fake(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return c.new_empty((c.shape[0], *x.shape), dtype=dtype)
-
-
-def _linear_pullback_cpu(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty((c.shape[0], *x.shape), dtype=dtype)
-    C.linear_pullback(c.contiguous(), panels.contiguous(), x.contiguous(), out, get_num_threads())
-    return out
-
-
-_linear_pullback = register(
-    "linear_pullback(Tensor c, Tensor panels, Tensor x, ScalarType dtype) -> Tensor",
-    reference=linear_pullback_equation,
-    fake=_linear_pullback_fake,
-    cpu=_linear_pullback_cpu,
-    triton="linear:linear_pullback",
+@operator(
+    outputs=lambda c, _, x, dtype: c.new_empty((c.shape[0], *x.shape), dtype=dtype), triton="linear:linear_pullback"
 )
-
-
 def linear_pullback(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Pull coefficients through a linear layer: ``c W+`` where x > 0, ``c W-`` where x < 0, else 0.
 
-    The rule's factor 2 is not in here: it is exact in every binary format and belongs into the weights.
+    The rule's factor 2 is left to the weights, where it is exact in every binary format.
 
     Parameters
     ----------
@@ -102,56 +84,15 @@ def linear_pullback(c: Tensor, panels: Tensor, x: Tensor, dtype: torch.dtype) ->
     -------
     Tensor [T, B, ..., I]
     """
-    return _linear_pullback(c, panels, x, dtype)  # type: ignore[no-any-return]
+    return _selected(c, panels, x).to(dtype).contiguous()
 
 
-def linear_norm_pullback_equation(
-    c: Tensor, panels: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, contrast: bool
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if panels.dtype == torch.float64 else torch.float32
-    x = x.to(dtype)
-    n = (x - x.mean(-1, keepdim=True)) * inverse_sigma(x, eps)
-    if weight is not None:
-        n = n * weight.to(dtype)
-    if bias is not None:
-        n = n + bias.to(dtype)
-    out = (norm_factor(x, weight, eps) * _selected(c, panels, n)).contiguous()
-    return out, mass_equation(x, out, contrast)
-
-
-def _norm_outputs(c: Tensor, panels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def _norm_outputs(c: Tensor, panels: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if panels.dtype == torch.float64 else torch.float32
     return c.new_empty((c.shape[0], *x.shape), dtype=dtype), c.new_empty(c.shape[:2], dtype=dtype)
 
 
-def _linear_norm_pullback_fake(
-    c: Tensor, panels: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, contrast: bool
-) -> tuple[Tensor, Tensor]:
-    return _norm_outputs(c, panels, x)
-
-
-def _linear_norm_pullback_cpu(
-    c: Tensor, panels: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, contrast: bool
-) -> tuple[Tensor, Tensor]:
-    out, mass = _norm_outputs(c, panels, x)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    C.linear_norm_pullback(
-        c.contiguous(), panels.contiguous(), x.contiguous(), weight, bias, eps, out, mass, contrast, get_num_threads()
-    )
-    return out, mass
-
-
-_linear_norm_pullback = register(
-    "linear_norm_pullback(Tensor c, Tensor panels, Tensor x, Tensor? weight, Tensor? bias, float eps, bool contrast)"
-    " -> (Tensor, Tensor)",
-    reference=linear_norm_pullback_equation,
-    fake=_linear_norm_pullback_fake,
-    cpu=_linear_norm_pullback_cpu,
-    triton="linear:linear_norm_pullback",
-)
-
-
+@operator(outputs=_norm_outputs, triton="linear:linear_norm_pullback")
 def linear_norm_pullback(
     c: Tensor, panels: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, contrast: bool
 ) -> tuple[Tensor, Tensor]:
@@ -179,4 +120,12 @@ def linear_norm_pullback(
     mass : Tensor [T, B]
         As :func:`ramp_fast.ops.mass` of (x, c).
     """
-    return _linear_norm_pullback(c, panels, x, weight, bias, eps, contrast)  # type: ignore[no-any-return]
+    dtype = torch.float64 if panels.dtype == torch.float64 else torch.float32
+    x = x.to(dtype)
+    n = (x - x.mean(-1, keepdim=True)) * inverse_sigma(x, eps)
+    if weight is not None:
+        n = n * weight.to(dtype)
+    if bias is not None:
+        n = n + bias.to(dtype)
+    out = (norm_factor(x, weight, eps) * _selected(c, panels, n)).contiguous()
+    return out, mass_equation(x, out, contrast)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads
@@ -16,10 +17,10 @@ from ramp_fast._checks import positive
 from ramp_fast._ranges import ranges
 from ramp_fast.errors import InputError
 from ramp_fast.ops._common import C
-from ramp_fast.ops._registry import KERNEL_DTYPES, backends_for, register
+from ramp_fast.ops._registry import KERNEL_DTYPES, backends_for, equation, operator
 
 _INT32_MAX = 2**31 - 1
-# Ordering entries by their step takes as long as writing some copies: it pays from so many ranges on.
+# Sorting entries by their step takes as long as writing some copies: it pays from so many ranges on.
 _ORDERED = 8
 
 
@@ -39,29 +40,13 @@ def _check_steps(scores: Tensor, ks: Sequence[int]) -> None:
             raise InputError(f"ks must ascend from 0 to {count}, the entries of an image; {larger} follows {smaller}")
 
 
-def _mask_steps_reference(scores: Tensor, ks: Sequence[int], descending: bool) -> Tensor:
-    _check_steps(scores, ks)
-    # negated, and not sorted in descending order, so that NaN comes last either way
-    order = (-scores if descending else scores).sort(dim=1, stable=True).indices
-    ranks = torch.arange(scores.shape[1], device=scores.device)
-    by_rank = torch.searchsorted(torch.tensor(ks, dtype=torch.int64, device=scores.device), ranks, right=True)
-    steps = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
-    return steps.scatter_(1, order, by_rank.to(torch.int32).expand_as(order))
-
-
-def _mask_steps_fake(scores: Tensor, ks: Sequence[int], descending: bool) -> Tensor:
+def _steps(scores: Tensor, ks: Sequence[int], descending: bool) -> Tensor:
     _check_steps(scores, ks)
     return torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
 
 
-def _mask_steps_cpu(scores: Tensor, ks: Sequence[int], descending: bool) -> Tensor:
-    steps = _mask_steps_fake(scores, ks, descending)
-    C.mask_steps(scores.contiguous(), ks, descending, steps, get_num_threads())
-    return steps
-
-
 def _mask_steps_cuda(scores: Tensor, ks: Sequence[int], descending: bool) -> Tensor:
-    steps = _mask_steps_fake(scores, ks, descending)
+    steps = _steps(scores, ks, descending)
     scores = scores.contiguous()
     batch, count = scores.shape
     device, stream = _current_stream(scores)
@@ -71,15 +56,7 @@ def _mask_steps_cuda(scores: Tensor, ks: Sequence[int], descending: bool) -> Ten
     return steps
 
 
-_mask_steps = register(
-    "mask_steps(Tensor scores, int[] ks, bool descending) -> Tensor",
-    reference=_mask_steps_reference,
-    fake=_mask_steps_fake,
-    cpu=_mask_steps_cpu,
-    cuda=_mask_steps_cuda,
-)
-
-
+@operator(outputs=_steps, cuda=_mask_steps_cuda)
 def mask_steps(scores: Tensor, ks: Sequence[int], descending: bool) -> Tensor:
     """At which step each entry is masked, when step s masks the first ``ks[s]`` entries of every image.
 
@@ -104,7 +81,13 @@ def mask_steps(scores: Tensor, ks: Sequence[int], descending: bool) -> Tensor:
     InputError
         Scores are not ``[B, N]`` floating point, or ks are not ascending numbers of entries.
     """
-    return _mask_steps(scores, ks, descending)  # type: ignore[no-any-return]
+    _check_steps(scores, ks)
+    # negated, and not sorted in descending order, so that NaN comes last either way
+    order = (-scores if descending else scores).sort(dim=1, stable=True).indices
+    ranks = torch.arange(scores.shape[1], device=scores.device)
+    by_rank = torch.searchsorted(torch.tensor(ks, dtype=torch.int64, device=scores.device), ranks, right=True)
+    steps = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
+    return steps.scatter_(1, order, by_rank.to(torch.int32).expand_as(order))
 
 
 def _fills(values: Tensor, shape: Sequence[int]) -> bool:
@@ -168,31 +151,16 @@ def _flat(tensor: Tensor, channels_last: bool) -> Tensor:
     return tensor.movedim(-3, -1) if channels_last else tensor
 
 
-def _into_reference(
-    out: Tensor, images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int, reveal: bool
-) -> None:
-    _check_room(out, images, steps, baseline, first, last)
-    masked, kept = (images, baseline) if reveal else (baseline, images)
-    for step, copy in enumerate(out, first):
-        copy.copy_(torch.where(steps <= step, masked, kept))
-
-
-def _into_fake(
-    out: Tensor, images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int, reveal: bool
-) -> None:
-    _check_room(out, images, steps, baseline, first, last)
-
-
-def _into_cpu(
+def _masked_copies_cpu(
     out: Tensor, images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int, reveal: bool
 ) -> None:
     _check_room(out, images, steps, baseline, first, last)
     inner = _channels_last(images)
     x, y, z = (_flat(tensor, inner).contiguous() for tensor in (images, steps, baseline))
-    C.masked_copies(x, y, z, first, last, reveal, _flat(out, inner), inner, get_num_threads())
+    C.masked_copies(x, y, z, first, last, reveal, inner, _flat(out, inner), get_num_threads())
 
 
-def _into_cuda(
+def _masked_copies_cuda(
     out: Tensor, images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int, reveal: bool
 ) -> None:
     _check_room(out, images, steps, baseline, first, last)
@@ -219,31 +187,42 @@ def _into_cuda(
     )
 
 
+@operator(
+    outputs=lambda *args: _check_room(*args[:-1]),
+    mutates=("out",),
+    cpu=_masked_copies_cpu,
+    cuda=_masked_copies_cuda,
+)
+def _masked_copies_into(
+    out: Tensor, images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int, reveal: bool
+) -> None:
+    _check_room(out, images, steps, baseline, first, last)
+    masked, kept = (images, baseline) if reveal else (baseline, images)
+    for step, copy in enumerate(out, first):
+        copy.copy_(torch.where(steps <= step, masked, kept))
+
+
+def _room(images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int, reveal: bool) -> Tensor:
+    _check_copies(images, steps, baseline, first, last)
+    return _copies(images, last - first)
+
+
 def _allocating(into: Callable[..., None]) -> Callable[..., Tensor]:
-    def call(images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int, reveal: bool) -> Tensor:
-        _check_copies(images, steps, baseline, first, last)
-        out = _copies(images, last - first)
-        into(out, images, steps, baseline, first, last, reveal)
+    """``into`` with an output of its own."""
+
+    def call(*args: Any) -> Tensor:
+        out = _room(*args)
+        into(out, *args)
         return out
 
     return call
 
 
-_masked_copies = register(
-    "masked_copies(Tensor images, Tensor steps, Tensor baseline, int first, int last, bool reveal) -> Tensor",
-    reference=_allocating(_into_reference),
-    fake=_allocating(_into_fake),
-    cpu=_allocating(_into_cpu),
-    cuda=_allocating(_into_cuda),
-)
-_masked_copies_into = register(
-    "masked_copies_into(Tensor(a!) out, Tensor images, Tensor steps, Tensor baseline, int first, int last, bool reveal)"
-    " -> ()",
-    reference=_into_reference,
-    fake=_into_fake,
-    cpu=_into_cpu,
-    cuda=_into_cuda,
-)
+@operator(outputs=_room, cpu=_allocating(_masked_copies_cpu), cuda=_allocating(_masked_copies_cuda))
+def _masked_copies(images: Tensor, steps: Tensor, baseline: Tensor, first: int, last: int, reveal: bool) -> Tensor:
+    out = _room(images, steps, baseline, first, last, reveal)
+    equation("masked_copies_into")(out, images, steps, baseline, first, last, reveal)
+    return out
 
 
 def masked_copies(
@@ -286,7 +265,7 @@ def masked_copies(
         Shapes, dtypes, layouts or devices do not fit together, or the range is none.
     """
     if out is None:
-        return _masked_copies(images, steps, baseline, first, last, reveal)  # type: ignore[no-any-return]
+        return _masked_copies(images, steps, baseline, first, last, reveal)
     _masked_copies_into(out, images, steps, baseline, first, last, reveal)
     return out
 
@@ -294,11 +273,11 @@ def masked_copies(
 def copies_in_turn(
     images: Tensor, steps: Tensor, baseline: Tensor, count: int, together: int, reveal: bool = False
 ) -> Iterator[Tensor]:
-    """The copies of steps 0 to ``count - 1``, ranges of at most ``together`` steps after one another.
+    """The copies of steps 0 to ``count - 1``, in ranges of at most ``together`` steps one after another.
 
-    All ranges lie in the same memory: what is yielded holds until the next one is asked for. On CPUs copies are taken
-    on from the range before, which writes only the entries that change: many images and few steps together are
-    fastest. What wrote to the memory in between is noticed by its version, and everything is written anew.
+    All ranges lie in the same memory: what is yielded is valid until the next one is asked for. On CPUs the copies of a
+    range are made of those of the one before, by writing only the entries that change: many images and few steps
+    together are fastest. If something else has written to the memory, which its version shows, everything is written.
 
     Parameters
     ----------
@@ -329,22 +308,22 @@ def _in_turn(
 ) -> Iterator[Tensor]:
     with torch.inference_mode(False):  # whose tensors have no version
         room = _copies(images, parts[0][1] if parts else 0)
-    onward = None
+    incremental = None
     if "cpu" in backends_for(images.device.type) and images.dtype in KERNEL_DTYPES and len(parts) >= _ORDERED:
-        onward = _Onward(room, steps, images if reveal else baseline, parts[-1][1])
+        incremental = _IncrementalCopies(room, steps, images if reveal else baseline, parts[-1][1])
     version, before = None, 0
     for first, last in parts:
         out = room[: last - first]
-        if onward is None or version != room._version:
+        if incremental is None or version != room._version:
             masked_copies(images, steps, baseline, first, last, reveal, out=out)
         else:
-            onward.go(out, before, first)
+            incremental.advance(out, before, first)
         version, before = room._version, first
         yield out
 
 
-class _Onward:
-    """Takes copies on from one step to a later one: entries in the order of their steps say which change."""
+class _IncrementalCopies:
+    """Advances copies from one step to a later one in place: entries sorted by their steps tell which change."""
 
     def __init__(self, room: Tensor, steps: Tensor, source: Tensor, count: int) -> None:
         self._inner = _channels_last(room.flatten(0, 1))
@@ -354,7 +333,7 @@ class _Onward:
         self._begins = flat.new_empty(flat.shape[0], count + 1)
         C.order_by_step(flat, self._order, self._begins, get_num_threads())
 
-    def go(self, copies: Tensor, before: int, first: int) -> None:
+    def advance(self, copies: Tensor, before: int, first: int) -> None:
         """From ``before`` to ``first``: the steps that the first of the copies shows."""
-        args = self._source, self._order, self._begins, before, first - before, _flat(copies, self._inner)
-        C.advance_copies(*args, self._inner, get_num_threads())
+        args = self._source, self._order, self._begins, before, first - before, self._inner
+        C.advance_copies(*args, _flat(copies, self._inner), get_num_threads())

@@ -1,42 +1,19 @@
-"""Arithmetic on masses ``[T, B]``: a few numbers each, so that what counts is how few kernels it takes."""
+"""Arithmetic on masses ``[T, B]``: so few numbers that the time goes into calls, not into arithmetic."""
 
 from __future__ import annotations
 
 import functools
-import operator
+import operator as arithmetic
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ramp_fast.ops._common import C, divide
-from ramp_fast.ops._registry import register
+from ramp_fast.ops._common import divide
+from ramp_fast.ops._registry import operator
 
 
-def share_equation(target: Tensor, masses: Sequence[Tensor]) -> Tensor:
-    whole = functools.reduce(operator.add, masses)
-    return torch.stack([target * divide(mass, whole) for mass in masses])
-
-
-def _share_fake(target: Tensor, masses: Sequence[Tensor]) -> Tensor:
-    return target.new_empty((len(masses), *target.shape))
-
-
-def _share_cpu(target: Tensor, masses: Sequence[Tensor]) -> Tensor:
-    out = _share_fake(target, masses)
-    C.share(target.contiguous(), [mass.contiguous() for mass in masses], out)
-    return out
-
-
-_share = register(
-    "share(Tensor target, Tensor[] masses) -> Tensor",
-    reference=share_equation,
-    fake=_share_fake,
-    cpu=_share_cpu,
-    triton="masses:share",
-)
-
-
+@operator(outputs=lambda target, masses: target.new_empty((len(masses), *target.shape)), triton="masses:share")
 def share(target: Tensor, masses: Sequence[Tensor]) -> Tensor:
     """Divide a mass among operands by the masses that they have.
 
@@ -51,33 +28,11 @@ def share(target: Tensor, masses: Sequence[Tensor]) -> Tensor:
     Tensor [n, T, B]
         ``target masses[i] / sum(masses)``; 0 where the sum is.
     """
-    return _share(target, list(masses))  # type: ignore[no-any-return]
+    whole = functools.reduce(arithmetic.add, masses)
+    return torch.stack([target * divide(mass, whole) for mass in masses])
 
 
-def scale_to_equation(target: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
-    return divide(target, actual), target * (actual > 0)
-
-
-def _scale_to_fake(target: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(target), torch.empty_like(target)
-
-
-def _scale_to_cpu(target: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
-    target = target.contiguous()
-    scale, mass = torch.empty_like(target), torch.empty_like(target)
-    C.scale_to(target, actual.contiguous(), scale, mass)
-    return scale, mass
-
-
-_scale_to = register(
-    "scale_to(Tensor target, Tensor actual) -> (Tensor, Tensor)",
-    reference=scale_to_equation,
-    fake=_scale_to_fake,
-    cpu=_scale_to_cpu,
-    triton="masses:scale_to",
-)
-
-
+@operator(outputs=lambda target, actual: (torch.empty_like(target), torch.empty_like(target)), triton="masses:scale_to")
 def scale_to(target: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
     """The factor that gives coefficients of mass ``actual`` the mass ``target``, and the mass that they then have.
 
@@ -93,4 +48,4 @@ def scale_to(target: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
     mass : Tensor [...]
         ``target``; 0 where ``actual`` is.
     """
-    return _scale_to(target, actual)  # type: ignore[no-any-return]
+    return divide(target, actual), target * (actual > 0)

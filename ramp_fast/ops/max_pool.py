@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, get_num_threads
+from torch import Tensor
 
-from ramp_fast.ops._common import C, compute_dtype
-from ramp_fast.ops._registry import register
+from ramp_fast.ops._common import compute_dtype
+from ramp_fast.ops._registry import operator
 
 
-def _max_pool_pullback_reference(c: Tensor, x: Tensor, kernel_height: int, kernel_width: int, divided: bool) -> Tensor:
+@operator(outputs=lambda c, x, *_: c.new_empty((c.shape[0], *x.shape)), triton="max_pool:max_pool_pullback")
+def max_pool_pullback(c: Tensor, x: Tensor, kernel_height: int, kernel_width: int, divided: bool) -> Tensor:
+    """Pull coefficients through a max-pooling whose stride is its window and that has no padding.
+
+    Parameters
+    ----------
+    c : Tensor [T, B, h, w, C]
+        Channels innermost, as everything here.
+    x : Tensor [B, H, W, C]
+        The pooling's input; ``h = H // kernel_height``, ``w = W // kernel_width``.
+    kernel_height, kernel_width : int
+    divided : bool
+        Send ``c``; otherwise ``c`` times the maximum.
+
+    Returns
+    -------
+    Tensor [T, B, H, W, C] in the dtype of c
+    """
     dtype = compute_dtype(c, x)
     rows, columns = c.shape[2] * kernel_height, c.shape[3] * kernel_width
     split = (c.shape[2], kernel_height, c.shape[3], kernel_width, x.shape[-1])
@@ -28,83 +45,10 @@ def _max_pool_pullback_reference(c: Tensor, x: Tensor, kernel_height: int, kerne
     return out
 
 
-def _max_pool_pullback_fake(c: Tensor, x: Tensor, kernel_height: int, kernel_width: int, divided: bool) -> Tensor:
-    return c.new_empty((c.shape[0], *x.shape))
-
-
-def _max_pool_pullback_cpu(c: Tensor, x: Tensor, kernel_height: int, kernel_width: int, divided: bool) -> Tensor:
-    out = torch.empty((c.shape[0], *x.shape), dtype=c.dtype)
-    C.max_pool_pullback(c.contiguous(), x.contiguous(), kernel_height, kernel_width, divided, out, get_num_threads())
-    return out
-
-
-_max_pool_pullback = register(
-    "max_pool_pullback(Tensor c, Tensor x, int kernel_height, int kernel_width, bool divided) -> Tensor",
-    reference=_max_pool_pullback_reference,
-    fake=_max_pool_pullback_fake,
-    cpu=_max_pool_pullback_cpu,
-    triton="max_pool:max_pool_pullback",
-)
-
-
-def max_pool_pullback(c: Tensor, x: Tensor, kernel_height: int, kernel_width: int, divided: bool) -> Tensor:
-    """Pull coefficients through a max-pooling whose stride is its window and that has no padding.
-
-    Parameters
-    ----------
-    c : Tensor [T, B, h, w, C]
-        Channels innermost, as everything here.
-    x : Tensor [B, H, W, C]
-        The pooling's input; ``h = H // kernel_height``, ``w = W // kernel_width``.
-    kernel_height, kernel_width : int
-    divided : bool
-        Send ``c``; otherwise ``c`` times the maximum.
-
-    Returns
-    -------
-    Tensor [T, B, H, W, C] in the dtype of c
-    """
-    return _max_pool_pullback(c, x, kernel_height, kernel_width, divided)  # type: ignore[no-any-return]
-
-
 Pair = list[int]  # rows and columns
 
 
-def _unpool_reference(
-    c: Tensor, indices: Tensor, height: int, width: int, kernel: Pair, stride: Pair, padding: Pair
-) -> Tensor:
-    dtype = compute_dtype(c)
-    out = torch.zeros((*c.shape[:2], height * width, c.shape[-1]), dtype=dtype, device=c.device)
-    # One window after the other for every input, in the kernel's order, which fixes the rounding of the sums.
-    where = indices.long().flatten(1, 2).expand(*c.shape[:2], -1, -1)
-    for window in range(where.shape[2]):
-        out.scatter_add_(2, where[:, :, window : window + 1], c.flatten(2, 3)[:, :, window : window + 1].to(dtype))
-    return out.view(*out.shape[:2], height, width, out.shape[-1]).to(c.dtype)
-
-
-def _unpool_fake(
-    c: Tensor, indices: Tensor, height: int, width: int, kernel: Pair, stride: Pair, padding: Pair
-) -> Tensor:
-    return c.new_empty((*c.shape[:2], height, width, c.shape[-1]))
-
-
-def _unpool_cpu(
-    c: Tensor, indices: Tensor, height: int, width: int, kernel: Pair, stride: Pair, padding: Pair
-) -> Tensor:
-    out = _unpool_fake(c, indices, height, width, kernel, stride, padding)
-    windows = tuple(kernel), tuple(stride), tuple(padding)
-    C.unpool(c.contiguous(), indices.contiguous(), *windows, out, get_num_threads())
-    return out
-
-
-_unpool = register(
-    "unpool(Tensor c, Tensor indices, int height, int width, int[] kernel, int[] stride, int[] padding) -> Tensor",
-    reference=_unpool_reference,
-    fake=_unpool_fake,
-    cpu=_unpool_cpu,
-)
-
-
+@operator(outputs=lambda c, _, height, width, *__: c.new_empty((*c.shape[:2], height, width, c.shape[-1])))
 def unpool(c: Tensor, indices: Tensor, height: int, width: int, kernel: Pair, stride: Pair, padding: Pair) -> Tensor:
     """Pull coefficients through a max-pooling whose windows may overlap, from where their largest inputs are.
 
@@ -125,4 +69,10 @@ def unpool(c: Tensor, indices: Tensor, height: int, width: int, kernel: Pair, st
     Tensor [T, B, height, width, C] in the dtype of c
         Sums over the windows of an input.
     """
-    return _unpool(c, indices, height, width, kernel, stride, padding)  # type: ignore[no-any-return]
+    dtype = compute_dtype(c)
+    out = torch.zeros((*c.shape[:2], height * width, c.shape[-1]), dtype=dtype, device=c.device)
+    # One window after the other for every input, in the kernel's order, which fixes the rounding of the sums.
+    where = indices.long().flatten(1, 2).expand(*c.shape[:2], -1, -1)
+    for window in range(where.shape[2]):
+        out.scatter_add_(2, where[:, :, window : window + 1], c.flatten(2, 3)[:, :, window : window + 1].to(dtype))
+    return out.view(*out.shape[:2], height, width, out.shape[-1]).to(c.dtype)

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, get_num_threads
+from torch import Tensor
 
-from ramp_fast.ops._common import C, compute_dtype
-from ramp_fast.ops._registry import register
+from ramp_fast.ops._common import compute_dtype, contiguous_like
+from ramp_fast.ops._registry import operator
 
 
 def inverse_sigma(x: Tensor, eps: float) -> Tensor:
@@ -24,31 +24,7 @@ def norm_factor(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x.sign() * w * inverse_sigma(x, eps) + w.abs() * inverse_sigma(x.abs(), eps)
 
 
-def _norm_pullback_reference(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    dtype = compute_dtype(c, x)
-    return (norm_factor(x.to(dtype), weight, eps) * c.to(dtype)).to(c.dtype).contiguous()
-
-
-def _norm_pullback_fake(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return torch.empty_like(c, memory_format=torch.contiguous_format)
-
-
-def _norm_pullback_cpu(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    out = torch.empty(c.shape, dtype=c.dtype)
-    weight = None if weight is None else weight.contiguous()
-    C.norm_pullback(c.contiguous(), x.contiguous(), weight, eps, out, get_num_threads())
-    return out
-
-
-_norm_pullback = register(
-    "norm_pullback(Tensor c, Tensor x, Tensor? weight, float eps) -> Tensor",
-    reference=_norm_pullback_reference,
-    fake=_norm_pullback_fake,
-    cpu=_norm_pullback_cpu,
-    triton="norm:norm_pullback",
-)
-
-
+@operator(outputs=contiguous_like, triton="norm:norm_pullback")
 def norm_pullback(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Pull coefficients through a LayerNorm over the last axis.
 
@@ -64,4 +40,5 @@ def norm_pullback(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Te
     -------
     Tensor [T, B, ..., K] in the dtype of c
     """
-    return _norm_pullback(c, x, weight, eps)  # type: ignore[no-any-return]
+    dtype = compute_dtype(c, x)
+    return (norm_factor(x.to(dtype), weight, eps) * c.to(dtype)).to(c.dtype).contiguous()

@@ -1,52 +1,31 @@
-"""Convolutions whose input has both signs, pulled back in phases: ``select_phases``."""
+"""Sub-pixel (polyphase) transposed convolutions: ``select_phases``.
+
+A convolution of stride s whose input has both signs is pulled back as a convolution of stride one, with W+ and with W-,
+whose s x s groups of outputs are the phases: the pixels of one cell.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, get_num_threads
+from torch import Tensor
 
-from ramp_fast.ops._common import C
-from ramp_fast.ops._registry import register
-
-
-def _select_phases_reference(acc: Tensor, x: Tensor, top: int, left: int) -> Tensor:
-    height, width = x.shape[1:3]
-    # [T, B, rows, s, columns, s, half, C]
-    lines = acc.permute(0, 1, 2, 4, 3, 5, 6, 7).flatten(2, 3).flatten(3, 4)
-    first, second = top * acc.shape[4], left * acc.shape[5]
-    positive, negative = lines[:, :, first : first + height, second : second + width].unbind(-2)
-    zero = torch.zeros((), dtype=acc.dtype, device=acc.device)
-    return torch.where(x > 0, positive, torch.where(x < 0, negative, zero)).contiguous()
+from ramp_fast.ops._registry import operator
 
 
-def _select_phases_fake(acc: Tensor, x: Tensor, top: int, left: int) -> Tensor:
+def _outputs(acc: Tensor, x: Tensor, *_: Any) -> Tensor:
     return acc.new_empty((acc.shape[0], *x.shape))
 
 
-def _select_phases_cpu(acc: Tensor, x: Tensor, top: int, left: int) -> Tensor:
-    out = _select_phases_fake(acc, x, top, left)
-    C.select_phases(acc.contiguous(), x.contiguous(), top, left, out, get_num_threads())
-    return out
-
-
-_select_phases = register(
-    "select_phases(Tensor acc, Tensor x, int top, int left) -> Tensor",
-    reference=_select_phases_reference,
-    fake=_select_phases_fake,
-    cpu=_select_phases_cpu,
-)
-
-
+@operator(outputs=_outputs)
 def select_phases(acc: Tensor, x: Tensor, top: int, left: int) -> Tensor:
-    """The coefficient that belongs to the sign of every input, put where the input is.
-
-    A convolution of stride s is pulled back as one of stride one, whose outputs are the s x s inputs of a cell
-    (phases), with W+ and with W-.
+    """Put phases where their pixels are, each from the half of the weights that the sign of the input asks for.
 
     Parameters
     ----------
     acc : Tensor [T, B, rows, columns, s, s, 2, C]
-        Of W+ and of W-, channels innermost.
+        By cell and phase, of W+ and of W-, channels innermost.
     x : Tensor [B, H, W, C]
         The convolution's input.
     top, left : int
@@ -57,4 +36,10 @@ def select_phases(acc: Tensor, x: Tensor, top: int, left: int) -> Tensor:
     Tensor [T, B, H, W, C] in the dtype of acc
         That of W+ where x is positive, that of W- where it is negative, 0 where it is 0.
     """
-    return _select_phases(acc, x, top, left)  # type: ignore[no-any-return]
+    height, width = x.shape[1:3]
+    # [T, B, rows, s, columns, s, half, C]
+    lines = acc.permute(0, 1, 2, 4, 3, 5, 6, 7).flatten(2, 3).flatten(3, 4)
+    first, second = top * acc.shape[4], left * acc.shape[5]
+    positive, negative = lines[:, :, first : first + height, second : second + width].unbind(-2)
+    zero = torch.zeros((), dtype=acc.dtype, device=acc.device)
+    return torch.where(x > 0, positive, torch.where(x < 0, negative, zero)).contiguous()

@@ -15,10 +15,9 @@ from torch import Tensor
 from ramp_fast import ops
 from ramp_fast.ops import _registry
 from ramp_fast.ops._common import affine_factor_from, mass_equation, rescale_equation
+from ramp_fast.ops._registry import equation
 from ramp_fast.ops.linear import unpack_panels
-from ramp_fast.ops.masses import scale_to_equation, share_equation
-from ramp_fast.ops.scaling import centring_equation
-from ramp_fast.ops.tiles import unpack_tiles
+from ramp_fast.ops.product import unpack_tiles
 
 EPS = 1e-6
 
@@ -245,7 +244,7 @@ def _merge(o: Options) -> tuple[Any, ...]:
 
 def _operands(d: Draw) -> tuple[Any, ...]:
     a, b = d.sample(*d.o.inner), d.sample(*d.o.inner)
-    b = torch.where((a + b).abs() < 1e-2, a, b)  # whether their sum is positive must not hang on its rounding
+    b = torch.where((a + b).abs() < 1e-2, a, b)  # whether their sum is positive must not depend on its rounding
     return a, b, d.o.contrast, d.o.x_dtype if d.o.seed % 2 else None, d.o.seed % 4 > 1
 
 
@@ -299,7 +298,7 @@ def _product_magnitude(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int
     weight, x = unpack_tiles(tiles, x.shape[-1], width).double().abs(), x.abs()
     magnitude = torch.nn.functional.linear(x, weight, None if bias is None else bias.abs())
     if tiles.dtype == torch.int32 and x.numel():
-        # Whole numbers of 24 bits lose as much of every row's largest; this is in units of tolerances.COMPUTE.
+        # Integers of 24 bits lose as much of every row's largest; this is in units of tolerances.COMPUTE.
         largest = x.amax(-1, keepdim=True) * weight.sum(-1) + weight.amax(-1) * x.sum(-1, keepdim=True)
         magnitude = magnitude + largest * (2**-24 / COMPUTE["product", torch.float32])
     return (magnitude,)
@@ -417,7 +416,7 @@ def _residual(o: Options) -> tuple[Any, ...]:
     d = Draw(o)
     b, gain, shift = _channels(d)
     z = d.sample(*b.shape[1:]).relu()
-    # whether y is above the shift must not hang on the rounding of y
+    # whether y is above the shift must not depend on the rounding of y
     z = torch.where((z - b - shift).abs() < 1e-2, torch.zeros_like(z), z)
     first, second = d.coefficient(*b.shape[1:]), d.coefficient(*b.shape[1:]).to(o.x_dtype)
     readers = (first, d.scale(), second, d.scale()) if o.seed % 3 else (first, None, None, None)
@@ -575,9 +574,9 @@ CASES = {
         Case("scale_by", _scale_by, lambda c, f, n: (_n_scaled_magnitude(c, n) * f.abs(),)),
         Case("gate", _scale_by, lambda c, x, n: (2 * _n_scaled_magnitude(c, n),)),
         Case("affine_pullback", _affine_pullback, _affine_pullback_magnitude),
-        Case("centring", _centring, lambda *a: (centring_equation(*a),)),
-        Case("share", _share, lambda target, masses: (share_equation(target, masses),)),
-        Case("scale_to", _scale_to, scale_to_equation),
+        Case("centring", _centring, lambda *a: (equation("centring")(*a),)),
+        Case("share", _share, lambda *a: (equation("share")(*a),)),
+        Case("scale_to", _scale_to, equation("scale_to")),
         Case("residual_pullback", _residual, _residual_magnitude),
         Case("unpool", _unpool, _unpool_magnitude),
         Case("select_phases", _select_phases, _exact),

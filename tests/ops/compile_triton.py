@@ -80,7 +80,7 @@ def _sources() -> Iterator[Source]:
         "norm_pullback",
         norm_pullback_kernel,
         {"c_ptr": "*bf16", "x_ptr": "*fp32", "weight_ptr": "*fp32", "out_ptr": "*bf16", "rows": "i32"},
-        {"RHS": 2, "WIDTH": 768, "EPS": 1e-6, "HAS_WEIGHT": True, "COMPUTE": tl.float32, "BLOCK": 1024},
+        {"NUM_MAPS": 2, "WIDTH": 768, "EPS": 1e-6, "HAS_WEIGHT": True, "COMPUTE": tl.float32, "BLOCK": 1024},
         one_config(4),
     )
     for merge in (False, True):
@@ -89,7 +89,7 @@ def _sources() -> Iterator[Source]:
             junction.junction_kernel,
             dict.fromkeys(("c_ptr", "c_scale_ptr", "second_ptr", "second_scale_ptr", "a_ptr", "b_ptr"), "*fp32")
             | {"c_a_ptr": "*fp32", "c_b_ptr": "*bf16", "masses_ptr": "*fp32", "batch": "i32", "inner": "i32"},
-            SIDES | {"MERGE": merge, "RELU": True, "BLOCK": junction.BLOCK},
+            PAIR | {"MERGE": merge, "RELU": True, "BLOCK": junction.BLOCK},
             one_config(junction.WARPS),
         )
     yield Source(
@@ -97,14 +97,14 @@ def _sources() -> Iterator[Source]:
         scaling.merge_kernel,
         dict.fromkeys(("first_ptr", "first_scale_ptr", "second_ptr", "second_scale_ptr", "out_ptr"), "*fp32")
         | {"batch": "i32", "inner": "i32"},
-        SIDES | {"SECOND": True, "BLOCK": scaling.BLOCK},
+        PAIR | {"SECOND": True, "BLOCK": scaling.BLOCK},
         one_config(scaling.WARPS),
     )
     yield Source(
         "mass",
         scaling.mass_kernel,
         {"x_ptr": "*fp32", "c_ptr": "*bf16", "masses_ptr": "*fp32", "batch": "i32", "inner": "i32"},
-        SIDES | {"BLOCK": scaling.BLOCK},
+        PAIR | {"BLOCK": scaling.BLOCK},
         one_config(scaling.WARPS),
     )
     yield Source(
@@ -118,7 +118,7 @@ def _sources() -> Iterator[Source]:
             "batch": "i32",
             "inner": "i32",
         },
-        {"RHS": 2, "GATE": False, "N_SCALED": True, "COMPUTE": tl.float32, "BLOCK": scaling.BLOCK},
+        {"NUM_MAPS": 2, "GATE": False, "N_SCALED": True, "COMPUTE": tl.float32, "BLOCK": scaling.BLOCK},
         one_config(scaling.WARPS),
     )
     yield Source(
@@ -126,7 +126,7 @@ def _sources() -> Iterator[Source]:
         scaling.rescale_parts_kernel,
         {"c_ptr": "*bf16", "scale_ptr": "*fp32", "out_ptr": "*bf16"}
         | dict.fromkeys(("batch", "inner", "parts", "width"), "i32"),
-        SIDES | {"BLOCK": scaling.BLOCK},
+        PAIR | {"BLOCK": scaling.BLOCK},
         one_config(scaling.WARPS),
     )
     for tanh in (False, True):
@@ -149,7 +149,7 @@ def _sources() -> Iterator[Source]:
         "max_pool_pullback",  # VGG-16's first
         max_pool.max_pool_pullback_kernel,
         {"c_ptr": "*bf16", "x_ptr": "*fp32", "out_ptr": "*bf16", "batch": "i32"},
-        {"RHS": 2, "HEIGHT": 224, "WIDTH": 224, "CHANNELS": 64, "KERNEL_HEIGHT": 2, "KERNEL_WIDTH": 2}
+        {"NUM_MAPS": 2, "HEIGHT": 224, "WIDTH": 224, "CHANNELS": 64, "KERNEL_HEIGHT": 2, "KERNEL_WIDTH": 2}
         | {"DIVIDED": False, "COMPUTE": tl.float32, "BLOCK": max_pool.BLOCK},
         one_config(max_pool.WARPS),
     )
@@ -157,7 +157,7 @@ def _sources() -> Iterator[Source]:
         "softmax_pullback",
         softmax.softmax_pullback_kernel,
         {"scores_ptr": "*fp32", "c_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32"},
-        {"RHS": 2, "WIDTH": 197, "COMPUTE": tl.float32, "BLOCK": 256},
+        {"NUM_MAPS": 2, "WIDTH": 197, "COMPUTE": tl.float32, "BLOCK": 256},
         one_config(4),
     )
     yield Source(
@@ -171,7 +171,7 @@ def _sources() -> Iterator[Source]:
         "centring",
         scaling.centring_kernel,
         {"c_ptr": "*bf16", "x_ptr": "*fp32", "gain_ptr": "*fp32", "shift_ptr": "*fp32", "out_ptr": "*fp32"}
-        | dict.fromkeys(("side", "batch", "inner", "step"), "i32"),
+        | dict.fromkeys(("to_d", "batch", "inner", "step"), "i32"),
         {"COUNT": 2048, "RUN": 32, "CHANNELS": 256, "WEIGHTED": True, "AFFINE": True, "GATE": True, "BLOCK": 2048},
         one_config(scaling.WARPS),
     )
@@ -205,7 +205,7 @@ def _sources() -> Iterator[Source]:
             {"c_ptr": element, "halves_ptr": element, "x_ptr": "*fp32", "out_ptr": "*fp32" if norm else element}
             | optional
             | {"rows": "i32"},
-            {"MAPS": 1 if norm else 2, "SIDES": 2 if norm else 1, "DEPTH": 3072, "WIDTH": 768, "NORM": norm}
+            {"GROUPS": 1 if norm else 2, "GROUP_MAPS": 2 if norm else 1, "DEPTH": 3072, "WIDTH": 768, "NORM": norm}
             | {"HAS_WEIGHT": norm, "HAS_BIAS": norm, "PRECISION": linear.PRECISION[dtype], "FEW": False},
             lambda capability, dtype=dtype: tuple(
                 offered(linear.CONFIGS[dtype], capability // 10, 3072 * dtype.itemsize)
@@ -234,7 +234,7 @@ def _sources() -> Iterator[Source]:
     yield from _attention(torch.bfloat16, torch.bfloat16, 64, True)
 
 
-SIDES = {"RHS": 2, "CONTRAST": True, "COMPUTE": tl.float32}
+PAIR = {"NUM_MAPS": 2, "CONTRAST": True, "COMPUTE": tl.float32}
 
 
 def _attention(dtype: torch.dtype, scores: torch.dtype, width: int, gated: bool) -> Iterator[Source]:
@@ -242,7 +242,7 @@ def _attention(dtype: torch.dtype, scores: torch.dtype, width: int, gated: bool)
     name = f"{NAMES[dtype]}, {width} columns{', gated' * gated}{', bf16 scores' * (scores == torch.bfloat16)}"
     parts = 1 if dtype == torch.bfloat16 else 3
     score_parts = 1 if scores == torch.bfloat16 else 2
-    constants = {"RHS": 2, "HEADS": 12, "QUERIES": 197, "KEYS": 197, "WIDTH": width, "QUERY_ROWS": 256}
+    constants = {"NUM_MAPS": 2, "HEADS": 12, "QUERIES": 197, "KEYS": 197, "WIDTH": width, "QUERY_ROWS": 256}
     constants |= {"KEY_ROWS": 256, "GATED": gated, "CONTRAST": attention.paired(width, parts)}
     constants |= {"SCORE_PARTS": score_parts, "PARTS": parts, "BLOCK_D": attention.padded(width)}
 

@@ -34,7 +34,7 @@ ELEMENTWISE = [
     {"batch": 2, "inner": (5, 7), "rows": (3, 33), "zeros": True},
     {"batch": 3, "inner": (2051,), "rows": (2, 4099)},
 ]
-# Tiles are 32 rows (16 of each side with contrast) and 128 columns, steps 16 deep.
+# Tiles are 32 rows (16 each of P and D with contrast) and 128 columns, steps 16 deep.
 LINEAR = [
     {"batch": 0},
     {"batch": 2, "rows": (0, 4)},

@@ -190,7 +190,7 @@ def test_a_forced_cpu_backend_refuses_other_devices() -> None:
 def test_kernels_of_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     # CUDA C++ before Triton, and the reference where the driver is too old; forced, none stands in for another
     def operator(*backends: str) -> _registry.Operator:
-        return _registry.Operator("some", lambda x: "reference", {b: lambda x, b=b: b for b in backends})
+        return _registry.Operator("some", lambda x: "reference", {b: lambda x, b=b: b for b in backends}, (0,))
 
     x, problems = torch.ones(1), [""]
     monkeypatch.setattr(_registry, "_missing", lambda backend: "")
@@ -233,7 +233,7 @@ def test_numpy_arrays_through_capsules() -> None:
     x, c, out = np.full((1, 3), 2.0, np.float32), np.ones((1, 1, 3), np.float32), np.empty((1, 1), np.float32)
     references = sys.getrefcount(x)
     for _ in range(3):
-        _registry.extension.mass(x, c, out, False, 1)
+        _registry.extension.mass(x, c, False, out, 1)
     assert out.item() == 6
     assert sys.getrefcount(x) == references
 
@@ -252,21 +252,21 @@ def test_numpy_arrays_through_capsules() -> None:
 )
 def test_views_refuse(x: object, error: type[Exception], problem: str) -> None:
     with pytest.raises(error, match=problem):
-        _registry.extension.mass(x, torch.ones(1, 1, 3), torch.empty(1, 1), False, 1)
+        _registry.extension.mass(x, torch.ones(1, 1, 3), False, torch.empty(1, 1), 1)
 
 
 @needs_extension
 def test_outputs_that_kernels_would_overrun_are_refused() -> None:
     extension, x, c = _registry.extension, torch.ones(1, 3), torch.ones(1, 1, 3)
     with pytest.raises(ValueError, match="written as float32 or float64"):
-        extension.mass(x, c, torch.empty(1, 1, dtype=torch.bfloat16), False, 1)
+        extension.mass(x, c, False, torch.empty(1, 1, dtype=torch.bfloat16), 1)
     with pytest.raises(ValueError, match="do not fit together"):
         extension.gelu_factor(x, False, torch.empty(1, 3, 0), torch.empty(1, 3), 1)
     with pytest.raises(ValueError, match="do not fit together"):
-        extension.affine_factor(x, c[0, 0], c[0, 0], False, 0.0, torch.empty(1, 3), torch.empty(1, 3, 0), False, 1)
+        extension.affine_factor(x, c[0, 0], c[0, 0], False, 0.0, False, torch.empty(1, 3), torch.empty(1, 3, 0), 1)
 
 
 @needs_extension
 def test_views_refuse_the_meta_device() -> None:
     with pytest.raises((ValueError, BufferError, RuntimeError)):
-        _registry.extension.mass(torch.ones(1, 3, device="meta"), torch.ones(1, 1, 3), torch.empty(1, 1), False, 1)
+        _registry.extension.mass(torch.ones(1, 3, device="meta"), torch.ones(1, 1, 3), False, torch.empty(1, 1), 1)

@@ -68,7 +68,7 @@ def masked_copies(images: Tensor, *args: Tensor | int | bool, skip: int = 0) -> 
     expected = ops.masked_copies(images, *args)
     room = torch.full((expected.numel() + 32 + skip,), 77.0, dtype=images.dtype)
     out = room.as_strided(expected.shape, expected.stride(), 16 + skip)
-    masking._into_cuda(out, images, *args)
+    masking._masked_copies_cuda(out, images, *args)
     assert (room[: 16 + skip] == 77).all()
     assert (room[16 + skip + expected.numel() :] == 77).all()
     return out

@@ -328,15 +328,15 @@ def test_the_extension_refuses_too(name: str, args: tuple[Any, ...], problem: st
         ({2: torch.zeros(1, 3, 2, 1)}, "do not fit"),
         ({2: torch.zeros(1, 3, 2, 2).double()}, "one dtype"),
         ({3: -1}, "no range"),
-        ({6: torch.empty(1, 1, 3, 2, 2)}, "must hold 2 steps"),
-        ({6: torch.empty(2, 1, 3, 2, 1)}, "do not fit"),
-        ({7: True}, "do not fit"),
+        ({7: torch.empty(1, 1, 3, 2, 2)}, "must hold 2 steps"),
+        ({7: torch.empty(2, 1, 3, 2, 1)}, "do not fit"),
+        ({6: True}, "do not fit"),
     ],
 )
 def test_the_extension_refuses_copies_it_would_overrun(changed: dict[int, Any], problem: str) -> None:
     image = torch.zeros(1, 3, 2, 2)
     steps = torch.zeros(1, 1, 2, 2, dtype=torch.int32)
-    args = [image, steps, image, 0, 2, False, torch.empty(2, *image.shape), False, 1]
+    args = [image, steps, image, 0, 2, False, False, torch.empty(2, *image.shape), 1]
     with pytest.raises(ValueError, match=problem):
         _registry.extension.masked_copies(*[changed.get(i, a) for i, a in enumerate(args)])
 
@@ -369,13 +369,13 @@ def test_the_extension_refuses_to_order_what_does_not_fit(changed: dict[int, Any
         ({2: torch.zeros(2, 5, dtype=torch.int32)}, "do not fit"),
         ({3: 2}, "from step 2 on"),
         ({4: 4}, "cannot go 4 of 4"),
-        ({5: torch.empty(4, 1, 3, 2, 2)}, "4 copies"),
-        ({6: True}, "an entry for every pixel"),
+        ({6: torch.empty(4, 1, 3, 2, 2)}, "4 copies"),
+        ({5: True}, "an entry for every pixel"),
     ],
 )
 def test_the_extension_refuses_to_advance_what_it_would_overrun(changed: dict[int, Any], problem: str) -> None:
     order, begins = torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, 5, dtype=torch.int32)
-    args = [torch.zeros(1, 3, 2, 2), order, begins, 0, 1, torch.empty(2, 1, 3, 2, 2), False, 1]
+    args = [torch.zeros(1, 3, 2, 2), order, begins, 0, 1, False, torch.empty(2, 1, 3, 2, 2), 1]
     with pytest.raises(ValueError, match=problem):
         _registry.extension.advance_copies(*[changed.get(i, a) for i, a in enumerate(args)])
 
@@ -386,6 +386,6 @@ def test_an_order_that_is_none_writes_nowhere_else() -> None:
     order = torch.tensor([[-1, 4, 2**31 - 1, 1]], dtype=torch.int32)
     begins = torch.tensor([[0, -5, 2**31 - 1]], dtype=torch.int32)
     out = memory[1].view(1, 1, 3, 2, 2)
-    _registry.extension.advance_copies(torch.ones(1, 3, 2, 2), order, begins, 0, 1, out, False, 1)
+    _registry.extension.advance_copies(torch.ones(1, 3, 2, 2), order, begins, 0, 1, False, out, 1)
     assert memory[1].tolist() == [0, 1, 0, 0] * 3
     assert not memory[[0, 2]].any()

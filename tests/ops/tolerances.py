@@ -37,7 +37,7 @@ COMPUTE = {
     # up to 64 terms summed one after another; products of bfloat16 are exact
     ("linear_pullback", torch.float32): 4e-6,
     ("linear_pullback", torch.float64): 8e-15,
-    # of bfloat16 the same; float32's whole numbers are in Case.magnitude, its parts lose up to 2^-21 of a term
+    # of bfloat16 the same; what int8 slices of float32 lose is in Case.magnitude, its parts lose up to 2^-21 of a term
     ("product", torch.float32): 1e-6,
     ("product", torch.float64): 8e-15,
     # the same, the norm's factor and a mass

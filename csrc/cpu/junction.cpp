@@ -9,17 +9,18 @@ namespace {
 
 enum class Kind { sum, relu, norm };
 
-// Bytes of results that no cache keeps until they are read: they are written past them, not read before.
-constexpr int64_t kPast = int64_t(12) << 20;
+// Results of this many bytes leave the caches before they are read: streaming stores do not read what they
+// overwrite first.
+constexpr int64_t kStreamBytes = int64_t(12) << 20;
 
 template <class F>
-struct Split {
-    const SplitArgs& args;
+struct Junction {
+    const JunctionArgs& args;
     Channels<F> channels;  // of a norm
     int64_t chunks;        // of one sample
     int64_t groups;        // pairs (P, D), or single rows
     double* partials;      // [B, chunks, a or b, T]
-    bool past;             // results go past the caches
+    bool stream;           // results by streaming stores
 };
 
 // What the readers of the sum are scaled by.
@@ -35,18 +36,18 @@ struct Sums {
 // The dtypes of the readers' coefficients, of the operands and of the two results. Those that attributions
 // have are known to the compiler, or every read and write in the loop would begin with a test.
 struct AnyTypes {
-    static bool fit(const SplitArgs&) { return true; }
-    static SplitArgs set(const SplitArgs& args) { return args; }
+    static bool fit(const JunctionArgs&) { return true; }
+    static JunctionArgs set(const JunctionArgs& args) { return args; }
 };
 
 template <DType coefficient, DType value, DType result_a, DType result_b>
 struct Types {
-    static bool fit(const SplitArgs& args) {
+    static bool fit(const JunctionArgs& args) {
         return args.first.dtype == coefficient &&
                (args.second.data == nullptr || args.second.dtype == coefficient) && args.a.dtype == value &&
                args.b.dtype == value && args.c_a.dtype == result_a && args.c_b.dtype == result_b;
     }
-    static RF_INLINE SplitArgs set(SplitArgs args) {
+    static RF_INLINE JunctionArgs set(JunctionArgs args) {
         args.first.dtype = args.second.dtype = coefficient;
         args.a.dtype = args.b.dtype = value;
         args.c_a.dtype = result_a;
@@ -58,10 +59,10 @@ struct Types {
 // Elements [start, start + n) of one row, or with contrast a pair of rows. Gates are factors, 0 where they
 // are shut (coefficients are finite): several selections would compete for the mask registers.
 template <class V, class Dtypes, class F, bool contrast, bool two, Kind kind>
-RF_INLINE void split_span(const Split<F>& job, const Scales<F>& scales, int64_t b, int64_t row, int64_t row_d,
-                          int64_t start, int64_t n, const Sums& sums) {
-    const SplitArgs args = Dtypes::set(job.args);  // a copy, which nothing that is written here can change
-    const bool past = job.past;
+RF_INLINE void junction_span(const Junction<F>& job, const Scales<F>& scales, int64_t b, int64_t row,
+                             int64_t row_d, int64_t start, int64_t n, const Sums& sums) {
+    const JunctionArgs args = Dtypes::set(job.args);  // a copy, which nothing that is written here can change
+    const bool stream = job.stream;
     constexpr int64_t step = sizeof(V) / sizeof(F);
     const int64_t of_sample = b * args.inner;
     const V zero{};
@@ -97,13 +98,13 @@ RF_INLINE void split_span(const Split<F>& job, const Scales<F>& scales, int64_t 
                 of_p = scales.first_p * of_p + scales.second_p * q;
             }
         }
-        write<V>(args.c_a, row + i, to_a * of_p, past);
-        write<V>(args.c_b, row + i, open_b * of_p, past);
+        write<V>(args.c_a, row + i, to_a * of_p, stream);
+        write<V>(args.c_b, row + i, open_b * of_p, stream);
         sum_a_p += mass_a * magnitude<V>(of_p);
         sum_b_p += mass_b * magnitude<V>(of_p);
         if (contrast) {
-            write<V>(args.c_a, row_d + i, to_a * of_d, past);
-            write<V>(args.c_b, row_d + i, open_b * of_d, past);
+            write<V>(args.c_a, row_d + i, to_a * of_d, stream);
+            write<V>(args.c_b, row_d + i, open_b * of_d, stream);
             const V of_n = magnitude<V>(of_p - of_d);
             sum_a_n += mass_a * of_n;
             sum_b_n += mass_b * of_n;
@@ -118,13 +119,13 @@ RF_INLINE void split_span(const Split<F>& job, const Scales<F>& scales, int64_t 
 }
 
 template <class F, class Dtypes, bool contrast, bool two, Kind kind>
-void split_chunk(int64_t index, const void* context, void*) {
-    const Split<F>& job = *static_cast<const Split<F>*>(context);
-    const SplitArgs& args = job.args;
+void junction_chunk(int64_t index, const void* context, void*) {
+    const Junction<F>& job = *static_cast<const Junction<F>*>(context);
+    const JunctionArgs& args = job.args;
     const int64_t b = index / job.chunks;
     const int64_t begin = index % job.chunks * kChunk, end = min64(begin + kChunk, args.inner);
-    double* partials = job.partials + index * 2 * args.rhs;
-    for (int64_t t = 0; t < 2 * args.rhs; ++t) partials[t] = 0;
+    double* partials = job.partials + index * 2 * args.num_maps;
+    for (int64_t t = 0; t < 2 * args.num_maps; ++t) partials[t] = 0;
     // Floats, the tail apart, go by vectors.
     constexpr bool vectors = sizeof(F) == sizeof(float);
     for (int64_t start = begin; start < end; start += kBlock) {
@@ -133,7 +134,7 @@ void split_chunk(int64_t index, const void* context, void*) {
         fetch(args.a, b * args.inner + next, kBlock);
         fetch(args.b, b * args.inner + next, kBlock);
         for (int64_t t = 0; t < job.groups; ++t) {
-            const int64_t cell = t * args.batch + b, cell_d = cell + args.rhs / 2 * args.batch;
+            const int64_t cell = t * args.batch + b, cell_d = cell + args.num_maps / 2 * args.batch;
             const int64_t row = cell * args.inner, row_d = cell_d * args.inner;
             Scales<F> scales{};
             fetch(args.first, row + next, kBlock);
@@ -148,43 +149,43 @@ void split_chunk(int64_t index, const void* context, void*) {
                     scales.second_n = load_one<F>(args.second_scale, cell_d);
                 }
             }
-            double* const of_b = partials + args.rhs;
-            const int64_t half = args.rhs / 2;
+            double* const of_b = partials + args.num_maps;
+            const int64_t half = args.num_maps / 2;
             const Sums sums{partials + t, partials + t + half, of_b + t, of_b + t + half};
             if constexpr (vectors)
-                split_span<Lanes, Dtypes, F, contrast, two, kind>(job, scales, b, row, row_d, start, whole,
-                                                                  sums);
+                junction_span<Lanes, Dtypes, F, contrast, two, kind>(job, scales, b, row, row_d, start, whole,
+                                                                     sums);
             if (whole < n)
-                split_span<F, Dtypes, F, contrast, two, kind>(job, scales, b, row, row_d, start + whole,
-                                                              n - whole, sums);
+                junction_span<F, Dtypes, F, contrast, two, kind>(job, scales, b, row, row_d, start + whole,
+                                                                 n - whole, sums);
         }
     }
 #ifdef __AVX512F__
-    if (job.past) _mm_sfence();
+    if (job.stream) _mm_sfence();
 #endif
 }
 
-// Results that are too large for the caches, if they are aligned.
-inline bool goes_past(const SplitArgs& args) {
+// Whether results are too large for the caches, and aligned as streaming stores ask for.
+inline bool streams(const JunctionArgs& args) {
     int64_t bytes = 0;
     std::uintptr_t bits = static_cast<std::uintptr_t>(args.inner) * 2;
     for (const Operand* out : {&args.c_a, &args.c_b}) {
-        bytes += args.rhs * args.batch * args.inner * item_size(out->dtype);
+        bytes += args.num_maps * args.batch * args.inner * item_size(out->dtype);
         bits |= reinterpret_cast<std::uintptr_t>(out->data);
     }
-    return bytes >= kPast && bits % 64 == 0;
+    return bytes >= kStreamBytes && bits % 64 == 0;
 }
 
 template <class F, class Dtypes, bool contrast, bool two>
 Task task_of(Kind kind) {
-    return kind == Kind::norm   ? split_chunk<F, Dtypes, contrast, two, Kind::norm>
-           : kind == Kind::relu ? split_chunk<F, Dtypes, contrast, two, Kind::relu>
-                                : split_chunk<F, Dtypes, contrast, two, Kind::sum>;
+    return kind == Kind::norm   ? junction_chunk<F, Dtypes, contrast, two, Kind::norm>
+           : kind == Kind::relu ? junction_chunk<F, Dtypes, contrast, two, Kind::relu>
+                                : junction_chunk<F, Dtypes, contrast, two, Kind::sum>;
 }
 
 // That of the first `Dtypes` that fit.
 template <class F, class Dtypes, class... Others>
-Task task_for(const SplitArgs& args, Kind kind) {
+Task task_for(const JunctionArgs& args, Kind kind) {
     if constexpr (sizeof...(Others) > 0)
         if (!Dtypes::fit(args)) return task_for<F, Others...>(args, kind);
     if (args.second.data)
@@ -193,22 +194,24 @@ Task task_for(const SplitArgs& args, Kind kind) {
 }
 
 template <class F, class... Dtypes>
-void run(const SplitArgs& args) {
+void run(const JunctionArgs& args) {
     const bool norm = args.gain.data != nullptr;
     const Kind kind = norm ? Kind::norm : args.relu ? Kind::relu : Kind::sum;
     const int64_t chunks = ceil_div(args.inner, kChunk), tasks = args.batch * chunks;
-    Partials partials(tasks * 2 * args.rhs), numbers(norm ? channel_numbers(args.channels) : 0);
-    Split<F> job{args, {}, chunks, args.contrast ? args.rhs / 2 : args.rhs, partials.data(), goes_past(args)};
+    Partials partials(tasks * 2 * args.num_maps), numbers(norm ? channel_numbers(args.channels) : 0);
+    Junction<F> job{
+        args, {}, chunks, args.contrast ? args.num_maps / 2 : args.num_maps, partials.data(), streams(args)};
     if (norm) job.channels = fill(args.gain, args.shift, args.channels, reinterpret_cast<F*>(numbers.data()));
-    parallel_for(tasks, args.rhs * args.batch * args.inner, args.threads,
+    parallel_for(tasks, args.num_maps * args.batch * args.inner, args.threads,
                  task_for<F, Dtypes..., AnyTypes>(args, kind), &job, 0);
-    store_masses(args.mass_a, 0, args.rhs, args.batch, job.partials, chunks, 2 * args.rhs);
-    store_masses(args.mass_b, 0, args.rhs, args.batch, job.partials + args.rhs, chunks, 2 * args.rhs);
+    store_masses(args.mass_a, 0, args.num_maps, args.batch, job.partials, chunks, 2 * args.num_maps);
+    store_masses(args.mass_b, 0, args.num_maps, args.batch, job.partials + args.num_maps, chunks,
+                 2 * args.num_maps);
 }
 
 }  // namespace
 
-void split(const SplitArgs& args) {
+void junction(const JunctionArgs& args) {
     const bool wide = any_double(args.first, args.second, args.a, args.b, args.first_scale, args.second_scale,
                                  args.gain, args.shift, args.c_a, args.c_b);
     constexpr DType f32 = DType::f32, bf16 = DType::bf16;

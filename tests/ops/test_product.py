@@ -1,4 +1,4 @@
-"""Products on tile registers: float32 as whole numbers, panels, blocks, ranges and tails."""
+"""Products on tile registers: float32 in int8 slices, panels, blocks, ranges of the depth and tails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ramp_fast import gemm, ops
 from ramp_fast.ops import _registry
 from ramp_fast.ops.linear import unpack_panels
-from ramp_fast.ops.tiles import _pack_parts, product_equation, unpack_parts, unpack_tiles
+from ramp_fast.ops.product import _pack_parts, unpack_parts, unpack_tiles
 
 needs_tiles = pytest.mark.skipif("amx" not in ops.cpu_isas(), reason="the processor has no tile registers (AMX)")
 
@@ -64,14 +64,16 @@ def test_tiles_hold_the_weights() -> None:
     assert tiles.shape == (2, 3, 2, 16, 32)
     assert torch.equal(unpack_tiles(tiles, 70, 33), half)
     x = wide(5, 70).bfloat16()
-    assert torch.equal(product_equation(x, tiles, bias, 33), F.linear(x.float(), half.float(), bias).bfloat16())
+    assert torch.equal(
+        _registry.equation("product")(x, tiles, bias, 33), F.linear(x.float(), half.float(), bias).bfloat16()
+    )
 
     tiles = ops.pack_tiles(weight)
     assert tiles.shape == (3, 3 * 2 + 1, 16, 16)
     unpacked = unpack_tiles(tiles, 70, 33)
     assert ((unpacked - weight).abs() <= weight.abs().amax(1, keepdim=True) * 1.005 * 2**-24).all()
     expected = F.linear(x.float(), unpacked.float(), bias)
-    torch.testing.assert_close(product_equation(x.float(), tiles, bias, 33), expected)
+    torch.testing.assert_close(_registry.equation("product")(x.float(), tiles, bias, 33), expected)
 
 
 def test_weights_at_the_ends_of_float32() -> None:
@@ -91,7 +93,7 @@ def test_parts_hold_the_weights() -> None:
     assert ((unpacked - weight).abs() <= 2**-23 * weight.double().abs() + 2**-39 * largest).all()
     scales = unpack_parts(tiles)[1].double()
     assert torch.equal(torch.frexp(scales).mantissa, torch.full_like(scales, 0.5))  # powers of two
-    torch.testing.assert_close(product_equation(x, tiles, bias, 33), F.linear(x, unpacked.float(), bias))
+    torch.testing.assert_close(_registry.equation("product")(x, tiles, bias, 33), F.linear(x, unpacked.float(), bias))
 
 
 def test_parts_at_the_ends_of_float32() -> None:
@@ -125,7 +127,7 @@ def test_float32_products_lose_24_bits_of_the_largest(draw: Draw, rows: int, dep
     y = ops.product(x, tiles, bias, width)
     assert y.shape == (rows, width)
     exact = F.linear(x.double(), weight.double(), bias.double())
-    # what scales and the least product of digits add, and the rounding of the result
+    # what scales and the least product of slices add, and the rounding of the result
     allowed = 1.03 * lost(x, weight) + 2**-22 * (exact.abs() + bias.abs())
     assert ((y - exact).abs() <= allowed).all()
     y = ops.product(x, tiles, None, width)
@@ -244,7 +246,7 @@ def test_matrices_use_tiles_and_other_instruction_sets_give_the_same() -> None:
     matrix = gemm.Matrix(weight)
     assert matrix.kernel == "product-float32"
     assert matrix.nbytes == (3 + 1) * 1024
-    assert gemm.Matrix(torch.randn(2, ops.DIGIT_DEPTH + 1)).kernel == "onednn-float32"
+    assert gemm.Matrix(torch.randn(2, ops.INT8_DEPTH + 1)).kernel == "onednn-float32"
     y = matrix(x)
     ops.set_cpu_isa("generic")
     assert gemm.Matrix(weight).kernel == "onednn-float32"

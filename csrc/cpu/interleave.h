@@ -8,8 +8,8 @@
 namespace rf::RF_ISA {
 namespace {
 
-// The 16 numbers of the low half and those of the high half in turn.
-RF_INLINE __m512i in_turn(__m512i halves) {
+// Alternately a number of the low half and one of the high half, 16 each.
+RF_INLINE __m512i interleave(__m512i halves) {
     alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};

@@ -1,8 +1,8 @@
-"""Matrix products on units that multiply small numbers: tile registers (AMX) and the tensor cores of GPUs.
+"""Matrix products in low precision: on the tile registers of CPUs (AMX) and the tensor cores of GPUs.
 
-Both multiply bfloat16, tile registers bytes twice as fast. float32 is multiplied there as whole numbers in three digits
-of a byte (csrc/cpu/digits.h), after Ootomo, Ozaki and Yokota, "DGEMM on integer matrix multiplication unit", 2024
-(arXiv 2306.11975), and on tensor cores as sums of two float16 numbers (kernels/product.py).
+Both multiply bfloat16; tile registers multiply int8 twice as fast. float32 is multiplied on tile registers in three
+int8 slices (csrc/cpu/int8_slices.h; the Ozaki scheme, after Ootomo, Ozaki and Yokota, "DGEMM on integer matrix
+multiplication unit", 2024, arXiv 2306.11975), and on tensor cores as sums of two float16 numbers (kernels/product.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, get_num_threads
 
 from ramp_fast.ops._common import C
-from ramp_fast.ops._registry import backends_for, register
+from ramp_fast.ops._registry import backends_for, equation, operator
 from ramp_fast.ops.linear import COLUMNS
 
 
@@ -21,27 +21,27 @@ def has_tiles() -> bool:
     return "cpu" in backends_for("cpu") and C.active_isa() == "amx"
 
 
-# A tile of bfloat16: 16 pairs of inputs, 16 outputs; one of bytes: 16 quadruples of inputs (kTileRows, kTileColumns,
-# kTileDepth and kByteDepth in csrc/cpu).
+# A tile of bfloat16 has 16 pairs of inputs and 16 outputs, one of int8 has 16 quadruples of inputs (kTileRows,
+# kTileColumns, kTileDepth and kInt8TileDepth in csrc/cpu).
 _TILE = 16
 _PAIR, _QUAD = 2, 4
-# The largest magnitude of a row as a whole number, and the least that is scaled to it (kLargest and kSmallest in
-# csrc/cpu/digits.h).
+# The largest magnitude of a row as an integer, and the least that is scaled to it (kLargest and kSmallest in
+# csrc/cpu/int8_slices.h).
 _LARGEST, _SMALLEST = 8355000.0, 1e-30
-_PLACES = (16, 8, 0)  # of the digits
-_CENTRE = sum(128 << place for place in _PLACES)  # added, digits from -128 to 127 are bytes
-# More inputs of float32 could leave the range of the sums (kDigitDepth in csrc/cpu/kernels.h).
-DIGIT_DEPTH = 1 << 15
+_SHIFTS = (16, 8, 0)  # of the slices in the integer, the highest first
+_CENTRE = sum(128 << shift for shift in _SHIFTS)  # with it, slices from -128 to 127 are bytes
+# The sums of more inputs of float32 could overflow (kInt8Depth in csrc/cpu/kernels.h).
+INT8_DEPTH = 1 << 15
 
 
-# Of operands, on tensor cores.
+# Of operands.
 _TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def multiplies(weight: Tensor) -> bool:
     """Whether :func:`product` has a kernel for weights ``[I, K]`` of this dtype on their device."""
     if weight.device.type == "cpu" and "cpu" in backends_for("cpu"):
-        return has_tiles() and weight.dtype in _TENSOR_CORE_DTYPES and weight.shape[1] <= DIGIT_DEPTH
+        return has_tiles() and weight.dtype in _TENSOR_CORE_DTYPES and weight.shape[1] <= INT8_DEPTH
     return "triton" in backends_for(weight.device.type) and weight.dtype in _TENSOR_CORE_DTYPES
 
 
@@ -58,12 +58,12 @@ def pack_tiles(weight: Tensor) -> Tensor:
     Tensor [ceil(I / 32), ceil(K / 32), 2, 16, 32], bfloat16
         Of bfloat16: panels of 32 outputs, steps of 32 inputs, two halves of the outputs; pairs of inputs side by side.
     Tensor [ceil(I / 16), 3 ceil(K / 64) + 1, 16, 16], int32
-        Of float32: panels of 16 outputs; steps of 64 inputs in three digits, the highest first, each number four bytes
-        that belong to neighbouring inputs. A last block begins with 16 float32: what 1 stands for in each output's
-        whole numbers.
+        Of float32: panels of 16 outputs; steps of 64 inputs in three int8 slices, the highest first, each int32 holding
+        those of four neighbouring inputs. A last block begins with 16 float32, the scales of the outputs: weights are
+        integers times that.
     Tensor [I, K], bfloat16, or [I, K + 1], int32
-        For the Triton kernel: the weights, or of float32 [2, I, K] parts in float16 and behind them [I] float32: what
-        the sums of an output's parts have to be multiplied by, a power of two.
+        For the Triton kernel: the weights, or of float32 [2, I, K] parts in float16 and behind them [I] float32 scales,
+        powers of two that the sum of an output's two parts has to be multiplied by.
 
     Zero where there is no weight.
     """
@@ -73,9 +73,9 @@ def pack_tiles(weight: Tensor) -> Tensor:
         return _pack_pairs(weight)
     if weight.dtype != torch.float32:
         raise ValueError(f"weights must be float32 or bfloat16, not {weight.dtype}")
-    if weight.shape[1] > DIGIT_DEPTH:
-        raise ValueError(f"weights have {weight.shape[1]} inputs; tiles of float32 take up to {DIGIT_DEPTH}")
-    return _pack_digits(weight)
+    if weight.shape[1] > INT8_DEPTH:
+        raise ValueError(f"weights have {weight.shape[1]} inputs; tiles of float32 take up to {INT8_DEPTH}")
+    return _pack_slices(weight)
 
 
 def unpack_parts(tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def unpack_parts(tiles: Tensor) -> tuple[Tensor, Tensor]:
     return parts, flat[width * depth :].view(torch.float32)
 
 
-# The largest number of an output is scaled to below 2^15, a little less than float16's largest.
+# The largest weight of an output is scaled to below 2^15, half of what float16 reaches.
 _PART_EXPONENT = 15
 
 
@@ -111,19 +111,19 @@ def _pack_pairs(weight: Tensor) -> Tensor:
     return tiles.reshape(panels, steps, 2, _TILE, _PAIR * _TILE)
 
 
-def _pack_digits(weight: Tensor) -> Tensor:
+def _pack_slices(weight: Tensor) -> Tensor:
     width, depth = weight.shape
     most = weight.abs().amax(1) if depth else weight.new_zeros(width)
     scales = most.clamp_min(_SMALLEST) / _LARGEST
-    whole = (weight.double() / scales.double().unsqueeze(1)).round().nan_to_num(0, 0, 0)  # then the scale has it
+    integers = (weight.double() / scales.double().unsqueeze(1)).round().nan_to_num(0, 0, 0)  # NaN is in the scale
     scales = torch.where(scales.isfinite(), scales, torch.nan)
     step = _QUAD * _TILE
-    places = F.pad(whole, (0, -depth % step, 0, -width % _TILE)).int() + _CENTRE
-    digits = torch.stack([(places >> place & 255).sub(128).to(torch.int8) for place in _PLACES])
-    panels, steps = places.shape[0] // _TILE, places.shape[1] // step
-    tiles = digits.view(len(_PLACES), panels, _TILE, steps, _TILE, _QUAD).permute(1, 3, 0, 4, 2, 5)
-    packed = torch.zeros((panels, len(_PLACES) * steps + 1, _TILE, _TILE), dtype=torch.int32)
-    packed[:, :-1] = tiles.contiguous().view(torch.int32).view(panels, len(_PLACES) * steps, _TILE, _TILE)
+    centred = F.pad(integers, (0, -depth % step, 0, -width % _TILE)).int() + _CENTRE
+    slices = torch.stack([(centred >> shift & 255).sub(128).to(torch.int8) for shift in _SHIFTS])
+    panels, steps = centred.shape[0] // _TILE, centred.shape[1] // step
+    tiles = slices.view(len(_SHIFTS), panels, _TILE, steps, _TILE, _QUAD).permute(1, 3, 0, 4, 2, 5)
+    packed = torch.zeros((panels, len(_SHIFTS) * steps + 1, _TILE, _TILE), dtype=torch.int32)
+    packed[:, :-1] = tiles.contiguous().view(torch.int32).view(panels, len(_SHIFTS) * steps, _TILE, _TILE)
     packed[:, -1, 0] = F.pad(scales, (0, -width % _TILE)).view(torch.int32).view(panels, _TILE)
     return packed
 
@@ -141,25 +141,19 @@ def unpack_tiles(tiles: Tensor, depth: int, width: int) -> Tensor:
         return pairs.reshape(panels * COLUMNS, tiles.shape[1] * _PAIR * _TILE)[:width, :depth]
     scales = tiles[:, -1, 0].contiguous().view(torch.float32).view(-1, 1)
     blocks: Tensor = tiles[:, :-1].contiguous().view(torch.int8).double()
-    digits = blocks.unflatten(-1, (_TILE, _QUAD)).unflatten(1, (tiles.shape[1] // len(_PLACES), len(_PLACES)))
-    whole = sum(digits[:, :, i] * 2.0**place for i, place in enumerate(_PLACES))
-    rows = torch.as_tensor(whole).permute(0, 3, 1, 2, 4).reshape(panels * _TILE, digits.shape[1] * _QUAD * _TILE)
+    slices = blocks.unflatten(-1, (_TILE, _QUAD)).unflatten(1, (tiles.shape[1] // len(_SHIFTS), len(_SHIFTS)))
+    integers = sum(slices[:, :, i] * 2.0**shift for i, shift in enumerate(_SHIFTS))
+    rows = torch.as_tensor(integers).permute(0, 3, 1, 2, 4).reshape(panels * _TILE, slices.shape[1] * _QUAD * _TILE)
     return (rows * scales.double())[:width, :depth]
 
 
-def product_equation(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = unpack_tiles(tiles, x.shape[-1], width).to(dtype)
-    return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
-
-
-def _product_fake(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
+def _outputs(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], width))
 
 
 def _product_cpu(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
     if not has_tiles() or x.dtype == torch.float64 or x.numel() == 0 or width == 0:
-        return product_equation(x, tiles, bias, width)
+        return equation("product")(x, tiles, bias, width)  # type: ignore[no-any-return]
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty((rows.shape[0], width), dtype=x.dtype)
     bias = None if bias is None else bias.float().contiguous()
@@ -167,15 +161,7 @@ def _product_cpu(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> T
     return out.view(*x.shape[:-1], width)
 
 
-_product = register(
-    "product(Tensor x, Tensor tiles, Tensor? bias, int width) -> Tensor",
-    reference=product_equation,
-    fake=_product_fake,
-    cpu=_product_cpu,
-    triton="product:product",
-)
-
-
+@operator(outputs=_outputs, cpu=_product_cpu, triton="product:product")
 def product(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor:
     """``x W^T + bias`` on tile registers (AMX) or tensor cores.
 
@@ -185,8 +171,8 @@ def product(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor
     and the smallest of four products of parts is left out: the error of a term is at most 2^-21 of it, and 2^-38 of the
     product of the largest numbers of its rows of x and W. (Of sums of 768 terms a third of that of float32 arithmetic.)
 
-    On tile registers float32 rows of x and of W are scaled, each by its largest magnitude, and rounded to whole numbers
-    of 24 bits, whose products are summed exactly. So the error of an element is at most about 2^-24
+    On tile registers float32 rows of x and of W are scaled, each by its largest magnitude, and rounded to integers of
+    24 bits, whose products are summed exactly. So the error of an element is at most about 2^-24
     (max|x| sum|w| + max|w| sum|x|), over its row of x and its row w of W, and the rounding of the result: usually less
     than that of sums in float32; but numbers a thousand times smaller than the largest of their row have ten bits less.
 
@@ -208,4 +194,6 @@ def product(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> Tensor
     Tensor [..., I]
         In the dtype of ``x``.
     """
-    return _product(x, tiles, bias, width)  # type: ignore[no-any-return]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = unpack_tiles(tiles, x.shape[-1], width).to(dtype)
+    return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
