@@ -32,13 +32,12 @@ WARPS = 8  # 16 bytes of each operand a thread; with twice that the kernel takes
 @triton.jit
 def _store_branch(
     out_ptr,  # [T, B, inner]
-    masses_ptr,
+    masses_ptr,  # [T, B, blocks]
     row,  # of P in [T, B]
     row_d,
     inner,
     elements,
     inside,
-    mass_row,  # where the masses of this branch begin
     blocks,
     block,
     x,
@@ -47,11 +46,12 @@ def _store_branch(
     CONTRAST: tl.constexpr,
 ):
     """What the branch x of a sum gets, and its masses."""
-    p = tl.where(x > 0, p, 0.0)
-    d = tl.where(x > 0, d, 0.0)
-    x = tl.where(x > 0, x, 0.0)
-    store_pair(out_ptr, row, row_d, inner, elements, inside, p, d, CONTRAST)
-    store_masses(masses_ptr, mass_row + row, mass_row + row_d, blocks, block, x, p, d, CONTRAST)
+    gated_p = tl.where(x > 0, p, 0.0)
+    gated_d = tl.where(x > 0, d, 0.0)
+    store_pair(out_ptr, row, row_d, inner, elements, inside, gated_p, gated_d, CONTRAST)
+    of_p = tl.where(x > 0, x * tl.abs(p), 0.0)
+    of_n = tl.where(x > 0, x * tl.abs(p - d), 0.0)
+    store_masses(masses_ptr, row, row_d, blocks, block, of_p, of_n, CONTRAST)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -82,6 +82,7 @@ def junction_kernel(
     a = tl.load(a_ptr + sample * inner + elements, mask=inside, other=0.0).to(COMPUTE)
     b = tl.load(b_ptr + sample * inner + elements, mask=inside, other=0.0).to(COMPUTE)
 
+    masses_b_ptr = masses_ptr + NUM_MAPS * batch.to(tl.int64) * blocks
     GROUPS: tl.constexpr = NUM_MAPS // 2 if CONTRAST else NUM_MAPS
     for t in range(GROUPS):
         row = t * batch.to(tl.int64) + sample
@@ -98,9 +99,8 @@ def junction_kernel(
         if RELU:
             p = tl.where(a + b > 0, 2 * p, 0.0)
             d = tl.where(a + b > 0, 2 * d, 0.0)
-        b_row = NUM_MAPS * batch.to(tl.int64)
-        _store_branch(c_a_ptr, masses_ptr, row, row_d, inner, elements, inside, 0, blocks, block, a, p, d, CONTRAST)
-        _store_branch(c_b_ptr, masses_ptr, row, row_d, inner, elements, inside, b_row, blocks, block, b, p, d, CONTRAST)
+        _store_branch(c_a_ptr, masses_ptr, row, row_d, inner, elements, inside, blocks, block, a, p, d, CONTRAST)
+        _store_branch(c_b_ptr, masses_b_ptr, row, row_d, inner, elements, inside, blocks, block, b, p, d, CONTRAST)
 
 
 def _launch(

@@ -51,11 +51,11 @@ def store_pair(out_ptr, row, row_d, inner, elements, inside, p, d, CONTRAST: tl.
 
 
 @triton.jit
-def store_masses(masses_ptr, row, row_d, blocks, block, x, p, d, CONTRAST: tl.constexpr):
-    """The masses of P and N of one block at x, which is not negative."""
-    tl.store(masses_ptr + row * blocks + block, tl.sum(x * tl.abs(p), 0))
+def store_masses(masses_ptr, row, row_d, blocks, block, of_p, of_n, CONTRAST: tl.constexpr):
+    """The sums of the masses of P and N over one block."""
+    tl.store(masses_ptr + row * blocks + block, tl.sum(of_p, 0))
     if CONTRAST:
-        tl.store(masses_ptr + row_d * blocks + block, tl.sum(x * tl.abs(p - d), 0))
+        tl.store(masses_ptr + row_d * blocks + block, tl.sum(of_n, 0))
 
 
 @triton.jit
@@ -169,7 +169,7 @@ def mass_kernel(
         row = t * batch.to(tl.int64) + sample
         row_d = row + GROUPS * batch.to(tl.int64)
         p, d = load_pair(c_ptr, row, row_d, inner, elements, inside, CONTRAST, COMPUTE)
-        store_masses(masses_ptr, row, row_d, blocks, block, x, p, d, CONTRAST)
+        store_masses(masses_ptr, row, row_d, blocks, block, x * tl.abs(p), x * tl.abs(p - d), CONTRAST)
 
 
 @triton.jit(do_not_specialize=["batch"])

@@ -13,8 +13,8 @@ constexpr int64_t kLineWords = 16;
 // Lines of 64 bytes in a page, of which a sample has one.
 constexpr int64_t kLines = 64;
 
-// For a given sum this is a bijection of the word, and for a given word of the sum: no change of a single word
-// goes unnoticed.
+// For a given sum this is a bijection of the word, and for a given word of the sum: no change of a single
+// word goes unnoticed.
 RF_INLINE void take(uint32_t* __restrict sums, const char* data, int64_t words) {
     uint32_t in[kWords];
     __builtin_memcpy(in, data, static_cast<std::size_t>(4 * words));

@@ -1,4 +1,5 @@
-// LayerNorm's pull-back. That of a LayerNorm that feeds a linear layer is part of the layer's step (linear.cpp).
+// LayerNorm's pull-back. That of a LayerNorm that feeds a linear layer is part of the layer's step
+// (linear.cpp).
 #include "cpu/lanes.h"
 #include "cpu/row_statistics.h"
 

@@ -52,8 +52,8 @@ struct Loop {
 };
 
 // A thread begins with its own range, the same one in every call: its caches and TLB hold what it has read
-// there before. Then it takes tasks of the others. Each task writes its own outputs, so the order of the tasks
-// does not matter.
+// there before. Then it takes tasks of the others. Each task writes its own outputs, so the order of the
+// tasks does not matter.
 void run(void* data) {
     Loop& loop = *static_cast<Loop*>(data);
     const int slot = loop.entered.fetch_add(1, std::memory_order_relaxed);

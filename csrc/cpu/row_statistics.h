@@ -39,9 +39,9 @@ RF_INLINE void add_sums(const F* __restrict x, int64_t begin, int64_t width, F m
     }
 }
 
-// Floats: four vectors of sums at a time, to hide the latency of additions, reduced to one number as seldom as
-// the precision of float32 allows. The tail goes as above. `pass(i)` is called for every vector, to prefetch
-// something meanwhile.
+// Floats: four vectors of sums at a time, to hide the latency of additions, reduced to one number as seldom
+// as the precision of float32 allows. The tail goes as above. `pass(i)` is called for every vector, to
+// prefetch something meanwhile.
 template <bool centred, class Pass>
 RF_INLINE void add_row_sums(const float* __restrict x, int64_t width, float mean, float mean_absolute,
                             double& first, double& second, const Pass& pass) {

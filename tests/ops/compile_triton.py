@@ -71,7 +71,7 @@ def _sources() -> Iterator[Source]:
         attention.prepare_kernel,
         {"x_ptr": "*fp32", "gate_ptr": "*fp32", "whole_ptr": "*fp16", "powers_ptr": "*fp32"}
         | {"halves_ptr": "*bf16"}
-        | dict.fromkeys(("x_t", "x_b", "x_h", "x_n", "gate_b", "gate_h", "gate_n", "batch", "rhs"), "i32"),
+        | dict.fromkeys(("x_t", "x_b", "x_h", "x_n", "gate_b", "gate_h", "gate_n", "batch", "num_maps"), "i32"),
         {"HEADS": 12, "COUNT": 197, "WIDTH": 64, "FACTOR": 1, "GATE": True, "WHOLE": 2, "HALVES": 3}
         | {"BOTH": True, "BLOCK_D": 64, "BLOCK": 64, "BLOCKS": 4},
         one_config(8),

@@ -215,6 +215,30 @@ def test_kernels_of_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
             operator(*backends).chosen[device](x)
 
 
+def multiple_for_tests(x: torch.Tensor, factor: int = 2, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The multiple."""
+    return (factor * x).to(dtype or x.dtype)
+
+
+def test_an_operator_is_its_reference_and_its_outputs() -> None:
+    # the first step of CONTRIBUTING's recipe: no kernel yet
+    call = _registry.operator(outputs=lambda x, _, dtype: torch.empty_like(x, dtype=dtype or x.dtype))(
+        multiple_for_tests
+    )
+    declared = _registry._operators.pop("multiple_for_tests")
+    overload = torch.ops.ramp_fast.multiple_for_tests.default
+    assert str(overload._schema).partition("::")[2] == (
+        "multiple_for_tests(Tensor x, SymInt factor=2, ScalarType? dtype=None) -> Tensor"
+    )
+    x = torch.arange(3.0)
+    assert torch.equal(call(x), 2 * x)
+    assert torch.equal(call(x, dtype=torch.float64, factor=3), 3 * x.double())
+    assert call.__doc__ == "The multiple."
+    assert declared.reference is _registry.Operator("same", declared.reference, {}, (0,)).chosen["cpu"]
+    torch.use_deterministic_algorithms(False)  # opcheck compares freshly allocated fakes
+    torch.library.opcheck(overload, (x, 3, torch.bfloat16))
+
+
 def test_cuda_kernels_that_cannot_run_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     extension = types.SimpleNamespace(cuda_problem=lambda device: f"no kernel image for device {device}")
     monkeypatch.setattr(_registry, "extension", extension)
