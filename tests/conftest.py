@@ -23,7 +23,7 @@ OWN_EXPORTS = {
 _shared = shared(export._exported)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")  # so that fixtures of modules share them too
 def _exports(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.module.__name__.rpartition(".")[2] in OWN_EXPORTS:
         yield

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from export_once import export_once  # noqa: F401  # a fixture
 from torch import Tensor
 
 from ramp_fast import Engine, ops
@@ -30,8 +29,8 @@ def check(actual: Tensor, reference: Tensor, precision: str, what: str) -> None:
     assert found < TOLERANCE[precision, what], f"{what} in {precision}: relative error {found:.2e}"  # NaN fails too
 
 
-@pytest.fixture(params=recipe.CASES, scope="module")  # grouped by network: each is exported once
-def case(request: pytest.FixtureRequest, export_once: None) -> str:  # noqa: F811
+@pytest.fixture(params=recipe.CASES, scope="module")
+def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 

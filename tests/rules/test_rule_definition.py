@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from definition import HANDLERS, constant, explain
-from export_once import export_once  # noqa: F401  # a fixture
 from torch import Tensor, nn
 
 from ramp_fast import Engine
@@ -735,7 +734,6 @@ SHARING = {g.ADD, g.MUL, g.MATMUL, g.ATTENTION, g.SPLIT, g.CHOICE}
 BOTH = {name for name, make in CASES.items() if make().kinds & SHARING} | {"cat", "stack"}
 
 
-@pytest.mark.usefixtures("export_once")
 @pytest.mark.parametrize(
     ("name", "shares"), [(n, s) for n in sorted(CASES) for s in ("kept", "equal") if s == "kept" or n in BOTH]
 )
@@ -754,7 +752,7 @@ def test_definition(name: str, shares: str) -> None:
     assert float(error.max()) < TOLERANCE, f"relative error {error.tolist()} (sum of absolute values)\n{engine.plan}"
 
 
-# Tested below (strict=False) and in test_vocabulary_extra.py.
+# Tested below (strict=False) and in tests/capture/test_vocabulary.py.
 ELSEWHERE = {g.GENERIC, g.BILINEAR, g.MAX_REDUCTION, g.REDUCTION}
 
 
