@@ -1,4 +1,7 @@
-"""Imports go down: no file imports from a room above its own, and none from one that imports it."""
+"""Imports go down: no file imports from a room above its own, and none from one that imports it.
+
+``python tests/test_layout.py`` prints the floors, with the lines of each room, and the largest files.
+"""
 
 from __future__ import annotations
 
@@ -90,3 +93,19 @@ def test_no_file_imports_one_that_imports_it() -> None:
 
     for name in graph:
         walk(name, ())
+
+
+def lines(paths: list[Path]) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+
+
+if __name__ == "__main__":
+    of_room: dict[str, list[Path]] = {}
+    for file in FILES:
+        of_room.setdefault(room(module(file)), []).append(file)
+    for number, rooms in enumerate(FLOORS):
+        shown = (f"{name or 'ramp_fast'} {lines(of_room[name])}" for name in sorted(rooms) if name in of_room)
+        print(f"{number:2}  {', '.join(shown)}")
+    print()
+    for file in sorted(FILES, key=lambda path: -lines([path]))[:10]:
+        print(f"{lines([file]):5}  {file.relative_to(ROOT)}")
