@@ -370,14 +370,14 @@ class Metric:
         with torch.no_grad():
             found = torch.cat(
                 [
-                    self.logits_of(images[here]) if model is None else logits_of(model, images[here])
+                    self.answer(images[here]) if model is None else logits_of(model, images[here])
                     for here in self.slices(images)
                 ]
             )
         return self.finite(found)
 
-    def logits_of(self, images: Tensor) -> Tensor:
-        """:func:`ramp_fast.explainer.logits_of` of the metric's model or engine."""
+    def answer(self, images: Tensor) -> Tensor:
+        """``logits_of`` of the metric's model or engine."""
         return logits_of(self.engine or self.model, images)
 
     def classes(self, images: Tensor) -> int:

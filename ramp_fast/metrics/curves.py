@@ -121,7 +121,7 @@ class Masking(Metric):
             here, together = slice(start, stop), max(1, size // (stop - start))
             turns = fill.of(here).in_turn(images[here], steps[here], count, together, reveal=reveal)
             with torch.no_grad():  # copied, since the memory of the images is written to again
-                logits = [self.logits_of(copies.flatten(0, 1)).clone() for copies in turns]
+                logits = [self.answer(copies.flatten(0, 1)).clone() for copies in turns]
             rows.append(torch.cat(logits).unflatten(0, (count, stop - start)))
         return self.finite(torch.cat(rows, 1))
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from ramp_fast._checks import nearest
 from ramp_fast.rules.abslrp import AbsLRP, RelativeStabilizer
+from ramp_fast.rules.conservation import Conservation
 from ramp_fast.rules.rule import Rule
 
-__all__ = ["AbsLRP", "RelativeStabilizer", "Rule", "resolve"]
+__all__ = ["AbsLRP", "Conservation", "RelativeStabilizer", "Rule", "resolve"]
 
 _NAMED = {"abslrp": AbsLRP(), "abslrp-release": AbsLRP(shares="equal")}
 

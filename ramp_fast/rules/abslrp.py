@@ -115,16 +115,16 @@ class AbsLRP(Rule):
         return names.get(self, repr(self))
 
     def rewrites(self) -> Sequence[Pass]:
-        """As :meth:`Rule.rewrites`: gates behind token selections, and BatchNorm folded where that was asked for."""
+        """As :meth:`ramp_fast.rules.Rule.rewrites`: gates behind token selections, BatchNorm folded if asked for."""
         folded = (passes.fold_batchnorm,) if self.fold_batchnorm else ()
         return (*folded, *passes.RECOGNITIONS, recognize_linear_maps, gate_token_selections, hoist_slices)
 
     def fuse(self, graph: Graph, precision: Precision) -> Mapping[Node, Fusion]:
-        """As :meth:`Rule.fuse`."""
+        """As :meth:`ramp_fast.rules.Rule.fuse`."""
         return fusions(graph, Options(precision, self.shares == "kept", self.maxpool, self.gated_output))
 
     def check_precision(self, precision: str) -> None:
-        """As :meth:`Rule.check_precision`: "fast" needs a relative stabilizer."""
+        """As :meth:`ramp_fast.rules.Rule.check_precision`: "fast" needs a relative stabilizer."""
         s = self.stabilizer
         if precision == "fast" and not (isinstance(s, RelativeStabilizer) and s.factor >= _SMALLEST_FAST_STABILIZER):
             raise ValueError(
@@ -151,11 +151,11 @@ class AbsLRP(Rule):
         return divide(seed, size.expand_as(seed))
 
     def relevance(self, c: Tensor, x: Tensor) -> Tensor:
-        """As :meth:`Rule.relevance`: ``|x| c``."""
+        """As :meth:`ramp_fast.rules.Rule.relevance`: ``|x| c``."""
         return x.abs() * c
 
     def operation(self, node: Node, precision: Precision, fusion: Fusion) -> Operation:
-        """As :meth:`Rule.operation`."""
+        """As :meth:`ramp_fast.rules.Rule.operation`."""
         kind: type[Operation] = TABLE[node.kind]
         if node.kind == g.REARRANGE and node.params.how in ("cat", "stack"):
             kind = Join

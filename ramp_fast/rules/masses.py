@@ -89,42 +89,42 @@ class Masses(Conservation):
 
     @classmethod
     def maps_per_target(cls, contrast: bool) -> int:
-        """As :meth:`Conservation.maps_per_target`: with contrast P and D."""
+        """As :meth:`ramp_fast.rules.Conservation.maps_per_target`: with contrast P and D."""
         return 2 if contrast else 1
 
     @classmethod
     def start(cls, coefficients: Start, positive: Tensor, negative: Tensor | None, logits: Tensor) -> Tensor:
-        """As :meth:`Conservation.start`: (P, D) with contrast."""
+        """As :meth:`ramp_fast.rules.Conservation.start`: (P, D) with contrast."""
         p = coefficients(positive, logits)
         return p if negative is None else torch.cat([p, p - coefficients(negative, logits)])
 
     @classmethod
     def maps_of(cls, relevance: Tensor, targets: int) -> Tensor:
-        """As :meth:`Conservation.maps_of`: D where there is one."""
+        """As :meth:`ramp_fast.rules.Conservation.maps_of`: D where there is one."""
         return relevance[-targets:]
 
     @classmethod
     def scaled_to_seed(cls, maps: Tensor, seed: Tensor) -> Tensor:
-        """As :meth:`Conservation.scaled_to_seed`: maps have mass 1, and get that of the seed."""
+        """As :meth:`ramp_fast.rules.Conservation.scaled_to_seed`: maps have mass 1, and get that of the seed."""
         mass = seed.abs().sum(-1, dtype=torch.float64).to(maps.dtype)
         return maps * mass.view(1, -1, *[1] * (maps.dim() - 2))
 
     def begin(self, c: Tensor) -> Massed:
-        """As :meth:`Conservation.begin`: mass 1."""
+        """As :meth:`ramp_fast.rules.Conservation.begin`: mass 1."""
         return Massed(c, c.new_ones(c.shape[:2]))
 
     def piece(self, x: Tensor, c: Tensor, axis: BatchAxis) -> Massed:
-        """As :meth:`Conservation.piece`: it keeps the mass that it carries."""
+        """As :meth:`ramp_fast.rules.Conservation.piece`: it keeps the mass that it carries."""
         mass = self.mass(x, c, axis)
         return Massed(c, mass, mass)
 
     def together(self, c: Tensor, parts: Iterable[Massed]) -> Massed:
-        """As :meth:`Conservation.together`: masses add."""
+        """As :meth:`ramp_fast.rules.Conservation.together`: masses add."""
         target = total(part.target for part in parts)
         return Massed(c, target, target)
 
     def finish(self, images: Tensor, part: Massed, axis: BatchAxis, dtype: torch.dtype) -> Tensor:
-        """As :meth:`Conservation.finish`: mass 1, or 0 where there is none."""
+        """As :meth:`ramp_fast.rules.Conservation.finish`: mass 1, or 0 where there is none."""
         return self.exact(images, Massed(part.c.to(dtype), unit_mass(part.target)), axis).c
 
     def rows(self, c: Tensor, axis: BatchAxis) -> Rows:
