@@ -26,14 +26,14 @@ from ramp_fast.rules import AbsLRP, RelativeStabilizer
 
 # Name, image size, options.
 NETWORKS: list[tuple[str, int, dict[str, Any]]] = [
-    ("vit_tiny_patch16_224", 64, {"img_size": 64}),
-    ("deit3_small_patch16_224", 64, {"img_size": 64, "depth": 3}),
-    ("eva02_tiny_patch14_224", 56, {"img_size": 56}),
-    ("swin_tiny_patch4_window7_224", 224, {"depths": (1, 1, 2, 1)}),
+    ("vit_tiny_patch16_224", 64, {"img_size": 64, "depth": 3}),
+    ("deit3_small_patch16_224", 64, {"img_size": 64, "depth": 2}),
+    ("eva02_tiny_patch14_224", 56, {"img_size": 56, "depth": 2}),
+    ("swin_tiny_patch4_window7_224", 224, {"depths": (1, 1, 1, 1)}),
     ("resnet18", 64, {}),
     ("resnet50", 64, {}),
-    ("vgg11_bn", 64, {}),
-    ("vgg11", 64, {}),
+    ("vgg11_bn", 64, {"mlp_ratio": 0.0625}),
+    ("vgg11", 64, {"mlp_ratio": 0.0625}),
     ("convnext_atto", 64, {}),
     ("efficientnet_lite0", 64, {}),
     ("densenet121", 64, {}),
