@@ -151,16 +151,7 @@ def write_results(
     of = {"ratio": whole / own, "ratio_of": f"{network}/forward", "reference": own}
     floor = sum(floor for _, _, floor in rows)
     found.append(results_io.measurement(f"{prefix}/whole", whole, "ms/image", rounds=rounds, **of, floor=floor))
-    commit, changes = results_io.commit()
-    written = results_io.write(
-        results_io.machine(machine),
-        found,
-        "bench/breakdown.py",
-        versions=results_io.versions(),
-        commit=commit,
-        changes=changes,
-        label="breakdown",
-    )
+    written = results_io.write_here(machine, found, "bench/breakdown.py", "breakdown")
     print(f"written to {written}")
 
 

@@ -31,15 +31,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     found, name = session.config.stash[_MEASUREMENTS], session.config.getoption("--results", None)
     if not (found and name):
         return
-    commit, changes = results_io.commit()
-    written = results_io.write(
-        results_io.machine(name),
-        found,
-        "pytest bench",
-        versions=results_io.versions(),
-        commit=commit,
-        changes=changes,
-    )
+    written = results_io.write_here(name, found, "pytest bench")
     print(f"\nwritten to {written}")
 
 

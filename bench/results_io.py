@@ -147,6 +147,13 @@ def write(
             return path
 
 
+def write_here(name: str, measurements: list[dict[str, Any]], source: str, label: str = "") -> Path:
+    """:func:`write` what was measured on this machine, called ``name``, with the checkout's commit."""
+    own, changes = commit()
+    found = {"versions": versions(), "commit": own, "changes": changes, "label": label}
+    return write(machine(name), measurements, source, **found)  # type: ignore[arg-type]
+
+
 def _text(record: dict[str, Any]) -> str:
     """JSON with a line for every measurement."""
     rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in record["measurements"])

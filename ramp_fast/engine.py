@@ -331,10 +331,8 @@ class Engine(Explainer):
         >>> print(result)
         >>> result.plot("curves").savefig("curves.png")
         """
-        from ramp_fast.evaluation.evaluator import (  # data, PIL and metrics, which attributing needs not
-            evaluate,
-            labelled,
-        )
+        # Imported here: attributing needs neither data sets nor metrics.
+        from ramp_fast.evaluation.evaluator import evaluate, labelled
 
         named = labelled(methods, "method")
         if not any(method is self for method in named.values()):

@@ -164,7 +164,7 @@ class AbsLRP(Rule):
         return kind(node, precision, fusion, self)
 
     def leave(self, node: Node, contribution: Massed) -> Massed:
-        """What leaves an operation: with equal shares every operation but a move has mass 1 below it."""
+        """What leaves an operation: with equal shares every operation but one that rearranges has mass 1 below it."""
         if self.shares == "equal" and node.kind not in (g.REARRANGE, g.SPLIT, g.SPLIT_OUTPUT):
             contribution.target = unit_mass(contribution.target)
         return contribution

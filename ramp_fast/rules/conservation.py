@@ -2,8 +2,8 @@
 
 Relevance in flight is a tensor of coefficients ``c`` ``[maps, *shape]``: of a tensor ``x`` it is what the rule's
 ``relevance(c, x)`` says, ``|x| c`` for absLRP and ``x c`` for the rules that are gradients in disguise. Operations that
-only move values are the same under every rule; what happens where relevance of several readers meets, and what has to
-be restored besides, is said here.
+only rearrange values are the same under every rule; what happens where relevance of several readers meets, and what has
+to be restored besides, is said here.
 """
 
 from __future__ import annotations
@@ -55,11 +55,6 @@ class Conservation:
     batch: int
     num_maps: int
     contrast: bool
-
-    @classmethod
-    def maps_per_target(cls, contrast: bool) -> int:
-        """How many coefficient tensors a target takes."""
-        return 1
 
     @classmethod
     def start(cls, coefficients: Start, positive: Tensor, negative: Tensor | None, logits: Tensor) -> Tensor:

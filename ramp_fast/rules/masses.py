@@ -88,11 +88,6 @@ class Masses(Conservation):
     """
 
     @classmethod
-    def maps_per_target(cls, contrast: bool) -> int:
-        """As :meth:`ramp_fast.rules.Conservation.maps_per_target`: with contrast P and D."""
-        return 2 if contrast else 1
-
-    @classmethod
     def start(cls, coefficients: Start, positive: Tensor, negative: Tensor | None, logits: Tensor) -> Tensor:
         """As :meth:`ramp_fast.rules.Conservation.start`: (P, D) with contrast."""
         p = coefficients(positive, logits)

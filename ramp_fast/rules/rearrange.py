@@ -55,7 +55,7 @@ _INVERSES: dict[str, _Inverse] = {
 
 
 class Rearrange(Operation):
-    """One operand, one output; mass stays what it is."""
+    """One operand, one output: coefficients go back to where their values came from."""
 
     pullback_kernel = "view"
 

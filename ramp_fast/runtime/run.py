@@ -52,7 +52,7 @@ def run_forward(plan: Plan, images: Tensor) -> Forward:
     return Forward(images, values[plan.graph.output].to(plan.precision.accumulate), values, kept)
 
 
-# Of every plan: it is a matter of the memory, not of the plan.
+# One for every plan that has run, and as long as it lives.
 _PINS: weakref.WeakKeyDictionary[Plan, HeapPin] = weakref.WeakKeyDictionary()
 
 
@@ -76,9 +76,7 @@ def pull_back(plan: Plan, forward: Forward, c: Tensor, contrast: bool) -> Tensor
     """
     images, values, kept, rule = forward.images, forward.values, forward.kept, plan.rule
     conservation = rule.conservation(images.shape[0], c.shape[0], contrast)
-    pin = _PINS.get(plan)
-    if pin is None:
-        pin = _PINS.setdefault(plan, HeapPin())
+    pin = _PINS.setdefault(plan, HeapPin())
     heap_grows = pin.may_grow(images.device, images.shape[0] * c.shape[0])
     pending: dict[Node, list[Any]] = {plan.graph.output: [conservation.begin(c)]}
     pieces: dict[Node, dict[int, Any]] = {}
@@ -87,11 +85,11 @@ def pull_back(plan: Plan, forward: Forward, c: Tensor, contrast: bool) -> Tensor
         node, operation = step.node, step.operation
         if operation is not None and step.carries:
             if isinstance(operation, Split):
-                parts = pieces.pop(node, {})
-                joined = operation.join({i: p.c for i, p in parts.items()}, kept.pop(node)) if parts else None
-                flows = (
-                    [] if joined is None else [Flow(node.operands[0], conservation.together(joined, parts.values()))]
-                )
+                parts, flows = pieces.pop(node, {}), []
+                saved = kept.pop(node)
+                if parts:
+                    joined = operation.join({i: p.c for i, p in parts.items()}, saved)
+                    flows.append(Flow(node.operands[0], conservation.together(joined, parts.values())))
             else:
                 arrived = pending.pop(node, [])
                 saved = kept.pop(node)
