@@ -101,9 +101,9 @@ class Engine(Explainer):
       are attributes (NumPy arrays of up to 1 MB by value); hooks; modes; methods and attributes of modules' classes;
     * tensors whose memory, shape, dtype, device or version counter is another, as after ``copy_`` or ``mul_``;
     * on CPUs writes that no counter shows (``.data``, NumPy views, fused optimizers), by checksums: of all bytes, if
-      the model has no more than 32 MB for every image in the call. Of a larger one a line of 64 bytes in every 4 KB,
-      and 32 MB per image in turns: a write to a whole tensor, or to 8 KB in a row, is noticed at once, a write to a
-      few numbers of a model of S MB at the latest after S / 32 images.
+      the model has no more than 8 MB for every image in the call. Of a larger one a line of 64 bytes in every 4 KB,
+      and 8 MB per image in turns: a write to a whole tensor, or to 8 KB in a row, is noticed at once, a write to a
+      few numbers of a model of S MB at the latest after S / 8 images.
 
     Not noticed: writes of the third kind on GPUs or under ``check=False``; values in closures, globals and objects
     deeper within attributes. :meth:`refresh` makes the engine look again. An attribute that has changed three times

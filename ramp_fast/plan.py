@@ -47,6 +47,7 @@ class Plan:
     """
 
     def __init__(self, graph: Graph, rule: Rule, precision: Precision) -> None:
+        rule = rule.for_graph(graph)
         self.graph, self.rule, self.precision = graph, rule, precision
         self.constants: dict[Node, Any] = {}
         users = graph.users()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,20 @@ OWN_EXPORTS = {
     "test_written_out",
 }
 _shared = shared(export._exported)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in one process for every core, unless ``-n`` says how many; chosen files in this one.
+
+    Most of the time goes into torch.export, which is Python on one core.
+    """
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if not whole or getattr(config.option, "numprocesses", 0) is not None or config.option.usepdb:
+        return
+    config.option.numprocesses = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    config.option.dist = "loadfile"  # tests of a file share models
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that are started
 
 
 @pytest.fixture(autouse=True, scope="module")  # so that fixtures of modules share them too

@@ -179,7 +179,7 @@ def _differing(path: str, value: Any, copy: Any) -> list[str]:
 
 
 # What is compared of all bytes for every image.
-_BYTES_PER_IMAGE = 32 << 20
+_BYTES_PER_IMAGE = 8 << 20
 
 
 class Weights:

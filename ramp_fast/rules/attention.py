@@ -56,20 +56,12 @@ class _Pulled:
     m_bias: list[Tensor] | None = None
 
 
-class Attention(Operation):
-    """``softmax(scale Q K^T + bias) V``: softmax and both products with their junctions, in one step."""
-
-    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
-        super().__init__(node, precision, fusion, rule)
-        self.pullback_kernel = "attention_pullback" if self._fused else "products"
+class Forward(Operation):
+    """The forward pass of ``softmax(scale Q K^T + bias) V``, and its scores once more."""
 
     def prepare(self, constants: dict[Node, Any]) -> None:
         mask = constants.get(self.node.params.mask)
         self.only_masks = None if mask is None or mask.dtype == torch.bool else only_masks(mask)
-
-    def needs(self) -> list[Node]:
-        own = [self.node] if self.rule.gates_attention else []
-        return list(self.node.operands) + own
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         p = self.node.params
@@ -86,6 +78,38 @@ class Attention(Operation):
         if mask is None and q.shape[0] == k.shape[0]:
             return gemm.by_sample(attend, q.shape[-2], (q, k, v), 0), None
         return attend(q, k, v), None
+
+    def scores(self, query: Tensor, k: Tensor, values: Values) -> tuple[Tensor, Tensor | None]:
+        """``Q K^T`` with masked entries at minus infinity, and the additive bias apart from the mask."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scores = query.to(wide) @ k.to(wide).mT
+        p = self.node.params
+        if p.causal:
+            keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            return scores.masked_fill(~keep, float("-inf")), None
+        if p.mask is None:
+            return scores, None
+        mask = values[p.mask]
+        if mask.dtype == torch.bool:
+            return scores.masked_fill(~mask, float("-inf")), None
+        hidden = mask < MASK_BELOW
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if only_masks(mask) if self.only_masks is None else self.only_masks:
+            # A mask adds nothing to what it leaves: no junction.
+            return scores, None
+        return scores, mask.masked_fill(hidden, 0.0).to(wide)
+
+
+class Attention(Forward):
+    """absLRP of attention: softmax and both products with their junctions, in one step."""
+
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        super().__init__(node, precision, fusion, rule)
+        self.pullback_kernel = "attention_pullback" if self._fused else "products"
+
+    def needs(self) -> list[Node]:
+        own = [self.node] if self.rule.gates_attention else []
+        return list(self.node.operands) + own
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
@@ -156,7 +180,7 @@ class Attention(Operation):
         if gated:
             c = gate(c, values[self.node])
         query = q * p.scale
-        plain, bias = self._scores(query, k, values)
+        plain, bias = self.scores(query, k, values)
         scores = plain if bias is None else plain + bias
         weights = torch.nan_to_num(scores.softmax(-1))
 
@@ -176,26 +200,6 @@ class Attention(Operation):
     def _fold(c: Tensor, heads: int) -> Tensor:
         """Sum the coefficients of a key or value head over the query heads that share it."""
         return c if c.shape[2] == heads else c.unflatten(2, (heads, -1)).sum(3)
-
-    def _scores(self, query: Tensor, k: Tensor, values: Values) -> tuple[Tensor, Tensor | None]:
-        """``Q K^T`` with masked entries at minus infinity, and the additive bias apart from the mask."""
-        wide = torch.promote_types(query.dtype, torch.float32)
-        scores = query.to(wide) @ k.to(wide).mT
-        p = self.node.params
-        if p.causal:
-            keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            return scores.masked_fill(~keep, float("-inf")), None
-        if p.mask is None:
-            return scores, None
-        mask = values[p.mask]
-        if mask.dtype == torch.bool:
-            return scores.masked_fill(~mask, float("-inf")), None
-        hidden = mask < MASK_BELOW
-        scores = scores.masked_fill(hidden, float("-inf"))
-        if only_masks(mask) if self.only_masks is None else self.only_masks:
-            # A mask adds nothing to what it leaves: no junction.
-            return scores, None
-        return scores, mask.masked_fill(hidden, 0.0).to(wide)
 
     @staticmethod
     def _take_bias(

@@ -38,6 +38,14 @@ class Contribution:
         return Contribution(c)
 
 
+class Relevance(Contribution):
+    """``c`` is relevance itself, of rules for first layers that do not multiply by the pixels."""
+
+    def moved(self, c: Tensor, *, copies: bool = False) -> Contribution:
+        """As :meth:`Contribution.moved`."""
+        return Relevance(c)
+
+
 @dataclass(frozen=True)
 class Conservation:
     """How relevance adds up; this one, for linear rules, leaves coefficients as they are.
@@ -80,6 +88,9 @@ class Conservation:
 
     def merge(self, x: Tensor, parts: Sequence[Any], axis: BatchAxis) -> Any:
         """The relevance of ``x`` from that of its readers."""
+        if any(isinstance(part, Relevance) for part in parts):
+            first, *others = (part.c if isinstance(part, Relevance) else x * part.c for part in parts)
+            return Relevance(sum(others, first))
         first, *others = (part.c for part in parts)
         return Contribution(sum(others, first))
 
@@ -87,15 +98,20 @@ class Conservation:
         """``part`` with everything that is known of its scale applied, so that it can be put beside others."""
         return part
 
-    def piece(self, x: Tensor, c: Tensor, axis: BatchAxis) -> Any:
-        """The relevance ``c`` of an operand ``x`` that was put together with others, cut out of an exact one."""
-        return Contribution(c)
+    def piece(self, whole: Any, x: Tensor, c: Tensor, axis: BatchAxis) -> Any:
+        """The relevance ``c`` of an operand ``x`` that was put together with others, cut out of an exact ``whole``."""
+        return whole.moved(c)
 
     def together(self, c: Tensor, parts: Iterable[Any]) -> Any:
         """The relevance ``c`` of a tensor that exact ``parts`` were cut out of."""
-        return Contribution(c)
+        return next(iter(parts)).moved(c)
 
-    def finish(self, images: Tensor, part: Any, axis: BatchAxis, dtype: torch.dtype) -> Tensor:
-        """Coefficients of the images ``[maps, B, C, H, W]`` in ``dtype``, as they are scaled in the end."""
+    def finish(
+        self, images: Tensor, part: Any, axis: BatchAxis, dtype: torch.dtype, relevance: Callable[..., Tensor]
+    ) -> Tensor:
+        """Relevance of the images ``[maps, B, C, H, W]`` in ``dtype``, as it is scaled in the end.
+
+        ``relevance``: that of coefficients and what they belong to, by the rule.
+        """
         c: Tensor = part.c.to(dtype)
-        return c
+        return c if isinstance(part, Relevance) else relevance(c, images.to(dtype))

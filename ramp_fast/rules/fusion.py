@@ -145,7 +145,7 @@ class _Search:
 
     def _positive(self, node: Node) -> bool:
         """Whether relevance reaches only positive entries of ``node``: by value, or by a gate right below."""
-        if _never_negative(node):
+        if never_negative(node):
             return True
         while len(self.users[node]) == 1:
             if self.options.gated_output(node):
@@ -159,7 +159,8 @@ class _Search:
 _NEVER_NEGATIVE = frozenset({"relu", "sigmoid", "hardsigmoid", "abs", "square", "exp", "softplus", "sqrt", "rsqrt"})
 
 
-def _never_negative(node: Node) -> bool:
+def never_negative(node: Node) -> bool:
+    """Whether no entry of the value of ``node`` can be below zero."""
     if node.kind == g.ACTIVATION:
         return node.params.function in _NEVER_NEGATIVE
     if node.kind == g.SOFTMAX:
@@ -173,4 +174,4 @@ def _never_negative(node: Node) -> bool:
 
 
 def _all(nodes: Iterable[Node]) -> bool:
-    return all(_never_negative(n) for n in nodes)
+    return all(never_negative(n) for n in nodes)

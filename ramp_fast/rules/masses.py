@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,7 +108,7 @@ class Masses(Conservation):
         """As :meth:`ramp_fast.rules.Conservation.begin`: mass 1."""
         return Massed(c, c.new_ones(c.shape[:2]))
 
-    def piece(self, x: Tensor, c: Tensor, axis: BatchAxis) -> Massed:
+    def piece(self, whole: Massed, x: Tensor, c: Tensor, axis: BatchAxis) -> Massed:
         """As :meth:`ramp_fast.rules.Conservation.piece`: it keeps the mass that it carries."""
         mass = self.mass(x, c, axis)
         return Massed(c, mass, mass)
@@ -118,9 +118,12 @@ class Masses(Conservation):
         target = total(part.target for part in parts)
         return Massed(c, target, target)
 
-    def finish(self, images: Tensor, part: Massed, axis: BatchAxis, dtype: torch.dtype) -> Tensor:
+    def finish(
+        self, images: Tensor, part: Massed, axis: BatchAxis, dtype: torch.dtype, relevance: Callable[..., Tensor]
+    ) -> Tensor:
         """As :meth:`ramp_fast.rules.Conservation.finish`: mass 1, or 0 where there is none."""
-        return self.exact(images, Massed(part.c.to(dtype), unit_mass(part.target)), axis).c
+        scaled = self.exact(images, Massed(part.c.to(dtype), unit_mass(part.target)), axis)
+        return relevance(scaled.c, images.to(dtype))
 
     def rows(self, c: Tensor, axis: BatchAxis) -> Rows:
         return Rows(c, axis, self.batch)

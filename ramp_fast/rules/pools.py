@@ -82,10 +82,10 @@ class MaxPool(Operation):
         narrow = indices.to(torch.int32) if self._unpools(x.device) else indices
         return y, (narrow, x.shape, x.is_contiguous())
 
-    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
         pull = self._tiled if self.tiles else self._indexed
-        yield Flow(self.node.operands[0], Massed(pull(part.c, values, kept), part.target))
+        yield Flow(self.node.operands[0], part.moved(pull(part.c, values, kept), copies=True))
 
     def _tiled(self, c: Tensor, values: Values, kept: Any) -> Tensor:
         x = values[self.node.operands[0]].permute(0, 2, 3, 1)

@@ -123,7 +123,7 @@ class Join(Operation):
             if not several:
                 yield Flow(operand, part.moved(pieces[i], copies=True))
                 continue
-            yield Flow(operand, conservation.piece(own[i], pieces[i], operand.batch))
+            yield Flow(operand, conservation.piece(part, own[i], pieces[i], operand.batch))
 
 
 class Split(Operation):

@@ -40,6 +40,10 @@ class Rule(ABC):
         """Passes over the captured graph, in order. They keep the function that the graph computes."""
         return STANDARD
 
+    def for_graph(self, graph: Graph) -> Rule:
+        """The rule for one network, of which it may decide something; by default itself."""
+        return self
+
     def fuse(self, graph: Graph, precision: Precision) -> Mapping[Node, Fusion]:
         """What steps compute together; by default nothing is fused, which is always right."""
         return {}
@@ -51,6 +55,13 @@ class Rule(ABC):
     @abstractmethod
     def start(self, seed: Tensor, logits: Tensor) -> Tensor:
         """Coefficients at the logits ``[maps, B, classes]`` of relevance ``seed`` (the same shape)."""
+
+    def others(self, positive: Tensor, logits: Tensor) -> Tensor:
+        """The seed of the classes to contrast with, for one-hot seeds ``positive`` ``[K, B, classes]``.
+
+        By default all other classes alike.
+        """
+        return (1 - positive) / (logits.shape[-1] - 1)
 
     @abstractmethod
     def relevance(self, c: Tensor, x: Tensor) -> Tensor:

@@ -201,7 +201,8 @@ class Conv(Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelectio
     def forward(self, values: Values) -> tuple[Any, Any]:
         operands = [self.node.operands[0], *([] if self.fusion.fused_add is None else [self.fusion.fused_add])]
         forward: Callable[..., Tensor] = self.forward_map
-        if isinstance(forward, gemm.ConvForward) and self.fusion.fused_relu is None:
+        hides = isinstance(forward, gemm.ConvForward) and self.fusion.fused_relu is not None
+        if isinstance(forward, (gemm.ConvForward, gemm.PixelForward)) and not hides:
             known = [values.known_bound(n) for n in operands]
             if None not in known:
                 self._bounded(forward, operands, values, values.bound)
@@ -214,7 +215,7 @@ class Conv(Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelectio
         return self.by_sample(forward, 0, *(values[n] for n in operands)), None
 
     def _bounded(
-        self, forward: gemm.ConvForward, operands: list[Node], values: Values, bound: Callable[[Node], float]
+        self, forward: gemm.ConvForward | gemm.PixelForward, operands: list[Node], values: Values, bound: Callable[[Node], float]
     ) -> bool:
         """Whether no sum of this step can overflow: then there is no NaN, which a ReLU computed with it would hide."""
         growth, offset = forward.reach

@@ -110,8 +110,8 @@ def pull_back(plan: Plan, forward: Forward, c: Tensor, contrast: bool) -> Tensor
     last = pending.get(source)
     if not last:
         return torch.zeros(c.shape[0], *images.shape, dtype=wide, device=c.device)
-    final = conservation.finish(images, conservation.merge(images, last, source.batch), source.batch, wide)
-    return rule.relevance(final, images.to(wide))
+    final = conservation.merge(images, last, source.batch)
+    return conservation.finish(images, final, source.batch, wide, rule.relevance)
 
 
 def run_logits(plan: Plan, images: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class Target:
         ids = logits.argmax(-1, keepdim=True) if given is None else given
         positive = torch.zeros(ids.shape[1], *logits.shape, dtype=logits.dtype, device=logits.device)
         positive.scatter_(2, ids.t().unsqueeze(-1).clamp(0, self.classes - 1), 1.0)  # invalid ones may be outside
-        negative = (1 - positive) / (self.classes - 1) if self.contrast else None
+        negative = rule.others(positive, logits) if self.contrast else None
         return ids, start(rule.start, positive, negative, logits)
 
     def _computed(self, logits: Tensor) -> Tensor:

@@ -1,0 +1,488 @@
+"""Rules for one linear layer ``z = W x + b``: how it hands the relevance of its outputs to its inputs.
+
+Relevance is signed here, ``R = x c``. ``W+`` and ``W-`` are the positive and the negative entries of a weight, ``x+``
+and ``x-`` those of an input; ``/`` is a division that gives 0 where the denominator is 0. Stabilizers have the sign of
+what they are added to (plus for 0), as in zennit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ramp_fast._checks import flag, is_number
+from ramp_fast.gemm import LinearOp
+from ramp_fast.ops._common import divide
+from ramp_fast.rules.base import selected
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as its rule sees it when weights are packed.
+
+    Attributes
+    ----------
+    weight : Tensor
+        ``[out, in]``, or ``[out, in / groups, *kernel]`` of a convolution.
+    bias : Tensor or None
+        ``[out]``.
+    groups : int
+    positive : bool
+        Whether inputs are never negative.
+    product : callable
+        From a weight to the function ``x -> W x``, without a bias.
+    transposed : callable
+        From a weight to the function ``s -> W^T s``, of ``s`` ``[N, *output]``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    groups: int
+    positive: bool
+    product: Callable[[Tensor], LinearOp]
+    transposed: Callable[[Tensor], LinearOp]
+
+    def along_outputs(self, values: Tensor) -> Tensor:
+        """``values`` ``[out]`` with axes for the pixels of a convolution."""
+        return values.view(-1, *[1] * (self.weight.dim() - 2))
+
+
+class Arrived(ABC):
+    """Relevance at the output of a layer, with the values of the layer."""
+
+    @property
+    @abstractmethod
+    def x(self) -> Tensor:
+        """The input ``[B, *in]``."""
+
+    @property
+    @abstractmethod
+    def z(self) -> Tensor:
+        """The output ``[B, *out]``, with its bias."""
+
+    @abstractmethod
+    def coefficients(self) -> Tensor:
+        """``c = R / z`` ``[maps, B, *out]``, in the dtype of the pull-back's products."""
+
+    @abstractmethod
+    def relevance(self) -> Tensor:
+        """``R = z c`` ``[maps, B, *out]``, in float32 at least."""
+
+    @abstractmethod
+    def product(self, function: LinearOp, x: Tensor) -> Tensor:
+        """``W x`` in float32 at least."""
+
+    @abstractmethod
+    def transposed(self, function: LinearOp, s: Tensor) -> Tensor:
+        """``W^T s`` ``[maps, B, *in]`` for ``s`` ``[maps, B, *out]``."""
+
+
+class Pull(ABC):
+    """The packed pull-back of one layer: called with :class:`Arrived`, it returns ``[maps, B, *in]``.
+
+    Attributes
+    ----------
+    kernel : str
+        For ``print(engine.plan)``.
+    functions : sequence
+        What was packed.
+    """
+
+    kernel: str = ""
+
+    def __init__(self, *functions: LinearOp) -> None:
+        self.functions = functions
+        self.kernel = " ".join([functions[-1].kernel, self.kernel]).strip()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(f.nbytes for f in self.functions)
+
+    @abstractmethod
+    def __call__(self, arrived: Arrived) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LayerRule(ABC):
+    """How a linear layer or convolution hands relevance to its inputs.
+
+    Attributes
+    ----------
+    gives_relevance : bool
+        What it gives its inputs is their relevance itself, not coefficients: for layers that read the images, whose
+        rules do not multiply by the pixels.
+    reads_input, reads_output : bool
+        Whether its pull-back reads the layer's input, its output. Relevance of outputs is ``z c`` and reads them.
+    """
+
+    gives_relevance: ClassVar[bool] = False
+    reads_input: ClassVar[bool] = True
+    reads_output: ClassVar[bool] = True
+
+    @abstractmethod
+    def pack(self, layer: Layer) -> Pull:
+        """The pull-back of a layer."""
+
+
+def _number(rule: LayerRule, setting: str, least: float = 0.0) -> None:
+    value = getattr(rule, setting)
+    if not is_number(value) or value < least:
+        raise ValueError(f"{type(rule).__name__}: {setting} must be a number of at least {least:g}, got {value!r}")
+
+
+def ratio(relevance: Tensor, denominator: Tensor, stabilizer: float) -> Tensor:
+    """``R / (d + stabilizer sign(d))``, with the sign of 0 as plus; 0 where that is ``R / 0``."""
+    if stabilizer == 0:
+        return divide(relevance, denominator.expand_as(relevance))
+    sign = (denominator >= 0).to(denominator.dtype) * 2 - 1
+    return relevance / (denominator + stabilizer * sign)
+
+
+@dataclass(frozen=True)
+class Epsilon(LayerRule):
+    """``R_i = sum_j x_i w_ij R_j / (z_j + epsilon sign(z_j))``, the bias with its share (Bach et al. 2015).
+
+    Parameters
+    ----------
+    epsilon : float
+        0 is LRP-0: then ``c_x = W^T c``, and nothing is divided.
+    zero_bias : bool
+        Leave the bias out of ``z``.
+    """
+
+    epsilon: float = 1e-6
+    zero_bias: bool = False
+    reads_input: ClassVar[bool] = False
+
+    @property
+    def reads_output(self) -> bool:  # type: ignore[override]  # not at epsilon 0
+        """As of :class:`LayerRule`."""
+        return self.epsilon > 0 or self.zero_bias
+
+    def __post_init__(self) -> None:
+        _number(self, "epsilon")
+        flag("Epsilon", "zero_bias", self.zero_bias)
+
+    def pack(self, layer: Layer) -> Pull:
+        back = layer.transposed(layer.weight)
+        bias = layer.along_outputs(layer.bias) if self.zero_bias and layer.bias is not None else None
+        return _Plain(back) if self.epsilon == 0 and bias is None else _Ratio(back, self.epsilon, bias)
+
+
+class _Plain(Pull):
+    def __call__(self, arrived: Arrived) -> Tensor:
+        return arrived.transposed(self.functions[0], arrived.coefficients())
+
+
+class _Ratio(Pull):
+    kernel = "c z/(z+eps)"
+
+    def __init__(self, back: LinearOp, epsilon: float, bias: Tensor | None) -> None:
+        super().__init__(back)
+        self.epsilon, self.bias = epsilon, bias
+
+    def __call__(self, arrived: Arrived) -> Tensor:
+        z = arrived.z if self.bias is None else arrived.z - self.bias.to(arrived.z)
+        return arrived.transposed(self.functions[0], ratio(arrived.relevance(), z, self.epsilon))
+
+
+class _Parted(LayerRule):
+    """Rules with one weight ``U`` for contributions on one side of zero, and one, ``L``, for the others.
+
+    ``d_1 = U x+ + L x- + b_U`` and ``d_2 = L x+ + U x- + b_L``; with ``s_1``, ``s_2`` of :meth:`messages` inputs above
+    zero have ``c = U^T s_1 + L^T s_2``, and those below ``c = L^T s_1 + U^T s_2``.
+    """
+
+    zero_bias: bool
+    second: ClassVar[bool] = True
+
+    @abstractmethod
+    def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """``U`` and ``L`` of a weight, ``b_U`` and ``b_L`` of a bias."""
+
+    @abstractmethod
+    def messages(
+        self, relevance: Tensor, arrived: Arrived, first: Tensor, second: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``s_1`` and ``s_2`` from the relevance of the outputs and the denominators."""
+
+    def pack(self, layer: Layer) -> Pull:
+        return _PartedPull(self, layer)
+
+
+class _PartedPull(Pull):
+
+    def __init__(self, rule: _Parted, layer: Layer) -> None:
+        self.rule, self.positive = rule, layer.positive
+        upper, lower = rule.parts(layer.weight)
+        self.forward = layer.product(upper), layer.product(lower) if rule.second or not self.positive else None
+        back = layer.transposed(upper), layer.transposed(lower) if self.forward[1] is not None else None
+        self.back = back
+        biases: tuple[Tensor | None, ...] = (None, None)
+        if layer.bias is not None and not rule.zero_bias:
+            biases = tuple(layer.along_outputs(b) for b in rule.parts(layer.bias))
+        self.biases = biases
+        self.kernel = "ratio of parts"
+        super().__init__(*[f for f in (*self.forward, *self.back) if f is not None])
+
+    def __call__(self, arrived: Arrived) -> Tensor:
+        x = arrived.x
+        upper, lower = self.forward
+        sides = [x] if self.positive else [x.clamp_min(0), x.clamp_max(0)]
+
+        def denominator(functions: Sequence[LinearOp | None], bias: Tensor | None) -> Tensor:
+            total = sum(arrived.product(f, side) for f, side in zip(functions, sides, strict=False) if f is not None)
+            assert isinstance(total, Tensor)
+            return total if bias is None else total + bias.to(total)
+
+        first = denominator((upper, lower), self.biases[0])
+        second = denominator((lower, upper), self.biases[1]) if self.rule.second else None
+        one, two = self.rule.messages(arrived.relevance(), arrived, first, second)
+        up, down = self.back
+
+        def pulled(first: LinearOp | None, second: LinearOp | None) -> Tensor:
+            assert first is not None
+            c = arrived.transposed(first, one)
+            if two is not None:
+                assert second is not None
+                c = c + arrived.transposed(second, two)
+            return c
+
+        if self.positive:
+            return pulled(up, down)
+        return selected(pulled(up, down), pulled(down, up), x)
+
+
+@dataclass(frozen=True)
+class ZPlus(_Parted):
+    """``R_i = sum_j (x_i w_ij)+ R_j / sum_i' (x_i' w_i'j)+`` (Montavon et al. 2017); inputs may have both signs.
+
+    Parameters
+    ----------
+    stabilizer : float
+        Added to the denominator.
+    zero_bias : bool
+        Leave the positive part of the bias out of the denominator.
+    """
+
+    stabilizer: float = 1e-6
+    zero_bias: bool = False
+    second: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _number(self, "stabilizer")
+        flag("ZPlus", "zero_bias", self.zero_bias)
+
+    def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight.clamp_min(0), weight.clamp_max(0)
+
+    def messages(
+        self, relevance: Tensor, arrived: Arrived, first: Tensor, second: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return ratio(relevance, first, self.stabilizer), None
+
+
+@dataclass(frozen=True)
+class AlphaBeta(_Parted):
+    """``alpha`` times the rule of positive contributions minus ``beta`` times that of negative ones (Bach et al. 2015).
+
+    ``alpha - beta`` must be 1. ``stabilizer``, ``zero_bias``: as of :class:`ZPlus`, of both denominators.
+    """
+
+    alpha: float = 2.0
+    beta: float = 1.0
+    stabilizer: float = 1e-6
+    zero_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for setting in ("alpha", "beta", "stabilizer"):
+            _number(self, setting)
+        flag("AlphaBeta", "zero_bias", self.zero_bias)
+        if abs(self.alpha - self.beta - 1) > 1e-9:
+            raise ValueError(f"AlphaBeta: alpha - beta must be 1, got {self.alpha!r} - {self.beta!r}")
+
+    def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight.clamp_min(0), weight.clamp_max(0)
+
+    def messages(
+        self, relevance: Tensor, arrived: Arrived, first: Tensor, second: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        assert second is not None
+        return (
+            self.alpha * ratio(relevance, first, self.stabilizer),
+            -self.beta * ratio(relevance, second, self.stabilizer),
+        )
+
+
+@dataclass(frozen=True)
+class Gamma(_Parted):
+    """Contributions of the output's own sign count ``1 + gamma`` times.
+
+    The rule of Montavon et al. 2019 for inputs that are not negative, generalised to both signs as in zennit (Andeol et
+    al. 2021): with ``U = W + gamma W+`` and ``L = W + gamma W-``, outputs above zero divide by ``U x+ + L x-``, those
+    below by ``L x+ + U x-``.
+
+    Parameters
+    ----------
+    gamma : float
+    stabilizer, zero_bias
+        As of :class:`ZPlus`.
+    """
+
+    gamma: float = 0.25
+    stabilizer: float = 1e-6
+    zero_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for setting in ("gamma", "stabilizer"):
+            _number(self, setting)
+        flag("Gamma", "zero_bias", self.zero_bias)
+
+    def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight + self.gamma * weight.clamp_min(0), weight + self.gamma * weight.clamp_max(0)
+
+    def messages(
+        self, relevance: Tensor, arrived: Arrived, first: Tensor, second: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        assert second is not None
+        z = arrived.z
+        return (
+            ratio(relevance, first, self.stabilizer) * (z > 0),
+            ratio(relevance, second, self.stabilizer) * (z < 0),
+        )
+
+
+@dataclass(frozen=True)
+class SameSign(_Parted):
+    """Only contributions of the output's own sign: ``R_i = sum_j (x_i w_ij)^s R_j / sum_i' (x_i' w_i'j)^s``.
+
+    ``s`` is the sign of ``z_j``; the bias takes nothing. The limit of :class:`Gamma` for large gamma.
+    """
+
+    zero_bias: bool = True
+
+    def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight.clamp_min(0), weight.clamp_max(0)
+
+    def messages(
+        self, relevance: Tensor, arrived: Arrived, first: Tensor, second: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        assert second is not None
+        z = arrived.z
+        return ratio(relevance, first, 0.0) * (z > 0), ratio(relevance, second, 0.0) * (z < 0)
+
+
+@dataclass(frozen=True)
+class Flat(LayerRule):
+    """``R_i = sum_j R_j / n_j``: all ``n_j`` inputs that an output reads get the same (Lapuschkin et al. 2019)."""
+
+    stabilizer: float = 1e-6
+    gives_relevance: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _number(self, "stabilizer")
+
+    def pack(self, layer: Layer) -> Pull:
+        return _Constant(layer, torch.ones_like(layer.weight), None, self.stabilizer)
+
+
+@dataclass(frozen=True)
+class WSquare(LayerRule):
+    """``R_i = sum_j w_ij^2 R_j / (sum_i' w_i'j^2 + b_j^2)`` (Montavon et al. 2017)."""
+
+    stabilizer: float = 1e-6
+    zero_bias: bool = False
+    gives_relevance: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _number(self, "stabilizer")
+        flag("WSquare", "zero_bias", self.zero_bias)
+
+    def pack(self, layer: Layer) -> Pull:
+        bias = None if self.zero_bias or layer.bias is None else layer.along_outputs(layer.bias.square())
+        return _Constant(layer, layer.weight.square(), bias, self.stabilizer)
+
+
+class _Constant(Pull):
+    """With ones in the place of the inputs."""
+
+    kernel = "constant shares"
+
+    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None, stabilizer: float) -> None:
+        self.forward, self.back = layer.product(weight), layer.transposed(weight)
+        self.bias, self.stabilizer = bias, stabilizer
+        super().__init__(self.forward, self.back)
+
+    def __call__(self, arrived: Arrived) -> Tensor:
+        below = arrived.product(self.forward, torch.ones_like(arrived.x[:1]))
+        below = below if self.bias is None else below + self.bias.to(below)
+        return arrived.transposed(self.back, ratio(arrived.relevance(), below, self.stabilizer))
+
+
+@dataclass(frozen=True)
+class ZBox(LayerRule):
+    """For inputs between ``low`` and ``high``: ``x w - low w+ - high w-`` in the place of ``x w`` (Montavon et al. 2017).
+
+    Parameters
+    ----------
+    low, high : float or sequence of float
+        The least and the largest value of an input; one for all, or one per channel. Of preprocessed images these are
+        ``(0 - mean) / std`` and ``(1 - mean) / std``.
+    stabilizer : float
+    """
+
+    low: Any
+    high: Any
+    stabilizer: float = 1e-6
+    gives_relevance: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _number(self, "stabilizer")
+        for setting in ("low", "high"):
+            value = getattr(self, setting)
+            values = value.flatten().tolist() if isinstance(value, Tensor) else value
+            values = [values] if is_number(values) else values
+            if not isinstance(values, (list, tuple)) or not values or not all(is_number(v) for v in values):
+                raise ValueError(f"ZBox: {setting} must be a number, or one for every channel, got {value!r}")
+            object.__setattr__(self, setting, tuple(float(v) for v in values))
+
+    def pack(self, layer: Layer) -> Pull:
+        channels = layer.weight.shape[1] * layer.groups
+        for setting in ("low", "high"):
+            count = len(getattr(self, setting))
+            if count not in (1, channels):
+                raise ValueError(f"ZBox: {setting} has {count} values; the layer's input has {channels} channels")
+        return _Box(self, layer)
+
+
+class _Box(Pull):
+    kernel = "box"
+
+    def __init__(self, rule: ZBox, layer: Layer) -> None:
+        self.stabilizer = rule.stabilizer
+        weights = layer.weight, layer.weight.clamp_min(0), layer.weight.clamp_max(0)
+        self.forward = [layer.product(w) for w in weights[1:]]
+        self.back = [layer.transposed(w) for w in weights]
+        self.bias = layer.bias is not None
+        wide = layer.weight
+        self.bounds = [wide.new_tensor(v).view(-1, *[1] * (wide.dim() - 2)) for v in (rule.low, rule.high)]
+        biases = (layer.bias.clamp_min(0), layer.bias.clamp_max(0)) if layer.bias is not None else ()
+        self.biases = [layer.along_outputs(b) for b in biases]
+        super().__init__(*self.forward, *self.back)
+
+    def __call__(self, arrived: Arrived) -> Tensor:
+        x = arrived.x
+        boxes = [bound.to(x).expand_as(x[:1]).contiguous() for bound in self.bounds]
+        below = arrived.z
+        for function, box in zip(self.forward, boxes, strict=True):
+            below = below - arrived.product(function, box)
+        for bias in self.biases:
+            below = below - bias.to(below)
+        s = ratio(arrived.relevance(), below, self.stabilizer)
+        own, positive, negative = (arrived.transposed(f, s) for f in self.back)
+        return x * own - boxes[0] * positive - boxes[1] * negative

@@ -1,0 +1,134 @@
+"""``ramp``: the signed rule that scored best in our own evaluation (docs/evaluation.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ramp_fast import graph as g
+from ramp_fast._checks import is_number
+from ramp_fast.gemm import LinearOp
+from ramp_fast.graph import Graph, Node
+from ramp_fast.ops._common import divide
+from ramp_fast.rules.layer_rules import Arrived, Epsilon, Flat, Layer, LayerRule, Pull, SameSign, ZPlus
+from ramp_fast.rules.rule import Rule
+from ramp_fast.rules.signed import Signed
+
+_NORMS = frozenset({g.LAYER_NORM, g.RMS_NORM, g.GROUP_NORM, g.ATTENTION, g.SOFTMAX})
+
+
+@dataclass(frozen=True)
+class Ramp(Signed):
+    """AttnLRP for transformers with all relevance of a token given to its pixels; z+ with a signed head for others.
+
+    Networks with attention or LayerNorm: LRP-0 everywhere, the halves of AttnLRP, and in the patch embedding only
+    contributions of the token's own sign, so that neither the bias nor position embeddings take relevance. Others:
+    :class:`RampHead` at the end, z+ without bias in the layers, shares of equal size in the first.
+
+    Parameters
+    ----------
+    temperature : float, optional
+        The contrast is with the other classes as the softmax of ``logits / temperature`` weighs them. By default 3
+        for networks with attention or LayerNorm and 1 for others.
+    """
+
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not (is_number(self.temperature) and self.temperature > 0):
+            raise ValueError(f"Ramp: temperature must be a positive number, got {self.temperature!r}")
+
+    @property
+    def name(self) -> str:
+        """What Engine takes, or the options."""
+        return "ramp" if self.temperature is None else f"ramp:temperature={self.temperature:g}"
+
+    def for_graph(self, graph: Graph) -> Rule:
+        """As :meth:`ramp_fast.rules.Rule.for_graph`."""
+        if any(node.kind in _NORMS for node in graph.nodes):
+            return _Tokens(3.0 if self.temperature is None else self.temperature, self.name)
+        head = graph.output if graph.output.kind == g.LINEAR else None
+        return _Convolutions(1.0 if self.temperature is None else self.temperature, self.name, head)
+
+    def layer_rule(self, node: Node, first: bool) -> LayerRule:
+        """Decided for each graph (:meth:`for_graph`)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Form(Signed):
+    temperature: float
+    label: str
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def others(self, positive: Tensor, logits: Tensor) -> Tensor:
+        """As :meth:`ramp_fast.rules.Rule.others`: the softmax of the other logits."""
+        return (logits / self.temperature).masked_fill(positive > 0, float("-inf")).softmax(-1)
+
+
+@dataclass(frozen=True)
+class _Tokens(_Form):
+    constants_take_nothing: ClassVar[bool] = True
+
+    def layer_rule(self, node: Node, first: bool) -> LayerRule:
+        return SameSign() if first else Epsilon(0.0)
+
+
+@dataclass(frozen=True)
+class _Convolutions(_Form):
+    head: Node | None = None
+
+    def layer_rule(self, node: Node, first: bool) -> LayerRule:
+        if node is self.head:
+            return RampHead()
+        return Flat(0.0) if first else ZPlus(0.0, zero_bias=True)
+
+
+@dataclass(frozen=True)
+class RampHead(LayerRule):
+    """The last layer of a convolutional network, at pooled features ``p`` that are not negative.
+
+    From coefficients ``c`` at the logits, with ``N(v) = v / sum(p v)`` and ``u_j = 1 / |logit_j|`` where ``c_j < 0``::
+
+        c_p = share N(W^T c) + (1 - share) (N(W+^T c+) - N(W+^T u))
+
+    Parameters
+    ----------
+    share : float
+    """
+
+    share: float = 0.3
+
+    def pack(self, layer: Layer) -> Pull:
+        """As :meth:`LayerRule.pack`."""
+        return _Head(layer.transposed(layer.weight), layer.transposed(layer.weight.clamp_min(0)), self.share)
+
+
+class _Head(Pull):
+    kernel = "head"
+    reads_input = True
+    reads_output = True
+
+    def __init__(self, whole: LinearOp, positive: LinearOp, share: float) -> None:
+        super().__init__(whole, positive)
+        self.share = share
+
+    def __call__(self, arrived: Arrived) -> Tensor:
+        c, p = arrived.coefficients(), arrived.x
+        whole, positive = self.functions
+        z = arrived.z.expand(c.shape)
+        others = divide(torch.ones_like(z), z.abs()) * (c < 0)
+
+        def unit(function: LinearOp, s: Tensor) -> Tensor:
+            v = arrived.transposed(function, s).to(z.dtype)
+            total = (p * v).flatten(2).sum(-1)
+            return divide(v, total.view(*total.shape, *[1] * (v.dim() - 2)).expand_as(v))
+
+        evidence = unit(positive, c.clamp_min(0)) - unit(positive, others)
+        return self.share * unit(whole, c) + (1 - self.share) * evidence

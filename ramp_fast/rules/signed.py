@@ -1,0 +1,614 @@
+"""Signed rules, ``R = x c``: what they do with every kind of operation.
+
+Coefficients are the gradient of a modified network here. Linear layers and convolutions follow a
+:class:`~ramp_fast.rules.layer_rules.LayerRule`; what the other kinds do is the same under all of these rules, but for
+the options of :class:`Signed`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ramp_fast import gemm
+from ramp_fast import graph as g
+from ramp_fast.capture import passes
+from ramp_fast.errors import UnsupportedModelError
+from ramp_fast.gemm import LinearOp, Precision
+from ramp_fast.graph import Graph, Node
+from ramp_fast.ops._common import divide
+from ramp_fast.rules import attention
+from ramp_fast.rules.base import Flow, Fusion, Operation, Values, reduce_to, vjp
+from ramp_fast.rules.conservation import Contribution, Relevance
+from ramp_fast.rules.fusion import never_negative
+from ramp_fast.rules.layer_rules import Arrived, Layer, LayerRule, Pull
+from ramp_fast.rules.pools import MaxPool
+from ramp_fast.rules.rearrange import Decision, Join, Rearrange, Split, SplitOutput
+from ramp_fast.rules.rule import Pass, Rule
+from ramp_fast.rules.weighted import Weighted, affine
+
+
+@dataclass
+class SignedFusion(Fusion):
+    """What a signed rule decides for one node.
+
+    Attributes
+    ----------
+    layer : LayerRule or None
+        Of a linear layer or convolution.
+    own_relevance : bool
+        Of a sum with a constant: the other operand gets all relevance of the sum.
+    """
+
+    layer: LayerRule | None = None
+    own_relevance: bool = False
+
+
+class Signed(Rule):
+    """The base of signed rules.
+
+    Attributes
+    ----------
+    activations : {"pass", "guided", "deconvnet"}
+        Activations hand on the relevance of their output, ``c f(x) / x``; or ReLUs change the gradient as guided
+        backpropagation and DeconvNet do, and other activations have their own gradient.
+    attention : {"all", "values"}
+        Half of the relevance of attention goes to the values and a quarter each to queries and keys, or all of it to
+        the values.
+    residual_gamma : float
+        Of sums of two tensors: an operand with the sign of the sum counts ``1 + gamma`` times.
+    times_input : bool
+        Whether maps are ``x c``, or the gradient ``c`` itself.
+    constants_take_nothing : bool
+        Constants that are added on the way from the first layer, as position embeddings are, take no relevance.
+    """
+
+    activations: ClassVar[str] = "pass"
+    attention: ClassVar[str] = "all"
+    residual_gamma: ClassVar[float] = 0.0
+    times_input: ClassVar[bool] = True
+    constants_take_nothing: ClassVar[bool] = False
+
+    @abstractmethod
+    def layer_rule(self, node: Node, first: bool) -> LayerRule:
+        """The rule of a linear layer or convolution; ``first``: it reads the images with no other one between."""
+
+    def rewrites(self) -> Sequence[Pass]:
+        """As :meth:`ramp_fast.rules.Rule.rewrites`: BatchNorm becomes part of the layer before it."""
+        return (passes.fold_batchnorm, *passes.STANDARD)
+
+    def fuse(self, graph: Graph, precision: Precision) -> Mapping[Node, Fusion]:
+        """As :meth:`ramp_fast.rules.Rule.fuse`."""
+        return _decisions(self, graph)
+
+    def start(self, seed: Tensor, logits: Tensor) -> Tensor:
+        """The seed itself: the relevance of a logit is the logit times its seed."""
+        return seed
+
+    def relevance(self, c: Tensor, x: Tensor) -> Tensor:
+        """As :meth:`ramp_fast.rules.Rule.relevance`: ``x c``."""
+        return x * c if self.times_input else c
+
+    def operation(self, node: Node, precision: Precision, fusion: Fusion) -> Operation:
+        """As :meth:`ramp_fast.rules.Rule.operation`."""
+        kind = TABLE[node.kind]
+        if node.kind == g.REARRANGE and node.params.how in ("cat", "stack"):
+            kind = Join
+        elif node.kind == g.ACTIVATION and node.params.how == "relu" and node.params.cap == math.inf:
+            kind = Relu
+        elif node.kind == g.ACTIVATION and self.activations != "pass":
+            kind = AtPoint
+        return kind(node, precision, fusion, self)
+
+
+def _decisions(rule: Signed, graph: Graph) -> Mapping[Node, Fusion]:
+    """Layer rules of all layers, and which sums hand on all of their relevance."""
+    carriers = graph.carriers()
+    below: dict[Node, frozenset[str]] = {graph.input: frozenset()}  # kinds between a node and the images
+    decided: dict[Node, Fusion] = {}
+    for node in graph.nodes:
+        if node.constant or node.kind == g.INPUT or node not in carriers:
+            continue
+        under = frozenset[str]().union(*(below.get(n, frozenset()) for n in node.sources))
+        below[node] = under | {node.kind}
+        fusion = decided[node] = SignedFusion()
+        if node.kind in g.WEIGHTED:
+            first = not under & g.WEIGHTED
+            fusion.layer = rule.layer_rule(node, first)
+            if fusion.layer.gives_relevance and not under <= HAND_ON:
+                kinds = ", ".join(sorted(under - HAND_ON))
+                raise UnsupportedModelError(
+                    f"{rule.name}: {node.module or node.name} follows {fusion.layer}, which gives relevance to what the "
+                    f"layer reads, and between it and the images there is {kinds}, which takes coefficients only"
+                )
+            fusion.positive_input = never_negative(node.operands[0])
+        elif node.kind == g.ADD and rule.constants_take_nothing:
+            fusion.own_relevance = len(node.sources) == 1 and _stem(node.sources[0])
+    return decided
+
+
+def _stem(node: Node) -> bool:
+    """Whether values of ``node`` are outputs of a first layer, moved, or with constants beside them or added to them."""
+    while node.kind in (g.REARRANGE, g.ADD) and len(node.sources) == 1:
+        node = node.sources[0]
+    if node.kind not in g.WEIGHTED:
+        return False
+    seen = [node.operands[0]]
+    while seen:
+        current = seen.pop()
+        if current.kind in g.WEIGHTED:
+            return False
+        seen.extend(current.sources)
+    return True
+
+
+class Step(Operation):
+    """An operation of one tensor: a subclass says how coefficients (:meth:`pull`) and relevance are handed on."""
+
+    pullback_kernel = "torch"
+
+    @property
+    def source(self) -> Node:
+        return self.node.sources[0]
+
+    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
+        if isinstance(part, Relevance):
+            yield Flow(self.source, Relevance(self.hand_on(part.c, values)))
+        else:
+            yield Flow(self.source, part.moved(self.pull(part.c, values, kept).to(part.c.dtype)))
+
+    def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        """``c`` of the operand from that of the output."""
+        raise NotImplementedError
+
+    def hand_on(self, relevance: Tensor, values: Values) -> Tensor:
+        """Relevance of the operand from that of the output: all of it, of an operation of single entries."""
+        return relevance
+
+    def wide(self, c: Tensor) -> Tensor:
+        return c.to(self.precision.accumulate)
+
+
+class Linear(Weighted[Pull]):
+    """A linear layer or convolution under its :class:`LayerRule`."""
+
+    fusion: SignedFusion
+
+    def pack(self, constants: dict[Node, Any]) -> tuple[LinearOp, Pull]:
+        weight, bias = self.effective(constants)
+        narrow = self.precision.pullback
+        p, size = self.node.params, self.node.operands[0].example[2:]
+        if self.node.kind == g.LINEAR:
+            layer = Layer(
+                weight,
+                bias,
+                1,
+                self.fusion.positive_input,
+                lambda w: gemm.Matrix(w.to(narrow)),
+                lambda w: gemm.Matrix(w.to(narrow).t()),
+            )
+            forward: LinearOp = gemm.Matrix(weight, bias)
+        else:
+            geometry = gemm.Geometry.of(p)
+            tiles = len(size) == 2 and geometry.tiles(weight, *size)
+            layer = Layer(
+                weight,
+                bias,
+                p.groups,
+                self.fusion.positive_input,
+                lambda w: gemm.PatchForward(w.to(narrow), None)
+                if tiles
+                else gemm.convolution(w.to(narrow), None, geometry),
+                lambda w: gemm.PatchPullback(w.to(narrow))
+                if tiles
+                else gemm.ConvPullback(w.to(narrow), geometry, size),
+            )
+            forward = gemm.PatchForward(weight, bias) if tiles else gemm.convolution(weight, bias, geometry)
+        assert self.fusion.layer is not None
+        return forward, self.fusion.layer.pack(layer)
+
+    def parameters(self) -> Any:
+        return self.node.params, repr(self.fusion.layer)
+
+    def needs(self) -> list[Node]:
+        rule = self.fusion.layer
+        assert rule is not None
+        reads = [self.node.operands[0]] if rule.reads_input else []
+        return [*reads, *([self.node] if rule.reads_output or self._relevance_arrives else [])]
+
+    @property
+    def _relevance_arrives(self) -> bool:
+        return isinstance(self.rule, Signed) and self.rule.constants_take_nothing and _stem(self.node)
+
+    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
+        pulled = self.pullback_map(_Arrived(self, part, values))
+        assert self.fusion.layer is not None
+        found = Relevance(pulled) if self.fusion.layer.gives_relevance else Contribution(pulled)
+        yield Flow(self.node.operands[0], found)
+
+
+class _Arrived(Arrived):
+    def __init__(self, step: Linear, part: Contribution, values: Values) -> None:
+        self.step, self.part, self.values = step, part, values
+        self.narrow, self.accumulate = step.precision.pullback, step.precision.accumulate
+
+    @property
+    def x(self) -> Tensor:
+        return self.values[self.step.node.operands[0]]  # type: ignore[no-any-return]
+
+    @cached_property
+    def z(self) -> Tensor:
+        z: Tensor = self.values[self.step.node].to(self.accumulate)
+        return z
+
+    def coefficients(self) -> Tensor:
+        c = self.part.c
+        if isinstance(self.part, Relevance):
+            c = divide(c.to(self.accumulate), self.z.expand(c.shape))
+        return c.to(self.narrow)
+
+    def relevance(self) -> Tensor:
+        c = self.part.c.to(self.accumulate)
+        return c if isinstance(self.part, Relevance) else c * self.z
+
+    def product(self, function: LinearOp, x: Tensor) -> Tensor:
+        return self.step.by_sample(function, 0, x.to(self.narrow)).to(self.accumulate)
+
+    def transposed(self, function: LinearOp, s: Tensor) -> Tensor:
+        s = s.to(self.narrow)
+        if self.step.node.kind == g.LINEAR:
+            return self.step.by_sample(function, 1, s.contiguous())
+        return self.step.by_sample(lambda t: function(t.flatten(0, 1)).unflatten(0, t.shape[:2]), 1, s)
+
+
+class Relu(Step):
+    """``[y > 0] c``; guided: also only positive ``c``; DeconvNet: positive ``c`` wherever it is."""
+
+    def needs(self) -> list[Node]:
+        return [self.node]
+
+    def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        if self.rule.activations == "deconvnet":
+            return c.clamp_min(0)
+        gated = c * (values[self.node] > 0).to(c.dtype)
+        return gated.clamp_min(0) if self.rule.activations == "guided" else gated
+
+
+class PassOn(Step):
+    """``c f(x) / x``, 0 where x is 0: the input gets the relevance of the output."""
+
+    pullback_kernel = "f(x)/x"
+
+    def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [(self.node.example, self.precision.pullback)]
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        x, y = values[self.source], values.call(self.node)
+        return y, divide(y, x).to(self.precision.pullback)
+
+    def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        return c * kept
+
+
+class AtPoint(Step):
+    """``J(x)^T c``: what is linear, or a choice of its inputs, or where a rule takes the gradient."""
+
+    pullback_kernel = "autograd"
+
+    def needs(self) -> list[Node]:
+        return [n for n in dict.fromkeys(self.node.references()) if not n.constant]
+
+    def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        def function(u: Tensor) -> Tensor:
+            y: Any = values.call_at(self.node, self.source, u)
+            return y[0] if isinstance(y, tuple) else y
+
+        # a slope of infinity, as a norm has at zero, is no share of anything
+        return torch.nan_to_num(vjp(function, values[self.source], self.wide(c)), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+class Constant(Step):
+    """``c`` goes on as it is: token selections, and ``x`` minus a detached statistic."""
+
+    pullback_kernel = "view"
+
+    def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        return c
+
+
+class Scale(Step):
+    """A constant factor: ``s c``."""
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        return values.call(self.node), values[self.source].shape
+
+    def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        factor = values[self.node.params.factor]
+        if isinstance(factor, Tensor):
+            factor = self.wide(factor)
+        return reduce_to(self.wide(c) / factor if self.node.params.inverse else self.wide(c) * factor, kept)
+
+
+class Div(Step):
+    """Division by a detached statistic, or multiplication by one: ``c / d``, ``c d``."""
+
+    def needs(self) -> list[Node]:
+        return [self.source, self.node.params.denominator]
+
+    def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        d, wide = self.wide(values[self.node.params.denominator]), self.wide(c)
+        scaled = wide * d if self.node.params.inverse else divide(wide, d.expand(c.shape[1:]).expand_as(wide))
+        return reduce_to(scaled, values[self.source].shape)
+
+
+class BatchNorm(Step):
+    """A diagonal linear layer where it is not folded: ``g c``."""
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        self.gain = affine(self.node.params, constants)[0].to(self.precision.accumulate)
+
+    def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        return self.wide(c) * self.gain.view(-1, *[1] * (c.dim() - 3))
+
+
+class Norm(Step):
+    """LayerNorm, RMSNorm and GroupNorm with a detached deviation: ``w c / sigma``, less the mean where one is taken."""
+
+    def needs(self) -> list[Node]:
+        return [self.source]
+
+    def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        p, x = self.node.params, self.wide(values[self.source])
+        weight = None if p.weight is None else self.wide(values[p.weight])
+        own = self.wide(c)
+        if self.node.kind == g.GROUP_NORM:
+            own = own if weight is None else own * weight.view(-1, *[1] * (x.dim() - 2))
+            rows = own.unflatten(2, (p.groups, -1)).flatten(3)
+            inverse = _inverse_sigma(x.unflatten(1, (p.groups, -1)).flatten(2), (-1,), p.eps)
+            return ((rows - rows.mean(-1, keepdim=True)) * inverse).reshape(c.shape)
+        own = own if weight is None else own * weight
+        axes = tuple(range(-p.dims, 0))
+        if self.node.kind == g.LAYER_NORM:
+            return (own - own.mean(axes, keepdim=True)) * _inverse_sigma(x, axes, p.eps)
+        eps = p.eps if p.eps is not None else torch.finfo(values[self.source].dtype).eps
+        return own * (x.square().mean(axes, keepdim=True) + eps).rsqrt()
+
+
+def _inverse_sigma(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
+    centred = x - x.mean(axes, keepdim=True)
+    sigma = (centred.square().mean(axes, keepdim=True) + eps).sqrt()
+    return divide(torch.ones_like(sigma), sigma)
+
+
+class Add(Operation):
+    """``c`` to every operand; with a residual gamma ``w_a z c / (w_a a + w_b b)``.
+
+    ``own_relevance``: a constant takes nothing, and the other operand gets the relevance of the sum.
+    """
+
+    fusion: SignedFusion
+
+    @cached_property
+    def _residual(self) -> bool:
+        return self.rule.residual_gamma > 0 and len(self.node.sources) == 2
+
+    def needs(self) -> list[Node]:
+        if self.fusion.own_relevance:
+            return [self.node]
+        return [self.node, *self.node.sources] if self._residual else []
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        return values.call(self.node), {n: values[n].shape for n in self.node.sources}
+
+    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
+        p = self.node.params
+        if isinstance(part, Relevance) or self.fusion.own_relevance:
+            (source,) = self.node.sources
+            relevance = part.c
+            if not isinstance(part, Relevance):
+                relevance = part.c.to(self.precision.accumulate) * values[self.node]
+            yield Flow(source, Relevance(reduce_to(relevance, kept[source])))
+            return
+        shared = self._shared(part.c, values) if self._residual else None
+        for i, (operand, sign) in enumerate(zip((p.first, p.second), p.signs, strict=True)):
+            if isinstance(operand, Node) and not operand.constant:
+                c = part.c if shared is None else shared[i]
+                c = reduce_to(c if sign > 0 else -c, kept[operand])
+                yield Flow(operand, part.moved(c.to(part.c.dtype), copies=True))
+
+    def _shared(self, c: Tensor, values: Values) -> list[Tensor]:
+        p, wide = self.node.params, self.precision.accumulate
+        z = values[self.node].to(wide)
+        terms = [sign * values[n].to(wide) for n, sign in zip((p.first, p.second), p.signs, strict=True)]
+        weights = [1 + self.rule.residual_gamma * (t * z > 0) for t in terms]
+        below = sum(w * t for w, t in zip(weights, terms, strict=True))
+        assert isinstance(below, Tensor)
+        r = divide(z, below) * c.to(wide)
+        return [w * r for w in weights]
+
+
+class Product(Operation):
+    """``z = a b``: half of the relevance to each; with attention to the values alone nothing to its weights."""
+
+    pullback_kernel = "products"
+
+    def needs(self) -> list[Node]:
+        return list(self.node.operands)
+
+    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
+        for place, share in enumerate(self._shares):
+            operand = self.node.operands[place]
+            if share and not operand.constant:
+                own = self.pull(part.c, values, place)
+                yield Flow(operand, part.moved((share * own).to(part.c.dtype), copies=True))
+
+    @property
+    def _shares(self) -> tuple[float, float]:
+        attends = getattr(self.node.params, "role", None) == "attend"
+        if attends and self.rule.attention == "values":
+            return (0.0, 1.0) if _is_weights(self.node.operands[0]) else (1.0, 0.0)
+        return 0.5, 0.5
+
+    def pull(self, c: Tensor, values: Values, place: int) -> Tensor:
+        """``c`` of one operand, the other constant."""
+        x, other = values[self.node.operands[place]], values[self.node.operands[1 - place]]
+        if self.node.kind == g.MUL:
+            return reduce_to(c.to(self.precision.accumulate) * other, x.shape)
+        narrow = self.precision.pullback
+        c, other = c.to(narrow), other.to(narrow).mT
+        return reduce_to(c @ other if place == 0 else other @ c, x.shape)
+
+
+def _is_weights(node: Node) -> bool:
+    while node.kind == g.REARRANGE:
+        node = node.operands[0]
+    return node.kind == g.SOFTMAX
+
+
+class Bilinear(Product):
+    """einsum of two tensors."""
+
+    pullback_kernel = "autograd"
+
+    def pull(self, c: Tensor, values: Values, place: int) -> Tensor:
+        node, wide = self.node, self.precision.accumulate
+        operands = [values[n].to(wide) for n in node.operands]
+
+        def product(u: Tensor) -> Tensor:
+            given = iter([u if i == place else x for i, x in enumerate(operands)])
+
+            def value(n: Node) -> Any:
+                return next(given) if n is node.operands[0] or n is node.operands[1] else values[n].to(wide)
+
+            y: Tensor = node.target(*g.map_nodes(value, node.args), **g.map_nodes(value, node.kwargs))
+            return y
+
+        return vjp(product, tuple(operands[place].shape), c.to(wide))
+
+
+class Softmax(Step):
+    """Its Jacobian: ``A (c - sum A c)``."""
+
+    def needs(self) -> list[Node]:
+        return [self.node]
+
+    def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        weights = self.wide(values[self.node])
+        dim = self.node.params.dim % weights.dim() - weights.dim()
+        own = weights * self.wide(c)
+        return own - weights * own.sum(dim, keepdim=True)
+
+
+class Attention(attention.Forward):
+    """Half to the values, and through the softmax's Jacobian a quarter to queries and keys each; or all to the values.
+
+    ``c_V = A^T c / 2``, ``c_A = c V^T / 2``, ``c_S = A (c_A - sum A c_A)``, ``c_Q = scale c_S K / 2``, ``c_K = scale
+    c_S^T Q / 2``.
+    """
+
+    pullback_kernel = "products"
+
+    def needs(self) -> list[Node]:
+        return list(self.node.operands)
+
+    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
+        p, narrow = self.node.params, self.precision.pullback
+        query, key, value = self.node.operands
+        q, k, v = (values[n] for n in self.node.operands)
+        heads = k.shape[1]
+        if p.grouped:
+            k, v = (t.repeat_interleave(q.shape[1] // heads, 1) for t in (k, v))
+        wide = self.precision.accumulate
+        plain, bias = self.scores(q * p.scale, k, values)
+        weights = torch.nan_to_num((plain if bias is None else plain + bias).softmax(-1)).to(wide)
+        c, halves = part.c.to(narrow), self.rule.attention == "all"
+
+        def flow(node: Node, own: Tensor, share: float) -> Iterator[Flow]:
+            if not node.constant:
+                x = values[node]
+                if own.shape[2] != x.shape[1] and node is not query:
+                    own = own.unflatten(2, (heads, -1)).sum(3)  # the heads of queries that share it
+                yield Flow(node, part.moved((share * own).to(part.c.dtype), copies=True))
+
+        yield from flow(value, weights.to(narrow).mT @ c, 0.5 if halves else 1.0)
+        if halves:
+            c_a = (c @ v.to(narrow).mT).to(wide)
+            own = weights * c_a
+            c_s = ((own - weights * own.sum(-1, keepdim=True)) * (p.scale / 4)).to(narrow)
+            yield from flow(query, c_s @ k.to(narrow), 1.0)
+            yield from flow(key, c_s.mT @ q.to(narrow), 1.0)
+
+
+class LinearMap(AtPoint):
+    """A linear function with constant weights: ``L^T c``."""
+
+    def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        wide = self.wide(c)
+        constants = [values[n] for n in self.node.args[1:]]
+        constants = [t.to(wide.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in constants]
+        return vjp(lambda u: self.node.target(u, *constants), tuple(values[self.source].shape), wide)
+
+
+class Choice(Operation):
+    """Every entry is one of two tensors': ``c`` goes to the one chosen, half to each of two equal ones."""
+
+    pullback_kernel = "autograd"
+
+    def needs(self) -> list[Node]:
+        return [n for n in dict.fromkeys(self.node.references()) if not n.constant]
+
+    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
+        part = self.merged(parts, values, conservation)
+        c = part.c.to(self.precision.accumulate)
+        for operand in self.node.sources:
+            own = vjp(partial(values.call_at, self.node, operand), values[operand], c)
+            yield Flow(operand, part.moved(own.to(part.c.dtype), copies=True))
+
+
+HAND_ON = frozenset({g.REARRANGE, g.SPLIT, g.SPLIT_OUTPUT, g.SCALE, g.ADD, g.BATCH_NORM, g.SELECT_TOKENS})
+"""Kinds that hand relevance on from their output to their input, where it does not come as coefficients."""
+
+_Factory = Callable[..., Operation]
+
+TABLE: dict[str, type[Operation]] = {
+    g.LINEAR: Linear,
+    g.CONV: Linear,
+    g.BATCH_NORM: BatchNorm,
+    g.LAYER_NORM: Norm,
+    g.GROUP_NORM: Norm,
+    g.RMS_NORM: Norm,
+    g.ACTIVATION: PassOn,
+    g.ADD: Add,
+    g.MUL: Product,
+    g.DIV: Div,
+    g.SCALE: Scale,
+    g.MATMUL: Product,
+    g.SOFTMAX: Softmax,
+    g.ATTENTION: Attention,
+    g.MAX_POOL: MaxPool,
+    g.LINEAR_POOL: AtPoint,
+    g.SELECT_TOKENS: Constant,
+    g.LINEAR_MAP: LinearMap,
+    g.BILINEAR: Bilinear,
+    g.MAX_REDUCTION: AtPoint,
+    g.REDUCTION: AtPoint,
+    g.SHIFT: Constant,
+    g.CHOICE: Choice,
+    g.DECISION: Decision,
+    g.REARRANGE: Rearrange,
+    g.SPLIT: Split,
+    g.SPLIT_OUTPUT: SplitOutput,
+    g.GENERIC: PassOn,
+}

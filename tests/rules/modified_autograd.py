@@ -1,0 +1,192 @@
+"""Signed rules by autograd: a model runs as it is, with functions of torch whose gradients are those of a rule.
+
+Independent of the engine, which sees a captured graph: here calls are changed one by one while the model's own code runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# From a layer as (function of weight and bias, x, weight, bias) to its output.
+LayerOracle = Callable[[Callable[..., Tensor], Tensor, Tensor, Tensor | None], Tensor]
+
+ACTIVATIONS = frozenset(
+    "relu relu_ relu6 gelu silu silu_ sigmoid tanh hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ "
+    "leaky_relu elu softplus mish".split()
+)
+
+
+def with_gradient(value: Tensor, of: Tensor) -> Tensor:
+    """``value``, whose gradient is that of ``of``."""
+    return value.detach() + (of - of.detach())
+
+
+def part(x: Tensor, share: float) -> Tensor:
+    """``x`` with ``share`` of its gradient."""
+    return with_gradient(x, share * x)
+
+
+def ratio(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+
+
+class Modified(TorchFunctionMode):
+    """Calls of torch with the gradients of a signed rule."""
+
+    def __init__(
+        self, layer: LayerOracle | None = None, *, values_only: bool = False, residual_gamma: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.layer, self.values_only, self.residual_gamma = layer, values_only, residual_gamma
+        self.layers = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__
+        handler = getattr(self, f"_{name.strip('_')}", None)
+        if name in ACTIVATIONS:
+            return self._activation(func, *args, **kwargs)
+        if name in ("matmul", "__matmul__", "bmm", "mul", "__mul__", "__rmul__", "einsum"):
+            return self._product(func, *args, **kwargs)
+        if name in ("add", "__add__", "__radd__", "add_", "__iadd__") and self.residual_gamma:
+            return self._sum(func, *args, **kwargs)
+        if name in ("div", "__truediv__", "divide") and _carries(args[1]):
+            return func(args[0], args[1].detach())
+        if name in ("linear", "conv2d"):
+            return self._layer(func, *args, **kwargs)
+        if name in ("layer_norm", "rms_norm", "group_norm", "scaled_dot_product_attention", "softmax"):
+            return handler(func, *args, **kwargs)  # type: ignore[misc]
+        return func(*args, **kwargs)
+
+    def _activation(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs.pop("inplace", None)
+        y = func(x.clone(), *args, **kwargs)
+        return with_gradient(y, x * ratio(y, x).detach())
+
+    def _product(self, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if sum(_carries(a) for a in args) == 2:
+            args = tuple(part(a, 0.5) if _carries(a) else a for a in args)
+        return func(*args, **kwargs)
+
+    def _sum(self, func: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not (_carries(a) and _carries(b)):
+            return func(a, b, *args, **kwargs)
+        z = (a + b).detach()
+        weights = [1 + self.residual_gamma * (t.detach() * z > 0) for t in (a, b)]
+        share = ratio(z, weights[0] * a.detach() + weights[1] * b.detach())
+        return with_gradient(z, weights[0] * share * a + weights[1] * share * b)
+
+    def _layer(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if self.layer is None or not _carries(x):
+            return func(x, weight, bias, *args, **kwargs)
+        self.layers += 1
+        return self.layer(lambda u, w, b: func(u, w, b, *args, **kwargs), x, weight, bias)
+
+    def _layer_norm(self, func: Any, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+        axes = tuple(range(-len(shape), 0))
+        centred = x - x.mean(axes, keepdim=True)
+        sigma = (centred.square().mean(axes, keepdim=True) + eps).sqrt().detach()
+        return _affine(centred / sigma, weight, bias)
+
+    def _rms_norm(self, func: Any, x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+        axes = tuple(range(-len(shape), 0))
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        return _affine(x / (x.square().mean(axes, keepdim=True) + eps).sqrt().detach(), weight, None)
+
+    def _group_norm(self, func: Any, x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+        rows = x.unflatten(1, (groups, -1)).flatten(2)
+        centred = rows - rows.mean(-1, keepdim=True)
+        sigma = (centred.square().mean(-1, keepdim=True) + eps).sqrt().detach()
+        shape = (-1, *[1] * (x.dim() - 2))
+        views = [None if t is None else t.view(shape) for t in (weight, bias)]
+        return _affine((centred / sigma).reshape(x.shape), *views)
+
+    def _softmax(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = func(x, *args, **kwargs)
+        return y.detach() if self.values_only else y
+
+    def _scaled_dot_product_attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.values_only:
+            return func(q.detach(), k.detach(), v, *args, **kwargs)
+        return func(part(q, 0.25), part(k, 0.25), part(v, 0.5), *args, **kwargs)
+
+
+def _carries(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def relevance(model: nn.Module, x: Tensor, seed: Tensor | int, mode: Modified) -> Tensor:
+    """``x`` times the modified gradient of the logits, weighted by ``seed`` ``[B, classes]`` or of one class."""
+    before = [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        x = x.clone().requires_grad_()
+        with mode:
+            logits = model(x)
+        total = logits[:, seed].sum() if isinstance(seed, int) else (logits * seed).sum()
+        (gradient,) = torch.autograd.grad(total, x)
+    finally:
+        for p, flag in zip(model.parameters(), before, strict=True):
+            p.requires_grad_(flag)
+    return x.detach() * gradient
+
+
+def epsilon(epsilon: float) -> LayerOracle:
+    def layer(apply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        z = apply(x, weight, bias)
+        return with_gradient(z, apply(x, weight, None) * (z / (z + epsilon * torch.where(z < 0, -1.0, 1.0))).detach())
+
+    return layer
+
+
+def parts(
+    split: Callable[[Tensor], tuple[Tensor, Tensor]], *, first: float, second: float, gated: bool, eps: float
+) -> LayerOracle:
+    """z+, alpha-beta and gamma: ``split`` gives U and L; ``gated``: by the sign of the output."""
+
+    def layer(apply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        z = apply(x, weight, bias)
+        (up, low), biases = split(weight), (None, None) if bias is None else split(bias)
+        above, below = x * (x > 0), x * (x < 0)
+        total: Tensor | float = 0.0
+        for (a, b), offset, factor, own in (
+            ((up, low), biases[0], first, z > 0),
+            ((low, up), biases[1], second, z < 0),
+        ):
+            if not factor:
+                continue
+            linear = apply(above, a, None) + apply(below, b, None)
+            under = apply(above, a, offset) + apply(below, b, None)
+            share = factor * z / (under + eps * torch.where(under < 0, -1.0, 1.0))
+            total = total + linear * (share * own if gated else share).detach()
+        assert isinstance(total, Tensor)
+        return with_gradient(z, total)
+
+    return layer
+
+
+def z_plus(eps: float = 1e-6) -> LayerOracle:
+    return parts(lambda w: (w.clamp(min=0), w.clamp(max=0)), first=1.0, second=0.0, gated=False, eps=eps)
+
+
+def alpha_beta(alpha: float, beta: float, eps: float = 1e-6) -> LayerOracle:
+    return parts(lambda w: (w.clamp(min=0), w.clamp(max=0)), first=alpha, second=-beta, gated=False, eps=eps)
+
+
+def gamma(value: float, eps: float = 1e-6) -> LayerOracle:
+    def split(w: Tensor) -> tuple[Tensor, Tensor]:
+        return w + value * w.clamp(min=0), w + value * w.clamp(max=0)
+
+    return parts(split, first=1.0, second=1.0, gated=True, eps=eps)
+
+

@@ -1,0 +1,151 @@
+"""Rules for layers against their definitions, by loops over an explicit matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ramp_fast import Engine, rules
+from ramp_fast.rules import AlphaBeta, Composite, Epsilon, Flat, Gamma, LayerRule, SameSign, WSquare, ZBox, ZPlus
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(3 * 6 * 6, 7),
+    "conv": lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1),
+    "grouped conv": lambda: nn.Conv2d(3, 6, 3, padding=1, groups=3),
+    "patches": lambda: nn.Conv2d(3, 4, 3, stride=3),
+    "pixels": lambda: nn.Conv2d(3, 4, 1, bias=False),
+}
+
+
+def stabilized(d: float, eps: float) -> float:
+    return d + (eps if d >= 0 else -eps)
+
+
+def over(a: float, b: float) -> float:
+    return 0.0 if b == 0 else a / b
+
+
+# From inputs x [n], weights w [n] of one output, its bias, z and relevance to the relevance of the inputs.
+def by_epsilon(eps: float) -> Callable[..., Tensor]:
+    return lambda x, w, b, z, r: x * w * over(r, stabilized(z, eps) if eps else z)
+
+
+def side(x: Tensor, w: Tensor, b: float, r: float, sign: int, eps: float) -> Tensor:
+    terms = (sign * x * w).clamp(min=0) * sign
+    total = float(terms.sum()) + sign * max(sign * b, 0.0)
+    return terms * over(r, stabilized(total, eps) if eps else total)
+
+
+def by_gamma(gamma: float, eps: float) -> Callable[..., Tensor]:
+    def rule(x: Tensor, w: Tensor, b: float, z: float, r: float) -> Tensor:
+        if z == 0:
+            return 0 * x
+        sign = 1 if z > 0 else -1
+        own = x * w + gamma * sign * (sign * x * w).clamp(min=0)
+        total = float(own.sum()) + b + gamma * sign * max(sign * b, 0.0)
+        return own * r / stabilized(total, eps)
+
+    return rule
+
+
+RULES: dict[LayerRule, Callable[..., Tensor]] = {
+    Epsilon(0.0): by_epsilon(0.0),
+    Epsilon(0.2): by_epsilon(0.2),
+    Epsilon(0.2, zero_bias=True): lambda x, w, b, z, r: x * w * r / stabilized(z - b, 0.2),
+    ZPlus(0.01): lambda x, w, b, z, r: side(x, w, b, r, 1, 0.01),
+    ZPlus(0.0, zero_bias=True): lambda x, w, b, z, r: side(x, w, 0.0, r, 1, 0.0),
+    AlphaBeta(2, 1, 0.01): lambda x, w, b, z, r: 2 * side(x, w, b, r, 1, 0.01) - side(x, w, b, r, -1, 0.01),
+    AlphaBeta(1.5, 0.5, 0.01): lambda x, w, b, z, r: 1.5 * side(x, w, b, r, 1, 0.01) - 0.5 * side(x, w, b, r, -1, 0.01),
+    Gamma(0.25, 0.01): by_gamma(0.25, 0.01),
+    Gamma(3.0, 0.01): by_gamma(3.0, 0.01),
+    SameSign(): lambda x, w, b, z, r: side(x, w, 0.0, r, 1 if z > 0 else -1, 0.0),
+    Flat(0.0): lambda x, w, b, z, r: (w != 0) * over(r, float((w != 0).sum())),
+    WSquare(0.01): lambda x, w, b, z, r: w**2 * r / (float((w**2).sum()) + b * b + 0.01),
+    ZBox(-3.0, 4.0, 0.01): lambda x, w, b, z, r: (
+        (x * w + 3 * w.clamp(min=0) - 4 * w.clamp(max=0))
+        * r
+        / stabilized(z + 3 * float(w.clamp(min=0).sum()) - 4 * float(w.clamp(max=0).sum()) - b, 0.01)
+    ),
+}
+
+
+def matrix(layer: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """``[out, in]`` and ``[out]`` of a layer of flattened images."""
+    count = torch.Size(shape).numel()
+    bias = layer(torch.zeros(1, *shape, dtype=torch.float64)).flatten()
+    columns = layer(torch.eye(count, dtype=torch.float64).view(count, *shape)).flatten(1) - bias
+    return columns.t(), bias
+
+
+@pytest.mark.parametrize("inputs", ["both signs", "not negative"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_definition(rule: LayerRule, layer: str, inputs: str) -> None:
+    torch.manual_seed(0)
+    body = LAYERS[layer]().requires_grad_(False)
+    flat = [nn.Flatten()] if layer == "linear" else []
+    before = [nn.ReLU()] if inputs == "not negative" else []
+    if before and rule.gives_relevance:
+        pytest.skip("a rule for layers that read the images")
+    model = nn.Sequential(*before, *flat, body, *([] if flat else [nn.Flatten()])).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    x[0, 0, 0] = 0
+    weights, bias = matrix(nn.Sequential(*flat, body), (3, 6, 6))
+    with torch.no_grad():
+        z = model(x)
+    seed = torch.randn(z.shape, dtype=torch.float64)
+    below = x.clamp(min=0) if before else x
+    expected = torch.zeros_like(x)
+    for image in range(2):
+        for j in range(z.shape[1]):
+            r = float(seed[image, j] * z[image, j])
+            share = RULES[rule](below[image].flatten(), weights[j], float(bias[j]), float(z[image, j]), r)
+            expected[image] += share.view(3, 6, 6)
+    found = Engine(model, rule, "float64", input_shape=(3, 6, 6)).attribute(x, seed, "none", "none").maps
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_rules_by_name_kind_and_place() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5), nn.Linear(5, 3)
+    ).eval()
+    rule = Composite({"conv": ZPlus(), "linear": Epsilon()}, by_name={"6": Epsilon(0.5), "missing.*": Flat()}, first=Flat())
+    engine = Engine(model, rule, input_shape=(3, 6, 6))
+    found = {s.node.module: s.operation.fusion.layer for s in engine.plan.steps if s.node.kind in ("conv", "linear")}
+    assert found == {"0": Flat(), "2": ZPlus(), "5": Epsilon(), "6": Epsilon(0.5)}
+
+
+def test_a_rule_that_gives_relevance_needs_the_images_below() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten()).eval()
+    with pytest.raises(rules.rule.UnsupportedModelError, match="2 follows Flat.*activation"):
+        Engine(model, Composite(by_name={"2": Flat()}), input_shape=(3, 6, 6))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Epsilon(-1), "Epsilon: epsilon must be a number of at least 0, got -1"),
+        (lambda: AlphaBeta(2, 0), "alpha - beta must be 1"),
+        (lambda: ZBox("low", 1), "low must be a number, or one for every channel"),
+        (lambda: Composite({"convs": ZPlus()}), "'convs' is no kind of layer.*did you mean 'conv'"),
+        (lambda: Composite(by_name={"fc": 1}), "by_name must map names to rules"),
+        (lambda: Composite(activations="pas"), "activations must be one of"),
+        (lambda: rules.resolve("lrp-epsilom"), "unknown rule 'lrp-epsilom'.*did you mean 'lrp-epsilon'"),
+        (lambda: rules.resolve("lrp-epsilon:epsilom=1"), "unknown setting 'epsilom'.*did you mean 'epsilon'"),
+        (lambda: rules.resolve("guided-backprop:x=1"), "it has no settings"),
+        (lambda: rules.resolve("epsilon-gamma-box"), "needs low and high"),
+    ],
+)
+def test_bad_settings(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_names_say_the_settings() -> None:
+    assert rules.resolve("lrp-epsilon:epsilon=0.1").name == "lrp-epsilon:epsilon=0.1"
+    assert rules.resolve("lrp-epsilon:epsilon=1e-6").name == "lrp-epsilon"
+    assert rules.resolve("abslrp").name == "abslrp"
+    assert rules.resolve(Gamma(0.5)).name == repr(rules.resolve(Gamma(0.5)))

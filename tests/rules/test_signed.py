@@ -1,0 +1,148 @@
+"""Signed rules on whole networks: modified autograd, zennit, and what the rules say themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import modified_autograd as oracle
+import pytest
+import timm
+import torch
+from small_models import FAMILIES, images
+from torch import Tensor, nn
+
+from ramp_fast import Engine, rules
+
+ORACLES: dict[str, Callable[[], oracle.Modified]] = {
+    "attnlrp": lambda: oracle.Modified(),
+    "cp-lrp": lambda: oracle.Modified(values_only=True),
+    "reslrp:gamma=0.5": lambda: oracle.Modified(residual_gamma=0.5),
+    "lrp-epsilon": lambda: oracle.Modified(oracle.epsilon(1e-6)),
+    "lrp-epsilon:epsilon=0.1": lambda: oracle.Modified(oracle.epsilon(0.1)),
+    "lrp-zplus": lambda: oracle.Modified(oracle.z_plus()),
+    "lrp-gamma": lambda: oracle.Modified(oracle.gamma(0.25)),
+    "lrp-alpha2-beta1": lambda: oracle.Modified(oracle.alpha_beta(2, 1)),
+}
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    **FAMILIES,
+    "vit, registers and LayerScale": lambda: timm.create_model(
+        "vit_small_patch14_reg4_dinov2", img_size=28, depth=2, num_classes=10, init_values=0.5
+    ),
+    "eva02": lambda: timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=2, num_classes=10),
+    "swin": lambda: timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(1, 1), num_heads=(2, 2), embed_dim=16,
+        num_classes=10,
+    ),
+    "convnext": lambda: timm.create_model("convnext_atto", depths=(1, 1), dims=(8, 16), num_classes=10),
+    "efficientnet": lambda: timm.create_model("efficientnet_b0", num_classes=10, depth_multiplier=0.1),
+    "clip": lambda: timm.create_model("vit_base_patch32_clip_224", img_size=32, depth=2, embed_dim=32, num_heads=2,
+                                      num_classes=10),
+}  # fmt: skip
+
+
+def network(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(3)
+    model = NETWORKS[name]().eval().double()
+    for p in model.parameters():  # heads that start at zero, LayerScale
+        if float(p.detach().abs().max()) < 1e-3:
+            nn.init.normal_(p, std=0.2)
+    size = {"eva02": 28, "vit, registers and LayerScale": 28}.get(name, 16 if name in FAMILIES else 32)
+    return model, images(2, size=size).double()
+
+
+@pytest.mark.parametrize("rule", ORACLES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_maps_are_those_of_modified_autograd(name: str, rule: str) -> None:
+    model, x = network(name)
+    seed = torch.randn(2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    folded = model
+    if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        folded = _folded(model)
+    expected = oracle.relevance(folded, x, seed, ORACLES[rule]())
+    found = Engine(model, rule, "float64").attribute(x, seed, "none", "none").maps
+    assert expected.abs().max() > 0
+    assert (found - expected).abs().max() < 1e-8 * expected.abs().max()
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """BatchNorm merged into the convolutions before it, by torch."""
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(model)
+
+
+ZENNIT = {
+    "epsilon-plus": ("epsilon_plus", {}),
+    "epsilon-plus-flat": ("epsilon_plus_flat", {}),
+    "epsilon-gamma-box:low=-2,high=2.5": ("epsilon_gamma_box", {"low": -2.0, "high": 2.5}),
+    "epsilon-alpha2-beta1": ("epsilon_alpha2_beta1", {}),
+    "epsilon-alpha2-beta1-flat": ("epsilon_alpha2_beta1_flat", {}),
+    "excitation-backprop": ("excitation_backprop", {}),
+    "guided-backprop": ("guided_backprop", {}),
+    "deconvnet": ("deconvnet", {}),
+}
+
+
+@pytest.mark.parametrize("rule", ZENNIT)
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
+def test_composites_are_zennit_s(name: str, rule: str) -> None:
+    pytest.importorskip("zennit")
+    from torchvision import models
+    from zennit.attribution import Gradient
+    from zennit.composites import COMPOSITES
+    from zennit.torchvision import ResNetCanonizer, VGGCanonizer
+
+    torch.manual_seed(0)
+    model = getattr(models, name)(num_classes=10).eval().double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.bias, std=0.1)
+    x = images(2, size=64).double()
+    known, options = ZENNIT[rule]
+    gradients = rule in ("guided-backprop", "deconvnet")
+    canonizer = (ResNetCanonizer if name == "resnet18" else VGGCanonizer)()
+    composite = COMPOSITES[known](canonizers=[canonizer], **options)
+    seed = torch.eye(10, dtype=torch.float64)[[3, 7]]
+    with Gradient(model, composite) as attributor:
+        logits, expected = attributor(x.clone(), seed)
+    # zennit's seed is the relevance of a logit, or of a gradient the gradient
+    given = seed if gradients else seed / logits.detach()
+    found = Engine(model, rule, "float64").attribute(x, given, "none", "none").maps
+    assert expected.abs().max() > 0
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_contrast_is_a_signed_seed() -> None:
+    model, x = FAMILIES["vit"]().double(), images(1).double()
+    engine = Engine(model, "attnlrp", "float64")
+    each = engine.attribute(x.expand(10, -1, -1, -1), torch.arange(10), "none", "none").maps
+    found = engine.attribute(x, torch.tensor([[4, 2]]), "others", "none").maps[0]
+    for one, target in zip(found, (4, 2), strict=True):
+        others = (each.sum(0) - each[target]) / 9
+        torch.testing.assert_close(one, each[target] - others, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", rules.NAMED)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_rule_on_every_network(name: str, rule: str) -> None:
+    """Finite, and the same for an image alone and beside others, to the last bit."""
+    spec = f"{rule}:low=-3,high=3" if rule == "epsilon-gamma-box" else rule
+    model, x = network(name)
+    engine = Engine(model.float(), spec)
+    found = engine.attribute(x.float(), torch.tensor([3, 7])).maps
+    assert found.isfinite().all()
+    assert found.abs().amax() > 0
+    assert torch.equal(found[1:], engine.attribute(x[1:].float(), 7).maps)
+
+
+@pytest.mark.parametrize("rule", ["attnlrp", "lrp-zplus", "lrp-gamma", "epsilon-plus-flat", "ramp"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_mixed_is_near_float64(name: str, rule: str) -> None:
+    model, x = network(name)
+    exact = Engine(model, rule, "float64").attribute(x, 3).maps
+    mixed = Engine(model.float(), rule, "mixed").attribute(x.float(), 3).maps
+    errors = (mixed - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert errors.max() < 0.05
