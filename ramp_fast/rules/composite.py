@@ -41,6 +41,8 @@ class Composite(Signed):
         the values.
     residual_gamma : float
         In sums of two tensors an operand with the sign of the sum counts ``1 + gamma`` times.
+    stabilizer : float
+        Sums of two tensors and average pools hand on ``c z / (z + stabilizer sign(z))``, as zennit's do.
     times_input : bool
         Maps are coefficients times pixels; with False the coefficients alone, as of guided backpropagation.
     fold_batchnorm : bool
@@ -65,8 +67,9 @@ class Composite(Signed):
     activations: str = "pass"  # type: ignore[misc]  # options of this rule, settled for others
     attention: str = "all"  # type: ignore[misc]
     residual_gamma: float = 0.0  # type: ignore[misc]
+    stabilizer: float = 0.0  # type: ignore[misc]
     times_input: bool = True  # type: ignore[misc]
-    fold_batchnorm: bool = True
+    fold_batchnorm: bool = True  # type: ignore[misc]
     label: str = ""
 
     def __post_init__(self) -> None:
@@ -77,13 +80,22 @@ class Composite(Signed):
         one_of("attention", self.attention, ("all", "values"))
         flag("Composite", "times_input", self.times_input)
         flag("Composite", "fold_batchnorm", self.fold_batchnorm)
-        if not is_number(self.residual_gamma) or self.residual_gamma < 0:
-            raise ValueError(f"residual_gamma must be a number that is not negative, got {self.residual_gamma!r}")
+        for setting in ("residual_gamma", "stabilizer"):
+            value = getattr(self, setting)
+            if not is_number(value) or value < 0:
+                raise ValueError(f"Composite: {setting} must be a number that is not negative, got {value!r}")
 
     @property
     def name(self) -> str:
         """The label, or the options."""
         return self.label or repr(self)
+
+    @property
+    def divides_nowhere(self) -> bool:  # type: ignore[override]  # as the layers' rules are
+        """As of :class:`ramp_fast.rules.signed.Signed`."""
+        given = dict(self.layers)
+        own = [*given.values(), *(rule for _, rule in (*self.by_name, *self.first))]
+        return set(given) == set(_KINDS) and all(rule == Epsilon(0.0) for rule in own)
 
     def __repr__(self) -> str:
         given = {name: getattr(self, name) for name in self.__dataclass_fields__}

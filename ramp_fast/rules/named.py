@@ -52,6 +52,10 @@ def _zplus(*, stabilizer: float = 1e-6) -> Rule:
     return Composite(ZPlus(stabilizer))
 
 
+def _excitation(*, stabilizer: float = 1e-6) -> Rule:
+    return Composite(ZPlus(stabilizer), stabilizer=stabilizer)
+
+
 def _alpha_beta(*, alpha: float = 2.0, beta: float = 1.0, stabilizer: float = 1e-6) -> Rule:
     return Composite(AlphaBeta(alpha, beta, stabilizer))
 
@@ -60,15 +64,14 @@ def _composite(convolutions: LayerRule, first: Any = None) -> Callable[..., Rule
     def make(*, epsilon: float = 1e-6, stabilizer: float = 1e-6) -> Rule:
         conv = replace(convolutions, stabilizer=stabilizer)  # type: ignore[call-arg]  # all of them have one
         below = None if first is None else replace(first, stabilizer=stabilizer)
-        return Composite({"conv": conv, "linear": Epsilon(epsilon)}, first=below)
+        return Composite({"conv": conv, "linear": Epsilon(epsilon)}, first=below, stabilizer=stabilizer)
 
     return make
 
 
 def _gamma_box(*, low: Any, high: Any, epsilon: float = 1e-6, gamma: float = 0.25, stabilizer: float = 1e-6) -> Rule:
-    return Composite(
-        {"conv": Gamma(gamma, stabilizer), "linear": Epsilon(epsilon)}, first={"conv": ZBox(low, high, stabilizer)}
-    )
+    layers = {"conv": Gamma(gamma, stabilizer), "linear": Epsilon(epsilon)}
+    return Composite(layers, first={"conv": ZBox(low, high, stabilizer)}, stabilizer=stabilizer)
 
 
 def _attnlrp(*, epsilon: float = 0.0) -> Rule:
@@ -102,7 +105,7 @@ NAMED: dict[str, Named] = {
     "epsilon-gamma-box": Named("zennit's EpsilonGammaBox; needs low and high of the pixels", _gamma_box),
     "epsilon-plus": Named("zennit's EpsilonPlus: z+ in convolutions, epsilon in linear layers", _composite(ZPlus())),
     "epsilon-plus-flat": Named("zennit's EpsilonPlusFlat: the first layer flat", _composite(ZPlus(), Flat())),
-    "excitation-backprop": Named("excitation backprop (Zhang et al. 2016): z+ in all layers", _zplus),
+    "excitation-backprop": Named("excitation backprop (Zhang et al. 2016): z+ in all layers", _excitation),
     "guided-backprop": Named("guided backprop (Springenberg et al. 2015)", _gradients("guided")),
     "lrp-alpha2-beta1": Named("alpha-beta in all layers (Bach et al. 2015)", _alpha_beta),
     "lrp-epsilon": Named("epsilon in all layers (Bach et al. 2015); LRP-0 with epsilon=0", _epsilon),

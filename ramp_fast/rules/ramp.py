@@ -36,6 +36,7 @@ class Ramp(Signed):
     """
 
     temperature: float | None = None
+    divides_nowhere: ClassVar[bool] = True  # but in the patch embedding, which has no scale behind it
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not (is_number(self.temperature) and self.temperature > 0):

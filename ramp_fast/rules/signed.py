@@ -28,7 +28,7 @@ from ramp_fast.rules import attention
 from ramp_fast.rules.base import Flow, Fusion, Operation, Values, reduce_to, vjp
 from ramp_fast.rules.conservation import Contribution, Relevance
 from ramp_fast.rules.fusion import never_negative
-from ramp_fast.rules.layer_rules import Arrived, Layer, LayerRule, Pull
+from ramp_fast.rules.layer_rules import Arrived, Layer, LayerRule, Pull, ratio
 from ramp_fast.rules.pools import MaxPool
 from ramp_fast.rules.rearrange import Decision, Join, Rearrange, Split, SplitOutput
 from ramp_fast.rules.rule import Pass, Rule
@@ -68,6 +68,12 @@ class Signed(Rule):
         Whether maps are ``x c``, or the gradient ``c`` itself.
     constants_take_nothing : bool
         Constants that are added on the way from the first layer, as position embeddings are, take no relevance.
+    stabilizer : float
+        Of sums of two tensors and average pools: ``c z / (z + stabilizer sign(z))``, as zennit has it.
+    fold_batchnorm : bool
+        Whether BatchNorm becomes part of the layer before it.
+    divides_nowhere : bool
+        Whether no rule for layers divides.
     """
 
     activations: ClassVar[str] = "pass"
@@ -75,14 +81,21 @@ class Signed(Rule):
     residual_gamma: ClassVar[float] = 0.0
     times_input: ClassVar[bool] = True
     constants_take_nothing: ClassVar[bool] = False
+    stabilizer: ClassVar[float] = 0.0
+    fold_batchnorm: ClassVar[bool] = True
+    divides_nowhere: ClassVar[bool] = False
 
     @abstractmethod
     def layer_rule(self, node: Node, first: bool) -> LayerRule:
         """The rule of a linear layer or convolution; ``first``: it reads the images with no other one between."""
 
     def rewrites(self) -> Sequence[Pass]:
-        """As :meth:`ramp_fast.rules.Rule.rewrites`: BatchNorm becomes part of the layer before it."""
-        return (passes.fold_batchnorm, *passes.STANDARD)
+        """As :meth:`ramp_fast.rules.Rule.rewrites`: BatchNorm becomes part of the layer before it, if asked for.
+
+        So do the factors of LayerScale where no layer divides; stabilizers belong to the layer as it is written.
+        """
+        kept = passes.STANDARD if self.divides_nowhere else _WITHOUT_SCALES
+        return (passes.fold_batchnorm, *kept) if self.fold_batchnorm else kept
 
     def fuse(self, graph: Graph, precision: Precision) -> Mapping[Node, Fusion]:
         """As :meth:`ramp_fast.rules.Rule.fuse`."""
@@ -106,6 +119,9 @@ class Signed(Rule):
         elif node.kind == g.ACTIVATION and self.activations != "pass":
             kind = AtPoint
         return kind(node, precision, fusion, self)
+
+
+_WITHOUT_SCALES = tuple(p for p in passes.STANDARD if p is not passes.fold_channel_scales)
 
 
 def _decisions(rule: Signed, graph: Graph) -> Mapping[Node, Fusion]:
@@ -397,14 +413,16 @@ class Add(Operation):
 
     fusion: SignedFusion
 
-    @cached_property
+    @property
     def _residual(self) -> bool:
-        return self.rule.residual_gamma > 0 and len(self.node.sources) == 2
+        return len(self.node.sources) == 2
 
     def needs(self) -> list[Node]:
         if self.fusion.own_relevance:
             return [self.node]
-        return [self.node, *self.node.sources] if self._residual else []
+        if self._residual and self.rule.residual_gamma:
+            return [self.node, *self.node.sources]
+        return [self.node] if self._residual and self.rule.stabilizer else []
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         return values.call(self.node), {n: values[n].shape for n in self.node.sources}
@@ -419,7 +437,12 @@ class Add(Operation):
                 relevance = part.c.to(self.precision.accumulate) * values[self.node]
             yield Flow(source, Relevance(reduce_to(relevance, kept[source])))
             return
-        shared = self._shared(part.c, values) if self._residual else None
+        shared = None
+        if self._residual and self.rule.residual_gamma:
+            shared = self._shared(part.c, values)
+        elif self._residual and self.rule.stabilizer:
+            wide = part.c.to(self.precision.accumulate)
+            part = part.moved(_stabilized(wide, self.node, values, self.rule.stabilizer).to(part.c.dtype))
         for i, (operand, sign) in enumerate(zip((p.first, p.second), p.signs, strict=True)):
             if isinstance(operand, Node) and not operand.constant:
                 c = part.c if shared is None else shared[i]
@@ -551,6 +574,24 @@ class Attention(attention.Forward):
             yield from flow(key, c_s.mT @ q.to(narrow), 1.0)
 
 
+class LinearPool(AtPoint):
+    """Averages and sums: ``L^T c``."""
+
+    def needs(self) -> list[Node]:
+        return [*super().needs(), *([self.node] if self.rule.stabilizer else [])]
+
+    def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        return super().pull(_stabilized(self.wide(c), self.node, values, self.rule.stabilizer), values, kept)
+
+
+def _stabilized(c: Tensor, node: Node, values: Values, stabilizer: float) -> Tensor:
+    """``c z / (z + stabilizer sign(z))``."""
+    if stabilizer == 0:
+        return c
+    z = values[node].to(c.dtype)
+    return ratio(c * z, z, stabilizer)
+
+
 class LinearMap(AtPoint):
     """A linear function with constant weights: ``L^T c``."""
 
@@ -598,7 +639,7 @@ TABLE: dict[str, type[Operation]] = {
     g.SOFTMAX: Softmax,
     g.ATTENTION: Attention,
     g.MAX_POOL: MaxPool,
-    g.LINEAR_POOL: AtPoint,
+    g.LINEAR_POOL: LinearPool,
     g.SELECT_TOKENS: Constant,
     g.LINEAR_MAP: LinearMap,
     g.BILINEAR: Bilinear,

@@ -31,17 +31,29 @@ def part(x: Tensor, share: float) -> Tensor:
     return with_gradient(x, share * x)
 
 
+def stabilized(z: Tensor, eps: float) -> Tensor:
+    return z + eps * ((z >= 0).to(z.dtype) * 2 - 1)  # of a number torch.where makes float32
+
+
 def ratio(a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+    return (a / b).masked_fill(b == 0, 0.0)
 
 
 class Modified(TorchFunctionMode):
     """Calls of torch with the gradients of a signed rule."""
 
     def __init__(
-        self, layer: LayerOracle | None = None, *, values_only: bool = False, residual_gamma: float = 0.0
+        self,
+        layer: LayerOracle | None = None,
+        *,
+        first: LayerOracle | None = None,
+        values_only: bool = False,
+        residual_gamma: float = 0.0,
+        constants_take_nothing: bool = False,
     ) -> None:
         super().__init__()
+        self.first, self.constants_take_nothing = first, constants_take_nothing
+        self.in_stem = True  # behind the first layer, and before a norm
         self.layer, self.values_only, self.residual_gamma = layer, values_only, residual_gamma
         self.layers = 0
 
@@ -53,12 +65,13 @@ class Modified(TorchFunctionMode):
             return self._activation(func, *args, **kwargs)
         if name in ("matmul", "__matmul__", "bmm", "mul", "__mul__", "__rmul__", "einsum"):
             return self._product(func, *args, **kwargs)
-        if name in ("add", "__add__", "__radd__", "add_", "__iadd__") and self.residual_gamma:
+        if name in ("add", "__add__", "__radd__", "add_", "__iadd__"):
             return self._sum(func, *args, **kwargs)
         if name in ("div", "__truediv__", "divide") and _carries(args[1]):
             return func(args[0], args[1].detach())
         if name in ("linear", "conv2d"):
             return self._layer(func, *args, **kwargs)
+        self.in_stem &= not name.endswith("_norm")
         if name in ("layer_norm", "rms_norm", "group_norm", "scaled_dot_product_attention", "softmax"):
             return handler(func, *args, **kwargs)  # type: ignore[misc]
         return func(*args, **kwargs)
@@ -74,7 +87,11 @@ class Modified(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _sum(self, func: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if not (_carries(a) and _carries(b)):
+        if not (_carries(a) and _carries(b)) or not self.residual_gamma:
+            own = a if _carries(a) else b
+            if self.constants_take_nothing and self.in_stem and _carries(a) != _carries(b):
+                z = func(a, b, *args, **kwargs).detach()
+                return with_gradient(z, own * ratio(z, own.detach()))
             return func(a, b, *args, **kwargs)
         z = (a + b).detach()
         weights = [1 + self.residual_gamma * (t.detach() * z > 0) for t in (a, b)]
@@ -82,10 +99,11 @@ class Modified(TorchFunctionMode):
         return with_gradient(z, weights[0] * share * a + weights[1] * share * b)
 
     def _layer(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        if self.layer is None or not _carries(x):
-            return func(x, weight, bias, *args, **kwargs)
         self.layers += 1
-        return self.layer(lambda u, w, b: func(u, w, b, *args, **kwargs), x, weight, bias)
+        layer = self.first if self.first is not None and self.layers == 1 else self.layer
+        if layer is None or not _carries(x):
+            return func(x, weight, bias, *args, **kwargs)
+        return layer(lambda u, w, b: func(u, w, b, *args, **kwargs), x, weight, bias)
 
     def _layer_norm(self, func: Any, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
         axes = tuple(range(-len(shape), 0))
@@ -144,30 +162,30 @@ def relevance(model: nn.Module, x: Tensor, seed: Tensor | int, mode: Modified) -
 def epsilon(epsilon: float) -> LayerOracle:
     def layer(apply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         z = apply(x, weight, bias)
-        return with_gradient(z, apply(x, weight, None) * (z / (z + epsilon * torch.where(z < 0, -1.0, 1.0))).detach())
+        return with_gradient(z, apply(x, weight, None) * (z / stabilized(z, epsilon)).detach())
 
     return layer
 
 
 def parts(
-    split: Callable[[Tensor], tuple[Tensor, Tensor]], *, first: float, second: float, gated: bool, eps: float
+    split: Callable[[Tensor], tuple[Tensor, Tensor]], *, first: float, second: float, gated: bool, eps: float, bias: bool = True
 ) -> LayerOracle:
     """z+, alpha-beta and gamma: ``split`` gives U and L; ``gated``: by the sign of the output."""
 
-    def layer(apply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        z = apply(x, weight, bias)
-        (up, low), biases = split(weight), (None, None) if bias is None else split(bias)
+    def layer(apply: Callable[..., Tensor], x: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
+        z = apply(x, weight, offset)
+        (up, low), biases = split(weight), split(offset) if bias and offset is not None else (None, None)
         above, below = x * (x > 0), x * (x < 0)
         total: Tensor | float = 0.0
-        for (a, b), offset, factor, own in (
+        for (a, b), shift, factor, own in (
             ((up, low), biases[0], first, z > 0),
             ((low, up), biases[1], second, z < 0),
         ):
             if not factor:
                 continue
             linear = apply(above, a, None) + apply(below, b, None)
-            under = apply(above, a, offset) + apply(below, b, None)
-            share = factor * z / (under + eps * torch.where(under < 0, -1.0, 1.0))
+            under = apply(above, a, shift) + apply(below, b, None)
+            share = factor * ratio(z, stabilized(under, eps))
             total = total + linear * (share * own if gated else share).detach()
         assert isinstance(total, Tensor)
         return with_gradient(z, total)
@@ -190,3 +208,16 @@ def gamma(value: float, eps: float = 1e-6) -> LayerOracle:
     return parts(split, first=1.0, second=1.0, gated=True, eps=eps)
 
 
+
+
+def same_sign() -> LayerOracle:
+    def layer(apply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        z = apply(x, weight, bias).detach()
+        above, below, total = x * (x > 0), x * (x < 0), torch.zeros_like(z)
+        for sign in (1, -1):
+            own = (sign * weight).clamp(min=0) * sign, (-sign * weight).clamp(min=0) * -sign
+            linear = apply(above, own[0], None) + apply(below, own[1], None)
+            total = total + linear * (ratio(z, linear.detach()) * (sign * z > 0))
+        return with_gradient(z, total)
+
+    return layer

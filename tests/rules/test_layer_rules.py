@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ramp_fast import Engine, rules
+from ramp_fast.errors import UnsupportedModelError
 from ramp_fast.rules import AlphaBeta, Composite, Epsilon, Flat, Gamma, LayerRule, SameSign, WSquare, ZBox, ZPlus
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -62,7 +63,7 @@ RULES: dict[LayerRule, Callable[..., Tensor]] = {
     Gamma(0.25, 0.01): by_gamma(0.25, 0.01),
     Gamma(3.0, 0.01): by_gamma(3.0, 0.01),
     SameSign(): lambda x, w, b, z, r: side(x, w, 0.0, r, 1 if z > 0 else -1, 0.0),
-    Flat(0.0): lambda x, w, b, z, r: (w != 0) * over(r, float((w != 0).sum())),
+    Flat(0.0): lambda x, w, b, z, r: (w != 0).double() * over(r, float((w != 0).sum())),
     WSquare(0.01): lambda x, w, b, z, r: w**2 * r / (float((w**2).sum()) + b * b + 0.01),
     ZBox(-3.0, 4.0, 0.01): lambda x, w, b, z, r: (
         (x * w + 3 * w.clamp(min=0) - 4 * w.clamp(max=0))
@@ -120,7 +121,7 @@ def test_rules_by_name_kind_and_place() -> None:
 
 def test_a_rule_that_gives_relevance_needs_the_images_below() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten()).eval()
-    with pytest.raises(rules.rule.UnsupportedModelError, match="2 follows Flat.*activation"):
+    with pytest.raises(UnsupportedModelError, match="2 follows Flat.*activation"):
         Engine(model, Composite(by_name={"2": Flat()}), input_shape=(3, 6, 6))
 
 

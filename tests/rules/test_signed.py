@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
 
 import modified_autograd as oracle
@@ -34,8 +36,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         "swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(1, 1), num_heads=(2, 2), embed_dim=16,
         num_classes=10,
     ),
-    "convnext": lambda: timm.create_model("convnext_atto", depths=(1, 1), dims=(8, 16), num_classes=10),
-    "efficientnet": lambda: timm.create_model("efficientnet_b0", num_classes=10, depth_multiplier=0.1),
+    "convnext": lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=10),
+    "efficientnet": lambda: timm.create_model("efficientnet_lite0", num_classes=10),
     "clip": lambda: timm.create_model("vit_base_patch32_clip_224", img_size=32, depth=2, embed_dim=32, num_heads=2,
                                       num_classes=10),
 }  # fmt: skip
@@ -58,7 +60,7 @@ def test_maps_are_those_of_modified_autograd(name: str, rule: str) -> None:
     seed = torch.randn(2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     folded = model
     if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
-        folded = _folded(model)
+        folded = _folded(copy.deepcopy(model))
     expected = oracle.relevance(folded, x, seed, ORACLES[rule]())
     found = Engine(model, rule, "float64").attribute(x, seed, "none", "none").maps
     assert expected.abs().max() > 0
@@ -66,10 +68,18 @@ def test_maps_are_those_of_modified_autograd(name: str, rule: str) -> None:
 
 
 def _folded(model: nn.Module) -> nn.Module:
-    """BatchNorm merged into the convolutions before it, by torch."""
-    from torch.fx.experimental.optimization import fuse
-
-    return fuse(model)
+    """BatchNorm merged into the convolution that stands before it in its module."""
+    for parent in model.modules():
+        children = list(parent.children())
+        for conv, norm in itertools.pairwise(children):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                gain = (norm.running_var + norm.eps).rsqrt() * norm.weight.detach()
+                shift = norm.bias.detach() - norm.running_mean * gain
+                conv.weight = nn.Parameter(conv.weight.detach() * gain.view(-1, 1, 1, 1))
+                conv.bias = nn.Parameter(shift if conv.bias is None else shift + conv.bias.detach() * gain)
+                norm.reset_parameters()
+                norm.eps = 0.0
+    return model
 
 
 ZENNIT = {
@@ -100,6 +110,7 @@ def test_composites_are_zennit_s(name: str, rule: str) -> None:
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.normal_(module.bias, std=0.1)
+            module.eps = 0.0  # zennit leaves it in the BatchNorm that it has merged, and so scales every layer
     x = images(2, size=64).double()
     known, options = ZENNIT[rule]
     gradients = rule in ("guided-backprop", "deconvnet")
@@ -142,7 +153,66 @@ def test_every_rule_on_every_network(name: str, rule: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_mixed_is_near_float64(name: str, rule: str) -> None:
     model, x = network(name)
-    exact = Engine(model, rule, "float64").attribute(x, 3).maps
-    mixed = Engine(model.float(), rule, "mixed").attribute(x.float(), 3).maps
+    exact = Engine(model, rule, "float64").attribute(x, 3, "none").maps
+    mixed = Engine(model.float(), rule, "mixed").attribute(x.float(), 3, "none").maps
     errors = (mixed - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
     assert errors.max() < 0.05
+
+
+@pytest.mark.parametrize("contrast", ["others", "none"])
+@pytest.mark.parametrize("name", ["vit", "vit, registers and LayerScale", "clip", "eva02"])
+def test_ramp_of_transformers(name: str, contrast: str) -> None:
+    model, x = network(name)
+    with torch.no_grad():
+        logits = model(x)
+    target = torch.tensor([3, 7])
+    seed = nn.functional.one_hot(target, 10).double()
+    if contrast == "others":
+        seed = seed - (logits / 3).masked_fill(seed > 0, float("-inf")).softmax(-1)
+    mode = oracle.Modified(first=oracle.same_sign(), constants_take_nothing=True)
+    expected = oracle.relevance(model, x, seed, mode)
+    found = Engine(model, "ramp", "float64").attribute(x, target, contrast, "none").maps
+    assert (found - expected).abs().max() < 1e-8 * expected.abs().max()
+
+
+@pytest.mark.parametrize("contrast", ["others", "none"])
+def test_ramp_of_convolutional_networks(contrast: str) -> None:
+    model, x = network("resnet")
+    model = _folded(model)
+    target = torch.tensor([3, 7])
+    stem: list[Tensor] = []
+
+    def first(apply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        stem.append(apply(x, weight, bias).detach().requires_grad_())
+        return stem[0]
+
+    model.requires_grad_(False)
+    with oracle.Modified(oracle.parts(_halves, first=1.0, second=0.0, gated=False, eps=0.0, bias=False), first=first):
+        p = model.forward_head(model.forward_features(x.clone().requires_grad_()), pre_logits=True)
+    weight, at = model.fc.weight, p.detach()
+    logits = model.fc(at)
+    one = nn.functional.one_hot(target, 10).double()
+    others = torch.zeros_like(one)
+    if contrast == "others":
+        others = logits.masked_fill(one > 0, float("-inf")).softmax(-1)
+
+    def unit(v: Tensor) -> Tensor:
+        total = (at * v).sum(-1, keepdim=True)
+        return torch.where(total == 0, 0.0, v / total)
+
+    u = (others > 0) / logits.abs()
+    positive = weight.clamp(min=0)
+    c = 0.3 * unit((one - others) @ weight) + 0.7 * (unit(one @ positive) - unit(u @ positive))
+    (gradient,) = torch.autograd.grad((p * c).sum(), stem[0])
+    relevance = (stem[0] * gradient).detach()
+    conv = model.conv1
+    ones = torch.ones_like(conv.weight)
+    count = nn.functional.conv2d(torch.ones_like(x), ones, None, conv.stride, conv.padding)
+    expected = nn.functional.conv_transpose2d(relevance / count, ones, None, conv.stride, conv.padding, 1)
+    found = Engine(network("resnet")[0], "ramp", "float64").attribute(x, target, contrast, "none").maps
+    assert expected.abs().max() > 0
+    assert (found - expected).abs().max() < 1e-8 * expected.abs().max()
+
+
+def _halves(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.clamp(min=0), weight.clamp(max=0)
