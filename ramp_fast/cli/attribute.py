@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import inspect
 import json
 import os
 import sys
@@ -94,7 +95,13 @@ def add_command(commands: Any) -> None:
 
     what = run.add_argument_group("attribution")
     what.add_argument("--target", type=int, metavar="K", help="class to explain (default: the predicted one)")
-    what.add_argument("--rule", default="abslrp", metavar="RULE", help="abslrp (default) or abslrp-release")
+    what.add_argument(
+        "--rule",
+        default="abslrp",
+        metavar="RULE",
+        help="NAME or NAME:setting=value,setting=value, as --list-rules names them (default: abslrp)",
+    )
+    what.add_argument("--list-rules", action=_ListRules, help="print the rules with their settings and exit")
     what.add_argument(
         "--precision", default="mixed", choices=["float64", "float32", "mixed", "fast"], help="default: mixed"
     )
@@ -121,6 +128,20 @@ def add_command(commands: Any) -> None:
     )
     how.add_argument("--quiet", action="store_true", help="no line per image")
     run.set_defaults(run=_attribute, kept="finished images are kept, the same command goes on from there")
+
+
+class _ListRules(argparse.Action):
+    def __init__(self, option_strings: Any, dest: str, **options: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from ramp_fast.rules import NAMED
+
+        for name, rule in sorted(NAMED.items()):
+            print(f"{name:26} {rule.about}")
+            for a in inspect.signature(rule.make).parameters.values():
+                print(f"{'':28}{a.name}{'' if a.default is a.empty else f'={a.default}'}")
+        parser.exit()
 
 
 @dataclass

@@ -19,6 +19,7 @@ from ramp_fast.methods.baseline import Random
 from ramp_fast.methods.gradients import gradient, input_x_gradient
 from ramp_fast.methods.rollout import attention_of, attention_rollout
 from ramp_fast.methods.through_captum import GradCAM, IntegratedGradients, Occlusion, SmoothGrad
+from ramp_fast.rules.named import NAMED, make_rule
 from ramp_fast.specs import check_flags
 
 # Not settings: the model has an argument of its own, the rule is the name, the seed is everyone's.
@@ -57,8 +58,8 @@ class MethodEntry:
     def _parameters(self) -> dict[str, inspect.Parameter]:
         build = self.build
         if isinstance(build, _EngineOf):
-            build = build.engine
-        elif isinstance(build, partial) and build.func is _plain:
+            return dict(inspect.signature(build.engine).parameters) | build.of_rule
+        if isinstance(build, partial) and build.func is _plain:
             build = build.args[0]
         return dict(inspect.signature(build).parameters)
 
@@ -70,12 +71,18 @@ class _EngineOf:
     rule: str
 
     @property
+    def of_rule(self) -> dict[str, inspect.Parameter]:
+        """Settings of the rule; the others are the engine's."""
+        return dict(inspect.signature(NAMED[self.rule].make).parameters)
+
+    @property
     def engine(self) -> type[Explainer]:
         found: type[Explainer] = pkgutil.resolve_name("ramp_fast.engine:Engine")
         return found
 
     def __call__(self, model: nn.Module, **settings: Any) -> Explainer:
-        return self.engine(model, rule=self.rule, **settings)  # type: ignore[call-arg]
+        own = {name: settings.pop(name) for name in self.of_rule if name in settings}
+        return self.engine(model, rule=make_rule(self.rule, **own), **settings)  # type: ignore[call-arg]
 
 
 def _plain(kind: Callable[..., Method], model: nn.Module, **settings: Any) -> Method:
@@ -96,8 +103,7 @@ def _rollout(model: nn.Module) -> Method:
 
 
 METHODS: dict[str, MethodEntry] = {
-    "abslrp": MethodEntry("absLRP, shares of relevance kept at junctions", _EngineOf("abslrp")),
-    "abslrp-release": MethodEntry("absLRP, equal shares, as the published package", _EngineOf("abslrp-release")),
+    **{name: MethodEntry(entry.about, _EngineOf(name)) for name, entry in NAMED.items()},
     "ixg": MethodEntry("input x gradient", _input_x_gradient),
     "gradient": MethodEntry("gradient, signed", _gradient),
     "ig": MethodEntry("integrated gradients", partial(_plain, IntegratedGradients), extra="captum"),

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ramp_fast._checks import nearest
-from ramp_fast.errors import InputError
 from ramp_fast.rules.abslrp import AbsLRP
 from ramp_fast.rules.composite import Composite
 from ramp_fast.rules.layer_rules import AlphaBeta, Epsilon, Flat, Gamma, LayerRule, ZBox, ZPlus
@@ -122,9 +121,20 @@ def named(spec: str) -> Rule:
     Raises
     ------
     ValueError
-        Unknown name or setting, with the nearest one that is known; or a value that is none.
+        As :func:`make_rule`.
     """
     name, settings = parse_spec(spec)
+    return make_rule(name, **settings)
+
+
+def make_rule(name: str, **settings: Any) -> Rule:
+    """A rule by its name in :data:`NAMED`, with settings.
+
+    Raises
+    ------
+    ValueError
+        Unknown name or setting, with the nearest one that is known; or a value that is none.
+    """
     if name not in NAMED:
         known = ", ".join(sorted(NAMED))
         raise ValueError(f"unknown rule {name!r}{nearest(name, NAMED)}; known: {known}, or a rule object")
@@ -139,10 +149,7 @@ def named(spec: str) -> Rule:
         raise ValueError(f"rule {name} needs {' and '.join(needed)}: {name}:{','.join(f'{n}=...' for n in needed)}")
     defaults = {a.name: a.default for a in arguments.values()}
     check_flags(name, settings, defaults)
-    try:
-        rule = make(**settings)
-    except TypeError as error:
-        raise InputError(f"rule {spec}: {error}") from error
+    rule = make(**settings)
     changed = {k: v for k, v in settings.items() if v != defaults[k]}
     label = name + (":" + ",".join(f"{k}={v}" for k, v in changed.items()) if changed else "")
     return replace(rule, label=label) if isinstance(rule, Composite) else rule
