@@ -26,7 +26,7 @@ from ramp_fast.explainer import CONTRASTS, Attribution, Explainer, Method
 from ramp_fast.gemm import exact_float32, precision_for
 from ramp_fast.graph import Graph
 from ramp_fast.plan import Plan
-from ramp_fast.rules import Rule
+from ramp_fast.rules import LayerRule, Rule
 from ramp_fast.runtime import host_copies
 from ramp_fast.runtime.cuda_graphs import Recordings, on, records
 from ramp_fast.runtime.groups import GROUP, Groups
@@ -51,8 +51,9 @@ class Engine(Explainer):
         never changed; when you change it, results are those of the model as it is now (Notes say what is noticed).
         Forward hooks that return a value, or change the result for a random image, are part of the model; others are
         not called.
-    rule : str or ramp_fast.rules.Rule
-        "abslrp" (shares kept at junctions), "abslrp-release" (equal shares), or a rule object.
+    rule : str, ramp_fast.rules.Rule or ramp_fast.rules.LayerRule
+        A name, "abslrp" or another of :data:`ramp_fast.rules.NAMED`, with settings if you like
+        ("lrp-epsilon:epsilon=0.1"); a rule; or a rule for layers, which all of them follow then.
     precision : {"mixed", "float32", "float64", "fast"}
         "mixed": float32 forward pass, bf16 products in the pull-back where the device has them. "fast": a
         reduced-precision forward pass as well; needs a rule with a relative stabilizer.
@@ -113,7 +114,7 @@ class Engine(Explainer):
     def __init__(
         self,
         model: torch.nn.Module,
-        rule: str | Rule = "abslrp",
+        rule: str | Rule | LayerRule = "abslrp",
         precision: str = "mixed",
         strict: bool = True,
         *,
@@ -210,7 +211,8 @@ class Engine(Explainer):
             ``[B, C, H, W]``, floating point, preprocessed as the model wants them.
         target : None, int, integer Tensor [B] or [B, K], floating Tensor [B, classes], or callable
             Classes to explain: the predicted ones, one for all, one or K per image (one forward pass for all
-            K); or a seed, the relevance of every logit (``contrast`` must be "none"); or a function that computes
+            K); or a seed (``contrast`` must be "none"): the relevance of every logit, or, of signed rules, the
+            coefficient that its value is multiplied by, as a gradient's; or a function that computes
             the seed ``[b, classes]`` from the logits ``[b, classes]`` of the forward pass that is attributed. It is
             called for as many images as go through the model together, and what it says of one must not depend on
             the others.

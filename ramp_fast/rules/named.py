@@ -113,6 +113,7 @@ NAMED: dict[str, Named] = {
     "ramp": Named("ours: the rule that scored best (docs/evaluation.md)", Ramp),
     "reslrp": Named("AttnLRP with a residual gamma", _reslrp),
 }
+"""Every rule by its short name."""
 
 
 def named(spec: str) -> Rule:
