@@ -56,7 +56,7 @@ class Engine(Explainer):
         ("lrp-epsilon:epsilon=0.1"); a rule; or a rule for layers, which all of them follow then.
     precision : {"mixed", "float32", "float64", "fast"}
         "mixed": float32 forward pass, bf16 products in the pull-back where the device has them. "fast": a
-        reduced-precision forward pass as well; needs a rule with a relative stabilizer.
+        reduced-precision forward pass as well, for which absLRP needs a relative stabilizer.
     strict : bool
         Refuse operations outside the vocabulary (docs/rules.md). With False, elementwise and linear ones
         follow the rule's generic definition, with one warning each.

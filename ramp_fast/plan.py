@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ramp_fast import graph as g
+from ramp_fast.errors import UnsupportedModelError
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Graph, Node
 from ramp_fast.rules.base import Fusion, Operation
@@ -55,14 +56,20 @@ class Plan:
         fusions = rule.fuse(graph, precision)
         self._static = _static_constants(graph)
         self.steps: list[Step] = []
+        refused: list[tuple[Node, UnsupportedModelError]] = []
         for node in graph.nodes:
             if node.kind in (g.INPUT, g.PARAM) or node in self._static:
                 continue
             if node.constant:
                 self.steps.append(Step(node, None))
                 continue
-            operation = rule.operation(node, precision, fusions.get(node, Fusion()))
+            try:
+                operation = rule.operation(node, precision, fusions.get(node, Fusion()))
+            except UnsupportedModelError as error:
+                refused.append((node, error))
+                continue
             self.steps.append(Step(node, operation, node in carries))
+        _refuse(refused)
         self.fan_out = {n for n in carries if sum(u.sources.count(n) for u in users[n] if u in carries) > 1}
         self._schedule()
 
@@ -162,6 +169,18 @@ class Plan:
             f"{_human(kept)} kept per image, {_human(self.weight_bytes)} of packed weights"
         )
         return "\n".join(lines)
+
+
+def _refuse(refused: list[tuple[Node, UnsupportedModelError]]) -> None:
+    """Raise one error for all operations that a rule has no pull-back for."""
+    if not refused:
+        return
+    modules: dict[str, list[str]] = {}
+    for node, error in refused:
+        modules.setdefault(str(error), []).append(node.module or "(model)")
+    lines = [f"{message} ({', '.join(dict.fromkeys(names))})" for message, names in modules.items()]
+    operations = [(node.kind, node.module) for node, _ in refused]
+    raise UnsupportedModelError("; ".join(lines), operations)
 
 
 def _static_constants(graph: Graph) -> set[Node]:

@@ -40,9 +40,9 @@ def forward(model: nn.Module) -> Attribute:
     return lambda images, target: torch.no_grad()(model)(images)
 
 
-def ramp_fast(model: nn.Module, contrast: str = "others", precision: str = "mixed") -> Attribute:
-    """The class against all others, which is two right-hand sides, or the class alone, as in the peers' maps."""
-    engine = Engine(model, precision=precision)
+def ramp_fast(model: nn.Module, contrast: str = "others", precision: str = "mixed", rule: str = "abslrp") -> Attribute:
+    """The class against all others, of absLRP two right-hand sides, or the class alone, as in the peers' maps."""
+    engine = Engine(model, rule, precision)
     return lambda images, target: engine.attribute(images, target=target, contrast=contrast).maps
 
 
@@ -200,6 +200,11 @@ METHODS = {
     "ramp_fast": Method(ramp_fast),
     "ramp_fast, one class": Method(partial(ramp_fast, contrast="none")),
     "ramp_fast, float32": Method(partial(ramp_fast, precision="float32")),
+    "ramp_fast attnlrp": Method(partial(ramp_fast, contrast="none", rule="attnlrp"), models=MODELS[:1]),
+    "ramp_fast ramp": Method(partial(ramp_fast, rule="ramp")),
+    "ramp_fast epsilon-plus-flat": Method(
+        partial(ramp_fast, contrast="none", rule="epsilon-plus-flat"), models=CONVOLUTIONAL
+    ),
     "captum InputXGradient": Method(input_x_gradient, ("captum.attr",)),
     "captum IntegratedGradients": Method(integrated_gradients, ("captum.attr",), rounds=1),
     "captum LRP": Method(captum_lrp, ("captum.attr",), models=CONVOLUTIONAL),

@@ -26,6 +26,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ramp_fast import Engine
+
 from .methods import METHODS, MODELS, captum_lrp
 from .torchvision_equivalents import resnet50_equivalent, vgg16_equivalent
 
@@ -71,6 +73,36 @@ def test_cost(benchmark: Any, against_forward: Any, keep: Any, name: str, method
     benchmark.extra_info.update(seconds_per_image=seconds, megabytes_per_image=memory)
     keep(f"{name}/{BATCH}/{options['method']}/peak memory", memory, "MB/image")
     print(f"{seconds:.3f} s and {memory:.0f} MB an image")
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "rule"),
+    [
+        ("vit_base_patch16_224", "LXT AttnLRP", "attnlrp"),
+        ("vgg16", "zennit EpsilonPlusFlat", "epsilon-plus-flat"),
+        ("resnet50", "zennit EpsilonPlusFlat", "epsilon-plus-flat"),
+    ],
+)
+def test_same_maps(name: str, method: str, rule: str) -> None:
+    """In float64; a BatchNorm's eps is 0, since zennit leaves it in the BatchNorm that it has merged."""
+    row = METHODS[method]
+    if reason := row.missing():
+        pytest.skip(reason)
+    models = [build(name, batch=1)[0].double() for _ in range(2)]
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eps = 0.0
+    images = build(name, batch=1)[1].double()
+    target = torch.tensor([3])
+    expected = row.prepare(models[0])(images, target)
+    own = vgg16_equivalent(models[1]) if name == "vgg16" else models[1]  # linear layers are convolutions in timm's
+    engine = Engine(own, rule, "float64", input_shape=tuple(images.shape[1:]))
+    if rule == "attnlrp":
+        found = engine.attribute(images, target, "none", "none").maps
+    else:  # zennit starts with relevance 1
+        found = engine.attribute(images, lambda z: nn.functional.one_hot(target, z.shape[1]) / z, "none", "none").maps
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_captum_lrp_on_vit() -> None:

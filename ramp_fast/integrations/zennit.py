@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ramp_fast.engine import Engine

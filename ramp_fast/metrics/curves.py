@@ -34,7 +34,7 @@ class Masking(Metric):
     baseline : str, float or Tensor
         What masked features become: "zero" (the mean colour of usual preprocessing), "mean" (of every channel of the
         image), "black", "white" (its smallest and largest value), "blur", "uniform" (random), "road" (noisy linear
-        imputation), a number, or values ``[C]``, ``[C, H, W]``, ``[N, C, H, W]``.
+        imputation), a number, or values ``[C]``, ``[C, H, W]``, ``[1 or N, C, H, W]``.
     output : {"probability", "logit"}
         What is watched: the softmax probability of the explained class (the sigmoid where the model has one logit), or
         its logit. For a model that ends in a softmax or sigmoid "logit" is that probability.

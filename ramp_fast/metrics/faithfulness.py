@@ -180,7 +180,7 @@ class Infidelity(Masking):
     Parameters
     ----------
     perturbation : {"square", "gaussian", "noisy_baseline"}
-        "square": what a random square becomes when it is masked. "gaussian": I is noise. "noisy_baseline": ``x - I`` is
+        "square": I is what masking a random square takes away. "gaussian": I is noise. "noisy_baseline": ``x - I`` is
         the baseline and noise (what the authors' code calls Gaussian, and clips to [0, 1]).
     samples : int or None
         Perturbations of an image; None: every square of every size once.
@@ -192,7 +192,7 @@ class Infidelity(Masking):
         Maps hold contributions, as those of LRP or input x gradient do: a change of the image times a slope already.
         Then a square's sum takes the place of ``I . R``, and a map of one channel counts once. For squares only.
     rescaled : bool
-        Every map is multiplied with the factor of least infidelity first: what is left is no matter of scale.
+        Every map is multiplied by the factor of least infidelity first: what is left is no matter of scale.
     baseline, output, noise, seed, batch_size
         As for :class:`Masking`; the output is "logit" by default.
     """
@@ -314,7 +314,7 @@ class Monotonicity(Shares):
     with its sign.
 
     Quantus' Monotonicity fills the image with the baseline and then masks it with the baseline again: nothing is
-    revealed, and every map is monotonous. Given a ``perturb_func`` that reveals the image, both agree.
+    revealed, and every map is monotonic. Given a ``perturb_func`` that reveals the image, both agree.
 
     Parameters
     ----------
@@ -429,9 +429,9 @@ class MonotonicityCorrelation(Masking):
 class Sufficiency(Metric):
     """Sufficiency: how often images that are explained alike are predicted alike.
 
-    The share of an image's likes that have its predicted class (its sign, where there is a single logit), in [0, 1],
-    higher is better; NaN for an image without any. Two images are alike whose maps are at most ``threshold`` times the
-    largest distance of any two maps apart; distances are Euclidean with every feature divided by its standard
+    The share of the images explained alike that have its predicted class (its sign, where there is a single logit), in
+    [0, 1], higher is better; NaN for an image without any. Two images are alike whose maps are at most ``threshold``
+    times the largest distance of any two maps apart; distances are Euclidean with every feature divided by its standard
     deviation. Dasgupta, Frost and Moshkovitz 2022, arXiv 2202.00734, for maps as in Quantus.
 
     Necessarily an image's value depends on the others: what ``update`` returns is of its images among themselves,
@@ -448,8 +448,8 @@ class Sufficiency(Metric):
     sign : {"absolute", "signed", "positive"}
         What of the maps is compared; absolute values as in Quantus.
     granularity : str or object
-        What maps are compared by: "pixel" as in Quantus, for maps of one channel; "patch:16" keeps less of many images.
-        Superpixels differ between images.
+        What maps are compared by: "pixel" as in Quantus, for maps of one channel; "patch:16" stores fewer
+        numbers per image. Superpixels differ between images.
     seed, batch_size
         As for :class:`Metric`.
     """

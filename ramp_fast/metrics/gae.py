@@ -37,8 +37,8 @@ class GAE(Metric):
     * Two chains start at ``a``: MoRF sets the entries of largest absolute input x gradient of ``y`` to zero, LeRF the
       smallest, a share of ``t / S`` after step t, ranked anew at every step.
     * Faithfulness ``F = sum s R+ / sum R+`` in [-1, 1]: ``R+`` is the positive part of the map of ``a``, ``s`` the sign
-      of LeRF's mean ranking scores minus MoRF's, 0 where they are equal but for rounding. (All are where
-      the gradient is zero at what MoRF leaves, and the same at every step of LeRF: F is 0 then.)
+      of LeRF's mean ranking scores minus MoRF's, 0 where they are equal but for rounding. (Where the
+      gradient is zero at what MoRF leaves and does not change along LeRF, all signs are 0 and F is 0.)
     * Robustness ``1 - 2 d(dr, do)`` in [-1, 1]: the map's distance from the start along both chains, ``dr_t``, must go
       with that of the logit, ``do_t``; ``d(u, v) = sum |u - v| / (sum |u| + sum |v|)``.
     * Local consistency ``LC = relu(F + robustness) / 2``.
@@ -48,7 +48,7 @@ class GAE(Metric):
 
     Parameters
     ----------
-    model : torch.nn.Module
+    model : torch.nn.Module or Engine
         In eval mode; its classes are what is explained. It is left as it is.
     protocol : {"default", "published"}
         "published" repeats the published code, including what its authors may not have meant: mosaic m of a batch of

@@ -113,7 +113,7 @@ class ParameterRandomisation(_Randomisation):
     similarity : {"spearman", "pearson", "ssim", "ssim_flat"}
         As for :class:`RandomLogit`.
     stages : int or None
-        Into so many stages the layers are divided evenly; None, or more than there are layers: one for each layer, as
+        How many stages the layers are divided into, evenly; None, or more than there are layers: one for each layer, as
         in the paper. Every ``update`` makes this many maps of every image (and an :class:`~ramp_fast.Engine` plans the
         copy in each of them): give it many images at a time.
     sign : {"absolute", "signed", "positive"}

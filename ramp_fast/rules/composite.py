@@ -14,6 +14,7 @@ from ramp_fast.rules.layer_rules import Epsilon, LayerRule
 from ramp_fast.rules.signed import Signed
 
 _KINDS = ("linear", "conv")
+_EPSILON = Epsilon()
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,7 +62,7 @@ class Composite(Signed):
     >>> Engine(model, rule)
     """
 
-    layers: Any = Epsilon()
+    layers: Any = _EPSILON
     by_name: Any = ()
     first: Any = ()
     activations: str = "pass"  # type: ignore[misc]  # options of this rule, settled for others

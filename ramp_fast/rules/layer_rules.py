@@ -216,7 +216,6 @@ class _Parted(LayerRule):
 
 
 class _PartedPull(Pull):
-
     def __init__(self, rule: _Parted, layer: Layer) -> None:
         self.rule, self.positive = rule, layer.positive
         upper, lower = rule.parts(layer.weight)
@@ -426,7 +425,7 @@ class _Constant(Pull):
 
 @dataclass(frozen=True)
 class ZBox(LayerRule):
-    """For inputs between ``low`` and ``high``: ``x w - low w+ - high w-`` in the place of ``x w`` (Montavon et al. 2017).
+    """``x w - low w+ - high w-`` in the place of ``x w``, for inputs from ``low`` to ``high`` (Montavon et al. 2017).
 
     Parameters
     ----------

@@ -141,8 +141,8 @@ def _decisions(rule: Signed, graph: Graph) -> Mapping[Node, Fusion]:
             if fusion.layer.gives_relevance and not under <= HAND_ON:
                 kinds = ", ".join(sorted(under - HAND_ON))
                 raise UnsupportedModelError(
-                    f"{rule.name}: {node.module or node.name} follows {fusion.layer}, which gives relevance to what the "
-                    f"layer reads, and between it and the images there is {kinds}, which takes coefficients only"
+                    f"{rule.name}: {node.module or node.name} follows {fusion.layer}, which gives relevance to what "
+                    f"the layer reads, and between it and the images there is {kinds}, which takes coefficients only"
                 )
             fusion.positive_input = never_negative(node.operands[0])
         elif node.kind == g.ADD and rule.constants_take_nothing:
@@ -151,7 +151,7 @@ def _decisions(rule: Signed, graph: Graph) -> Mapping[Node, Fusion]:
 
 
 def _stem(node: Node) -> bool:
-    """Whether values of ``node`` are outputs of a first layer, moved, or with constants beside them or added to them."""
+    """Whether values of ``node`` are outputs of a first layer, moved, beside constants or with constants added."""
     while node.kind in (g.REARRANGE, g.ADD) and len(node.sources) == 1:
         node = node.sources[0]
     if node.kind not in g.WEIGHTED:
@@ -220,12 +220,12 @@ class Linear(Weighted[Pull]):
                 bias,
                 p.groups,
                 self.fusion.positive_input,
-                lambda w: gemm.PatchForward(w.to(narrow), None)
-                if tiles
-                else gemm.convolution(w.to(narrow), None, geometry),
-                lambda w: gemm.PatchPullback(w.to(narrow))
-                if tiles
-                else gemm.ConvPullback(w.to(narrow), geometry, size),
+                lambda w: (
+                    gemm.PatchForward(w.to(narrow), None) if tiles else gemm.convolution(w.to(narrow), None, geometry)
+                ),
+                lambda w: (
+                    gemm.PatchPullback(w.to(narrow)) if tiles else gemm.ConvPullback(w.to(narrow), geometry, size)
+                ),
             )
             forward = gemm.PatchForward(weight, bias) if tiles else gemm.convolution(weight, bias, geometry)
         assert self.fusion.layer is not None
@@ -295,7 +295,7 @@ class Relu(Step):
     def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
         if self.rule.activations == "deconvnet":
             return c.clamp_min(0)
-        gated = c * (values[self.node] > 0).to(c.dtype)
+        gated: Tensor = c * (values[self.node] > 0).to(c.dtype)
         return gated.clamp_min(0) if self.rule.activations == "guided" else gated
 
 
@@ -312,7 +312,8 @@ class PassOn(Step):
         return y, divide(y, x).to(self.precision.pullback)
 
     def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
-        return c * kept
+        handed: Tensor = c * kept
+        return handed
 
 
 class AtPoint(Step):
@@ -326,7 +327,8 @@ class AtPoint(Step):
     def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
         def function(u: Tensor) -> Tensor:
             y: Any = values.call_at(self.node, self.source, u)
-            return y[0] if isinstance(y, tuple) else y
+            result: Tensor = y[0] if isinstance(y, tuple) else y
+            return result
 
         # a slope of infinity, as a norm has at zero, is no share of anything
         return torch.nan_to_num(vjp(function, values[self.source], self.wide(c)), nan=0.0, posinf=0.0, neginf=0.0)
@@ -390,7 +392,8 @@ class Norm(Step):
             own = own if weight is None else own * weight.view(-1, *[1] * (x.dim() - 2))
             rows = own.unflatten(2, (p.groups, -1)).flatten(3)
             inverse = _inverse_sigma(x.unflatten(1, (p.groups, -1)).flatten(2), (-1,), p.eps)
-            return ((rows - rows.mean(-1, keepdim=True)) * inverse).reshape(c.shape)
+            centred: Tensor = (rows - rows.mean(-1, keepdim=True)) * inverse
+            return centred.reshape(c.shape)
         own = own if weight is None else own * weight
         axes = tuple(range(-p.dims, 0))
         if self.node.kind == g.LAYER_NORM:

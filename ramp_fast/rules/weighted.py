@@ -215,7 +215,11 @@ class Conv(Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelectio
         return self.by_sample(forward, 0, *(values[n] for n in operands)), None
 
     def _bounded(
-        self, forward: gemm.ConvForward | gemm.PixelForward, operands: list[Node], values: Values, bound: Callable[[Node], float]
+        self,
+        forward: gemm.ConvForward | gemm.PixelForward,
+        operands: list[Node],
+        values: Values,
+        bound: Callable[[Node], float],
     ) -> bool:
         """Whether no sum of this step can overflow: then there is no NaN, which a ReLU computed with it would hide."""
         growth, offset = forward.reach

@@ -34,9 +34,10 @@ from ramp_fast.methods import (
     make_method,
 )
 from ramp_fast.methods.base import seed_of
+from ramp_fast.rules import NAMED
 
 TARGET = torch.tensor([1, 7, 4])
-FUNCTIONS = [name for name in METHODS if not name.startswith("abslrp")]
+FUNCTIONS = [name for name in METHODS if name not in NAMED]
 QUICK: dict[str, dict[str, Any]] = {
     "ig": {"steps": 6, "batch_size": 4},
     "smoothgrad": {"samples": 5, "batch_size": 2},
@@ -343,17 +344,18 @@ class TestRegistry:
     def test_engines(self) -> None:
         model = vit()
         maps = []
-        for name in ("abslrp", "abslrp-release"):
+        for name in ("abslrp", "abslrp-release", "attnlrp"):
             engine = make_method(name, model, precision="float32", seed=1)
             assert isinstance(engine, Engine)
             assert (engine.rule, engine.precision) == (rules.resolve(name), "float32")
             maps.append(engine.attribute(images(), TARGET).maps)
-        assert not torch.equal(*maps)
+        assert not torch.equal(maps[0], maps[1])
+        assert not torch.equal(maps[0], maps[2])
 
     def test_rows(self) -> None:
         model = vit()
         for name, entry in METHODS.items():
-            if name.startswith("abslrp"):
+            if name in NAMED:
                 continue
             method = make_method(name, model)
             assert entry.draws == (name in ("random", "smoothgrad"))

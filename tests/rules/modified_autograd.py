@@ -1,6 +1,6 @@
 """Signed rules by autograd: a model runs as it is, with functions of torch whose gradients are those of a rule.
 
-Independent of the engine, which sees a captured graph: here calls are changed one by one while the model's own code runs.
+Independent of the engine, which sees a captured graph: here calls are changed one by one while the model's code runs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from torch.overrides import TorchFunctionMode
 # From a layer as (function of weight and bias, x, weight, bias) to its output.
 LayerOracle = Callable[[Callable[..., Tensor], Tensor, Tensor, Tensor | None], Tensor]
 
-ACTIVATIONS = frozenset(
-    "relu relu_ relu6 gelu silu silu_ sigmoid tanh hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ "
-    "leaky_relu elu softplus mish".split()
-)
+_NAMES = "relu", "relu6", "gelu", "silu", "sigmoid", "tanh", "hardtanh", "hardswish", "hardsigmoid", "elu", "mish"
+ACTIVATIONS = frozenset(name + end for name in _NAMES for end in ("", "_"))
 
 
 def with_gradient(value: Tensor, of: Tensor) -> Tensor:
@@ -98,14 +96,18 @@ class Modified(TorchFunctionMode):
         share = ratio(z, weights[0] * a.detach() + weights[1] * b.detach())
         return with_gradient(z, weights[0] * share * a + weights[1] * share * b)
 
-    def _layer(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    def _layer(
+        self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         self.layers += 1
         layer = self.first if self.first is not None and self.layers == 1 else self.layer
         if layer is None or not _carries(x):
             return func(x, weight, bias, *args, **kwargs)
         return layer(lambda u, w, b: func(u, w, b, *args, **kwargs), x, weight, bias)
 
-    def _layer_norm(self, func: Any, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    def _layer_norm(
+        self, func: Any, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> Tensor:
         axes = tuple(range(-len(shape), 0))
         centred = x - x.mean(axes, keepdim=True)
         sigma = (centred.square().mean(axes, keepdim=True) + eps).sqrt().detach()
@@ -116,7 +118,9 @@ class Modified(TorchFunctionMode):
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         return _affine(x / (x.square().mean(axes, keepdim=True) + eps).sqrt().detach(), weight, None)
 
-    def _group_norm(self, func: Any, x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    def _group_norm(
+        self, func: Any, x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> Tensor:
         rows = x.unflatten(1, (groups, -1)).flatten(2)
         centred = rows - rows.mean(-1, keepdim=True)
         sigma = (centred.square().mean(-1, keepdim=True) + eps).sqrt().detach()
@@ -128,7 +132,9 @@ class Modified(TorchFunctionMode):
         y = func(x, *args, **kwargs)
         return y.detach() if self.values_only else y
 
-    def _scaled_dot_product_attention(self, func: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _scaled_dot_product_attention(
+        self, func: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if self.values_only:
             return func(q.detach(), k.detach(), v, *args, **kwargs)
         return func(part(q, 0.25), part(k, 0.25), part(v, 0.5), *args, **kwargs)
@@ -168,7 +174,13 @@ def epsilon(epsilon: float) -> LayerOracle:
 
 
 def parts(
-    split: Callable[[Tensor], tuple[Tensor, Tensor]], *, first: float, second: float, gated: bool, eps: float, bias: bool = True
+    split: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    first: float,
+    second: float,
+    gated: bool,
+    eps: float,
+    bias: bool = True,
 ) -> LayerOracle:
     """z+, alpha-beta and gamma: ``split`` gives U and L; ``gated``: by the sign of the output."""
 
@@ -206,8 +218,6 @@ def gamma(value: float, eps: float = 1e-6) -> LayerOracle:
         return w + value * w.clamp(min=0), w + value * w.clamp(max=0)
 
     return parts(split, first=1.0, second=1.0, gated=True, eps=eps)
-
-
 
 
 def same_sign() -> LayerOracle:

@@ -113,7 +113,9 @@ def test_rules_by_name_kind_and_place() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5), nn.Linear(5, 3)
     ).eval()
-    rule = Composite({"conv": ZPlus(), "linear": Epsilon()}, by_name={"6": Epsilon(0.5), "missing.*": Flat()}, first=Flat())
+    rule = Composite(
+        {"conv": ZPlus(), "linear": Epsilon()}, by_name={"6": Epsilon(0.5), "missing.*": Flat()}, first=Flat()
+    )
     engine = Engine(model, rule, input_shape=(3, 6, 6))
     found = {s.node.module: s.operation.fusion.layer for s in engine.plan.steps if s.node.kind in ("conv", "linear")}
     assert found == {"0": Flat(), "2": ZPlus(), "5": Epsilon(), "6": Epsilon(0.5)}
@@ -121,7 +123,7 @@ def test_rules_by_name_kind_and_place() -> None:
 
 def test_a_rule_that_gives_relevance_needs_the_images_below() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten()).eval()
-    with pytest.raises(UnsupportedModelError, match="2 follows Flat.*activation"):
+    with pytest.raises(UnsupportedModelError, match=r"2 follows Flat.*activation"):
         Engine(model, Composite(by_name={"2": Flat()}), input_shape=(3, 6, 6))
 
 

@@ -291,7 +291,13 @@ def test_engines_of_several_rules_share_a_model(rules: tuple[str, ...]) -> None:
 
 def test_a_rule_refuses_what_it_does_not_know() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        nn.Conv2d(3, 4, 3),
+        nn.GroupNorm(2, 4),
+        nn.GroupNorm(1, 4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
     )
-    with pytest.raises(UnsupportedModelError, match="lrp-zero has no pull-back for group_norm"):
+    with pytest.raises(UnsupportedModelError, match=r"lrp-zero has no pull-back for group_norm \(1, 2\)") as refusal:
         Engine(model.eval(), Linear("zero"), input_shape=(3, 8, 8))
+    assert refusal.value.operations == (("group_norm", "1"), ("group_norm", "2"))
