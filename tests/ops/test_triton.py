@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from triton_processes import SHARED, Process, output, start
 
+from ramp_fast.ops.activation import FUNCTIONS
+
 pytest.importorskip("triton", reason="triton exists for Linux on x86_64 and aarch64 only")
 
 # Columns of tensor memory of sm_100: a launch that asks for more fails.
@@ -47,6 +49,7 @@ def test_compiles(triton: dict[str, Process]) -> None:
     names = {
         "sum_partials",
         "norm_pullback",
+        "norm_gradient",
         "junction",
         "merge_junction",
         "row_statistics",
@@ -59,6 +62,7 @@ def test_compiles(triton: dict[str, Process]) -> None:
         "scale_by",
         "gelu_factor",
         "gelu_factor, tanh",
+        *(f"activation_share, {function}" for function in FUNCTIONS),
         "affine_factor",
         "softmax_pullback",
         "max_pool_pullback",
@@ -68,6 +72,7 @@ def test_compiles(triton: dict[str, Process]) -> None:
         "scale_to",
     }
     names |= {f"attention by {by}, bf16, 64 columns, gated" for by in ("queries", "keys")}
+    names |= {f"attention's gradient by {by}, bf16, 64 columns" for by in ("queries", "keys")}
     names |= {f"{n}, {dtype}" for n in ("linear_pullback", "linear_norm_pullback") for dtype in ("bf16", "float32")}
     names |= {f"product, {dtype}" for dtype in ("bf16", "float32")}
     assert kernels == names
