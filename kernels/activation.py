@@ -69,7 +69,8 @@ def activation_share_kernel(
     if FUNCTION == 0:
         share = 0.5 * (1 + tl.erf(u * ROOT_HALF))
     elif FUNCTION == 1:
-        share = 1 / (1 + tl.exp(-2 * ROOT_TWO_OVER_PI * (u + 0.044715 * u * u * u)))
+        z = ROOT_TWO_OVER_PI * (u + 0.044715 * u * u * u)
+        share = 1 / (1 + tl.exp(-2 * z))
     else:
         share = 1 / (1 + tl.exp(-u))
     factor = tl.where(u == 0, 0.0, share)
