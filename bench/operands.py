@@ -88,6 +88,10 @@ def operands(
         c = normal(RHS, s.batch, s.tokens, s.heads, head, seed=9).to(attention_dtype).transpose(2, 3)
         return *qkv, out, c, head**-0.5, True, True
 
+    def attention_gradient() -> tuple[Any, ...]:
+        q, k, v, _, c, scale, *_ = attention()
+        return q, k, v, c[:1], scale, 0.5, 0.25
+
     def images() -> Tensor:
         return normal(s.masked, 3, s.image, s.image, seed=10)
 
@@ -112,6 +116,7 @@ def operands(
             *(sample(), sample(1), True, torch.bfloat16),
         ),
         "norm_pullback": lambda: (coefficient(), sample(), normal(s.width), 1e-6),
+        "norm_gradient": lambda: (coefficient()[:1].bfloat16(), sample(), normal(s.width), 1e-6),
         "linear_norm_pullback": lambda: (
             *(c_hidden(), panels(), sample()),
             *(normal(s.width), normal(s.width, seed=1), 1e-6, True),
@@ -120,6 +125,7 @@ def operands(
         "scale_by": lambda: (c_hidden(), hidden()),
         "gate": lambda: (c_hidden(), hidden()),
         "gelu_factor": lambda: (hidden(), False, torch.bfloat16),
+        "activation_share": lambda: (hidden(), "gelu", torch.bfloat16),
         "affine_factor": affine,
         "max_pool_pullback": max_pool,
         "affine_pullback": lambda: (block_coefficient(), block().relu(), normal(512), normal(512, seed=1), True),
@@ -131,6 +137,7 @@ def operands(
         "masked_copies": lambda: (images(), masks(), images()[:1] * 0, 0, min(4, s.steps), False),
         "softmax_pullback": softmax,
         "attention_pullback": attention,
+        "attention_gradient": attention_gradient,
     }
 
 
@@ -153,4 +160,7 @@ def count_flops(name: str, args: tuple[Any, ...]) -> int:
         query, key, c = args[0], args[1], args[4]
         pairs = query.numel() * key.shape[-2]
         return 2 * pairs * (1 + 4 * c.shape[0])  # scores once, then c_A, c_V, c_Q and c_K of every side
+    if name == "attention_gradient":
+        query, key, c = args[0], args[1], args[3]
+        return 2 * query.numel() * key.shape[-2] * (1 + 4 * c.shape[0])
     return 0

@@ -1,9 +1,10 @@
 """Activations and BatchNorm with the factor of their pull-back, in one pass.
 
-    gelu_factor:    y = gelu(x),         factor = 2 [y > 0] gelu'(x)
-    affine_factor:  y = gain x + shift,  factor = sign(x) gain + |gain|
+    gelu_factor:       y = gelu(x),         factor = 2 [y > 0] gelu'(x)
+    activation_share:  y = f(x),            factor = f(x) / x
+    affine_factor:     y = gain x + shift,  factor = sign(x) gain + |gain|
 
-Followed by a ReLU the second cuts y to [0, cap] and multiplies the factor by 2 [y > 0].
+Followed by a ReLU the last cuts y to [0, cap] and multiplies the factor by 2 [y > 0].
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ramp_fast.ops.activation import number_of
 
 BLOCK = 1024
 WARPS = 4
@@ -48,6 +51,30 @@ def gelu_factor_kernel(
     slope = cumulative + tl.where(density > 0, u * density, 0.0)
     factor = tl.where(y > 0, 2 * slope, 0.0)
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(factor_ptr + place, factor.to(factor_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def activation_share_kernel(
+    x_ptr,  # [elements]
+    y_ptr,  # [elements]
+    factor_ptr,  # [elements]
+    elements,
+    FUNCTION: tl.constexpr,  # its place in ops.activation.FUNCTIONS
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < elements
+    u = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if FUNCTION == 0:
+        share = 0.5 * (1 + tl.erf(u * ROOT_HALF))
+    elif FUNCTION == 1:
+        z = ROOT_TWO_OVER_PI * (u + 0.044715 * u * u * u)
+        share = 1 / (1 + tl.exp(-2 * z))
+    else:
+        share = 1 / (1 + tl.exp(-u))
+    factor = tl.where(u == 0, 0.0, share)
+    tl.store(y_ptr + place, (u * share).to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(factor_ptr + place, factor.to(factor_ptr.dtype.element_ty), mask=inside)
 
 
@@ -87,6 +114,19 @@ def gelu_factor(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tenso
         with torch.cuda.device_of(x):
             gelu_factor_kernel[(triton.cdiv(x.numel(), BLOCK),)](
                 *(x, y, factor, x.numel()), TANH=tanh_approx, BLOCK=BLOCK, num_warps=WARPS
+            )
+    return y, factor
+
+
+def activation_share(x: Tensor, function: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``ramp_fast::activation_share`` for x of any shape."""
+    x = x.contiguous()
+    y, factor = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    number = number_of(function)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            activation_share_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+                *(x, y, factor, x.numel()), FUNCTION=number, BLOCK=BLOCK, num_warps=WARPS
             )
     return y, factor
 

@@ -13,6 +13,11 @@ Tensor cores multiply 16-bit numbers. Scores are products of bfloat16 q and k, o
 float32 operand, which may be of any size, is the sum of three bfloat16 parts, and a product of two that of the six
 largest products of parts, with an error below 2^-23. A first kernel writes parts, gates and halves, for the other two
 to copy straight into shared memory: split in registers instead, nothing but tiles of 16 rows fits.
+
+The gradient goes the same way, and finds the sums of A c_A beside those of the softmax:
+
+    c_A = c V^T            c_V = A^T c            c_S = A (c_A - sum over keys of A c_A)
+    c_Q = scale c_S K      c_K = scale c_S^T Q
 """
 
 from __future__ import annotations
@@ -98,6 +103,7 @@ def lasting(configs: list[triton.Config], arguments: dict[str, Any], **constants
 
 # All that the best configuration depends on; the number of samples must not be part of it.
 KEY = ("QUERIES", "KEYS", "WIDTH", "GATED", "CONTRAST", "SCORE_PARTS", "PARTS")
+GRADIENT_KEY = ("QUERIES", "KEYS", "WIDTH", "SCORE_PARTS", "PARTS")
 
 
 def padded(width: int) -> int:
@@ -650,6 +656,287 @@ def keys_kernel(
         tl.store(mass_k + GROUPS * map_stride, tl.sum(tl.abs(x * (c_k - c_k_d)), 1), mask=inside)
 
 
+@triton.jit
+def _measured_with_sums(
+    q,
+    unit,
+    k,
+    key_plane,
+    powers,
+    c,
+    v,
+    first,
+    top,
+    total,
+    weighted,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SCORE_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A step of the first pass over keys: maxima of scores, sums of exp(S - maximum), and those times c_A."""
+    x = _products(q, k, key_plane, powers, first, ROWS, BLOCK_D, SCORE_PARTS)
+    v_t = _transposed(_tile(v, key_plane, first, ROWS, BLOCK_D, PARTS), PARTS)
+    c_a = _product(c, v_t, tl.zeros([q[0].shape[0], ROWS], tl.float32), PARTS)
+    inside = (first + tl.arange(0, ROWS) < KEYS)[None, :]
+    higher = tl.maximum(top, unit * tl.max(tl.where(inside, x, float("-inf")) if MASKED else x, 1))
+    new = tl.exp2(x * unit[:, None] - higher[:, None])
+    if MASKED:
+        new = tl.where(inside, new, 0.0)
+    old = tl.exp2(top - higher)
+    return higher, total * old + tl.sum(new, 1), weighted * old + tl.sum(new * c_a, 1)
+
+
+@triton.jit
+def _gradient_of_queries(
+    q,
+    unit,
+    c,
+    k,
+    key_plane,
+    powers,
+    k_narrow,
+    v,
+    norm,
+    mean,
+    first,
+    sums,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SCORE_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A step of the second pass over keys: sums for c_Q with those of [first, first + ROWS)."""
+    x = _products(q, k, key_plane, powers, first, ROWS, BLOCK_D, SCORE_PARTS)
+    a = tl.exp2(x * unit[:, None] - norm[:, None])
+    if MASKED:  # keys beyond KEYS are 0, but a may be infinite
+        a = tl.where((first + tl.arange(0, ROWS) < KEYS)[None, :], a, 0.0)
+    v_t = _transposed(_tile(v, key_plane, first, ROWS, BLOCK_D, PARTS), PARTS)
+    c_a = _product(c, v_t, tl.zeros([q[0].shape[0], ROWS], tl.float32), PARTS)
+    keys = _tile(k_narrow, key_plane, first, ROWS, BLOCK_D, PARTS)
+    return _product(_split(a * (c_a - mean[:, None]), PARTS), keys, sums, PARTS)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def gradient_queries_kernel(
+    q_ptr,  # [SCORE_PARTS, B, H, rows, BLOCK_D]; prepared, like the next six
+    q_powers_ptr,  # [B, H, rows]; not read unless SCORE_PARTS is 2, like the next but one
+    k_ptr,  # [SCORE_PARTS, B, H, rows of keys, BLOCK_D]
+    k_powers_ptr,  # [B, H, rows of keys]
+    k_narrow_ptr,  # [PARTS, B, H, rows of keys, BLOCK_D]
+    v_ptr,  # [PARTS, B, H, rows of keys, BLOCK_D]
+    c_ptr,  # [PARTS, T, B, H, rows, BLOCK_D]
+    out_ptr,  # [T, B, H, N, D]: c_Q
+    norms_ptr,  # [B, H, rows]: log2 of the sum of exp(S)
+    means_ptr,  # [T, B, H, rows]: sums of A c_A
+    out_t,  # strides of these axes; the last one is dense
+    out_b,
+    out_h,
+    out_n,
+    batch,  # B
+    scale,
+    share,
+    NUM_MAPS: tl.constexpr,  # T
+    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,  # of prepared operands
+    KEY_ROWS: tl.constexpr,
+    SCORE_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    APART: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = QUERY_ROWS // OWN
+    # Keys of a last step apart from the others, the only one with masks, or else masks in every step if there are any.
+    REST: tl.constexpr = KEYS % OTHER if APART else 0
+    LAST: tl.constexpr = 16 if REST <= 16 else 32 if REST <= 32 else 64
+    MASKED: tl.constexpr = REST == 0 and KEYS % OTHER > 0
+    program = tl.program_id(0)
+    start = program % BLOCKS * OWN
+    head = program // BLOCKS % HEADS
+    sample = program // (BLOCKS * HEADS) % batch
+    t = program // (BLOCKS * HEADS) // batch
+    samples = batch.to(tl.int64)
+    of_head = sample.to(tl.int64) * HEADS + head
+    of_map = t * samples * HEADS + of_head
+    query_plane = samples * (HEADS * QUERY_ROWS * BLOCK_D)
+    key_plane = samples * (HEADS * KEY_ROWS * BLOCK_D)
+    k = k_ptr + of_head * (KEY_ROWS * BLOCK_D)
+    powers = k_powers_ptr + of_head * KEY_ROWS
+    k_narrow = k_narrow_ptr + of_head * (KEY_ROWS * BLOCK_D)
+    v = v_ptr + of_head * (KEY_ROWS * BLOCK_D)
+    q = _tile(q_ptr + of_head * (QUERY_ROWS * BLOCK_D), query_plane, start, OWN, BLOCK_D, SCORE_PARTS)
+    c = _tile(c_ptr + of_map * (QUERY_ROWS * BLOCK_D), query_plane * NUM_MAPS, start, OWN, BLOCK_D, PARTS)
+    unit = _unit(scale, q_powers_ptr + of_head * QUERY_ROWS, start, OWN, SCORE_PARTS)
+
+    top = tl.full([OWN], float("-inf"), tl.float32)
+    total = tl.zeros([OWN], tl.float32)
+    weighted = tl.zeros([OWN], tl.float32)
+    for first in range(0, KEYS - REST, OTHER):
+        top, total, weighted = _measured_with_sums(
+            *(q, unit, k, key_plane, powers, c, v, first, top, total, weighted),
+            *(KEYS, OTHER, BLOCK_D, SCORE_PARTS, PARTS, MASKED),
+        )
+    if REST > 0:
+        top, total, weighted = _measured_with_sums(
+            *(q, unit, k, key_plane, powers, c, v, KEYS - REST, top, total, weighted),
+            *(KEYS, LAST, BLOCK_D, SCORE_PARTS, PARTS, True),
+        )
+    norm = top + tl.log2(total)
+    mean = weighted / total
+    row = start + tl.arange(0, OWN)
+    if t == 0:
+        tl.store(norms_ptr + of_head * QUERY_ROWS + row, norm)
+    tl.store(means_ptr + of_map * QUERY_ROWS + row, mean)
+
+    sums = tl.zeros([OWN, BLOCK_D], tl.float32)
+    for first in range(0, KEYS - REST, OTHER):
+        sums = _gradient_of_queries(
+            *(q, unit, c, k, key_plane, powers, k_narrow, v, norm, mean, first, sums),
+            *(KEYS, OTHER, BLOCK_D, SCORE_PARTS, PARTS, MASKED),
+        )
+    if REST > 0:
+        sums = _gradient_of_queries(
+            *(q, unit, c, k, key_plane, powers, k_narrow, v, norm, mean, KEYS - REST, sums),
+            *(KEYS, LAST, BLOCK_D, SCORE_PARTS, PARTS, True),
+        )
+    column = tl.arange(0, BLOCK_D)
+    stored = (row < QUERIES)[:, None] & (column < WIDTH)[None, :]
+    out = sample.to(tl.int64) * out_b + head.to(tl.int64) * out_h + t.to(tl.int64) * out_t
+    out = out_ptr + out + row[:, None] * out_n + column[None, :]
+    tl.store(out, (share * sums).to(out_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _gradient_of_keys(
+    k,
+    unit,
+    v,
+    q,
+    query_plane,
+    powers,
+    q_narrow,
+    c_ptr,
+    c_plane,
+    norms,
+    means,
+    first,
+    sums_k,
+    sums_v,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SCORE_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A step over queries: sums with those of [first, first + ROWS). Rows of scores are keys."""
+    x = _products(k, q, query_plane, powers, first, ROWS, BLOCK_D, SCORE_PARTS)
+    row = first + tl.arange(0, ROWS)
+    if MASKED:  # of rows that may have none; what they are multiplied by is 0
+        norm = tl.load(norms + row, mask=row < QUERIES, other=0.0)
+        mean = tl.load(means + row, mask=row < QUERIES, other=0.0)
+    else:
+        norm = tl.load(norms + row)
+        mean = tl.load(means + row)
+    a = tl.exp2(x * unit[:, None] - norm[None, :])
+    c = _tile(c_ptr, c_plane, first, ROWS, BLOCK_D, PARTS)
+    c_a = _product(v, _transposed(c, PARTS), tl.zeros([k[0].shape[0], ROWS], tl.float32), PARTS)
+    queries = _tile(q_narrow, query_plane, first, ROWS, BLOCK_D, PARTS)
+    sums_k = _product(_split(a * (c_a - mean[None, :]), PARTS), queries, sums_k, PARTS)
+    return sums_k, _product(_split(a, PARTS), c, sums_v, PARTS)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def gradient_keys_kernel(
+    q_ptr,  # as above
+    q_powers_ptr,
+    q_narrow_ptr,  # [PARTS, B, H, rows, BLOCK_D]
+    k_ptr,
+    k_powers_ptr,
+    v_ptr,
+    c_ptr,
+    c_k_ptr,  # [T, B, H, M, D]
+    c_v_ptr,  # [T, B, H, M, D]
+    norms_ptr,
+    means_ptr,
+    out_t,  # strides of c_k and of c_v
+    out_b,
+    out_h,
+    out_n,
+    batch,
+    scale,
+    share,  # of K, times the scale
+    value_share,
+    NUM_MAPS: tl.constexpr,
+    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    KEY_ROWS: tl.constexpr,
+    SCORE_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    APART: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = KEY_ROWS // OWN
+    REST: tl.constexpr = QUERIES % OTHER if APART else 0
+    LAST: tl.constexpr = 16 if REST <= 16 else 32 if REST <= 32 else 64
+    MASKED: tl.constexpr = REST == 0 and QUERIES % OTHER > 0
+    program = tl.program_id(0)
+    start = program % BLOCKS * OWN
+    head = program // BLOCKS % HEADS
+    sample = program // (BLOCKS * HEADS) % batch
+    t = program // (BLOCKS * HEADS) // batch
+    samples = batch.to(tl.int64)
+    of_head = sample.to(tl.int64) * HEADS + head
+    of_map = t * samples * HEADS + of_head
+    query_plane = samples * (HEADS * QUERY_ROWS * BLOCK_D)
+    key_plane = samples * (HEADS * KEY_ROWS * BLOCK_D)
+    q = q_ptr + of_head * (QUERY_ROWS * BLOCK_D)
+    powers = q_powers_ptr + of_head * QUERY_ROWS
+    q_narrow = q_narrow_ptr + of_head * (QUERY_ROWS * BLOCK_D)
+    c = c_ptr + of_map * (QUERY_ROWS * BLOCK_D)
+    norms = norms_ptr + of_head * QUERY_ROWS
+    means = means_ptr + of_map * QUERY_ROWS
+    k = _tile(k_ptr + of_head * (KEY_ROWS * BLOCK_D), key_plane, start, OWN, BLOCK_D, SCORE_PARTS)
+    v = _tile(v_ptr + of_head * (KEY_ROWS * BLOCK_D), key_plane, start, OWN, BLOCK_D, PARTS)
+    unit = _unit(scale, k_powers_ptr + of_head * KEY_ROWS, start, OWN, SCORE_PARTS)
+
+    sums_k = tl.zeros([OWN, BLOCK_D], tl.float32)
+    sums_v = tl.zeros([OWN, BLOCK_D], tl.float32)
+    for first in range(0, QUERIES - REST, OTHER):
+        sums_k, sums_v = _gradient_of_keys(
+            *(k, unit, v, q, query_plane, powers, q_narrow, c, query_plane * NUM_MAPS),
+            *(norms, means, first, sums_k, sums_v),
+            *(QUERIES, OTHER, BLOCK_D, SCORE_PARTS, PARTS, MASKED),
+        )
+    if REST > 0:
+        sums_k, sums_v = _gradient_of_keys(
+            *(k, unit, v, q, query_plane, powers, q_narrow, c, query_plane * NUM_MAPS),
+            *(norms, means, QUERIES - REST, sums_k, sums_v),
+            *(QUERIES, LAST, BLOCK_D, SCORE_PARTS, PARTS, True),
+        )
+    row = start + tl.arange(0, OWN)
+    column = tl.arange(0, BLOCK_D)
+    stored = (row < KEYS)[:, None] & (column < WIDTH)[None, :]
+    out = sample.to(tl.int64) * out_b + head.to(tl.int64) * out_h + t.to(tl.int64) * out_t
+    out = out + row[:, None] * out_n + column[None, :]
+    tl.store(c_k_ptr + out, (share * sums_k).to(c_k_ptr.dtype.element_ty), mask=stored)
+    tl.store(c_v_ptr + out, (value_share * sums_v).to(c_v_ptr.dtype.element_ty), mask=stored)
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, contrast: bool) -> None:
     if q.ndim != 4 or c.ndim != 5:
         raise ValueError(f"q must be [B, H, N, D] and c [T, B, H, N, D], not {list(q.shape)} and {list(c.shape)}")
@@ -757,6 +1044,79 @@ def _pullback(
         **options,
     )
     return out, sum_partials(masses)
+
+
+def attention_gradient(
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor, scale: float, value_share: float, score_share: float
+) -> Tensor:
+    """``ramp_fast::attention_gradient`` for q [B, H, N, D], k, v [B, H, M, D] and c [T, B, H, N, D]."""
+    _check(q, k, v, q, c, scale, False)
+    batch, heads, queries, width = q.shape
+    num_maps, keys = c.shape[0], k.shape[2]
+    # Without a share of the scores there is little to do, and products of 0 would let NaN through.
+    if score_share == 0 or width > MAX_WIDTH or any(x.dtype == torch.float64 for x in (q, k, v, c)):
+        return equation("attention_gradient")(q, k, v, c, scale, value_share, score_share)
+    q, k, v, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, c))
+    out = packed_output(q, k, c)
+    if 0 in (num_maps, batch, heads, queries, keys, width):
+        return out.zero_()
+    score_parts = 1 if q.dtype == k.dtype == torch.bfloat16 else 2
+    parts = 1 if c.dtype == torch.bfloat16 else 3
+    c_q, c_k, c_v = output_views(out, q, k)
+    major, minor = (8, 0) if c.device.type == "cpu" else torch.cuda.get_device_capability(c.device)
+    capability = 10 * major + minor
+    tile = tiles(capability, width, parts, True)
+    block = max(tile.own, tile.other)
+    q_whole, q_powers, _ = _prepared(q[None], block, score_parts, 0, False)
+    k_whole, k_powers, _ = _prepared(k[None], block, score_parts, 0, False)
+    q_narrow, k_narrow = (
+        whole if parts == score_parts else _prepared(x[None], block, parts, 0, False)[0]
+        for x, whole in ((q, q_whole), (k, k_whole))
+    )
+    v_narrow, _, _ = _prepared(v[None], block, parts, 0, False)
+    c_narrow, _, _ = _prepared(c, block, parts, 0, False)
+    rows, key_rows = q_whole.shape[-2], k_whole.shape[-2]
+    norms = torch.empty((batch, heads, rows), dtype=torch.float32, device=c.device)
+    means = torch.empty((num_maps, batch, heads, rows), dtype=torch.float32, device=c.device)
+    options = {
+        "NUM_MAPS": num_maps,
+        "HEADS": heads,
+        "QUERIES": queries,
+        "KEYS": keys,
+        "WIDTH": width,
+        "QUERY_ROWS": rows,
+        "KEY_ROWS": key_rows,
+        "SCORE_PARTS": score_parts,
+        "PARTS": parts,
+        "BLOCK_D": padded(width),
+    }
+    programs = batch * heads * num_maps
+    share = score_share * scale
+    launch_tuned(
+        gradient_queries_kernel,
+        configs(capability, width, parts, True),
+        GRADIENT_KEY,
+        lasting,
+        lambda meta: (programs * (rows // tile.own),),
+        (
+            *(q_whole, q_powers, k_whole, k_powers, k_narrow, v_narrow, c_narrow, c_q, norms, means),
+            *(*c_q.stride()[:4], batch, scale, share),
+        ),
+        **options,
+    )
+    launch_tuned(
+        gradient_keys_kernel,
+        configs(capability, width, parts, True),
+        GRADIENT_KEY,
+        lasting,
+        lambda meta: (programs * (key_rows // tile.own),),
+        (
+            *(q_whole, q_powers, q_narrow, k_whole, k_powers, v_narrow, c_narrow, c_k, c_v, norms, means),
+            *(*c_k.stride()[:4], batch, scale, share, value_share),
+        ),
+        **options,
+    )
+    return out
 
 
 def _prepared(

@@ -1,11 +1,14 @@
-"""LayerNorm's pull-back.
+"""LayerNorm's pull-back, and its gradient with a constant deviation.
 
-    c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) c,    sigma(u) = sqrt(var(u) + eps) over the row
+    norm_pullback:  c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) c,    sigma(u) = sqrt(var(u) + eps) over the row
+    norm_gradient:  c_x = (w c - mean(w c)) / sigma(x)
 
 One program per row: statistics of x and |x| in two passes (the row stays in cache), then every map.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -85,6 +88,46 @@ def norm_pullback_kernel(
             tl.store(out_ptr + offset, (factor * c).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _weighed(c_row, weight_ptr, place, inside, HAS_WEIGHT: tl.constexpr, COMPUTE: tl.constexpr):
+    own = tl.load(c_row + place, mask=inside, other=0.0).to(COMPUTE)
+    if HAS_WEIGHT:
+        own *= tl.load(weight_ptr + place, mask=inside, other=0.0).to(COMPUTE)
+    return own
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_gradient_kernel(
+    c_ptr,  # as above
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    rows,
+    NUM_MAPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EPS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mean, inverse, _ = row_statistics(x_ptr + row * WIDTH, WIDTH, EPS, COMPUTE, BLOCK)
+    inverse += mean - mean  # NaN where x is, or is not finite
+    for t in range(NUM_MAPS):
+        first = (t * rows.to(tl.int64) + row) * WIDTH
+        total = tl.zeros([BLOCK], COMPUTE)
+        for start in range(0, WIDTH, BLOCK):
+            inside = start + columns < WIDTH
+            total += _weighed(c_ptr + first, weight_ptr, start + columns, inside, HAS_WEIGHT, COMPUTE)
+        mean_own = tl.sum(total, 0) / WIDTH
+        for start in range(0, WIDTH, BLOCK):
+            inside = start + columns < WIDTH
+            own = _weighed(c_ptr + first, weight_ptr, start + columns, inside, HAS_WEIGHT, COMPUTE)
+            c = ((own - mean_own) * inverse).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + first + start + columns, c, mask=inside)
+
+
 def block_and_warps(width: int) -> tuple[int, int]:
     """Columns of a row in one step, and warps."""
     block = min(triton.next_power_of_2(width), MAX_BLOCK)
@@ -93,6 +136,15 @@ def block_and_warps(width: int) -> tuple[int, int]:
 
 def norm_pullback(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``ramp_fast::norm_pullback`` for c [T, B, ..., K], x [B, ..., K], weight [K]."""
+    return _launch(norm_pullback_kernel, c, x, weight, eps)
+
+
+def norm_gradient(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """``ramp_fast::norm_gradient`` for c [T, B, ..., K], x [B, ..., K], weight [K]."""
+    return _launch(norm_gradient_kernel, c, x, weight, eps)
+
+
+def _launch(kernel: Any, c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if x.ndim < 1 or c.shape[1:] != x.shape or (weight is not None and weight.shape != x.shape[-1:]):
         raise ValueError(f"c {list(c.shape)} must be [T, *x.shape] with x {list(x.shape)}, weight [{x.shape[-1]}]")
     c, x = c.contiguous(), x.contiguous()
@@ -104,7 +156,7 @@ def norm_pullback(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Te
     rows = x.numel() // width
     block, warps = block_and_warps(width)
     with torch.cuda.device_of(c):
-        norm_pullback_kernel[(rows,)](
+        kernel[(rows,)](
             c,
             x,
             x if weight is None else weight,

@@ -31,6 +31,7 @@ def centring(
     threads: _Threads,
     /,
 ) -> None: ...
+def activation_share(x: Tensor, function: int, y: Tensor, factor: Tensor, threads: _Threads, /) -> None: ...
 def affine_factor(
     x: Tensor,
     gain: Tensor,
@@ -56,6 +57,20 @@ def attention_pullback(
     c_k: Tensor,
     c_v: Tensor,
     masses: Tensor,
+    threads: _Threads,
+    /,
+) -> None: ...
+def attention_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c: Tensor,
+    scale: float,
+    value_share: float,
+    score_share: float,
+    c_q: Tensor,
+    c_k: Tensor,
+    c_v: Tensor,
     threads: _Threads,
     /,
 ) -> None: ...

@@ -141,9 +141,11 @@ def kernels(device: Device) -> list[tuple[str, str]]:
 
 def _arithmetic(name: str, o: Any) -> torch.dtype:
     """The dtype that an operator computes in, by which tolerances are chosen."""
-    if name in ("gelu_factor", "affine_factor"):  # their c_dtype is storage only
+    from cases import FACTORS, OF_ATTENTION
+
+    if name in FACTORS:
         return torch.float64 if o.x_dtype == torch.float64 else torch.float32
-    if name == "attention_pullback" and o.c_dtype == torch.bfloat16 and o.x_dtype != torch.float64:
+    if name in OF_ATTENTION and o.c_dtype == torch.bfloat16 and o.x_dtype != torch.float64:
         return torch.bfloat16
     return o.arithmetic  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-// Bindings: gelu_factor, affine_factor.
+// Bindings: gelu_factor, activation_share, affine_factor.
 #include "bind/bind.h"
 #include "cpu/dispatch.h"
 
@@ -19,6 +19,23 @@ void gelu_factor(py::handle x_, bool tanh_approx, py::handle y_, py::handle fact
     args.threads = threads;
     py::gil_scoped_release release;
     RF_CALL(gelu_factor, args);
+}
+
+void activation_share(py::handle x_, int function, py::handle y_, py::handle factor_, int threads) {
+    const TensorView x(x_, "x"), y(y_, "y"), factor(factor_, "factor");
+    if (x.dtype() == DType::f64) fail("activation_share computes in float32: x must be float32 or bfloat16");
+    if (function < 0 || function > static_cast<int>(Activation::silu)) fail("there is no such function");
+    y.same_shape(x);
+    factor.same_shape(x);
+    ShareArgs args{};
+    args.inner = x.numel();
+    args.function = static_cast<Activation>(function);
+    args.x = x.contiguous().operand();
+    args.y = y.contiguous().operand();
+    args.factor = factor.contiguous().operand();
+    args.threads = threads;
+    py::gil_scoped_release release;
+    RF_CALL(activation_share, args);
 }
 
 void affine_factor(py::handle x_, py::handle gain_, py::handle shift_, bool relu, double cap,
@@ -52,6 +69,7 @@ void affine_factor(py::handle x_, py::handle gain_, py::handle shift_, bool relu
 
 void register_activation(py::module_& m) {
     m.def("gelu_factor", &gelu_factor);
+    m.def("activation_share", &activation_share);
     m.def("affine_factor", &affine_factor);
 }
 

@@ -1,13 +1,12 @@
-// Bindings: norm_pullback.
+// Bindings: norm_pullback, norm_gradient.
 #include "bind/bind.h"
 #include "cpu/dispatch.h"
 
 namespace rf {
 namespace {
 
-void norm_pullback(py::handle c_, py::handle x_, py::handle weight_, double eps, py::handle out_,
-                   int threads) {
-    const TensorView c(c_, "c"), x(x_, "x"), out(out_, "out");
+NormArgs arguments(const TensorView& c, const TensorView& x, py::handle weight_, double eps,
+                   const TensorView& out, int threads) {
     const auto weight = optional_view(weight_, "weight");
     check_coefficient(c, false);
     if (x.ndim() < 2 || c.ndim() != x.ndim() + 1)
@@ -30,14 +29,30 @@ void norm_pullback(py::handle c_, py::handle x_, py::handle weight_, double eps,
     args.weight = operand_or_null(weight);
     args.out = out.contiguous().operand();
     args.threads = threads;
+    return args;
+}
+
+void norm_pullback(py::handle c_, py::handle x_, py::handle weight_, double eps, py::handle out_,
+                   int threads) {
+    const TensorView c(c_, "c"), x(x_, "x"), out(out_, "out");
+    const NormArgs args = arguments(c, x, weight_, eps, out, threads);
     py::gil_scoped_release release;
     RF_CALL_ROUNDING(norm_pullback, args);
+}
+
+void norm_gradient(py::handle c_, py::handle x_, py::handle weight_, double eps, py::handle out_,
+                   int threads) {
+    const TensorView c(c_, "c"), x(x_, "x"), out(out_, "out");
+    const NormArgs args = arguments(c, x, weight_, eps, out, threads);
+    py::gil_scoped_release release;
+    RF_CALL_ROUNDING(norm_gradient, args);
 }
 
 }  // namespace
 
 void register_norm(py::module_& m) {
     m.def("norm_pullback", &norm_pullback);
+    m.def("norm_gradient", &norm_gradient);
 }
 
 }  // namespace rf

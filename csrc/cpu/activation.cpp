@@ -28,10 +28,21 @@ RF_INLINE float error_function(float x) {
     return z * p / q;
 }
 
+RF_INLINE float normal_cumulative(float x) {
+    return 0.5f + 0.5f * error_function(x * 0.70710678118654752f);
+}
+
+RF_INLINE float logistic(float x) {
+    return 1.0f / (1.0f + exponential(-x));
+}
+
+// (1 + tanh(u)) / 2 is the logistic function of 2 u, u = sqrt(2 / pi) (x + 0.044715 x^3).
+constexpr float kTanhScale = 1.5957691216057308f, kTanhCubic = 0.044715f;
+
 RF_INLINE void gelu_erf(const float* __restrict x, int64_t n, float* __restrict y, float* __restrict factor) {
     RF_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        const float cumulative = 0.5f + 0.5f * error_function(x[i] * 0.70710678118654752f);
+        const float cumulative = normal_cumulative(x[i]);
         const float density = 0.39894228040143268f * exponential(-0.5f * x[i] * x[i]);
         const float value = x[i] * cumulative;
         const float slope = 2.0f * (cumulative + x[i] * density);
@@ -42,13 +53,11 @@ RF_INLINE void gelu_erf(const float* __restrict x, int64_t n, float* __restrict 
 
 RF_INLINE void gelu_tanh(const float* __restrict x, int64_t n, float* __restrict y,
                          float* __restrict factor) {
-    // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
-    constexpr float scale = 1.5957691216057308f, cubic = 0.044715f;
     RF_SIMD
     for (int64_t i = 0; i < n; ++i) {
         const float square = x[i] * x[i];
-        const float cumulative = 1.0f / (1.0f + exponential(-scale * x[i] * (1.0f + cubic * square)));
-        const float inner_slope = scale * (1.0f + 3.0f * cubic * square);
+        const float cumulative = logistic(kTanhScale * x[i] * (1.0f + kTanhCubic * square));
+        const float inner_slope = kTanhScale * (1.0f + 3.0f * kTanhCubic * square);
         const float value = x[i] * cumulative;
         const float slope = 2.0f * (cumulative + x[i] * cumulative * (1.0f - cumulative) * inner_slope);
         y[i] = value;
@@ -69,6 +78,34 @@ void gelu_chunk(int64_t index, const void* context, void*) {
             gelu_tanh(x, n, y, factor);
         else
             gelu_erf(x, n, y, factor);
+        commit(args.y, start, n, y_buffer);
+        commit(args.factor, start, n, factor_buffer);
+    }
+}
+
+template <Activation function>
+RF_INLINE void share_span(const float* __restrict x, int64_t n, float* __restrict y,
+                          float* __restrict factor) {
+    RF_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        const float share = function == Activation::gelu ? normal_cumulative(x[i])
+                            : function == Activation::silu
+                                ? logistic(x[i])
+                                : logistic(kTanhScale * x[i] * (1.0f + kTanhCubic * x[i] * x[i]));
+        y[i] = x[i] * share;
+        factor[i] = x[i] == 0.0f ? 0.0f : share;
+    }
+}
+
+template <Activation function>
+void share_chunk(int64_t index, const void* context, void*) {
+    const ShareArgs& args = *static_cast<const ShareArgs*>(context);
+    const int64_t end = min64((index + 1) * kChunk, args.inner);
+    float in[kBlock], y_buffer[kBlock], factor_buffer[kBlock];
+    for (int64_t start = index * kChunk; start < end; start += kBlock) {
+        const int64_t n = min64(kBlock, end - start);
+        share_span<function>(load(args.x, start, n, in), n, target(args.y, start, y_buffer),
+                             target(args.factor, start, factor_buffer));
         commit(args.y, start, n, y_buffer);
         commit(args.factor, start, n, factor_buffer);
     }
@@ -152,6 +189,13 @@ void affine_factor(const AffineArgs& args) {
 
 void gelu_factor(const GeluArgs& args) {
     parallel_for(ceil_div(args.inner, kChunk), args.inner, args.threads, gelu_chunk, &args, 0);
+}
+
+void activation_share(const ShareArgs& args) {
+    const Task task = args.function == Activation::gelu   ? share_chunk<Activation::gelu>
+                      : args.function == Activation::silu ? share_chunk<Activation::silu>
+                                                          : share_chunk<Activation::gelu_tanh>;
+    parallel_for(ceil_div(args.inner, kChunk), args.inner, args.threads, task, &args, 0);
 }
 
 }  // namespace rf::RF_ISA

@@ -3,24 +3,15 @@
 //
 // Products have operands of bfloat16 where the coefficients are and the processor multiplies bfloat16. Scores
 // and softmax are always float (double).
-#include "cpu/mass.h"
-#include "cpu/small_products.h"
-#include "cpu/softmax_row.h"
+#include "cpu/attention.h"
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "cpu/mass.h"
+#include "cpu/softmax_row.h"
 
 namespace rf::RF_ISA {
 namespace {
 
-// Scores of one block of query rows, about: the block's operands stay in a 1 MB L2 cache.
-constexpr int64_t kBlockScores = 24576;
 constexpr int64_t kMasses = 4;  // of A, V, Q, K
-
-RF_INLINE int64_t round_up(int64_t a, int64_t b) {
-    return ceil_div(a, b) * b;
-}
 
 struct Job {
     const AttentionArgs& args;
@@ -40,18 +31,15 @@ Job plan(const AttentionArgs& args, double* partials) {
     job.parts = args.gated ? job.depth : 2 * job.depth;
     job.key_rows = round_up(args.keys, P::rows);
     job.keys = round_up(job.key_rows, P::align);
-    const int64_t rows = kBlockScores / (job.keys > 0 ? job.keys : 1);
-    const int64_t blocks = ceil_div(args.queries, rows > 4 * P::rows ? rows : 4 * P::rows);
-    job.block = round_up(ceil_div(args.queries, blocks > 0 ? blocks : 1), P::rows);
+    job.block = rows_of_a_block<P>(args.queries, job.keys);
     return job;
 }
 
 // Scratch of one task, at `base`; only `bytes` is meaningful without one.
 template <class P>
-struct Scratch {
+struct Scratch : Layout {
     using F = typename P::Sum;
     using E = typename P::Element;
-    std::size_t bytes = 0;
     F* keys_t;     // [D, keys]                K^T
     E* values_t;   // [depth / pack, keys]     2 V+^T
     E* key_parts;  // [keys / pack, parts]     K+ | K-
@@ -102,26 +90,7 @@ struct Scratch {
         take(base, sum_v_t, P::tiled ? num_maps * job.depth * job.keys : 0);
         take(base, sum_k_t, P::tiled ? num_maps * job.parts * job.keys : 0);
     }
-
-  private:
-    template <class T>
-    void take(char* base, T*& pointer, int64_t count) {
-        pointer = base == nullptr ? nullptr : reinterpret_cast<T*>(base + bytes);
-        const std::size_t end = bytes + static_cast<std::size_t>(count) * sizeof(T);
-        bytes = (end + kGuard + 63) / 64 * 64;
-        if (kGuard > 0 && base != nullptr) guard(base + end, base + bytes);
-    }
 };
-
-RF_INLINE int64_t offset(const StridedOperand& x, int64_t t, int64_t b, int64_t h, int64_t n) {
-    return t * x.strides[0] + b * x.strides[1] + h * x.strides[2] + n * x.strides[3];
-}
-
-template <class T>
-RF_INLINE void clear(T* data, int64_t n) {
-    RF_SIMD
-    for (int64_t i = 0; i < n; ++i) data[i] = T(0);
-}
 
 // to = factor * x+ in the first `depth` columns and, if there are more, factor * x- in the others; 0 beyond
 // n.
@@ -142,76 +111,11 @@ RF_INLINE void split_parts(const F* __restrict x, int64_t n, F factor, int64_t d
     }
 }
 
-#ifdef __AVX512F__
-// The transpose of 16 x 16 elements of 32 bits: pairs of rows, then fours, then quarters of vectors.
-inline void transpose_16(const void* in, int64_t stride, void* out, int64_t out_stride) {
-    __m512i a[16], b[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i)
-        a[i] = _mm512_loadu_si512(static_cast<const std::uint32_t*>(in) + i * stride);
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        std::uint32_t* to = static_cast<std::uint32_t*>(out) + i * out_stride;
-        _mm512_storeu_si512(to, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-        _mm512_storeu_si512(to + 4 * out_stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
-        _mm512_storeu_si512(to + 8 * out_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-        _mm512_storeu_si512(to + 12 * out_stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
-    }
-}
-#endif
-
-// out [columns, out_stride] = the transpose of columns of in [count, stride]
-template <class E>
-RF_INLINE void transpose(const E* __restrict in, int64_t count, int64_t stride, int64_t columns,
-                         E* __restrict out, int64_t out_stride) {
-#ifdef __AVX512F__
-    if constexpr (sizeof(E) == 4) {
-        if (count % 16 == 0 && columns % 16 == 0) {
-            for (int64_t c = 0; c < columns; c += 16)
-                for (int64_t r = 0; r < count; r += 16)
-                    transpose_16(in + r * stride + c, stride, out + c * out_stride + r, out_stride);
-            return;
-        }
-    }
-#endif
-    for (int64_t c = 0; c < columns; ++c)
-        for (int64_t r = 0; r < count; ++r) out[c * out_stride + r] = in[r * stride + c];
-}
-
-// Fetches row n, if there is one, into the L2 cache: rows of a head are far apart, which no hardware
-// prefetcher predicts.
-RF_INLINE void fetch_row(const Job& job, const StridedOperand& x, int64_t rows, int64_t t, int64_t b,
-                         int64_t h, int64_t n) {
-    if (n >= rows) return;
-    const int64_t element = x.operand.dtype == DType::bf16 ? 2 : x.operand.dtype == DType::f32 ? 4 : 8;
-    const char* row = static_cast<const char*>(x.operand.data) + offset(x, t, b, h, n) * element;
-    for (int64_t at = 0; at < job.args.width * element; at += 64) __builtin_prefetch(row + at, 0, 2);
-}
-
 RF_INLINE void fetch_query(const Job& job, int64_t b, int64_t h, int64_t n) {
     const AttentionArgs& args = job.args;
-    fetch_row(job, args.q, args.queries, 0, b, h, n);
-    if (args.gated) fetch_row(job, args.o, args.queries, 0, b, h, n);
-    for (int64_t t = 0; t < args.num_maps; ++t) fetch_row(job, args.c, args.queries, t, b, h, n);
+    fetch_row(args.q, args.width, args.queries, 0, b, h, n);
+    if (args.gated) fetch_row(args.o, args.width, args.queries, 0, b, h, n);
+    for (int64_t t = 0; t < args.num_maps; ++t) fetch_row(args.c, args.width, args.queries, t, b, h, n);
 }
 
 template <class P>
@@ -223,8 +127,8 @@ void prepare_keys(const Job& job, const Scratch<P>& at, int64_t b, int64_t h) {
         for (int64_t r = 0; r < padded; ++r) {
             F* to = at.raw + r * job.depth;
             clear(to, job.depth);
-            fetch_row(job, args.k, args.keys, 0, b, h, start + P::rows + r);
-            fetch_row(job, args.v, args.keys, 0, b, h, start + P::rows + r);
+            fetch_row(args.k, args.width, args.keys, 0, b, h, start + P::rows + r);
+            fetch_row(args.v, args.width, args.keys, 0, b, h, start + P::rows + r);
             if (start == 0) fetch_query(job, b, h, r);
             if (start + r >= args.keys) continue;
             const F* k = load(args.k.operand, offset(args.k, 0, b, h, start + r), args.width, to);

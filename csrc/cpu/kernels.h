@@ -55,7 +55,8 @@ struct JunctionArgs {
     int threads;
 };
 
-// c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) c, sigma(u) = sqrt(var(u) + eps) over the last axis.
+// norm_pullback: c_x = (sign(x) w / sigma(x) + |w| / sigma(|x|)) c, sigma(u) = sqrt(var(u) + eps) over the
+// last axis; norm_gradient: c_x = (w c - mean(w c)) / sigma(x).
 struct NormArgs {
     std::int64_t num_maps, batch, rows, width;  // T, B, rows of one sample, normalised size
     double eps;
@@ -228,6 +229,16 @@ struct GeluArgs {
     int threads;
 };
 
+// y = f(x), factor = f(x) / x, 0 where x is 0; float arithmetic only
+enum class Activation : std::uint8_t { gelu, gelu_tanh, silu };
+
+struct ShareArgs {
+    std::int64_t inner;
+    Activation function;
+    Operand x, y, factor;
+    int threads;
+};
+
 // y = g x + h per channel, cut to [0, cap] with `relu`; factor = sign(x) g + |g|, with `relu` 2 [y > 0] times
 // that; float arithmetic only. Element (o, c, i) of [outer, channels, inner]: inner is 1 for channels-last.
 struct AffineArgs {
@@ -266,6 +277,16 @@ struct AttentionArgs {
     int threads;
 };
 
+// The gradient of the same O, times `value_share` for V and `score_share` for Q and K; where that is 0 so are
+// c_Q and c_K:
+//   c_A = c V^T,  c_V = A^T c,  c_S = A (c_A - sum_keys A c_A),  c_Q = scale c_S K,  c_K = scale c_S^T Q
+struct AttentionGradientArgs {
+    std::int64_t num_maps, batch, heads, queries, keys, width;
+    double scale, value_share, score_share;
+    StridedOperand q, k, v, c, c_q, c_k, c_v;  // as for AttentionArgs
+    int threads;
+};
+
 // Of `count` pieces of memory.
 struct ChecksumArgs {
     const std::uint64_t* addresses;
@@ -276,26 +297,29 @@ struct ChecksumArgs {
     int threads;
 };
 
-#define RF_DECLARE_KERNELS(isa)                    \
-    namespace isa {                                \
-    void checksum(const ChecksumArgs&);            \
-    void merge(const MergeArgs&);                  \
-    void junction(const JunctionArgs&);            \
-    void centring(const CentringArgs&);            \
-    void norm_pullback(const NormArgs&);           \
-    void max_pool_pullback(const MaxPoolArgs&);    \
-    void unpool(const UnpoolArgs&);                \
-    void select_phases(const SelectPhasesArgs&);   \
-    void mask_steps(const MaskStepsArgs&);         \
-    void masked_copies(const MaskedCopiesArgs&);   \
-    void order_by_step(const OrderByStepArgs&);    \
-    void advance_copies(const AdvanceCopiesArgs&); \
-    void linear_pullback(const LinearArgs&);       \
-    void scale_by(const ScaleArgs&);               \
-    void gelu_factor(const GeluArgs&);             \
-    void affine_factor(const AffineArgs&);         \
-    void softmax_pullback(const SoftmaxArgs&);     \
-    void attention_pullback(const AttentionArgs&); \
+#define RF_DECLARE_KERNELS(isa)                            \
+    namespace isa {                                        \
+    void checksum(const ChecksumArgs&);                    \
+    void merge(const MergeArgs&);                          \
+    void junction(const JunctionArgs&);                    \
+    void centring(const CentringArgs&);                    \
+    void norm_pullback(const NormArgs&);                   \
+    void norm_gradient(const NormArgs&);                   \
+    void max_pool_pullback(const MaxPoolArgs&);            \
+    void unpool(const UnpoolArgs&);                        \
+    void select_phases(const SelectPhasesArgs&);           \
+    void mask_steps(const MaskStepsArgs&);                 \
+    void masked_copies(const MaskedCopiesArgs&);           \
+    void order_by_step(const OrderByStepArgs&);            \
+    void advance_copies(const AdvanceCopiesArgs&);         \
+    void linear_pullback(const LinearArgs&);               \
+    void scale_by(const ScaleArgs&);                       \
+    void gelu_factor(const GeluArgs&);                     \
+    void activation_share(const ShareArgs&);               \
+    void affine_factor(const AffineArgs&);                 \
+    void softmax_pullback(const SoftmaxArgs&);             \
+    void attention_pullback(const AttentionArgs&);         \
+    void attention_gradient(const AttentionGradientArgs&); \
     }
 
 RF_DECLARE_KERNELS(generic)
@@ -305,13 +329,16 @@ RF_DECLARE_KERNELS(avx512)
 namespace avx512bf16 {
 // The others gain nothing: there it is the avx512 ones.
 void attention_pullback(const AttentionArgs&);
+void attention_gradient(const AttentionGradientArgs&);
 void linear_pullback(const LinearArgs&);
 void norm_pullback(const NormArgs&);
+void norm_gradient(const NormArgs&);
 void junction(const JunctionArgs&);
 }  // namespace avx512bf16
 
 namespace amx {
 void attention_pullback(const AttentionArgs&);
+void attention_gradient(const AttentionGradientArgs&);
 void linear_pullback(const LinearArgs&);
 void product(const ProductArgs&);  // there is no other
 // Parts of the last two.

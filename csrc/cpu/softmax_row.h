@@ -50,5 +50,28 @@ RF_INLINE void softmax_row(const F* __restrict s, int64_t n, F* __restrict weigh
     }
 }
 
+// In place: softmax(s); a row needs a score that is not -inf.
+template <class F>
+RF_INLINE void softmax_weights(F* __restrict s, int64_t n) {
+    F largest = -static_cast<F>(__builtin_inf());
+    RF_SIMD_MAX(largest)
+    for (int64_t i = 0; i < n; ++i) largest = s[i] > largest ? s[i] : largest;
+    double sum = 0;
+    for (int64_t start = 0; start < n; start += kBlock) {
+        const int64_t end = min64(start + kBlock, n);
+        F part = 0;
+        RF_SIMD_SUM(part)
+        for (int64_t i = start; i < end; ++i) {
+            const F e = exponential(s[i] - largest);
+            s[i] = e;
+            part += e;
+        }
+        sum += static_cast<double>(part);
+    }
+    const F inverse = static_cast<F>(1 / sum);
+    RF_SIMD
+    for (int64_t i = 0; i < n; ++i) s[i] *= inverse;
+}
+
 }  // namespace
 }  // namespace rf::RF_ISA

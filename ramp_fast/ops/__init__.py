@@ -15,14 +15,14 @@ import torch
 from ramp_fast.errors import BackendError
 from ramp_fast.ops import _registry
 from ramp_fast.ops._registry import BACKENDS, forced_backend, set_backend, unavailable
-from ramp_fast.ops.activation import affine_factor, gelu_factor
-from ramp_fast.ops.attention import attention_pullback
+from ramp_fast.ops.activation import activation_share, affine_factor, gelu_factor
+from ramp_fast.ops.attention import attention_gradient, attention_pullback
 from ramp_fast.ops.junction import junction, merge_junction, residual_pullback
 from ramp_fast.ops.linear import linear_norm_pullback, linear_pullback, pack_panels
 from ramp_fast.ops.masking import copies_in_turn, mask_steps, masked_copies
 from ramp_fast.ops.masses import scale_to, share
 from ramp_fast.ops.max_pool import max_pool_pullback, unpool
-from ramp_fast.ops.norm import norm_pullback
+from ramp_fast.ops.norm import norm_gradient, norm_pullback
 from ramp_fast.ops.phases import select_phases
 from ramp_fast.ops.product import INT8_DEPTH, has_tiles, multiplies, pack_tiles, product
 from ramp_fast.ops.scaling import affine_pullback, centring, gate, mass, merge, rescale, rescale_parts, scale_by
@@ -31,8 +31,10 @@ from ramp_fast.ops.softmax import softmax_pullback
 __all__ = [
     "BACKENDS",
     "INT8_DEPTH",
+    "activation_share",
     "affine_factor",
     "affine_pullback",
+    "attention_gradient",
     "attention_pullback",
     "centring",
     "copies_in_turn",
@@ -52,6 +54,7 @@ __all__ = [
     "merge",
     "merge_junction",
     "multiplies",
+    "norm_gradient",
     "norm_pullback",
     "pack_panels",
     "pack_tiles",

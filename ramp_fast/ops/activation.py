@@ -1,4 +1,4 @@
-"""Activations and BatchNorm: ``gelu_factor``, ``affine_factor``. Their kernels compute in float32."""
+"""Activations and BatchNorm: ``gelu_factor``, ``activation_share``, ``affine_factor``. They compute in float32."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ramp_fast.ops._common import C, compute_dtype
 from ramp_fast.ops._registry import operator
 
 
-def _gelu_outputs(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _with_factor(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    dtype = args[-1]
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-@operator(outputs=_gelu_outputs, float64=False, triton="activation:gelu_factor")
+@operator(outputs=_with_factor, float64=False, triton="activation:gelu_factor")
 def gelu_factor(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """GELU and the factor of its pull-back in one pass.
 
@@ -48,6 +49,53 @@ def gelu_factor(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tenso
         slope = cumulative + u * torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
     factor = torch.where(y > 0, 2 * slope, torch.zeros_like(slope))
     return y.to(x.dtype), factor.to(dtype)
+
+
+# The functions of activation_share; kernels have their numbers.
+FUNCTIONS = ("gelu", "gelu_tanh", "silu")
+
+
+def number_of(function: str) -> int:
+    if function not in FUNCTIONS:
+        raise ValueError(f"unknown function {function!r}; supported: {', '.join(FUNCTIONS)}")
+    return FUNCTIONS.index(function)
+
+
+def _activation_share_cpu(x: Tensor, function: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    y, factor = _with_factor(x, dtype)
+    C.activation_share(x, number_of(function), y, factor, get_num_threads())
+    return y, factor
+
+
+@operator(outputs=_with_factor, float64=False, cpu=_activation_share_cpu, triton="activation:activation_share")
+def activation_share(x: Tensor, function: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An activation and the factor ``f(x) / x``, by which relevance ``R = x c`` is handed on as it is.
+
+    Parameters
+    ----------
+    x : Tensor
+    function : {"gelu", "gelu_tanh", "silu"}
+    dtype : torch.dtype
+        What the factor is stored in.
+
+    Returns
+    -------
+    y : Tensor
+        ``f(x)`` in the dtype of x.
+    factor : Tensor
+        ``f(x) / x``: the normal distribution's cumulative function, its tanh approximation, or the logistic function;
+        0 where x is 0.
+    """
+    u = x.to(compute_dtype(x)).contiguous()
+    if number_of(function) == 0:
+        factor = 0.5 * (1 + torch.erf(u / math.sqrt(2)))
+    elif function == "gelu_tanh":
+        factor = torch.sigmoid(math.sqrt(8 / math.pi) * (u + 0.044715 * u**3))  # (1 + tanh z) / 2 of 2 z
+    else:
+        factor = torch.sigmoid(u)
+    y = u * factor
+    return y.to(x.dtype), torch.where(u == 0, torch.zeros_like(factor), factor).to(dtype)
 
 
 def _affine_outputs(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Attention ``softmax(scale Q K^T) V``, all of it in one step: ``attention_pullback``."""
+"""Attention ``softmax(scale Q K^T) V``, all of it in one step: ``attention_pullback``, ``attention_gradient``."""
 
 from __future__ import annotations
 
@@ -122,3 +122,73 @@ def attention_pullback(
     """
     packed, masses = _attention_pullback(q, k, v, o, c, scale, gated, contrast)
     return *output_views(packed, q, k), masses
+
+
+def _gradient_output(q: Tensor, k: Tensor, v: Tensor, c: Tensor, *shares: float) -> Tensor:
+    return packed_output(q, k, c)
+
+
+def _attention_gradient_cpu(
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor, scale: float, value_share: float, score_share: float
+) -> Tensor:
+    packed = packed_output(q, k, c)
+    q, k, v, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, c))
+    outputs = output_views(packed, q, k)
+    C.attention_gradient(q, k, v, c, scale, value_share, score_share, *outputs, get_num_threads())
+    return packed
+
+
+@operator(outputs=_gradient_output, cpu=_attention_gradient_cpu, triton="attention:attention_gradient")
+def _attention_gradient(
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor, scale: float, value_share: float, score_share: float
+) -> Tensor:
+    packed = packed_output(q, k, c)
+    outputs = output_views(packed, q, k)
+    dtype = compute_dtype(q, k, v, c)
+    q, k, v, c = (x.to(dtype) for x in (q, k, v, c))
+    weights = (scale * q @ k.mT).softmax(-1)
+    outputs[2].copy_(value_share * (weights.mT @ c))
+    if score_share == 0:
+        for output in outputs[:2]:
+            output.zero_()
+        return packed
+    c_a = c @ v.mT
+    c_s = score_share * scale * (weights * (c_a - (weights * c_a).sum(-1, keepdim=True)))
+    outputs[0].copy_(c_s @ k)
+    outputs[1].copy_(c_s.mT @ q)
+    return packed
+
+
+def attention_gradient(
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor, scale: float, value_share: float, score_share: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pull a gradient of attention's output back to Q, K and V, each times its share; scores are never in memory.
+
+    With ``A = softmax(scale Q K^T)``::
+
+        c_A = c V^T                                          c_V = value_share A^T c
+        c_S = A (c_A - sum over keys of A c_A)
+        c_Q = score_share scale c_S K                        c_K = score_share scale c_S^T Q
+
+    Parameters
+    ----------
+    q : Tensor [B, H, N, D]
+    k, v : Tensor [B, H, M, D]
+    c : Tensor [T, B, H, N, D]
+    scale : float
+        Positive.
+    value_share, score_share : float
+        Where the second is 0, ``c_Q`` and ``c_K`` are 0, whatever the operands.
+
+    Returns
+    -------
+    c_q, c_k, c_v : Tensor [T, B, H, N or M, D]
+        In the dtype of c. Views of one buffer [T, B, N, 3, H, D] if N is M.
+
+    Notes
+    -----
+    The sum over keys is of the very numbers that ``c_S`` is made of, not of c and the output, so that rows of ``c_S``
+    sum to zero. As in :func:`attention_pullback` the CPU kernel may round operands of products (c, V, A, c_S, K, Q; not
+    those of S) to bfloat16.
+    """
+    return output_views(_attention_gradient(q, k, v, c, scale, value_share, score_share), q, k)

@@ -63,6 +63,16 @@ class Forward(Operation):
         mask = constants.get(self.node.params.mask)
         self.only_masks = None if mask is None or mask.dtype == torch.bool else only_masks(mask)
 
+    @property
+    def fused(self) -> bool:
+        """Whether one operator does it all: plain attention, samples first in every operand."""
+        p = self.node.params
+        q, k, v = self.node.operands
+        plain = p.mask is None and not p.causal and not p.grouped and p.scale > 0
+        # A constant query may be broadcast over the batch: the operator does not do that.
+        fits = k.example == v.example and q.example[:-2] == k.example[:-2] and q.example[-1] == k.example[-1]
+        return plain and fits and all(n.batch.leading for n in (self.node, *self.node.operands))
+
     def forward(self, values: Values) -> tuple[Any, Any]:
         p = self.node.params
         q, k, v = (values[n] for n in self.node.operands)
@@ -105,7 +115,7 @@ class Attention(Forward):
 
     def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
         super().__init__(node, precision, fusion, rule)
-        self.pullback_kernel = "attention_pullback" if self._fused else "products"
+        self.pullback_kernel = "attention_pullback" if self.fused else "products"
 
     def needs(self) -> list[Node]:
         own = [self.node] if self.rule.gates_attention else []
@@ -114,7 +124,7 @@ class Attention(Forward):
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
         shares = self.rule.shares
-        pulled = (self._in_one_step if self._fused else self._by_products)(part.c, values, conservation)
+        pulled = (self._in_one_step if self.fused else self._by_products)(part.c, values, conservation)
         t_a, t_v = share(part.target, [pulled.m_a, pulled.m_v], shares)
         if pulled.m_bias is not None:
             t_a = share(t_a, pulled.m_bias, shares)[0]
@@ -130,7 +140,7 @@ class Attention(Forward):
     ) -> list[Massed]:
         """Contributions of Q, K and V; scaled in one pass where they lie in one buffer, as a qkv layer's outputs do."""
         whole = None
-        if self._fused and self.rule.shares == "kept":
+        if self.fused and self.rule.shares == "kept":
             whole = stacked_view([c.movedim(-3, -2) for c in own], own[0].dim() - 2)  # [T, B, ..., N, 3, H, D]
         if whole is None or not whole.is_contiguous():
             return [Massed(*each) for each in zip(own, targets, masses, strict=True)]
@@ -139,16 +149,6 @@ class Attention(Forward):
         flat = whole.flatten(-2).view(whole.shape[0], conservation.batch, -1, 3, whole.shape[-2] * whole.shape[-1])
         parts = ops.rescale_parts(flat, scale, conservation.contrast).view(whole.shape).unbind(-3)
         return [Massed(c.movedim(-2, -3), mass, mass) for c, mass in zip(parts, alive, strict=True)]
-
-    @property
-    def _fused(self) -> bool:
-        """Whether one operator does it all: plain attention, samples first in every operand."""
-        p = self.node.params
-        q, k, v = self.node.operands
-        plain = p.mask is None and not p.causal and not p.grouped and p.scale > 0
-        # A constant query may be broadcast over the batch: the operator does not do that.
-        fits = k.example == v.example and q.example[:-2] == k.example[:-2] and q.example[-1] == k.example[-1]
-        return plain and fits and all(n.batch.leading for n in (self.node, *self.node.operands))
 
     def _in_one_step(self, c: Tensor, values: Values, conservation: Masses) -> _Pulled:
         q, k, v = (values[n] for n in self.node.operands)

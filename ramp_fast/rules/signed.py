@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ramp_fast import gemm
+from ramp_fast import gemm, ops
 from ramp_fast import graph as g
 from ramp_fast.capture import passes
 from ramp_fast.errors import UnsupportedModelError
@@ -307,7 +307,17 @@ class PassOn(Step):
     def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         return [(self.node.example, self.precision.pullback)]
 
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        super().__init__(node, precision, fusion, rule)
+        self.function = None  # one that an operator has both of
+        if node.kind == g.ACTIVATION and node.params.function in ("gelu", "silu"):
+            tanh = node.kwargs.get("approximate", "none") == "tanh"
+            self.function = "gelu_tanh" if tanh else node.params.function
+            self.forward_kernel = "activation_share"
+
     def forward(self, values: Values) -> tuple[Any, Any]:
+        if self.function is not None:
+            return ops.activation_share(values[self.source], self.function, self.precision.pullback)
         x, y = values[self.source], values.call(self.node)
         return y, divide(y, x).to(self.precision.pullback)
 
@@ -381,13 +391,22 @@ class BatchNorm(Step):
 class Norm(Step):
     """LayerNorm, RMSNorm and GroupNorm with a detached deviation: ``w c / sigma``, less the mean where one is taken."""
 
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        super().__init__(node, precision, fusion, rule)
+        if node.kind == g.LAYER_NORM:
+            self.pullback_kernel = "norm_gradient"
+
     def needs(self) -> list[Node]:
         return [self.source]
 
     def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
-        p, x = self.node.params, self.wide(values[self.source])
+        p = self.node.params
+        if self.node.kind == g.LAYER_NORM:
+            scale = values[p.weight]
+            flat = values[self.source].flatten(-p.dims), None if scale is None else scale.flatten()
+            return ops.norm_gradient(c.flatten(-p.dims), *flat, p.eps).view(c.shape)
+        x, own = self.wide(values[self.source]), self.wide(c)
         weight = None if p.weight is None else self.wide(values[p.weight])
-        own = self.wide(c)
         if self.node.kind == g.GROUP_NORM:
             own = own if weight is None else own * weight.view(-1, *[1] * (x.dim() - 2))
             rows = own.unflatten(2, (p.groups, -1)).flatten(3)
@@ -396,8 +415,6 @@ class Norm(Step):
             return centred.reshape(c.shape)
         own = own if weight is None else own * weight
         axes = tuple(range(-p.dims, 0))
-        if self.node.kind == g.LAYER_NORM:
-            return (own - own.mean(axes, keepdim=True)) * _inverse_sigma(x, axes, p.eps)
         eps = p.eps if p.eps is not None else torch.finfo(values[self.source].dtype).eps
         return own * (x.square().mean(axes, keepdim=True) + eps).rsqrt()
 
@@ -543,13 +560,31 @@ class Attention(attention.Forward):
     c_S^T Q / 2``.
     """
 
-    pullback_kernel = "products"
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        super().__init__(node, precision, fusion, rule)
+        self.pullback_kernel = "attention_gradient" if self.fused else "products"
 
     def needs(self) -> list[Node]:
         return list(self.node.operands)
 
+    def _in_one_step(self, part: Any, values: Values) -> Iterator[Flow]:
+        q, k, v = (values[n] for n in self.node.operands)
+        between = q.shape[1:-2]  # heads are all axes between the first and the last two
+        q, k, v = (t.reshape(t.shape[0], math.prod(between), *t.shape[-2:]) for t in (q, k, v))
+        c = part.c.to(self.precision.pullback)
+        c = c.reshape(*c.shape[:2], q.shape[1], *c.shape[-2:])
+        of_values, of_scores = (0.5, 0.25) if self.rule.attention == "all" else (1.0, 0.0)
+        pulled = ops.attention_gradient(q, k, v, c, self.node.params.scale, of_values, of_scores)
+        for node, own, share in zip(self.node.operands, pulled, (of_scores, of_scores, of_values), strict=True):
+            if share and not node.constant:
+                own = own.reshape(*own.shape[:2], *between, *own.shape[-2:])
+                yield Flow(node, part.moved(own.to(part.c.dtype), copies=True))
+
     def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
+        if self.fused:
+            yield from self._in_one_step(part, values)
+            return
         p, narrow = self.node.params, self.precision.pullback
         query, key, value = self.node.operands
         q, k, v = (values[n] for n in self.node.operands)

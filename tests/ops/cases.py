@@ -16,6 +16,7 @@ from ramp_fast import ops
 from ramp_fast.ops import _registry
 from ramp_fast.ops._common import affine_factor_from, mass_equation, rescale_equation
 from ramp_fast.ops._registry import equation
+from ramp_fast.ops.activation import FUNCTIONS
 from ramp_fast.ops.linear import unpack_panels
 from ramp_fast.ops.product import unpack_tiles
 
@@ -45,6 +46,14 @@ DTYPES = [
     (torch.bfloat16, torch.bfloat16),
     (torch.float64, torch.float64),
 ]
+
+
+# Their factor is stored in c_dtype; arithmetic is that of x.
+FACTORS = ("gelu_factor", "activation_share", "affine_factor")
+
+
+# Of coefficients of bfloat16 they multiply bfloat16, where the processor does.
+OF_ATTENTION = ("attention_pullback", "attention_gradient")
 
 
 @dataclass(frozen=True)
@@ -180,7 +189,7 @@ def of_sample(args: tuple[Any, ...], name: str, first: int, last: int) -> tuple[
 
 def batch_axes(name: str, outputs: int) -> list[int]:
     """The axis of samples of each output."""
-    axes = [0 if name in ("gelu_factor", "affine_factor", "mask_steps", "product") else 1] * outputs
+    axes = [0 if name in (*FACTORS, "mask_steps", "product") else 1] * outputs
     if name in ("attention_pullback", "share"):
         axes[-1] = 2  # masses are [4, T, B]
     return axes
@@ -268,6 +277,12 @@ def _norm_factor_magnitude(x: Tensor, weight: Tensor | None) -> Tensor:
     return w * sum(((u - u.mean(-1, keepdim=True)).square().mean(-1, keepdim=True) + EPS).rsqrt() for u in (x, x.abs()))
 
 
+def _norm_gradient_magnitude(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    own = c.abs() if weight is None else c.abs() * weight.abs()
+    inverse = ((x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True) + eps).rsqrt()
+    return ((own + own.mean(-1, keepdim=True)) * inverse,)
+
+
 def _packed(d: Draw, depth: int, width: int) -> Tensor:
     return ops.pack_panels(d.normal(depth, width, dtype=d.o.c_dtype))
 
@@ -344,6 +359,10 @@ def _n_scaled_magnitude(c: Tensor, n_scale: Tensor | None) -> Tensor:
 
 def _gelu(o: Options) -> tuple[Any, ...]:
     return 3 * Draw(o).sample(*o.inner), o.contrast, o.c_dtype
+
+
+def _activation_share(o: Options) -> tuple[Any, ...]:
+    return 3 * Draw(o).sample(*o.inner), FUNCTIONS[o.seed % len(FUNCTIONS)], o.c_dtype
 
 
 def _affine(o: Options) -> tuple[Any, ...]:
@@ -548,6 +567,20 @@ def _attention_magnitude(
     return c_q, c_k, c_v, torch.stack([_uncancelled_mass(x, own, contrast) for x, own in pairs])
 
 
+def _attention_gradient(o: Options) -> tuple[Any, ...]:
+    q, k, v, _, c, scale, *_ = _attention(o)
+    return q, k, v, c, scale, 0.5, 0.0 if o.seed % 5 == 4 else 0.75
+
+
+def _attention_gradient_magnitude(
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor, scale: float, value_share: float, score_share: float
+) -> tuple[Tensor, ...]:
+    weights = (scale * q @ k.mT).softmax(-1)
+    c_a = c.abs() @ v.abs().mT
+    c_s = score_share * scale * (weights * (c_a + (weights * c_a).sum(-1, keepdim=True)))
+    return c_s @ k.abs(), c_s.mT @ q.abs(), value_share * (weights.mT @ c.abs())
+
+
 CASES = {
     case.name: case
     for case in [
@@ -568,6 +601,7 @@ CASES = {
             ),
         ),
         Case("norm_pullback", _norm, lambda c, x, w, eps: (_norm_factor_magnitude(x, w) * c.abs(),)),
+        Case("norm_gradient", _norm, _norm_gradient_magnitude),
         Case("linear_pullback", _linear, lambda c, panels, x, _: (_linear_magnitude(c, panels, x),)),
         Case("product", _product, _product_magnitude),
         Case("linear_norm_pullback", _linear_norm, _linear_norm_magnitude),
@@ -581,11 +615,13 @@ CASES = {
         Case("unpool", _unpool, _unpool_magnitude),
         Case("select_phases", _select_phases, _exact),
         Case("gelu_factor", _gelu, lambda x, tanh, _: (x.abs(), 2 + 2 * x.abs())),
+        Case("activation_share", _activation_share, lambda x, *_: (x.abs(), torch.ones_like(x))),
         Case("affine_factor", _affine, _affine_magnitude),
         Case("max_pool_pullback", _max_pool, _max_pool_magnitude),
         Case("mask_steps", _mask_steps, _exact),
         Case("masked_copies", _masked_copies, _exact),
         Case("softmax_pullback", _softmax, _softmax_magnitude),
         Case("attention_pullback", _attention, _attention_magnitude),
+        Case("attention_gradient", _attention_gradient, _attention_gradient_magnitude),
     ]
 }

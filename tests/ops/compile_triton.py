@@ -36,7 +36,8 @@ from ramp_fast.kernels import (
     softmax,
 )
 from ramp_fast.kernels.common import offered
-from ramp_fast.kernels.norm import norm_pullback_kernel
+from ramp_fast.kernels.norm import norm_gradient_kernel, norm_pullback_kernel
+from ramp_fast.ops.activation import FUNCTIONS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -76,13 +77,14 @@ def _sources() -> Iterator[Source]:
         | {"BOTH": True, "BLOCK_D": 64, "BLOCK": 64, "BLOCKS": 4},
         one_config(8),
     )
-    yield Source(
-        "norm_pullback",
-        norm_pullback_kernel,
-        {"c_ptr": "*bf16", "x_ptr": "*fp32", "weight_ptr": "*fp32", "out_ptr": "*bf16", "rows": "i32"},
-        {"NUM_MAPS": 2, "WIDTH": 768, "EPS": 1e-6, "HAS_WEIGHT": True, "COMPUTE": tl.float32, "BLOCK": 1024},
-        one_config(4),
-    )
+    for name, kernel, maps in (("norm_pullback", norm_pullback_kernel, 2), ("norm_gradient", norm_gradient_kernel, 1)):
+        yield Source(
+            name,
+            kernel,
+            {"c_ptr": "*bf16", "x_ptr": "*fp32", "weight_ptr": "*fp32", "out_ptr": "*bf16", "rows": "i32"},
+            {"NUM_MAPS": maps, "WIDTH": 768, "EPS": 1e-6, "HAS_WEIGHT": True, "COMPUTE": tl.float32, "BLOCK": 1024},
+            one_config(4),
+        )
     for merge in (False, True):
         yield Source(
             "merge_junction" if merge else "junction",
@@ -135,6 +137,14 @@ def _sources() -> Iterator[Source]:
             activation.gelu_factor_kernel,
             {"x_ptr": "*fp32", "y_ptr": "*fp32", "factor_ptr": "*bf16", "elements": "i32"},
             {"TANH": tanh, "BLOCK": activation.BLOCK},
+            one_config(activation.WARPS),
+        )
+    for number, function in enumerate(FUNCTIONS):
+        yield Source(
+            f"activation_share, {function}",
+            activation.activation_share_kernel,
+            {"x_ptr": "*fp32", "y_ptr": "*fp32", "factor_ptr": "*bf16", "elements": "i32"},
+            {"FUNCTION": number, "BLOCK": activation.BLOCK},
             one_config(activation.WARPS),
         )
     yield Source(
@@ -232,6 +242,9 @@ def _sources() -> Iterator[Source]:
     for dtype, width, gated in itertools.product((torch.bfloat16, torch.float32), (64, 128), (True, False)):
         yield from _attention(dtype, torch.float32, width, gated)
     yield from _attention(torch.bfloat16, torch.bfloat16, 64, True)
+    for dtype, width in itertools.product((torch.bfloat16, torch.float32), (64, 128)):
+        yield from _attention_gradient(dtype, torch.float32, width)
+    yield from _attention_gradient(torch.bfloat16, torch.bfloat16, 64)
 
 
 PAIR = {"NUM_MAPS": 2, "CONTRAST": True, "COMPUTE": tl.float32}
@@ -263,6 +276,37 @@ def _attention(dtype: torch.dtype, scores: torch.dtype, width: int, gated: bool)
         # Tiles of less than 64 rows, all that fits for the last of these, are not for wgmma.
         wgmma = parts == 1 or width <= 64
         yield Source(f"attention by {by}, {name}", kernel, types, constants, config, True, wgmma)
+
+
+def _attention_gradient(dtype: torch.dtype, scores: torch.dtype, width: int) -> Iterator[Source]:
+    """The same of one map."""
+    name = f"{NAMES[dtype]}, {width} columns{', bf16 scores' * (scores == torch.bfloat16)}"
+    parts = 1 if dtype == torch.bfloat16 else 3
+    score_parts = 1 if scores == torch.bfloat16 else 2
+    constants: dict[str, Any] = {
+        "NUM_MAPS": 1,
+        "HEADS": 12,
+        "QUERIES": 197,
+        "KEYS": 197,
+        "WIDTH": width,
+        "QUERY_ROWS": 256,
+    }
+    constants |= {"KEY_ROWS": 256, "SCORE_PARTS": score_parts, "PARTS": parts, "BLOCK_D": attention.padded(width)}
+
+    def config(capability: int) -> tuple[triton.Config, ...]:
+        return attention.configs(capability, width, parts, True)
+
+    for kernel in (attention.gradient_queries_kernel, attention.gradient_keys_kernel):
+        types = {n: "i32" for n in kernel.arg_names if n not in (*constants, "OWN", "OTHER", "APART")}
+        types |= dict.fromkeys({"scale", "share", "value_share"} & types.keys(), "fp32")
+        types |= {n: "*bf16" for n in types if n.endswith("_ptr")}
+        if score_parts == 2:
+            types |= {"q_ptr": "*fp16", "k_ptr": "*fp16"}
+        types |= dict.fromkeys(("q_powers_ptr", "k_powers_ptr", "norms_ptr", "means_ptr"), "*fp32")
+        types |= dict.fromkeys({"out_ptr", "c_k_ptr", "c_v_ptr"} & types.keys(), POINTERS[dtype])
+        by = "queries" if kernel is attention.gradient_queries_kernel else "keys"
+        wgmma = parts == 1 or width <= 64
+        yield Source(f"attention's gradient by {by}, {name}", kernel, types, constants, config, True, wgmma)
 
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -368,7 +412,7 @@ def main() -> None:
         if (
             not options.all
             and source.name.startswith("attention")
-            and not source.name.endswith("bf16, 64 columns, gated")
+            and not source.name.endswith(("bf16, 64 columns, gated", "bf16, 64 columns"))
         ):
             continue
         for capability in options.capabilities:

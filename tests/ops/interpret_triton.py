@@ -20,7 +20,7 @@ import cases as cases_of_all
 import pytest
 import torch
 import triton
-from cases import CASES, DTYPES, Options, as_tuple, batch_axes, in_float64, of_sample
+from cases import CASES, DTYPES, FACTORS, OF_ATTENTION, Options, as_tuple, batch_axes, in_float64, of_sample
 from tolerances import COMPUTE, STORE, assert_close
 
 from ramp_fast import ops
@@ -72,10 +72,12 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "scale_by": ELEMENTWISE,
     "gate": ELEMENTWISE,
     "gelu_factor": ELEMENTWISE,
+    "activation_share": ELEMENTWISE,
     "affine_factor": [*ELEMENTWISE[1:4], {"batch": 2, "inner": (3, 4, 5)}, {"batch": 3, "inner": (17, 31, 3)}],
     "max_pool_pullback": MAX_POOL,
     "softmax_pullback": ELEMENTWISE,
     "norm_pullback": ELEMENTWISE,
+    "norm_gradient": ELEMENTWISE,
     "linear_pullback": LINEAR,
     "linear_norm_pullback": LINEAR,
     "product": LINEAR,
@@ -83,8 +85,9 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "share": ELEMENTWISE,
     "scale_to": ELEMENTWISE,
     "attention_pullback": [{"batch": 1, "zeros": True}, {"batch": 2}],
+    "attention_gradient": [{"batch": 1, "zeros": True}, {"batch": 2}],
 }
-WITHOUT_CONTRAST = {"norm_pullback", "linear_pullback", "softmax_pullback"}
+WITHOUT_CONTRAST = {"norm_pullback", "norm_gradient", "linear_pullback", "softmax_pullback", "attention_gradient"}
 
 
 def cases(names: Iterable[str] = tuple(SHAPES)) -> Iterator[tuple[str, Options]]:
@@ -106,9 +109,9 @@ def check(name: str, o: Options) -> None:
     for kept, a in zip(before, (a for a in args if isinstance(a, torch.Tensor)), strict=True):
         assert torch.equal(kept, a), "an argument was written to"
     arithmetic = o.arithmetic
-    if name in ("gelu_factor", "affine_factor"):  # their c_dtype is storage only
+    if name in FACTORS:
         arithmetic = torch.float64 if o.x_dtype == torch.float64 else torch.float32
-    if name == "attention_pullback" and o.c_dtype == torch.bfloat16 and arithmetic != torch.float64:
+    if name in OF_ATTENTION and o.c_dtype == torch.bfloat16 and arithmetic != torch.float64:
         arithmetic = torch.bfloat16
     magnitudes = as_tuple(case.magnitude(*in_float64(args)))
     for index, outputs in enumerate(zip(actual, case.expected(args), magnitudes, strict=True)):
@@ -197,7 +200,10 @@ def check_extreme_scores() -> None:
         for sign in (1, -1):
             for part in ops.attention_pullback(q, sign * k, k.abs(), q, c, factor, False, True):
                 assert part.isfinite().all()
+            assert all(part.isfinite().all() for part in ops.attention_gradient(q, sign * k, k, c, factor, 0.5, 0.25))
         for part in ops.attention_pullback(q, k, k, q, torch.zeros_like(c), 1.0, True, True):
+            assert torch.equal(part, torch.zeros_like(part))
+        for part in ops.attention_gradient(q, k, k, torch.zeros_like(c), 1.0, 0.5, 0.25):
             assert torch.equal(part, torch.zeros_like(part))
 
 
@@ -242,7 +248,8 @@ def main() -> None:
     ops.set_backend("triton")
     # The interpreter truncates to bfloat16; compiled kernels round to nearest.
     STORE[torch.bfloat16] *= 2
-    COMPUTE["attention_pullback", torch.bfloat16] *= 2
+    for name in OF_ATTENTION:
+        COMPUTE[name, torch.bfloat16] *= 2
     # every third meets each operator with every pair of dtypes
     chosen = list(cases())[:: 1 if "--all" in sys.argv[1:] else 3]
     for name, options in chosen:

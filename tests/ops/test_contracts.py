@@ -128,6 +128,13 @@ def _attention_of(
     return ops.attention_pullback(q, k, k, q, c, 1.0, True, True)
 
 
+def _gradient_of(
+    keys: tuple[int, ...] = (1, 2, 5, 4), coefficients: tuple[int, ...] = (2, 1, 2, 3, 4)
+) -> tuple[Tensor, ...]:
+    k = torch.zeros(keys)
+    return ops.attention_gradient(torch.zeros(1, 2, 3, 4), k, k, torch.zeros(coefficients), 1.0, 0.5, 0.25)
+
+
 def _residual_of(
     z: tuple[int, ...] = (1, 3, 4), gain: int = 4, second: tuple[int, ...] = (2, 1, 3, 4)
 ) -> tuple[Tensor, ...]:
@@ -188,6 +195,8 @@ def _residual_of(
         (lambda: _attention_of(keys=(1, 2, 5, 5)), r"k .* must have shape \[1, 2, 5, 4\]"),
         (lambda: _attention_of(coefficients=(2, 1, 2, 4, 4)), r"c .* must have shape \[2, 1, 2, 3, 4\]"),
         (lambda: _attention_of(coefficients=(3, 1, 2, 3, 4)), "must be even"),
+        (lambda: _gradient_of(keys=(1, 2, 5, 5)), r"k .* must have shape \[1, 2, 5, 4\]"),
+        (lambda: _gradient_of(coefficients=(2, 1, 2, 4, 4)), r"c .* must have shape \[2, 1, 2, 3, 4\]"),
     ],
 )
 def test_wrong_shapes(call, problem: str) -> None:  # type: ignore[no-untyped-def]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Options, as_tuple, in_float64, odd_options, poison_memory
+from cases import CASES, FACTORS, OF_ATTENTION, Options, as_tuple, in_float64, odd_options, poison_memory
 from hypothesis import HealthCheck, given, settings
 from strategies import options
 from tolerances import assert_close
@@ -43,9 +43,9 @@ def check(name: str, o: Options) -> tuple[torch.Tensor, ...]:
         assert torch.equal(kept, a), "an argument was written to"
     magnitudes = as_tuple(case.magnitude(*in_float64(args)))
     arithmetic = o.arithmetic
-    if name in ("gelu_factor", "affine_factor"):  # their c_dtype is storage only
+    if name in FACTORS:
         arithmetic = torch.float64 if o.x_dtype == torch.float64 else torch.float32
-    if name == "attention_pullback" and o.c_dtype == torch.bfloat16 and multiplies_bfloat16():
+    if name in OF_ATTENTION and o.c_dtype == torch.bfloat16 and multiplies_bfloat16():
         arithmetic = torch.bfloat16
     for index, outputs in enumerate(zip(actual, case.expected(args), magnitudes, strict=True)):
         assert_close(name, index, *outputs, arithmetic)
@@ -100,10 +100,12 @@ def test_output_dtypes(backend: str) -> None:
     assert output_dtypes("junction", f32, bf16) == [f32, bf16, f32, f32]
     assert output_dtypes("merge_junction", bf16, bf16) == [bf16, bf16, f32, f32]
     assert output_dtypes("norm_pullback", bf16, f32) == [bf16]
+    assert output_dtypes("norm_gradient", bf16, f32) == [bf16]
     assert output_dtypes("linear_pullback", bf16, f32) == [bf16]
     assert output_dtypes("linear_norm_pullback", bf16, f32) == [f32, f32]
     assert output_dtypes("linear_norm_pullback", f64, f64) == [f64, f64]
     assert output_dtypes("gelu_factor", bf16, f32) == [f32, bf16]
+    assert output_dtypes("activation_share", bf16, f32) == [f32, bf16]
     assert output_dtypes("affine_factor", bf16, f32) == [f32, bf16]
     assert output_dtypes("affine_pullback", bf16, f32) == [bf16]
     assert output_dtypes("centring", bf16, f32) == [f32]
@@ -116,6 +118,7 @@ def test_output_dtypes(backend: str) -> None:
     assert output_dtypes("softmax_pullback", bf16, f32) == [bf16]
     assert output_dtypes("attention_pullback", bf16, f32) == [bf16, bf16, bf16, f32]
     assert output_dtypes("attention_pullback", f64, f64) == [f64, f64, f64, f64]
+    assert output_dtypes("attention_gradient", bf16, f32) == [bf16, bf16, bf16]
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -217,13 +220,14 @@ def test_attention_pullback_agrees_with_its_parts(variant: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_attention_pullback_writes_the_layout_of_a_qkv_layer(backend: str) -> None:
+def test_attention_writes_the_layout_of_a_qkv_layer(backend: str) -> None:
     if ops.unavailable(backend):
         pytest.skip(ops.unavailable(backend))
     ops.set_backend(backend)
     args = attention(torch.float32, 6, 6, 5)
     c_q, c_k, c_v, _ = ops.attention_pullback(*args, True, True)
     assert c_q.stride() == c_k.stride() == c_v.stride() == (2 * 6 * 3 * 3 * 5, 6 * 3 * 3 * 5, 5, 3 * 3 * 5, 1)
+    assert [x.stride() for x in ops.attention_gradient(*args[:3], *args[4:], 0.5, 0.25)] == [c_q.stride()] * 3
     step = 3 * 5 * c_q.element_size()
     assert (c_k.data_ptr() - c_q.data_ptr(), c_v.data_ptr() - c_q.data_ptr()) == (step, 2 * step)
     qkv = torch.stack([x.transpose(1, 2) for x in args[:3]], 2)  # the operands as views of one buffer too
@@ -244,11 +248,75 @@ def test_attention_pullback_of_extreme_scores(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_gradient_is_that_of_autograd(variant: str) -> None:
+    choose(variant)
+    for dtype, tolerance in [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)]:
+        q, k, v, _, c, scale = attention(dtype, 197, 197, 64)
+        operands = [x.double().requires_grad_() for x in (q, k, v)]
+        out = torch.nn.functional.scaled_dot_product_attention(*operands, scale=scale)
+        for t, own in enumerate(c):
+            exact = torch.autograd.grad(out, operands, own.double(), retain_graph=True)
+            actual = [pulled[t] for pulled in ops.attention_gradient(q, k, v, c, scale, 1.0, 1.0)]
+            for a, e in zip(actual, exact, strict=True):
+                assert (a - e).norm() < tolerance * e.norm()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_gradient_of_extreme_scores(variant: str) -> None:
+    choose(variant)
+    q, k, v, _, c, _ = attention(torch.bfloat16, 5, 9, 8)
+    for factor in (0.0, 1e4):  # all scores equal; all weight on one key, and nothing for queries and keys
+        pulled = ops.attention_gradient(q, k, v, c, factor, 0.5, 0.25)
+        assert all(part.isfinite().all() for part in pulled)
+        assert all(torch.equal(part, torch.zeros_like(part)) for part in pulled[:2])
+    for part in ops.attention_gradient(q, k, v, torch.zeros_like(c), 1.0, 0.5, 0.25):
+        assert torch.equal(part, torch.zeros_like(part))
+    of_values = ops.attention_gradient(q, k, v, c, 1.0, 0.5, 0.0)
+    assert torch.equal(of_values[2], ops.attention_gradient(q, k, v, c, 1.0, 0.5, 0.25)[2])
+    assert all(torch.equal(part, torch.zeros_like(part)) for part in of_values[:2])
+    q[0, 1, 2, 3] = torch.nan  # one head of one sample
+    for part, before in zip(ops.attention_gradient(q, k, v, c, 1.0, 0.5, 0.0), of_values, strict=True):
+        assert torch.equal(part[:, 1], before[:, 1])
+        assert torch.equal(part[:, 0, 0], before[:, 0, 0])
+    assert all(part[:, 0, 1].isnan().any() for part in ops.attention_gradient(q, k, v, c, 1.0, 0.5, 0.25))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_gradient_does_not_change_if_a_constant_is_added_to_values(variant: str) -> None:
+    # rows of A sum to one, so c_A changes by a constant of its row: queries and keys get nothing of it
+    choose(variant)
+    q, k, v, _, c, scale = attention(torch.float32, 33, 17, 16)
+    plain = ops.attention_gradient(q, k, v, c, scale, 1.0, 1.0)
+    moved = ops.attention_gradient(q, k, v + 100, c, scale, 1.0, 1.0)
+    for a, b in zip(plain, moved, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_constant_rows_without_epsilon(variant: str) -> None:
     choose(variant)
-    x = torch.zeros(1, 2, 5)
-    out = ops.norm_pullback(torch.ones(1, 1, 2, 5), x, None, 0.0)
-    assert torch.equal(out, torch.zeros_like(out))
+    x, c = torch.zeros(1, 2, 5), torch.arange(10.0).view(1, 1, 2, 5)
+    for out in (ops.norm_pullback(c, x, None, 0.0), ops.norm_gradient(c, x, None, 0.0)):
+        assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_norm_gradient_is_that_of_autograd_and_hides_no_nan(variant: str) -> None:
+    choose(variant)
+    generator = torch.Generator().manual_seed(0)
+    x, c, weight = (torch.randn(shape, generator=generator) for shape in ((3, 7, 96), (2, 3, 7, 96), (96,)))
+    u = x.double().requires_grad_()
+    sigma = (u.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt().detach()
+    normalised = weight.double() * (u - u.mean(-1, keepdim=True)) / sigma
+    expected = torch.stack([torch.autograd.grad(normalised, u, own.double(), retain_graph=True)[0] for own in c])
+    actual = ops.norm_gradient(c, x, weight, 1e-6)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    for row, bad in ((0, torch.nan), (1, torch.inf)):
+        x[0, row, 5] = bad
+    marred = ops.norm_gradient(c, x, weight, 1e-6)
+    assert marred[:, 0, :2].isnan().all()
+    assert torch.equal(marred[:, 0, 2:], actual[:, 0, 2:])
+    assert torch.equal(marred[:, 1:], actual[:, 1:])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -263,6 +331,30 @@ def test_gelu_over_its_range(variant: str, tanh_approx: bool) -> None:
     assert_close("gelu_factor", 0, y, exact.detach(), x.double().abs(), torch.float32)
     gate = exact.detach() > 0
     assert_close("gelu_factor", 1, factor, 2 * gate * slope, 2 + 2 * x.double().abs().clamp_max(12), torch.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("function", ["gelu", "gelu_tanh", "silu"])
+def test_shares_over_the_range(variant: str, function: str) -> None:
+    choose(variant)
+    x = torch.cat([torch.linspace(-12, 12, 20_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 1e4, -1e4])])
+    y, factor = ops.activation_share(x, function, torch.float32)
+    wide = x.double()
+    exact = {
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda u: torch.nn.functional.gelu(u, approximate="tanh"),
+        "silu": torch.nn.functional.silu,
+    }[function](wide)
+    assert_close("activation_share", 0, y, exact, wide.abs(), torch.float32)
+    share = (exact / wide).masked_fill(wide == 0, 0)
+    assert_close("activation_share", 1, factor, share, torch.ones_like(wide), torch.float32)
+    assert not factor[x == 0].any()
+    assert all(t.isnan().all() for t in ops.activation_share(torch.full((40,), torch.nan), function, torch.float32))
+
+
+def test_shares_of_no_function() -> None:
+    with pytest.raises(ValueError, match=r"'tanh'.*gelu, gelu_tanh, silu"):
+        ops.activation_share(torch.zeros(3), "tanh", torch.float32)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from triton_processes import SHARED, Process, output, start
 
+from ramp_fast.ops.activation import FUNCTIONS
+
 pytest.importorskip("triton", reason="triton exists for Linux on x86_64 and aarch64 only")
 
 # Columns of tensor memory of sm_100: a launch that asks for more fails.
@@ -33,12 +35,12 @@ def checked(lines: str) -> list[dict[str, Any]]:
 
 
 def test_interpreted(triton: dict[str, Process]) -> None:
-    assert output(triton["interpreted"]).strip() == "295 cases agree"
+    assert output(triton["interpreted"]).strip() == "324 cases agree"
 
 
 @pytest.mark.compile
 def test_every_case_interpreted() -> None:
-    assert output(start("interpret_triton.py", "--all", TRITON_INTERPRET="1")).strip() == "885 cases agree"
+    assert output(start("interpret_triton.py", "--all", TRITON_INTERPRET="1")).strip() == "970 cases agree"
 
 
 def test_compiles(triton: dict[str, Process]) -> None:
@@ -47,6 +49,7 @@ def test_compiles(triton: dict[str, Process]) -> None:
     names = {
         "sum_partials",
         "norm_pullback",
+        "norm_gradient",
         "junction",
         "merge_junction",
         "row_statistics",
@@ -59,6 +62,7 @@ def test_compiles(triton: dict[str, Process]) -> None:
         "scale_by",
         "gelu_factor",
         "gelu_factor, tanh",
+        *(f"activation_share, {function}" for function in FUNCTIONS),
         "affine_factor",
         "softmax_pullback",
         "max_pool_pullback",
@@ -68,6 +72,7 @@ def test_compiles(triton: dict[str, Process]) -> None:
         "scale_to",
     }
     names |= {f"attention by {by}, bf16, 64 columns, gated" for by in ("queries", "keys")}
+    names |= {f"attention's gradient by {by}, bf16, 64 columns" for by in ("queries", "keys")}
     names |= {f"{n}, {dtype}" for n in ("linear_pullback", "linear_norm_pullback") for dtype in ("bf16", "float32")}
     names |= {f"product, {dtype}" for dtype in ("bf16", "float32")}
     assert kernels == names
@@ -83,5 +88,5 @@ def test_compiles_where_every_integer_is_one(triton: dict[str, Process]) -> None
 def test_every_configuration_compiles(tmp_path: Path) -> None:
     command = "compile_triton.py", "--all", *map(str, SHARED)
     reports = checked(output(start(*command, TRITON_CACHE_DIR=str(tmp_path))))
-    assert len(reports) == 246
+    assert len(reports) == 332
     assert {report["capability"] for report in reports} == set(SHARED)

@@ -34,6 +34,9 @@ COMPUTE = {
     # variances of a row in float32, two passes; square root and division halve and round
     ("norm_pullback", torch.float32): 4e-6,
     ("norm_pullback", torch.float64): 1e-13,
+    # the same, and a mean
+    ("norm_gradient", torch.float32): 4e-6,
+    ("norm_gradient", torch.float64): 1e-13,
     # up to 64 terms summed one after another; products of bfloat16 are exact
     ("linear_pullback", torch.float32): 4e-6,
     ("linear_pullback", torch.float64): 8e-15,
@@ -71,6 +74,9 @@ COMPUTE = {
     # rational erf (3e-7 near its clamp at 4), exp with 1e-7, argument squares up to 100 half-units
     ("gelu_factor", torch.float32): 6e-7,
     ("gelu_factor", torch.float64): 1e-15,
+    # the same without the slope
+    ("activation_share", torch.float32): 6e-7,
+    ("activation_share", torch.float64): 1e-15,
     # a product and a sum; the factor is two sums
     ("affine_factor", torch.float32): 2e-7,
     ("affine_factor", torch.float64): 4e-16,
@@ -90,6 +96,10 @@ COMPUTE = {
     ("attention_pullback", torch.float64): 3e-14,
     # products of bfloat16: three operands are rounded on the way to c_Q (V+, c_S, K+) and c_K, 2^-8 each
     ("attention_pullback", torch.bfloat16): 1.2e-2,
+    # the same without a second softmax; the sum over keys is one more
+    ("attention_gradient", torch.float32): 8e-6,
+    ("attention_gradient", torch.float64): 3e-14,
+    ("attention_gradient", torch.bfloat16): 1.2e-2,
 }
 
 # Below this, exp flushes to zero (exp(-87) and smaller) and products leave the range of float32.
