@@ -123,6 +123,7 @@ def operands(
         ),
         "linear_pullback": lambda: (c_hidden(), panels(), sample(), torch.bfloat16),
         "scale_by": lambda: (c_hidden(), hidden()),
+        "ratio": lambda: (c_hidden(), hidden(), hidden().bfloat16(), 1e-6),
         "gate": lambda: (c_hidden(), hidden()),
         "gelu_factor": lambda: (hidden(), False, torch.bfloat16),
         "activation_share": lambda: (hidden(), "gelu", torch.bfloat16),

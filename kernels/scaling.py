@@ -2,6 +2,7 @@
 
     mass:   sum |x| |P|, sum |x| |P - D|                  rescale:  P <- s_P P, D <- s_N D + (s_P - s_N) P
     merge:  rescale(first) + rescale(second)              scale_by: c * factor,  gate: 2 [x > 0] c
+    ratio:  c z / (d + stabilizer sign(d))
 
 ``rescale_parts`` has a scale for each part of a row; scale_by and gate may scale N as well.
 
@@ -243,6 +244,36 @@ def scale_by_kernel(
             tl.store(out_ptr + offset, _diagonal(d, x, GATE).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["batch"])
+def ratio_kernel(
+    c_ptr,  # [T, B, inner]
+    z_ptr,  # [B, inner]
+    d_ptr,  # [B, inner]
+    out_ptr,  # [T, B, inner]
+    stabilizer_ptr,  # one number
+    batch,  # B
+    inner,
+    NUM_MAPS: tl.constexpr,
+    SIDE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    map_size = batch.to(tl.int64) * inner
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < map_size
+    z = tl.load(z_ptr + place, mask=inside, other=0.0).to(COMPUTE)
+    d = tl.load(d_ptr + place, mask=inside, other=1.0).to(COMPUTE)
+    stabilizer = tl.load(stabilizer_ptr)
+    below = d + tl.where(d < 0, -stabilizer, stabilizer)
+    factor = tl.where(below == 0, 0.0, z / below)
+    if SIDE != 0:
+        factor = tl.where(SIDE * z <= 0, 0.0, factor)
+    for t in range(NUM_MAPS):
+        offset = t * map_size + place
+        c = tl.load(c_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+        tl.store(out_ptr + offset, (c * factor).to(out_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit
 def centring_kernel(
     c_ptr,  # [T, B, inner]
@@ -418,6 +449,27 @@ def scale_by(c: Tensor, factor: Tensor, n_scale: Tensor | None = None) -> Tensor
 def gate(c: Tensor, x: Tensor, n_scale: Tensor | None = None) -> Tensor:
     """``ramp_fast::gate`` for c [T, B, ...], x [B, ...] and n_scale [T / 2, B]."""
     return _scale_by(c, x, n_scale, True)
+
+
+def ratio(c: Tensor, z: Tensor, d: Tensor, stabilizer: float = 0.0, side: int = 0) -> Tensor:
+    """``ramp_fast::ratio`` for c [T, B, ...], z and d [B, ...]."""
+    check_shapes(c, (z, d), (), False)
+    c, z, d = same_layout((c,), (z, d))
+    out = torch.empty_like(c)
+    if out.numel():
+        dtype, compute = compute_dtype(c, z, d)
+        # In memory: an argument that is a number would be rounded to float32.
+        number = torch.full((1,), stabilizer, dtype=dtype, device=c.device)
+        with torch.cuda.device_of(c):
+            ratio_kernel[(triton.cdiv(z.numel(), BLOCK),)](
+                *(c, z, d, out, number, c.shape[1], inner_size(c)),
+                NUM_MAPS=c.shape[0],
+                SIDE=side,
+                COMPUTE=compute,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+    return out
 
 
 def centring(

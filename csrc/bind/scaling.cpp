@@ -1,4 +1,4 @@
-// Bindings: mass, rescale, rescale_parts, merge, scale_by, gate, affine_pullback, centring.
+// Bindings: mass, rescale, rescale_parts, merge, scale_by, ratio, gate, affine_pullback, centring.
 #include "bind/bind.h"
 #include "cpu/dispatch.h"
 
@@ -112,6 +112,31 @@ void scale_by(py::handle c, py::handle factor, py::handle n_scale, py::handle ou
     multiply({c, "c"}, {factor, "factor"}, n_scale, {}, {}, false, {out, "out"}, threads);
 }
 
+void ratio(py::handle c_, py::handle z_, py::handle d_, double stabilizer, int side, py::handle out_,
+           int threads) {
+    const TensorView c(c_, "c"), z(z_, "z"), d(d_, "d"), out(out_, "out");
+    check_coefficient(c, false);
+    c.same_layout(1, z, 0);
+    z.same_layout(0, c, 1);
+    c.same_layout(1, d, 0);
+    d.same_layout(0, c, 1);
+    out.same_layout(1, c, 1).matches(0, c, 0, 1);
+    if (side < -1 || side > 1) fail("side must be -1, 0 or 1");
+    RatioArgs args{};
+    args.num_maps = c.size(0);
+    args.batch = c.size(1);
+    args.inner = c.product(2, c.ndim());
+    args.stabilizer = stabilizer;
+    args.side = side;
+    args.c = c.operand();
+    args.z = z.operand();
+    args.d = d.operand();
+    args.out = out.operand();
+    args.threads = threads;
+    py::gil_scoped_release release;
+    RF_CALL(ratio, args);
+}
+
 void gate(py::handle c, py::handle x, py::handle n_scale, py::handle out, int threads) {
     multiply({c, "c"}, {x, "x"}, n_scale, {}, {}, true, {out, "out"}, threads);
 }
@@ -166,6 +191,7 @@ void register_scaling(py::module_& m) {
     m.def("rescale_parts", &rescale_parts);
     m.def("merge", &merge);
     m.def("scale_by", &scale_by);
+    m.def("ratio", &ratio);
     m.def("gate", &gate);
     m.def("affine_pullback", &affine_pullback);
     m.def("centring", &centring);

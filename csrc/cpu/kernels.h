@@ -117,6 +117,16 @@ struct ScaleArgs {
     int threads;
 };
 
+// out = c z / (d + stabilizer sign(d)), the sign of 0 being plus; 0 where that divides by 0, and where z is
+// not on `side` (1: above zero, -1: below, 0: anywhere).
+struct RatioArgs {
+    std::int64_t num_maps, batch, inner;  // T, B, the rest
+    double stabilizer;
+    int side;
+    Operand c, z, d, out;  // [T, B, inner], [B, inner], [B, inner], [T, B, inner]
+    int threads;
+};
+
 // Elements in a row that a sample of coefficients takes.
 constexpr std::int64_t kCentringRun = 32;
 
@@ -314,6 +324,7 @@ struct ChecksumArgs {
     void advance_copies(const AdvanceCopiesArgs&);         \
     void linear_pullback(const LinearArgs&);               \
     void scale_by(const ScaleArgs&);                       \
+    void ratio(const RatioArgs&);                          \
     void gelu_factor(const GeluArgs&);                     \
     void activation_share(const ShareArgs&);               \
     void affine_factor(const AffineArgs&);                 \

@@ -152,6 +152,39 @@ void run_scale(const ScaleArgs& args) {
                  0);
 }
 
+template <class F>
+void ratio_chunk(int64_t index, const void* context, void*) {
+    const RatioArgs& args = *static_cast<const RatioArgs*>(context);
+    const int64_t map_stride = args.batch * args.inner, end = min64((index + 1) * kChunk, map_stride);
+    const F stabilizer = static_cast<F>(args.stabilizer);
+    F z_buffer[kBlock], d_buffer[kBlock], in_c[kBlock], factor[kBlock], buffer[kBlock];
+    int64_t n;
+    for (int64_t start = index * kChunk; start < end; start += n) {
+        n = min64(kBlock, end - start);
+        const F* __restrict z = load_ahead(args.z, start, n, z_buffer);
+        const F* __restrict d = load_ahead(args.d, start, n, d_buffer);
+        RF_SIMD
+        for (int64_t i = 0; i < n; ++i) {
+            const F below = d[i] + (d[i] < F(0) ? -stabilizer : stabilizer);
+            const F share = z[i] / below;
+            factor[i] = below == F(0) ? F(0) : share;
+        }
+        if (args.side) {
+            const F side = static_cast<F>(args.side);
+            RF_SIMD
+            for (int64_t i = 0; i < n; ++i) factor[i] = side * z[i] <= F(0) ? F(0) : factor[i];
+        }
+        for (int64_t t = 0; t < args.num_maps; ++t) {
+            const int64_t row = t * map_stride + start;
+            const F* __restrict c = load_ahead(args.c, row, n, in_c);
+            F* __restrict out = target(args.out, row, buffer);
+            RF_SIMD
+            for (int64_t i = 0; i < n; ++i) out[i] = c[i] * factor[i];
+            commit(args.out, row, n, out);
+        }
+    }
+}
+
 // What N of one pair (P, D) has to be multiplied by.
 template <class F>
 void centring_row(int64_t index, const void* context, void*) {
@@ -216,6 +249,13 @@ void merge(const MergeArgs& args) {
 void scale_by(const ScaleArgs& args) {
     const bool wide = any_double(args.c, args.factor, args.n_scale, args.gain, args.shift);
     wide ? run_scale<double>(args) : run_scale<float>(args);
+}
+
+void ratio(const RatioArgs& args) {
+    const int64_t map_stride = args.batch * args.inner;
+    const bool wide = any_double(args.c, args.z, args.d);
+    parallel_for(ceil_div(map_stride, kChunk), args.num_maps * map_stride, args.threads,
+                 wide ? ratio_chunk<double> : ratio_chunk<float>, &args, 0);
 }
 
 void centring(const CentringArgs& args) {

@@ -25,7 +25,7 @@ from ramp_fast.ops.max_pool import max_pool_pullback, unpool
 from ramp_fast.ops.norm import norm_gradient, norm_pullback
 from ramp_fast.ops.phases import select_phases
 from ramp_fast.ops.product import INT8_DEPTH, has_tiles, multiplies, pack_tiles, product
-from ramp_fast.ops.scaling import affine_pullback, centring, gate, mass, merge, rescale, rescale_parts, scale_by
+from ramp_fast.ops.scaling import affine_pullback, centring, gate, mass, merge, ratio, rescale, rescale_parts, scale_by
 from ramp_fast.ops.softmax import softmax_pullback
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "pack_panels",
     "pack_tiles",
     "product",
+    "ratio",
     "rescale",
     "rescale_parts",
     "residual_pullback",

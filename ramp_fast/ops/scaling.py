@@ -1,4 +1,4 @@
-"""Masses and scalings of coefficients: ``mass``, ``rescale``, ``merge``, ``scale_by``, ``gate`` and their like.
+"""Masses and scalings of coefficients: ``mass``, ``rescale``, ``merge``, ``scale_by``, ``ratio``, ``gate`` and others.
 
 With ``contrast`` the leading axis of a coefficient holds T/2 rows P (positive) and then T/2 rows D = P - N, and
 that of masses and scales the values of P and then of N.
@@ -164,6 +164,37 @@ def gate(c: Tensor, x: Tensor, n_scale: Tensor | None = None) -> Tensor:
     c, x = same_layout((c,), (x,))
     kept = torch.where(x > 0, 2 * _with_n_scaled(c.to(dtype), n_scale), torch.zeros((), dtype=dtype, device=c.device))
     return torch.empty_like(c).copy_(kept)
+
+
+@operator(outputs=_like, coefficients=("c",), samples=("z", "d"), triton="scaling:ratio")
+def ratio(c: Tensor, z: Tensor, d: Tensor, stabilizer: float = 0.0, side: int = 0) -> Tensor:
+    """What rules with a denominator send back through their weights: ``c z / (d + stabilizer sign(d))``.
+
+    Parameters
+    ----------
+    c : Tensor [T, B, ...]
+    z : Tensor [B, ...]
+        Outputs of the layer, so that ``c z`` is their relevance.
+    d : Tensor [B, ...]
+        Denominators.
+    stabilizer : float
+        The sign of 0 is plus.
+    side : {0, 1, -1}
+        Only outputs above zero (1) or below (-1) have any.
+
+    Returns
+    -------
+    Tensor [T, B, ...] in the dtype of c
+        0 where the denominator is 0.
+    """
+    dtype = compute_dtype(c, z, d)
+    c, z, d = same_layout((c,), (z, d))
+    below = d.to(dtype)
+    below = below + stabilizer * ((below >= 0).to(dtype) * 2 - 1)
+    factor = (z.to(dtype) / below).masked_fill(below == 0, 0)
+    if side:
+        factor = factor.masked_fill(side * z <= 0, 0)
+    return torch.empty_like(c).copy_(c.to(dtype) * factor)
 
 
 @operator(outputs=contiguous_like)

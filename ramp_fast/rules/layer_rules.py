@@ -8,7 +8,7 @@ what they are added to (plus for 0), as in zennit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ramp_fast._checks import flag, is_number
 from ramp_fast.gemm import LinearOp
-from ramp_fast.ops._common import divide
 from ramp_fast.rules.base import selected
 
 
@@ -35,7 +34,7 @@ class Layer:
     positive : bool
         Whether inputs are never negative.
     product : callable
-        From a weight to the function ``x -> W x``, without a bias.
+        From a weight and a bias (or None) to the function ``x -> W x + b``.
     transposed : callable
         From a weight to the function ``s -> W^T s``, of ``s`` ``[N, *output]``.
     """
@@ -44,7 +43,7 @@ class Layer:
     bias: Tensor | None
     groups: int
     positive: bool
-    product: Callable[[Tensor], LinearOp]
+    product: Callable[[Tensor, Tensor | None], LinearOp]
     transposed: Callable[[Tensor], LinearOp]
 
     def along_outputs(self, values: Tensor) -> Tensor:
@@ -53,7 +52,15 @@ class Layer:
 
 
 class Arrived(ABC):
-    """Relevance at the output of a layer, with the values of the layer."""
+    """Relevance at the output of a layer, with the values of the layer.
+
+    Attributes
+    ----------
+    wide : torch.dtype
+        Of divisions: float32 at least.
+    """
+
+    wide: torch.dtype
 
     @property
     @abstractmethod
@@ -70,12 +77,17 @@ class Arrived(ABC):
         """``c = R / z`` ``[maps, B, *out]``, in the dtype of the pull-back's products."""
 
     @abstractmethod
-    def relevance(self) -> Tensor:
-        """``R = z c`` ``[maps, B, *out]``, in float32 at least."""
+    def ratio(self, denominator: Tensor, stabilizer: float, side: int = 0) -> Tensor:
+        """``R / (d + stabilizer sign(d))``, 0 where that divides by 0; with a side only where ``z`` is on it."""
+
+    @property
+    @abstractmethod
+    def narrow_x(self) -> Tensor:
+        """The input in the dtype of the pull-back's products."""
 
     @abstractmethod
     def product(self, function: LinearOp, x: Tensor) -> Tensor:
-        """``W x`` in float32 at least."""
+        """``W x + b``, in the dtype of the pull-back's products."""
 
     @abstractmethod
     def transposed(self, function: LinearOp, s: Tensor) -> Tensor:
@@ -118,11 +130,14 @@ class LayerRule(ABC):
         rules do not multiply by the pixels.
     reads_input, reads_output : bool
         Whether its pull-back reads the layer's input, its output. Relevance of outputs is ``z c`` and reads them.
+    multiplies_output : bool
+        Whether nothing but relevance of the output counts, so that a ReLU behind the layer may be computed with it.
     """
 
     gives_relevance: ClassVar[bool] = False
     reads_input: ClassVar[bool] = True
     reads_output: ClassVar[bool] = True
+    multiplies_output: ClassVar[bool] = False
 
     @abstractmethod
     def pack(self, layer: Layer) -> Pull:
@@ -133,14 +148,6 @@ def _number(rule: LayerRule, setting: str, least: float = 0.0) -> None:
     value = getattr(rule, setting)
     if not is_number(value) or value < least:
         raise ValueError(f"{type(rule).__name__}: {setting} must be a number of at least {least:g}, got {value!r}")
-
-
-def ratio(relevance: Tensor, denominator: Tensor, stabilizer: float) -> Tensor:
-    """``R / (d + stabilizer sign(d))``, with the sign of 0 as plus; 0 where that is ``R / 0``."""
-    if stabilizer == 0:
-        return divide(relevance, denominator.expand_as(relevance))
-    sign = (denominator >= 0).to(denominator.dtype) * 2 - 1
-    return relevance / (denominator + stabilizer * sign)
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,7 @@ class _Plain(Pull):
 
 
 class _Ratio(Pull):
-    kernel = "c z/(z+eps)"
+    kernel = "ratio"
 
     def __init__(self, back: LinearOp, epsilon: float, bias: Tensor | None) -> None:
         super().__init__(back)
@@ -188,7 +195,7 @@ class _Ratio(Pull):
 
     def __call__(self, arrived: Arrived) -> Tensor:
         z = arrived.z if self.bias is None else arrived.z - self.bias.to(arrived.z)
-        return arrived.transposed(self.functions[0], ratio(arrived.relevance(), z, self.epsilon))
+        return arrived.transposed(self.functions[0], arrived.ratio(z, self.epsilon))
 
 
 class _Parted(LayerRule):
@@ -200,16 +207,18 @@ class _Parted(LayerRule):
 
     zero_bias: bool
     second: ClassVar[bool] = True
+    multiplies_output: ClassVar[bool] = True
 
     @abstractmethod
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """``U`` and ``L`` of a weight, ``b_U`` and ``b_L`` of a bias."""
 
     @abstractmethod
-    def messages(
-        self, relevance: Tensor, arrived: Arrived, first: Tensor, second: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """``s_1`` and ``s_2`` from the relevance of the outputs and the denominators."""
+    def messages(self, arrived: Arrived, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``s_1`` and ``s_2`` from the relevance of the outputs and the denominators.
+
+        Without ``second`` in the class there is no second denominator, and the first is given in its place.
+        """
 
     def pack(self, layer: Layer) -> Pull:
         return _PartedPull(self, layer)
@@ -219,30 +228,26 @@ class _PartedPull(Pull):
     def __init__(self, rule: _Parted, layer: Layer) -> None:
         self.rule, self.positive = rule, layer.positive
         upper, lower = rule.parts(layer.weight)
-        self.forward = layer.product(upper), layer.product(lower) if rule.second or not self.positive else None
-        back = layer.transposed(upper), layer.transposed(lower) if self.forward[1] is not None else None
-        self.back = back
-        biases: tuple[Tensor | None, ...] = (None, None)
+        biases: tuple[Tensor | None, Tensor | None] = (None, None)
         if layer.bias is not None and not rule.zero_bias:
-            biases = tuple(layer.along_outputs(b) for b in rule.parts(layer.bias))
-        self.biases = biases
+            biases = rule.parts(layer.bias)
+        # Of each denominator the product with x+, with the bias, and the one with x-.
+        pairs = [((upper, biases[0]), (lower, None)), ((lower, biases[1]), (upper, None))]
+        kept = 1 if self.positive else 2
+        self.below = [[layer.product(*each) for each in pair[:kept]] for pair in pairs[: 2 if rule.second else 1]]
+        self.up = layer.transposed(upper)
+        self.down = None if self.positive and not rule.second else layer.transposed(lower)
         self.kernel = "ratio of parts"
-        super().__init__(*[f for f in (*self.forward, *self.back) if f is not None])
+        super().__init__(*[f for pair in self.below for f in pair], *[f for f in (self.down, self.up) if f is not None])
 
     def __call__(self, arrived: Arrived) -> Tensor:
-        x = arrived.x
-        upper, lower = self.forward
+        x = arrived.narrow_x
         sides = [x] if self.positive else [x.clamp_min(0), x.clamp_max(0)]
-
-        def denominator(functions: Sequence[LinearOp | None], bias: Tensor | None) -> Tensor:
-            total = sum(arrived.product(f, side) for f, side in zip(functions, sides, strict=False) if f is not None)
-            assert isinstance(total, Tensor)
-            return total if bias is None else total + bias.to(total)
-
-        first = denominator((upper, lower), self.biases[0])
-        second = denominator((lower, upper), self.biases[1]) if self.rule.second else None
-        one, two = self.rule.messages(arrived.relevance(), arrived, first, second)
-        up, down = self.back
+        below = []
+        for functions in self.below:
+            first, *others = (arrived.product(f, side) for f, side in zip(functions, sides, strict=True))
+            below.append(first if not others else first.to(arrived.wide) + others[0])
+        one, two = self.rule.messages(arrived, below[0], below[-1])
 
         def pulled(first: LinearOp | None, second: LinearOp | None) -> Tensor:
             assert first is not None
@@ -253,8 +258,8 @@ class _PartedPull(Pull):
             return c
 
         if self.positive:
-            return pulled(up, down)
-        return selected(pulled(up, down), pulled(down, up), x)
+            return pulled(self.up, self.down)
+        return selected(pulled(self.up, self.down), pulled(self.down, self.up), x)
 
 
 @dataclass(frozen=True)
@@ -280,10 +285,8 @@ class ZPlus(_Parted):
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight.clamp_min(0), weight.clamp_max(0)
 
-    def messages(
-        self, relevance: Tensor, arrived: Arrived, first: Tensor, second: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        return ratio(relevance, first, self.stabilizer), None
+    def messages(self, arrived: Arrived, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+        return arrived.ratio(first, self.stabilizer), None
 
 
 @dataclass(frozen=True)
@@ -308,14 +311,9 @@ class AlphaBeta(_Parted):
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight.clamp_min(0), weight.clamp_max(0)
 
-    def messages(
-        self, relevance: Tensor, arrived: Arrived, first: Tensor, second: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        assert second is not None
-        return (
-            self.alpha * ratio(relevance, first, self.stabilizer),
-            -self.beta * ratio(relevance, second, self.stabilizer),
-        )
+    def messages(self, arrived: Arrived, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+        one, two = (arrived.ratio(below, self.stabilizer) for below in (first, second))
+        return self.alpha * one, -self.beta * two
 
 
 @dataclass(frozen=True)
@@ -345,15 +343,8 @@ class Gamma(_Parted):
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight + self.gamma * weight.clamp_min(0), weight + self.gamma * weight.clamp_max(0)
 
-    def messages(
-        self, relevance: Tensor, arrived: Arrived, first: Tensor, second: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        assert second is not None
-        z = arrived.z
-        return (
-            ratio(relevance, first, self.stabilizer) * (z > 0),
-            ratio(relevance, second, self.stabilizer) * (z < 0),
-        )
+    def messages(self, arrived: Arrived, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+        return arrived.ratio(first, self.stabilizer, 1), arrived.ratio(second, self.stabilizer, -1)
 
 
 @dataclass(frozen=True)
@@ -368,12 +359,8 @@ class SameSign(_Parted):
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight.clamp_min(0), weight.clamp_max(0)
 
-    def messages(
-        self, relevance: Tensor, arrived: Arrived, first: Tensor, second: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        assert second is not None
-        z = arrived.z
-        return ratio(relevance, first, 0.0) * (z > 0), ratio(relevance, second, 0.0) * (z < 0)
+    def messages(self, arrived: Arrived, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+        return arrived.ratio(first, 0.0, 1), arrived.ratio(second, 0.0, -1)
 
 
 @dataclass(frozen=True)
@@ -382,6 +369,7 @@ class Flat(LayerRule):
 
     stabilizer: float = 1e-6
     gives_relevance: ClassVar[bool] = True
+    multiplies_output: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _number(self, "stabilizer")
@@ -397,6 +385,7 @@ class WSquare(LayerRule):
     stabilizer: float = 1e-6
     zero_bias: bool = False
     gives_relevance: ClassVar[bool] = True
+    multiplies_output: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _number(self, "stabilizer")
@@ -413,14 +402,14 @@ class _Constant(Pull):
     kernel = "constant shares"
 
     def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None, stabilizer: float) -> None:
-        self.forward, self.back = layer.product(weight), layer.transposed(weight)
+        self.forward, self.back = layer.product(weight, None), layer.transposed(weight)
         self.bias, self.stabilizer = bias, stabilizer
         super().__init__(self.forward, self.back)
 
     def __call__(self, arrived: Arrived) -> Tensor:
-        below = arrived.product(self.forward, torch.ones_like(arrived.x[:1]))
+        below = arrived.product(self.forward, torch.ones_like(arrived.narrow_x[:1])).to(arrived.wide)
         below = below if self.bias is None else below + self.bias.to(below)
-        return arrived.transposed(self.back, ratio(arrived.relevance(), below, self.stabilizer))
+        return arrived.transposed(self.back, arrived.ratio(below.expand(arrived.z.shape), self.stabilizer))
 
 
 @dataclass(frozen=True)
@@ -465,7 +454,7 @@ class _Box(Pull):
     def __init__(self, rule: ZBox, layer: Layer) -> None:
         self.stabilizer = rule.stabilizer
         weights = layer.weight, layer.weight.clamp_min(0), layer.weight.clamp_max(0)
-        self.forward = [layer.product(w) for w in weights[1:]]
+        self.forward = [layer.product(w, None) for w in weights[1:]]
         self.back = [layer.transposed(w) for w in weights]
         self.bias = layer.bias is not None
         wide = layer.weight
@@ -477,11 +466,11 @@ class _Box(Pull):
     def __call__(self, arrived: Arrived) -> Tensor:
         x = arrived.x
         boxes = [bound.to(x).expand_as(x[:1]).contiguous() for bound in self.bounds]
-        below = arrived.z
+        below = arrived.z.to(arrived.wide)
         for function, box in zip(self.forward, boxes, strict=True):
             below = below - arrived.product(function, box)
         for bias in self.biases:
             below = below - bias.to(below)
-        s = ratio(arrived.relevance(), below, self.stabilizer)
+        s = arrived.ratio(below, self.stabilizer)
         own, positive, negative = (arrived.transposed(f, s) for f in self.back)
         return x * own - boxes[0] * positive - boxes[1] * negative

@@ -22,13 +22,13 @@ from ramp_fast import graph as g
 from ramp_fast.capture import passes
 from ramp_fast.errors import UnsupportedModelError
 from ramp_fast.gemm import LinearOp, Precision
-from ramp_fast.graph import Graph, Node
+from ramp_fast.graph import Graph, Node, only_user
 from ramp_fast.ops._common import divide
 from ramp_fast.rules import attention
-from ramp_fast.rules.base import Flow, Fusion, Operation, Values, reduce_to, vjp
+from ramp_fast.rules.base import Flow, Fusion, Operation, Values, fused_into, reduce_to, vjp
 from ramp_fast.rules.conservation import Contribution, Relevance
 from ramp_fast.rules.fusion import never_negative
-from ramp_fast.rules.layer_rules import Arrived, Layer, LayerRule, Pull, ratio
+from ramp_fast.rules.layer_rules import Arrived, Layer, LayerRule, Pull
 from ramp_fast.rules.pools import MaxPool
 from ramp_fast.rules.rearrange import Decision, Join, Rearrange, Split, SplitOutput
 from ramp_fast.rules.rule import Pass, Rule
@@ -99,7 +99,7 @@ class Signed(Rule):
 
     def fuse(self, graph: Graph, precision: Precision) -> Mapping[Node, Fusion]:
         """As :meth:`ramp_fast.rules.Rule.fuse`."""
-        return _decisions(self, graph)
+        return _decisions(self, graph, precision)
 
     def start(self, seed: Tensor, logits: Tensor) -> Tensor:
         """The seed itself: the relevance of a logit is the logit times its seed."""
@@ -115,7 +115,7 @@ class Signed(Rule):
         if node.kind == g.REARRANGE and node.params.how in ("cat", "stack"):
             kind = Join
         elif node.kind == g.ACTIVATION and node.params.how == "relu" and node.params.cap == math.inf:
-            kind = Relu
+            kind = Relu if fusion.fused_into is None else FusedRelu
         elif node.kind == g.ACTIVATION and self.activations != "pass":
             kind = AtPoint
         return kind(node, precision, fusion, self)
@@ -124,9 +124,9 @@ class Signed(Rule):
 _WITHOUT_SCALES = tuple(p for p in passes.STANDARD if p is not passes.fold_channel_scales)
 
 
-def _decisions(rule: Signed, graph: Graph) -> Mapping[Node, Fusion]:
+def _decisions(rule: Signed, graph: Graph, precision: Precision) -> Mapping[Node, Fusion]:
     """Layer rules of all layers, and which sums hand on all of their relevance."""
-    carriers = graph.carriers()
+    carriers, users = graph.carriers(), graph.users()
     below: dict[Node, frozenset[str]] = {graph.input: frozenset()}  # kinds between a node and the images
     decided: dict[Node, Fusion] = {}
     for node in graph.nodes:
@@ -145,9 +145,38 @@ def _decisions(rule: Signed, graph: Graph) -> Mapping[Node, Fusion]:
                     f"the layer reads, and between it and the images there is {kinds}, which takes coefficients only"
                 )
             fusion.positive_input = never_negative(node.operands[0])
+            fusion.fused_relu = _relu_of(node, users, fusion.layer, rule, precision)
+        elif node.kind == g.ACTIVATION:
+            layer = decided.get(node.operands[0])
+            fusion.fused_into = node.operands[0] if layer is not None and layer.fused_relu is node else None
         elif node.kind == g.ADD and rule.constants_take_nothing:
             fusion.own_relevance = len(node.sources) == 1 and _stem(node.sources[0])
     return decided
+
+
+def _relu_of(
+    node: Node, users: dict[Node, list[Node]], layer: LayerRule, rule: Signed, precision: Precision
+) -> Node | None:
+    """The ReLU that the step of a convolution computes as well: its rule multiplies by the output, 0 where that is."""
+    relu = only_user(users, node)
+    fits = (
+        node.kind == g.CONV
+        and layer.multiplies_output
+        and relu is not None
+        and relu.kind == g.ACTIVATION
+        and relu.params.how == "relu"
+        and relu.params.cap == math.inf
+        and rule.activations == "pass"
+        and not rule.constants_take_nothing
+        and node.batch.leading
+        and len(node.example) == 4
+    )
+    weight = node.params.weight if fits else None
+    if weight is None or weight.kind != g.PARAM:
+        return None
+    tensor = weight.params.tensor
+    tiles = gemm.Geometry.of(node.params).tiles(tensor, *node.operands[0].example[2:])
+    return None if tiles or not gemm.fuses_convolutions(precision, tensor.device) else relu
 
 
 def _stem(node: Node) -> bool:
@@ -200,39 +229,38 @@ class Linear(Weighted[Pull]):
 
     def pack(self, constants: dict[Node, Any]) -> tuple[LinearOp, Pull]:
         weight, bias = self.effective(constants)
-        narrow = self.precision.pullback
-        p, size = self.node.params, self.node.operands[0].example[2:]
-        if self.node.kind == g.LINEAR:
-            layer = Layer(
-                weight,
-                bias,
-                1,
-                self.fusion.positive_input,
-                lambda w: gemm.Matrix(w.to(narrow)),
-                lambda w: gemm.Matrix(w.to(narrow).t()),
-            )
-            forward: LinearOp = gemm.Matrix(weight, bias)
-        else:
-            geometry = gemm.Geometry.of(p)
-            tiles = len(size) == 2 and geometry.tiles(weight, *size)
-            layer = Layer(
-                weight,
-                bias,
-                p.groups,
-                self.fusion.positive_input,
-                lambda w: (
-                    gemm.PatchForward(w.to(narrow), None) if tiles else gemm.convolution(w.to(narrow), None, geometry)
-                ),
-                lambda w: (
-                    gemm.PatchPullback(w.to(narrow)) if tiles else gemm.ConvPullback(w.to(narrow), geometry, size)
-                ),
-            )
-            forward = gemm.PatchForward(weight, bias) if tiles else gemm.convolution(weight, bias, geometry)
-        assert self.fusion.layer is not None
-        return forward, self.fusion.layer.pack(layer)
+        narrow, layer = self.precision.pullback, self.fusion.layer
+        size, geometry = self.node.operands[0].example[2:], None
+        if self.node.kind == g.CONV:
+            geometry = gemm.Geometry.of(self.node.params)
+        tiles = geometry is not None and len(size) == 2 and geometry.tiles(weight, *size)
+
+        def forward(w: Tensor, b: Tensor | None, relu: bool = False) -> LinearOp:
+            if geometry is None:
+                return gemm.Matrix(w, b)
+            return gemm.PatchForward(w, b) if tiles else gemm.convolution(w, b, geometry, relu)
+
+        def product(w: Tensor, b: Tensor | None) -> LinearOp:
+            return forward(w.to(narrow), None if b is None else b.to(narrow))
+
+        def transposed(w: Tensor) -> LinearOp:
+            w = w.to(narrow)
+            if geometry is None:
+                return gemm.Matrix(w.t())
+            return gemm.PatchPullback(w) if tiles else gemm.ConvPullback(w, geometry, size)
+
+        assert layer is not None
+        groups = 1 if geometry is None else geometry.groups
+        seen = Layer(weight, bias, groups, self.fusion.positive_input, product, transposed)
+        return forward(weight, bias, self.fusion.fused_relu is not None), layer.pack(seen)
 
     def parameters(self) -> Any:
-        return self.node.params, repr(self.fusion.layer)
+        return self.node.params, repr(self.fusion.layer), self.fusion.fused_relu is not None
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        super().prepare(constants)
+        if self.fusion.fused_relu is not None:
+            self.forward_kernel += " > relu"
 
     def needs(self) -> list[Node]:
         rule = self.fusion.layer
@@ -255,35 +283,79 @@ class Linear(Weighted[Pull]):
 class _Arrived(Arrived):
     def __init__(self, step: Linear, part: Contribution, values: Values) -> None:
         self.step, self.part, self.values = step, part, values
-        self.narrow, self.accumulate = step.precision.pullback, step.precision.accumulate
+        self.narrow, self.wide = step.precision.pullback, step.precision.accumulate
 
     @property
     def x(self) -> Tensor:
-        return self.values[self.step.node.operands[0]]  # type: ignore[no-any-return]
+        x: Tensor = self.values[self.step.node.operands[0]]
+        return x
 
     @cached_property
+    def narrow_x(self) -> Tensor:
+        return self.x.to(self.narrow)
+
+    @property
     def z(self) -> Tensor:
-        z: Tensor = self.values[self.step.node].to(self.accumulate)
+        z: Tensor = self.values[self.step.node]
         return z
 
     def coefficients(self) -> Tensor:
         c = self.part.c
         if isinstance(self.part, Relevance):
-            c = divide(c.to(self.accumulate), self.z.expand(c.shape))
+            c = divide(c.to(self.wide), self.z.to(self.wide).expand(c.shape))
         return c.to(self.narrow)
 
-    def relevance(self) -> Tensor:
-        c = self.part.c.to(self.accumulate)
-        return c if isinstance(self.part, Relevance) else c * self.z
+    def ratio(self, denominator: Tensor, stabilizer: float, side: int = 0) -> Tensor:
+        if not isinstance(self.part, Relevance):
+            return ops.ratio(self.part.c.to(self.narrow), self.z, denominator, stabilizer, side)
+        relevance, below = self.part.c.to(self.wide), denominator.to(self.wide)
+        if stabilizer:
+            below = below + stabilizer * ((below >= 0).to(self.wide) * 2 - 1)
+        shared = divide(relevance, below.expand(relevance.shape))
+        return shared.masked_fill(side * self.z <= 0, 0.0) if side else shared
 
     def product(self, function: LinearOp, x: Tensor) -> Tensor:
-        return self.step.by_sample(function, 0, x.to(self.narrow)).to(self.accumulate)
+        return self.step.by_sample(function, 0, x.to(self.narrow))
 
     def transposed(self, function: LinearOp, s: Tensor) -> Tensor:
         s = s.to(self.narrow)
         if self.step.node.kind == g.LINEAR:
             return self.step.by_sample(function, 1, s.contiguous())
-        return self.step.by_sample(lambda t: function(t.flatten(0, 1)).unflatten(0, t.shape[:2]), 1, s)
+        pulled = self.step.by_sample(lambda t: function(t.flatten(0, 1)).unflatten(0, t.shape[:2]), 1, s)
+        return _with_plain_strides(pulled)
+
+
+def _with_plain_strides(c: Tensor) -> Tensor:
+    """``c`` ``[T, B, ...]`` with the strides of a single map, or sample, as they would be beside others.
+
+    Libraries give axes of one entry any stride, and operators would copy what they take for another layout.
+    """
+    inner = c.shape[2:].numel()
+    own = c.stride()
+    strides = (c.shape[1] * inner if c.shape[0] == 1 else own[0], inner if c.shape[1] == 1 else own[1], *own[2:])
+    return c if strides == own else c.as_strided(c.shape, strides)
+
+
+def _in_layout_of(c: Tensor, x: Tensor) -> Tensor:
+    """``c`` ``[T, B, C, H, W]`` with channels last where ``x`` has them there, so that no later step copies it."""
+    last = torch.channels_last
+    if x.dim() != 4 or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return c
+    return _with_plain_strides(c.flatten(0, 1).contiguous(memory_format=last).unflatten(0, c.shape[:2]))
+
+
+class FusedRelu(Operation):
+    """A ReLU that the layer below computes with its own work; its pull-back reads nothing where the output is 0."""
+
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        super().__init__(node, precision, fusion, rule)
+        self.forward_kernel = self.pullback_kernel = fused_into(node.operands[0])
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        return values[self.node.operands[0]], None
+
+    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
+        yield Flow(self.node.operands[0], self.merged(parts, values, conservation))
 
 
 class Relu(Step):
@@ -295,7 +367,8 @@ class Relu(Step):
     def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
         if self.rule.activations == "deconvnet":
             return c.clamp_min(0)
-        gated: Tensor = c * (values[self.node] > 0).to(c.dtype)
+        y = values[self.node]
+        gated: Tensor = ops.ratio(c, y, y)  # y / y is 1, or 0 where y is
         return gated.clamp_min(0) if self.rule.activations == "guided" else gated
 
 
@@ -619,15 +692,16 @@ class LinearPool(AtPoint):
         return [*super().needs(), *([self.node] if self.rule.stabilizer else [])]
 
     def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
-        return super().pull(_stabilized(self.wide(c), self.node, values, self.rule.stabilizer), values, kept)
+        pulled = super().pull(_stabilized(self.wide(c), self.node, values, self.rule.stabilizer), values, kept)
+        return _in_layout_of(pulled, values[self.source])
 
 
 def _stabilized(c: Tensor, node: Node, values: Values, stabilizer: float) -> Tensor:
     """``c z / (z + stabilizer sign(z))``."""
     if stabilizer == 0:
         return c
-    z = values[node].to(c.dtype)
-    return ratio(c * z, z, stabilizer)
+    z = values[node]
+    return ops.ratio(c, z, z, stabilizer)
 
 
 class LinearMap(AtPoint):

@@ -90,7 +90,33 @@ class Weighted(Operation, GenericType[Pullback]):
         return weight, bias
 
     def forward(self, values: Values) -> tuple[Any, Any]:
-        return self.by_sample(self.forward_map, 0, values[self.node.operands[0]]), None
+        operands = [self.node.operands[0], *([] if self.fusion.fused_add is None else [self.fusion.fused_add])]
+        forward: Callable[..., Tensor] = self.forward_map
+        hides = isinstance(forward, gemm.ConvForward) and self.fusion.fused_relu is not None
+        if isinstance(forward, (gemm.ConvForward, gemm.PixelForward)) and not hides:
+            known = [values.known_bound(n) for n in operands]
+            if None not in known:
+                self._bounded(forward, operands, values, values.bound)
+        elif isinstance(forward, gemm.ConvForward):
+            safe = self._bounded(forward, operands, values, values.bound) or self._bounded(
+                forward, operands, values, values.measure
+            )
+            if not safe:
+                forward = functools.partial(forward, apart=True)
+        return self.by_sample(forward, 0, *(values[n] for n in operands)), None
+
+    def _bounded(
+        self,
+        forward: gemm.ConvForward | gemm.PixelForward,
+        operands: list[Node],
+        values: Values,
+        bound: Callable[[Node], float],
+    ) -> bool:
+        """Whether no sum of this step can overflow: then there is no NaN, which a ReLU computed with it would hide."""
+        growth, offset = forward.reach
+        largest = bound(operands[0]) * growth + offset + sum(bound(n) for n in operands[1:])
+        values.limit(self.node, largest)
+        return largest < _OVERFLOW
 
     def by_sample(self, function: Callable[..., Tensor], axis: int, *operands: Tensor) -> Tensor:
         """``function(*operands)`` with samples along ``axis``, which do not show in each other's results."""
@@ -197,35 +223,6 @@ class Conv(Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelectio
         self.forward_kernel += "".join(f" > {name}" for name, node in steps.items() if node is not None)
         if not isinstance(self.pullback_map, (gemm.PatchSelection, gemm.SubpixelSelection)):
             self.pullback_kernel += " W+" if self.fusion.positive_input else " W+|W-"
-
-    def forward(self, values: Values) -> tuple[Any, Any]:
-        operands = [self.node.operands[0], *([] if self.fusion.fused_add is None else [self.fusion.fused_add])]
-        forward: Callable[..., Tensor] = self.forward_map
-        hides = isinstance(forward, gemm.ConvForward) and self.fusion.fused_relu is not None
-        if isinstance(forward, (gemm.ConvForward, gemm.PixelForward)) and not hides:
-            known = [values.known_bound(n) for n in operands]
-            if None not in known:
-                self._bounded(forward, operands, values, values.bound)
-        elif isinstance(forward, gemm.ConvForward):
-            safe = self._bounded(forward, operands, values, values.bound) or self._bounded(
-                forward, operands, values, values.measure
-            )
-            if not safe:
-                forward = functools.partial(forward, apart=True)
-        return self.by_sample(forward, 0, *(values[n] for n in operands)), None
-
-    def _bounded(
-        self,
-        forward: gemm.ConvForward | gemm.PixelForward,
-        operands: list[Node],
-        values: Values,
-        bound: Callable[[Node], float],
-    ) -> bool:
-        """Whether no sum of this step can overflow: then there is no NaN, which a ReLU computed with it would hide."""
-        growth, offset = forward.reach
-        largest = bound(operands[0]) * growth + offset + sum(bound(n) for n in operands[1:])
-        values.limit(self.node, largest)
-        return largest < _OVERFLOW
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = conservation.centred(self.merged(parts, values, conservation), self.node.batch)

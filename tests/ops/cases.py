@@ -351,6 +351,12 @@ def _scale_by(o: Options) -> tuple[Any, ...]:
     return d.coefficient(*o.inner), d.sample(*o.inner), n_scale
 
 
+def _ratio(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    z, below = d.sample(*o.inner), d.sample(*o.inner)
+    return d.coefficient(*o.inner), z, below, 0.25 if o.contrast else 0.0, o.seed % 3 - 1
+
+
 def _n_scaled_magnitude(c: Tensor, n_scale: Tensor | None) -> Tensor:
     if n_scale is None:
         return c.abs()
@@ -606,6 +612,7 @@ CASES = {
         Case("product", _product, _product_magnitude),
         Case("linear_norm_pullback", _linear_norm, _linear_norm_magnitude),
         Case("scale_by", _scale_by, lambda c, f, n: (_n_scaled_magnitude(c, n) * f.abs(),)),
+        Case("ratio", _ratio, lambda *a: (equation("ratio")(*a).abs(),)),
         Case("gate", _scale_by, lambda c, x, n: (2 * _n_scaled_magnitude(c, n),)),
         Case("affine_pullback", _affine_pullback, _affine_pullback_magnitude),
         Case("centring", _centring, lambda *a: (equation("centring")(*a),)),

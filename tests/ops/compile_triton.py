@@ -124,6 +124,14 @@ def _sources() -> Iterator[Source]:
         one_config(scaling.WARPS),
     )
     yield Source(
+        "ratio",
+        scaling.ratio_kernel,
+        {"c_ptr": "*bf16", "z_ptr": "*fp32", "d_ptr": "*bf16", "out_ptr": "*bf16", "stabilizer_ptr": "*fp32"}
+        | {"batch": "i32", "inner": "i32"},
+        {"NUM_MAPS": 1, "SIDE": 1, "COMPUTE": tl.float32, "BLOCK": scaling.BLOCK},
+        one_config(scaling.WARPS),
+    )
+    yield Source(
         "rescale_parts",
         scaling.rescale_parts_kernel,
         {"c_ptr": "*bf16", "scale_ptr": "*fp32", "out_ptr": "*bf16"}

@@ -70,6 +70,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "junction": ELEMENTWISE,
     "merge_junction": ELEMENTWISE,
     "scale_by": ELEMENTWISE,
+    "ratio": ELEMENTWISE,
     "gate": ELEMENTWISE,
     "gelu_factor": ELEMENTWISE,
     "activation_share": ELEMENTWISE,

@@ -49,6 +49,9 @@ COMPUTE = {
     # with N scaled: 1 - s, two products, a sum and a product (test_kernels.py: without, one product or none)
     ("scale_by", torch.float32): 5e-7,
     ("scale_by", torch.float64): 1e-15,
+    # a sum of numbers of one sign, a quotient (two units on GPUs) and a product
+    ("ratio", torch.float32): 6e-7,
+    ("ratio", torch.float64): 1e-15,
     ("gate", torch.float32): 4e-7,
     ("gate", torch.float64): 1e-15,
     # the same; the factor is exact
