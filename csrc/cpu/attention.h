@@ -12,6 +12,7 @@ namespace {
 
 // Scores of one block of query rows, about: the block's operands stay in a 1 MB L2 cache.
 constexpr int64_t kBlockScores = 24576;
+
 RF_INLINE int64_t round_up(int64_t a, int64_t b) {
     return ceil_div(a, b) * b;
 }

@@ -73,7 +73,7 @@ def test_compiles(triton: dict[str, Process]) -> None:
         "scale_to",
     }
     names |= {f"attention by {by}, bf16, 64 columns, gated" for by in ("queries", "keys")}
-    names |= {f"attention's gradient by {by}, bf16, 64 columns" for by in ("queries", "keys")}
+    names |= {f"gradient of attention by {by}, bf16, 64 columns" for by in ("queries", "keys")}
     names |= {f"{n}, {dtype}" for n in ("linear_pullback", "linear_norm_pullback") for dtype in ("bf16", "float32")}
     names |= {f"product, {dtype}" for dtype in ("bf16", "float32")}
     assert kernels == names
