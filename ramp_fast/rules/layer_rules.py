@@ -409,7 +409,8 @@ class _Constant(Pull):
     def __call__(self, arrived: Arrived) -> Tensor:
         below = arrived.product(self.forward, torch.ones_like(arrived.narrow_x[:1])).to(arrived.wide)
         below = below if self.bias is None else below + self.bias.to(below)
-        return arrived.transposed(self.back, arrived.ratio(below.expand(arrived.z.shape), self.stabilizer))
+        everywhere = torch.empty_like(arrived.z).copy_(below)  # in the layout of z, so that no other one is copied
+        return arrived.transposed(self.back, arrived.ratio(everywhere, self.stabilizer))
 
 
 @dataclass(frozen=True)
