@@ -31,6 +31,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     Most of the time goes into torch.export, which is Python on one core.
     """
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if hasattr(config, "workerinput") or "PYTEST_XDIST_WORKER" in os.environ:
+        return  # one of those processes, or a pytest that a test starts
     if not whole or getattr(config.option, "numprocesses", 0) is not None or config.option.usepdb:
         return
     config.option.numprocesses = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -114,9 +114,15 @@ class PixelForward:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, stride: list[int], relu: bool = False) -> None:
         self.stride, self.relu = stride, relu
-        self.reach = _reach(weight, bias)
+        self._largest = _largest(weight, bias)
         self.matrix = Matrix(weight.flatten(1), bias)
         self.kernel, self.nbytes = self.matrix.kernel, self.matrix.nbytes
+
+    @functools.cached_property
+    def reach(self) -> tuple[float, float]:
+        """As :attr:`ConvForward.reach`."""
+        growth, offset = (float(t) for t in self._largest)
+        return growth, offset
 
     def __call__(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         down, right = self.stride
@@ -127,10 +133,10 @@ class PixelForward:
         return y.relu_() if self.relu else y
 
 
-def _reach(weight: Tensor, bias: Tensor | None) -> tuple[float, float]:
-    """The most that ``|x|`` can grow, and the most that the bias adds; NaN where a weight is."""
-    growth = weight.abs().flatten(1).sum(1, dtype=torch.float64).amax()
-    return float(growth), 0.0 if bias is None else float(bias.abs().amax())
+def _largest(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The most that ``|x|`` can grow, and the most that the bias adds, on the device; NaN where a weight is."""
+    growth = weight.abs().flatten(1).sum(1, dtype=torch.promote_types(weight.dtype, torch.float32)).amax()
+    return growth, growth.new_zeros(()) if bias is None else bias.abs().amax()
 
 
 # Of float32 and single pixels on CPUs: from here on a product on tiles takes two thirds of the time of oneDNN's
@@ -186,7 +192,8 @@ class ConvForward:
 
     @functools.cached_property
     def reach(self) -> tuple[float, float]:
-        return _reach(self.weight, self.bias)
+        growth, offset = (float(t) for t in _largest(self.weight, self.bias))
+        return growth, offset
 
     def __call__(self, x: Tensor, addend: Tensor | None = None, *, apart: bool = False) -> Tensor:
         if apart and self.relu:

@@ -9,7 +9,10 @@ from typing import Any
 
 from ramp_fast import graph as g
 from ramp_fast._checks import flag, is_number, nearest, one_of
-from ramp_fast.graph import Node
+from ramp_fast.errors import InputError
+from ramp_fast.gemm import Precision
+from ramp_fast.graph import Graph, Node
+from ramp_fast.rules.base import Fusion
 from ramp_fast.rules.layer_rules import Epsilon, LayerRule
 from ramp_fast.rules.signed import Signed
 
@@ -32,7 +35,7 @@ class Composite(Signed):
         follows ``Epsilon()``.
     by_name : mapping, optional
         Rules by the name of the module, as in ``model.named_modules()``, or a pattern such as ``"layer4.*"``. The first
-        that fits goes before everything else.
+        that fits goes before everything else; one that fits no layer is an error when the model is known.
     first : LayerRule or mapping, optional
         The rule of layers that read the images with no other layer between; of kinds of layers, as for ``layers``.
     activations : {"pass", "guided", "deconvnet"}
@@ -108,6 +111,24 @@ class Composite(Signed):
             if value != plain[name]
         ]
         return f"Composite({', '.join(options)})"
+
+    def fuse(self, graph: Graph, precision: Precision) -> Mapping[Node, Fusion]:
+        """As :meth:`ramp_fast.rules.Rule.fuse`.
+
+        Raises
+        ------
+        InputError
+            A name of ``by_name`` fits no layer.
+        """
+        modules = sorted({node.module for node in graph.nodes if node.kind in g.WEIGHTED})
+        for pattern, rule in self.by_name:
+            if not fnmatch.filter(modules, pattern):
+                some = ", ".join(modules[:5]) + (", ..." if len(modules) > 5 else "")
+                raise InputError(
+                    f"by_name: {pattern!r}, for {rule}, fits no linear layer or convolution of this model"
+                    f"{nearest(pattern, modules)}; there are {some}"
+                )
+        return super().fuse(graph, precision)
 
     def layer_rule(self, node: Node, first: bool) -> LayerRule:
         """As :meth:`ramp_fast.rules.signed.Signed.layer_rule`."""

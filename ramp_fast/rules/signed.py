@@ -133,7 +133,8 @@ def _decisions(rule: Signed, graph: Graph, precision: Precision) -> Mapping[Node
         if node.constant or node.kind == g.INPUT or node not in carriers:
             continue
         under = frozenset[str]().union(*(below.get(n, frozenset()) for n in node.sources))
-        below[node] = under | {node.kind}
+        # Relevance cannot be handed on to two tensors that were added.
+        below[node] = under | {"sum of tensors" if node.kind == g.ADD and len(node.sources) > 1 else node.kind}
         fusion = decided[node] = SignedFusion()
         if node.kind in g.WEIGHTED:
             first = not under & g.WEIGHTED
@@ -206,7 +207,8 @@ class Step(Operation):
     def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
         if isinstance(part, Relevance):
-            yield Flow(self.source, Relevance(self.hand_on(part.c, values)))
+            whole = self.hand_on(part.c, values)
+            yield Flow(self.source, Relevance(reduce_to(whole, (whole.shape[1], *self.source.example[1:]))))
         else:
             yield Flow(self.source, part.moved(self.pull(part.c, values, kept).to(part.c.dtype)))
 

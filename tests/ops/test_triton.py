@@ -1,6 +1,7 @@
 """The Triton kernels without a GPU: interpreted against the reference, and compiled.
 
-By default a third of the cases and the first configurations for sm_90; with ``-m compile`` all for three architectures.
+By default a third of the cases and the first configurations for sm_90; with ``-m compile`` all of both, and with
+``-m slow`` every configuration for three architectures.
 """
 
 from __future__ import annotations
@@ -86,8 +87,20 @@ def test_compiles_where_every_integer_is_one(triton: dict[str, Process]) -> None
 
 
 @pytest.mark.compile
+def test_every_configuration_compiles_for_hopper(tmp_path: Path) -> None:
+    assert {report["capability"] for report in every_configuration(tmp_path, 90)} == {90}
+
+
+@pytest.mark.slow
 def test_every_configuration_compiles(tmp_path: Path) -> None:
-    command = "compile_triton.py", "--all", *map(str, SHARED)
-    reports = checked(output(start(*command, TRITON_CACHE_DIR=str(tmp_path))))
-    assert len(reports) == 332
+    reports = every_configuration(tmp_path, *SHARED)
+    assert len(reports) == 335
     assert {report["capability"] for report in reports} == set(SHARED)
+
+
+def every_configuration(cache: Path, *capabilities: int) -> list[dict[str, Any]]:
+    """Reports of every kernel in every configuration that it may be launched in."""
+    command = "compile_triton.py", "--all", *map(str, capabilities)
+    reports = checked(output(start(*command, TRITON_CACHE_DIR=str(cache))))
+    assert len(reports) > 100 * len(capabilities)
+    return reports

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ramp_fast import Engine, rules
-from ramp_fast.errors import UnsupportedModelError
+from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.rules import AlphaBeta, Composite, Epsilon, Flat, Gamma, LayerRule, SameSign, WSquare, ZBox, ZPlus
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -113,12 +113,45 @@ def test_rules_by_name_kind_and_place() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5), nn.Linear(5, 3)
     ).eval()
-    rule = Composite(
-        {"conv": ZPlus(), "linear": Epsilon()}, by_name={"6": Epsilon(0.5), "missing.*": Flat()}, first=Flat()
-    )
+    rule = Composite({"conv": ZPlus(), "linear": Epsilon()}, by_name={"6": Epsilon(0.5)}, first=Flat())
     engine = Engine(model, rule, input_shape=(3, 6, 6))
     found = {s.node.module: s.operation.fusion.layer for s in engine.plan.steps if s.node.kind in ("conv", "linear")}
     assert found == {"0": Flat(), "2": ZPlus(), "5": Epsilon(), "6": Epsilon(0.5)}
+
+
+def test_a_name_that_fits_no_layer() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    with pytest.raises(InputError, match=r"by_name: '4', for ZPlus.* fits no linear layer .*there are 1, 3"):
+        Engine(model, Composite(by_name={"4": ZPlus()}), input_shape=(3, 2, 2))
+
+
+class Normalised(nn.Module):
+    """Grey images, normalised and as three channels within the model."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.both, self.conv = both, nn.Conv2d(3, 2, 2, bias=False)
+        self.register_buffer("std", torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x - 0.25) / self.std
+        return self.conv(y + 2 * x if self.both else y).flatten(1)
+
+
+def test_relevance_goes_through_a_normalisation() -> None:
+    model, x = Normalised(False).double().eval(), torch.randn(2, 1, 3, 3, dtype=torch.float64)
+    engine = Engine(model, Composite(first=Flat(0.0)), "float64", input_shape=(1, 3, 3))
+    found = engine.attribute(x, 3, "none", "none")
+    assert found.maps.shape == x.shape
+    torch.testing.assert_close(found.maps.flatten(1).sum(1), found.logits[:, 3])
+    # logit 3 is the first channel at (1, 1): four pixels, whose three channels all get a twelfth
+    corner = found.maps[:, 0, 1:, 1:]
+    torch.testing.assert_close(corner, (found.logits[:, 3] / 4).view(2, 1, 1).expand(2, 2, 2))
+
+
+def test_relevance_does_not_go_through_a_sum_of_tensors() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"conv follows Flat.*sum of tensors"):
+        Engine(Normalised(True).eval(), Composite(first=Flat()), input_shape=(1, 3, 3))
 
 
 def test_a_rule_that_gives_relevance_needs_the_images_below() -> None:

@@ -43,6 +43,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 
+# The other rules differ in layers alone, which FAMILIES have too.
+QUICK = ["attnlrp", "cp-lrp", "lrp-gamma"]
+
+
 def network(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(3)
     model = NETWORKS[name]().eval().double()
@@ -53,8 +57,14 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     return model, images(2, size=size).double()
 
 
-@pytest.mark.parametrize("rule", ORACLES)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        pytest.param(name, rule, marks=[] if name in FAMILIES or rule in QUICK else pytest.mark.slow)
+        for name in NETWORKS
+        for rule in ORACLES
+    ],
+)
 def test_maps_are_those_of_modified_autograd(name: str, rule: str) -> None:
     model, x = network(name)
     seed = torch.randn(2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -94,8 +104,13 @@ ZENNIT = {
 }
 
 
-@pytest.mark.parametrize("rule", ZENNIT)
-@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        *(("resnet18", rule) for rule in ZENNIT),
+        *(pytest.param("vgg11_bn", rule, marks=pytest.mark.slow) for rule in ZENNIT),
+    ],
+)
 def test_composites_are_zennit_s(name: str, rule: str) -> None:
     pytest.importorskip("zennit")
     from torchvision import models
@@ -136,8 +151,19 @@ def test_contrast_is_a_signed_seed() -> None:
         torch.testing.assert_close(one, each[target] - others, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", rules.NAMED)
-@pytest.mark.parametrize("name", NETWORKS)
+# The others go through the same operations as these.
+SOME = ["attnlrp", "lrp-gamma", "epsilon-plus-flat", "ramp"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        pytest.param(name, rule, marks=[] if name in FAMILIES or rule in SOME else pytest.mark.slow)
+        for name in NETWORKS
+        for rule in rules.NAMED
+        if not rule.startswith("abslrp")
+    ],
+)
 def test_every_rule_on_every_network(name: str, rule: str) -> None:
     """Finite, and the same for an image alone and beside others, to the last bit."""
     spec = f"{rule}:low=-3,high=3" if rule == "epsilon-gamma-box" else rule
@@ -149,8 +175,14 @@ def test_every_rule_on_every_network(name: str, rule: str) -> None:
     assert torch.equal(found[1:], engine.attribute(x[1:].float(), 7).maps)
 
 
-@pytest.mark.parametrize("rule", ["attnlrp", "lrp-zplus", "lrp-gamma", "epsilon-plus-flat", "ramp"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        pytest.param(name, rule, marks=[] if name in FAMILIES or rule == "attnlrp" else pytest.mark.slow)
+        for name in NETWORKS
+        for rule in (*SOME, "lrp-zplus")
+    ],
+)
 def test_mixed_is_near_float64(name: str, rule: str) -> None:
     model, x = network(name)
     exact = Engine(model, rule, "float64").attribute(x, 3, "none").maps
