@@ -110,7 +110,7 @@ NAMED: dict[str, Named] = {
     "lrp-epsilon": Named("epsilon in all layers (Bach et al. 2015); LRP-0 with epsilon=0", _epsilon),
     "lrp-gamma": Named("generalised gamma in all layers (Montavon et al. 2019)", _gamma),
     "lrp-zplus": Named("z+ in all layers (Montavon et al. 2017)", _zplus),
-    "ramp": Named("ours: the rule that scored best (docs/evaluation.md)", Ramp),
+    "ramp": Named("ours: AttnLRP with all relevance of a token to its own pixels; z+ and a signed head for CNNs", Ramp),
     "reslrp": Named("AttnLRP with a residual gamma", _reslrp),
 }
 """Every rule by its short name."""

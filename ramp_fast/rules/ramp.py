@@ -1,4 +1,4 @@
-"""``ramp``: the signed rule that scored best in our own evaluation (docs/evaluation.md)."""
+"""``ramp``: a signed rule of our own (docs/signed-rules.md)."""
 
 from __future__ import annotations
 
