@@ -26,7 +26,7 @@ from zennit.types import Convolution  # noqa: E402
 
 def small() -> nn.Module:
     torch.manual_seed(0)
-    layers = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6, eps=0.0), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 4, 3)
+    layers = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6, eps=1e-30), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 4, 3)
     model = nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10), nn.ReLU(), nn.Linear(10, 5))
     nn.init.normal_(model[1].running_mean, std=0.2)
     nn.init.uniform_(model[1].running_var, 0.5, 2)

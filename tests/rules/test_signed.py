@@ -88,7 +88,7 @@ def _folded(model: nn.Module) -> nn.Module:
                 conv.weight = nn.Parameter(conv.weight.detach() * gain.view(-1, 1, 1, 1))
                 conv.bias = nn.Parameter(shift if conv.bias is None else shift + conv.bias.detach() * gain)
                 norm.reset_parameters()
-                norm.eps = 0.0
+                norm.eps = 1e-30
     return model
 
 
@@ -125,7 +125,7 @@ def test_composites_are_zennit_s(name: str, rule: str) -> None:
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.normal_(module.bias, std=0.1)
-            module.eps = 0.0  # zennit leaves it in the BatchNorm that it has merged, and so scales every layer
+            module.eps = 1e-30  # zennit leaves it in the BatchNorm that it has merged, and so scales every layer
     x = images(2, size=64).double()
     known, options = ZENNIT[rule]
     gradients = rule in ("guided-backprop", "deconvnet")
