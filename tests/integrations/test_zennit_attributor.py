@@ -24,6 +24,16 @@ from zennit.attribution import Gradient  # noqa: E402
 from zennit.types import Convolution  # noqa: E402
 
 
+def merging_fails() -> bool:
+    """Whether zennit's merged BatchNorm does not run: zennit 1.0 sets eps to 0, which PyTorch 2.11 refuses."""
+    try:
+        with Gradient(small(), COMPOSITES["epsilon_plus"]) as attributor:
+            attributor(images(1).double())
+    except ValueError as error:
+        return "eps must be positive" in str(error)
+    return False
+
+
 def small() -> nn.Module:
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6, eps=1e-30), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 4, 3)
@@ -53,10 +63,14 @@ COMPOSITES: dict[str, Any] = {
 }
 
 
+needs_merging = pytest.mark.skipif(merging_fails(), reason="zennit's merged BatchNorm does not run with this PyTorch")
+
+
 def one_hot(logits: Tensor) -> Tensor:
     return nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits)
 
 
+@needs_merging
 @pytest.mark.parametrize("output", [None, "tensor", "function"])
 @pytest.mark.parametrize("name", COMPOSITES)
 def test_objects_give_zennit_s_relevance(name: str, output: str | None) -> None:

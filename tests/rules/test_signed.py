@@ -125,15 +125,18 @@ def test_composites_are_zennit_s(name: str, rule: str) -> None:
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.normal_(module.bias, std=0.1)
-            module.eps = 1e-30  # zennit leaves it in the BatchNorm that it has merged, and so scales every layer
+            module.eps = 1e-30  # zennit 0.5 leaves it in the BatchNorm that it has merged, and so scales layers
     x = images(2, size=64).double()
     known, options = ZENNIT[rule]
     gradients = rule in ("guided-backprop", "deconvnet")
     canonizer = (ResNetCanonizer if name == "resnet18" else VGGCanonizer)()
     composite = COMPOSITES[known](canonizers=[canonizer], **options)
     seed = torch.eye(10, dtype=torch.float64)[[3, 7]]
-    with Gradient(model, composite) as attributor:
-        logits, expected = attributor(x.clone(), seed)
+    try:
+        with Gradient(model, composite) as attributor:
+            logits, expected = attributor(x.clone(), seed)
+    except ValueError as error:  # zennit 1.0 sets the eps of a merged BatchNorm to 0, which PyTorch 2.11 refuses
+        pytest.skip(str(error))
     # zennit's seed is the relevance of a logit, or of a gradient the gradient
     given = seed if gradients else seed / logits.detach()
     found = Engine(model, rule, "float64").attribute(x, given, "none", "none").maps
