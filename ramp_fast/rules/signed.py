@@ -438,7 +438,8 @@ class Scale(Step):
         factor = values[self.node.params.factor]
         if isinstance(factor, Tensor):
             factor = self.wide(factor)
-        return reduce_to(self.wide(c) / factor if self.node.params.inverse else self.wide(c) * factor, kept)
+        # A wide factor makes the product wide: no copy of c in between.
+        return reduce_to(c / factor if self.node.params.inverse else c * factor, kept)
 
 
 class Div(Step):
@@ -568,8 +569,8 @@ class Product(Operation):
         for place, share in enumerate(self._shares):
             operand = self.node.operands[place]
             if share and not operand.constant:
-                own = self.pull(part.c, values, place)
-                yield Flow(operand, part.moved((share * own).to(part.c.dtype), copies=True))
+                own = self.pull(part.c, values, place).to(part.c.dtype).mul_(share)  # a power of two
+                yield Flow(operand, part.moved(own, copies=True))
 
     @property
     def _shares(self) -> tuple[float, float]:
@@ -582,6 +583,8 @@ class Product(Operation):
         """``c`` of one operand, the other constant."""
         x, other = values[self.node.operands[place]], values[self.node.operands[1 - place]]
         if self.node.kind == g.MUL:
+            if x.shape == other.shape == c.shape[1:]:
+                return ops.scale_by(c, other)
             return reduce_to(c.to(self.precision.accumulate) * other, x.shape)
         narrow = self.precision.pullback
         c, other = c.to(narrow), other.to(narrow).mT
