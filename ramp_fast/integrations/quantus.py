@@ -117,7 +117,7 @@ def explain(
     found = engine.attribute(images, target, contrast=contrast, normalize=normalize, batch_size=batch_size)
     maps: npt.NDArray[Any] = found.maps.cpu().numpy()
     if axes:
-        maps = maps.sum(axes, keepdims=keepdims)
+        maps = maps.sum(axes, keepdims=True) if keepdims else maps.sum(axes)
     if normalise:
         maps = (normalise_func or _by_largest)(maps)
     return np.abs(maps) if abs else maps

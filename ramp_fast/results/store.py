@@ -262,7 +262,7 @@ class Result:
         logits = self.logits.astype(np.float64)
         if logits.size == 1:  # is the first of two, of which the other is 0
             logits = np.append(logits, 0.0)
-        weights = np.exp(logits - logits.max())
+        weights = np.exp(logits - np.max(logits))
         return float(weights[self.target] / weights.sum())
 
 
