@@ -610,9 +610,10 @@ def late_overflow(norms: list[nn.Module], convs: list[nn.Module]) -> None:
     convs[-1].weight.mul_(1e25)
 
 
+@pytest.mark.parametrize("rule", ["abslrp", "epsilon-plus-flat"])
 @pytest.mark.parametrize("precision", ["mixed", "float32"])
 @pytest.mark.parametrize("change", [nan_in_weights, nan_in_statistics, negative_variance, overflow, late_overflow])
-def test_nan_of_the_model_is_shown(change: Callable[..., None], precision: str) -> None:
+def test_nan_of_the_model_is_shown(change: Callable[..., None], precision: str, rule: str) -> None:
     model = resnet()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
@@ -620,7 +621,7 @@ def test_nan_of_the_model_is_shown(change: Callable[..., None], precision: str) 
         change(norms, convs)
         expected = model(images())
     assert not expected.isfinite().any()
-    engine = Engine(model, precision=precision)
+    engine = Engine(model, rule, precision)
     a = engine.attribute(images(), 1)
     assert not a.logits.isfinite().any()
     assert not engine.logits(images()).isfinite().any()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import inspect
 import json
 import os
 import sys
@@ -27,6 +26,7 @@ from ramp_fast.cli.common import (
     count,
     load,
     reason,
+    say,
     say_line,
     shows_bar,
 )
@@ -137,10 +137,13 @@ class _ListRules(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from ramp_fast.rules import NAMED
 
+        lines = []
         for name, rule in sorted(NAMED.items()):
-            print(f"{name:26} {rule.about}")
-            for a in inspect.signature(rule.make).parameters.values():
-                print(f"{'':28}{a.name}{'' if a.default is a.empty else f'={a.default}'}")
+            settings = ", ".join(
+                a.name if a.default is a.empty else f"{a.name}={a.default}" for a in rule.settings.values()
+            )
+            lines.append(f"{name}: {rule.about}{f' ({settings})' if settings else ''}")
+        say("\n".join(lines), sys.stdout)
         parser.exit()
 
 

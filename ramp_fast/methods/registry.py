@@ -58,7 +58,7 @@ class MethodEntry:
     def _parameters(self) -> dict[str, inspect.Parameter]:
         build = self.build
         if isinstance(build, _EngineOf):
-            return dict(inspect.signature(build.engine).parameters) | build.of_rule
+            return dict(inspect.signature(build.engine).parameters) | NAMED[build.rule].settings
         if isinstance(build, partial) and build.func is _plain:
             build = build.args[0]
         return dict(inspect.signature(build).parameters)
@@ -71,17 +71,13 @@ class _EngineOf:
     rule: str
 
     @property
-    def of_rule(self) -> dict[str, inspect.Parameter]:
-        """Settings of the rule; the others are the engine's."""
-        return dict(inspect.signature(NAMED[self.rule].make).parameters)
-
-    @property
     def engine(self) -> type[Explainer]:
         found: type[Explainer] = pkgutil.resolve_name("ramp_fast.engine:Engine")
         return found
 
     def __call__(self, model: nn.Module, **settings: Any) -> Explainer:
-        own = {name: settings.pop(name) for name in self.of_rule if name in settings}
+        # Settings of the rule; the others are the engine's.
+        own = {name: settings.pop(name) for name in NAMED[self.rule].settings if name in settings}
         return self.engine(model, rule=make_rule(self.rule, **own), **settings)  # type: ignore[call-arg]
 
 

@@ -68,12 +68,12 @@ class Composite(Signed):
     layers: Any = _EPSILON
     by_name: Any = ()
     first: Any = ()
-    activations: str = "pass"  # type: ignore[misc]  # options of this rule, settled for others
-    attention: str = "all"  # type: ignore[misc]
-    residual_gamma: float = 0.0  # type: ignore[misc]
-    stabilizer: float = 0.0  # type: ignore[misc]
-    times_input: bool = True  # type: ignore[misc]
-    fold_batchnorm: bool = True  # type: ignore[misc]
+    activations: str = "pass"
+    attention: str = "all"
+    residual_gamma: float = 0.0
+    stabilizer: float = 0.0
+    times_input: bool = True
+    fold_batchnorm: bool = True
     label: str = ""
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ class Layer:
         return values.view(-1, *[1] * (self.weight.dim() - 2))
 
 
-class Arrived(ABC):
+class LayerContext(ABC):
     """Relevance at the output of a layer, with the values of the layer.
 
     Attributes
@@ -94,8 +94,8 @@ class Arrived(ABC):
         """``W^T s`` ``[maps, B, *in]`` for ``s`` ``[maps, B, *out]``."""
 
 
-class Pull(ABC):
-    """The packed pull-back of one layer: called with :class:`Arrived`, it returns ``[maps, B, *in]``.
+class LayerPullback(ABC):
+    """The packed pull-back of one layer: called with :class:`LayerContext`, it returns ``[maps, B, *in]``.
 
     Attributes
     ----------
@@ -116,7 +116,7 @@ class Pull(ABC):
         return sum(f.nbytes for f in self.functions)
 
     @abstractmethod
-    def __call__(self, arrived: Arrived) -> Tensor: ...
+    def __call__(self, at: LayerContext) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class LayerRule(ABC):
     multiplies_output: ClassVar[bool] = False
 
     @abstractmethod
-    def pack(self, layer: Layer) -> Pull:
+    def pack(self, layer: Layer) -> LayerPullback:
         """The pull-back of a layer."""
 
 
@@ -175,30 +175,30 @@ class Epsilon(LayerRule):
         _number(self, "epsilon")
         flag("Epsilon", "zero_bias", self.zero_bias)
 
-    def pack(self, layer: Layer) -> Pull:
+    def pack(self, layer: Layer) -> LayerPullback:
         back = layer.transposed(layer.weight)
         bias = layer.along_outputs(layer.bias) if self.zero_bias and layer.bias is not None else None
         return _Plain(back) if self.epsilon == 0 and bias is None else _Ratio(back, self.epsilon, bias)
 
 
-class _Plain(Pull):
-    def __call__(self, arrived: Arrived) -> Tensor:
-        return arrived.transposed(self.functions[0], arrived.coefficients())
+class _Plain(LayerPullback):
+    def __call__(self, at: LayerContext) -> Tensor:
+        return at.transposed(self.functions[0], at.coefficients())
 
 
-class _Ratio(Pull):
+class _Ratio(LayerPullback):
     kernel = "ratio"
 
     def __init__(self, back: LinearOp, epsilon: float, bias: Tensor | None) -> None:
         super().__init__(back)
         self.epsilon, self.bias = epsilon, bias
 
-    def __call__(self, arrived: Arrived) -> Tensor:
-        z = arrived.z if self.bias is None else arrived.z - self.bias.to(arrived.z)
-        return arrived.transposed(self.functions[0], arrived.ratio(z, self.epsilon))
+    def __call__(self, at: LayerContext) -> Tensor:
+        z = at.z if self.bias is None else at.z - self.bias.to(at.z)
+        return at.transposed(self.functions[0], at.ratio(z, self.epsilon))
 
 
-class _Parted(LayerRule):
+class _TwoSided(LayerRule):
     """Rules with one weight ``U`` for contributions on one side of zero, and one, ``L``, for the others.
 
     ``d_1 = U x+ + L x- + b_U`` and ``d_2 = L x+ + U x- + b_L``; with ``s_1``, ``s_2`` of :meth:`messages` inputs above
@@ -214,18 +214,18 @@ class _Parted(LayerRule):
         """``U`` and ``L`` of a weight, ``b_U`` and ``b_L`` of a bias."""
 
     @abstractmethod
-    def messages(self, arrived: Arrived, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+    def messages(self, at: LayerContext, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
         """``s_1`` and ``s_2`` from the relevance of the outputs and the denominators.
 
         Without ``second`` in the class there is no second denominator, and the first is given in its place.
         """
 
-    def pack(self, layer: Layer) -> Pull:
-        return _PartedPull(self, layer)
+    def pack(self, layer: Layer) -> LayerPullback:
+        return _TwoSidedPullback(self, layer)
 
 
-class _PartedPull(Pull):
-    def __init__(self, rule: _Parted, layer: Layer) -> None:
+class _TwoSidedPullback(LayerPullback):
+    def __init__(self, rule: _TwoSided, layer: Layer) -> None:
         self.rule, self.positive = rule, layer.positive
         upper, lower = rule.parts(layer.weight)
         biases: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -240,21 +240,21 @@ class _PartedPull(Pull):
         self.kernel = "ratio of parts"
         super().__init__(*[f for pair in self.below for f in pair], *[f for f in (self.down, self.up) if f is not None])
 
-    def __call__(self, arrived: Arrived) -> Tensor:
-        x = arrived.narrow_x
+    def __call__(self, at: LayerContext) -> Tensor:
+        x = at.narrow_x
         sides = [x] if self.positive else [x.clamp_min(0), x.clamp_max(0)]
         below = []
         for functions in self.below:
-            first, *others = (arrived.product(f, side) for f, side in zip(functions, sides, strict=True))
-            below.append(first if not others else first.to(arrived.wide) + others[0])
-        one, two = self.rule.messages(arrived, below[0], below[-1])
+            first, *others = (at.product(f, side) for f, side in zip(functions, sides, strict=True))
+            below.append(first if not others else first.to(at.wide) + others[0])
+        one, two = self.rule.messages(at, below[0], below[-1])
 
         def pulled(first: LinearOp | None, second: LinearOp | None) -> Tensor:
             assert first is not None
-            c = arrived.transposed(first, one)
+            c = at.transposed(first, one)
             if two is not None:
                 assert second is not None
-                c = c + arrived.transposed(second, two)
+                c = c + at.transposed(second, two)
             return c
 
         if self.positive:
@@ -263,7 +263,7 @@ class _PartedPull(Pull):
 
 
 @dataclass(frozen=True)
-class ZPlus(_Parted):
+class ZPlus(_TwoSided):
     """``R_i = sum_j (x_i w_ij)+ R_j / sum_i' (x_i' w_i'j)+`` (Montavon et al. 2017); inputs may have both signs.
 
     Parameters
@@ -285,12 +285,12 @@ class ZPlus(_Parted):
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight.clamp_min(0), weight.clamp_max(0)
 
-    def messages(self, arrived: Arrived, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
-        return arrived.ratio(first, self.stabilizer), None
+    def messages(self, at: LayerContext, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+        return at.ratio(first, self.stabilizer), None
 
 
 @dataclass(frozen=True)
-class AlphaBeta(_Parted):
+class AlphaBeta(_TwoSided):
     """``alpha`` times the rule of positive contributions minus ``beta`` times that of negative ones (Bach et al. 2015).
 
     ``alpha - beta`` must be 1. ``stabilizer``, ``zero_bias``: as of :class:`ZPlus`, of both denominators.
@@ -311,13 +311,13 @@ class AlphaBeta(_Parted):
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight.clamp_min(0), weight.clamp_max(0)
 
-    def messages(self, arrived: Arrived, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
-        one, two = (arrived.ratio(below, self.stabilizer) for below in (first, second))
+    def messages(self, at: LayerContext, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+        one, two = (at.ratio(below, self.stabilizer) for below in (first, second))
         return self.alpha * one, -self.beta * two
 
 
 @dataclass(frozen=True)
-class Gamma(_Parted):
+class Gamma(_TwoSided):
     """Contributions of the output's own sign count ``1 + gamma`` times.
 
     The rule of Montavon et al. 2019 for inputs that are not negative, generalised to both signs as in zennit (Andeol et
@@ -343,12 +343,12 @@ class Gamma(_Parted):
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight + self.gamma * weight.clamp_min(0), weight + self.gamma * weight.clamp_max(0)
 
-    def messages(self, arrived: Arrived, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
-        return arrived.ratio(first, self.stabilizer, 1), arrived.ratio(second, self.stabilizer, -1)
+    def messages(self, at: LayerContext, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+        return at.ratio(first, self.stabilizer, 1), at.ratio(second, self.stabilizer, -1)
 
 
 @dataclass(frozen=True)
-class SameSign(_Parted):
+class SameSign(_TwoSided):
     """Only contributions of the output's own sign: ``R_i = sum_j (x_i w_ij)^s R_j / sum_i' (x_i' w_i'j)^s``.
 
     ``s`` is the sign of ``z_j``; the bias takes nothing. The limit of :class:`Gamma` for large gamma.
@@ -359,8 +359,8 @@ class SameSign(_Parted):
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight.clamp_min(0), weight.clamp_max(0)
 
-    def messages(self, arrived: Arrived, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
-        return arrived.ratio(first, 0.0, 1), arrived.ratio(second, 0.0, -1)
+    def messages(self, at: LayerContext, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+        return at.ratio(first, 0.0, 1), at.ratio(second, 0.0, -1)
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ class Flat(LayerRule):
     def __post_init__(self) -> None:
         _number(self, "stabilizer")
 
-    def pack(self, layer: Layer) -> Pull:
+    def pack(self, layer: Layer) -> LayerPullback:
         return _Constant(layer, torch.ones_like(layer.weight), None, self.stabilizer)
 
 
@@ -391,12 +391,12 @@ class WSquare(LayerRule):
         _number(self, "stabilizer")
         flag("WSquare", "zero_bias", self.zero_bias)
 
-    def pack(self, layer: Layer) -> Pull:
+    def pack(self, layer: Layer) -> LayerPullback:
         bias = None if self.zero_bias or layer.bias is None else layer.along_outputs(layer.bias.square())
         return _Constant(layer, layer.weight.square(), bias, self.stabilizer)
 
 
-class _Constant(Pull):
+class _Constant(LayerPullback):
     """With ones in the place of the inputs."""
 
     kernel = "constant shares"
@@ -406,11 +406,11 @@ class _Constant(Pull):
         self.bias, self.stabilizer = bias, stabilizer
         super().__init__(self.forward, self.back)
 
-    def __call__(self, arrived: Arrived) -> Tensor:
-        below = arrived.product(self.forward, torch.ones_like(arrived.narrow_x[:1])).to(arrived.wide)
+    def __call__(self, at: LayerContext) -> Tensor:
+        below = at.product(self.forward, torch.ones_like(at.narrow_x[:1])).to(at.wide)
         below = below if self.bias is None else below + self.bias.to(below)
-        everywhere = torch.empty_like(arrived.z).copy_(below)  # in the layout of z, so that no other one is copied
-        return arrived.transposed(self.back, arrived.ratio(everywhere, self.stabilizer))
+        everywhere = torch.empty_like(at.z).copy_(below)  # in the layout of z, so that no other one is copied
+        return at.transposed(self.back, at.ratio(everywhere, self.stabilizer))
 
 
 @dataclass(frozen=True)
@@ -440,7 +440,7 @@ class ZBox(LayerRule):
                 raise ValueError(f"ZBox: {setting} must be a number, or one for every channel, got {value!r}")
             object.__setattr__(self, setting, tuple(float(v) for v in values))
 
-    def pack(self, layer: Layer) -> Pull:
+    def pack(self, layer: Layer) -> LayerPullback:
         channels = layer.weight.shape[1] * layer.groups
         for setting in ("low", "high"):
             count = len(getattr(self, setting))
@@ -449,7 +449,7 @@ class ZBox(LayerRule):
         return _Box(self, layer)
 
 
-class _Box(Pull):
+class _Box(LayerPullback):
     kernel = "box"
 
     def __init__(self, rule: ZBox, layer: Layer) -> None:
@@ -457,21 +457,20 @@ class _Box(Pull):
         weights = layer.weight, layer.weight.clamp_min(0), layer.weight.clamp_max(0)
         self.forward = [layer.product(w, None) for w in weights[1:]]
         self.back = [layer.transposed(w) for w in weights]
-        self.bias = layer.bias is not None
         wide = layer.weight
         self.bounds = [wide.new_tensor(v).view(-1, *[1] * (wide.dim() - 2)) for v in (rule.low, rule.high)]
         biases = (layer.bias.clamp_min(0), layer.bias.clamp_max(0)) if layer.bias is not None else ()
         self.biases = [layer.along_outputs(b) for b in biases]
         super().__init__(*self.forward, *self.back)
 
-    def __call__(self, arrived: Arrived) -> Tensor:
-        x = arrived.x
+    def __call__(self, at: LayerContext) -> Tensor:
+        x = at.x
         boxes = [bound.to(x).expand_as(x[:1]).contiguous() for bound in self.bounds]
-        below = arrived.z.to(arrived.wide)
+        below = at.z.to(at.wide)
         for function, box in zip(self.forward, boxes, strict=True):
-            below = below - arrived.product(function, box)
+            below = below - at.product(function, box)
         for bias in self.biases:
             below = below - bias.to(below)
-        s = arrived.ratio(below, self.stabilizer)
-        own, positive, negative = (arrived.transposed(f, s) for f in self.back)
+        s = at.ratio(below, self.stabilizer)
+        own, positive, negative = (at.transposed(f, s) for f in self.back)
         return x * own - boxes[0] * positive - boxes[1] * negative

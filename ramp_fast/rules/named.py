@@ -31,6 +31,11 @@ class Named:
     about: str
     make: Callable[..., Rule]
 
+    @property
+    def settings(self) -> dict[str, inspect.Parameter]:
+        """What the rule can be told."""
+        return dict(inspect.signature(self.make).parameters)
+
 
 def _abslrp(shares: str) -> Callable[..., Rule]:
     def make(*, stabilizer: float = 1e-9, maxpool: str = "auto", fold_batchnorm: bool = False) -> Rule:
@@ -139,8 +144,7 @@ def make_rule(name: str, **settings: Any) -> Rule:
     if name not in NAMED:
         known = ", ".join(sorted(NAMED))
         raise ValueError(f"unknown rule {name!r}{nearest(name, NAMED)}; known: {known}, or a rule object")
-    make = NAMED[name].make
-    arguments = inspect.signature(make).parameters
+    arguments = NAMED[name].settings
     for setting in settings:
         if setting not in arguments:
             takes = f"it takes {', '.join(arguments)}" if arguments else "it has no settings"
@@ -150,7 +154,7 @@ def make_rule(name: str, **settings: Any) -> Rule:
         raise ValueError(f"rule {name} needs {' and '.join(needed)}: {name}:{','.join(f'{n}=...' for n in needed)}")
     defaults = {a.name: a.default for a in arguments.values()}
     check_flags(name, settings, defaults)
-    rule = make(**settings)
+    rule = NAMED[name].make(**settings)
     changed = {k: v for k, v in settings.items() if v != defaults[k]}
     label = name + (":" + ",".join(f"{k}={v}" for k, v in changed.items()) if changed else "")
     return replace(rule, label=label) if isinstance(rule, Composite) else rule

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,11 +12,11 @@ from ramp_fast._checks import is_number
 from ramp_fast.gemm import LinearOp
 from ramp_fast.graph import Graph, Node
 from ramp_fast.ops._common import divide
-from ramp_fast.rules.layer_rules import Arrived, Epsilon, Flat, Layer, LayerRule, Pull, SameSign, ZPlus
+from ramp_fast.rules.layer_rules import Epsilon, Flat, Layer, LayerContext, LayerPullback, LayerRule, SameSign, ZPlus
 from ramp_fast.rules.rule import Rule
 from ramp_fast.rules.signed import Signed
 
-_NORMS = frozenset({g.LAYER_NORM, g.RMS_NORM, g.GROUP_NORM, g.ATTENTION, g.SOFTMAX})
+_TOKEN_KINDS = frozenset({g.LAYER_NORM, g.RMS_NORM, g.GROUP_NORM, g.ATTENTION, g.SOFTMAX})
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Ramp(Signed):
     """
 
     temperature: float | None = None
-    divides_nowhere: ClassVar[bool] = True  # but in the patch embedding, which has no scale behind it
+    divides_nowhere = True  # but in the patch embedding, which has no scale behind it
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not (is_number(self.temperature) and self.temperature > 0):
@@ -49,7 +48,7 @@ class Ramp(Signed):
 
     def for_graph(self, graph: Graph) -> Rule:
         """As :meth:`ramp_fast.rules.Rule.for_graph`."""
-        if any(node.kind in _NORMS for node in graph.nodes):
+        if any(node.kind in _TOKEN_KINDS for node in graph.nodes):
             return _Tokens(3.0 if self.temperature is None else self.temperature, self.name)
         head = graph.output if graph.output.kind == g.LINEAR else None
         return _Convolutions(1.0 if self.temperature is None else self.temperature, self.name, head)
@@ -75,7 +74,7 @@ class _Form(Signed):
 
 @dataclass(frozen=True)
 class _Tokens(_Form):
-    constants_take_nothing: ClassVar[bool] = True
+    constants_take_nothing = True
 
     def layer_rule(self, node: Node, first: bool) -> LayerRule:
         return SameSign() if first else Epsilon(0.0)
@@ -106,12 +105,12 @@ class RampHead(LayerRule):
 
     share: float = 0.3
 
-    def pack(self, layer: Layer) -> Pull:
+    def pack(self, layer: Layer) -> LayerPullback:
         """As :meth:`LayerRule.pack`."""
         return _Head(layer.transposed(layer.weight), layer.transposed(layer.weight.clamp_min(0)), self.share)
 
 
-class _Head(Pull):
+class _Head(LayerPullback):
     kernel = "head"
     reads_input = True
     reads_output = True
@@ -120,14 +119,14 @@ class _Head(Pull):
         super().__init__(whole, positive)
         self.share = share
 
-    def __call__(self, arrived: Arrived) -> Tensor:
-        c, p = arrived.coefficients(), arrived.x
+    def __call__(self, at: LayerContext) -> Tensor:
+        c, p = at.coefficients(), at.x
         whole, positive = self.functions
-        z = arrived.z.expand(c.shape)
+        z = at.z.expand(c.shape)
         others = divide(torch.ones_like(z), z.abs()) * (c < 0)
 
         def unit(function: LinearOp, s: Tensor) -> Tensor:
-            v = arrived.transposed(function, s).to(z.dtype)
+            v = at.transposed(function, s).to(z.dtype)
             total = (p * v).flatten(2).sum(-1)
             return divide(v, total.view(*total.shape, *[1] * (v.dim() - 2)).expand_as(v))
 

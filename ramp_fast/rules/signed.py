@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +25,11 @@ from ramp_fast.gemm import LinearOp, Precision
 from ramp_fast.graph import Graph, Node, only_user
 from ramp_fast.ops._common import divide
 from ramp_fast.rules import attention
-from ramp_fast.rules.base import Flow, Fusion, Operation, Values, fused_into, reduce_to, vjp
+from ramp_fast.rules.base import Flow, Fusion, Operation, Values, reduce_to, vjp
 from ramp_fast.rules.conservation import Contribution, Relevance
+from ramp_fast.rules.diagonal import FusedRelu
 from ramp_fast.rules.fusion import never_negative
-from ramp_fast.rules.layer_rules import Arrived, Layer, LayerRule, Pull
+from ramp_fast.rules.layer_rules import Layer, LayerContext, LayerPullback, LayerRule
 from ramp_fast.rules.pools import MaxPool
 from ramp_fast.rules.rearrange import Decision, Join, Rearrange, Split, SplitOutput
 from ramp_fast.rules.rule import Pass, Rule
@@ -45,10 +46,13 @@ class SignedFusion(Fusion):
         Of a linear layer or convolution.
     own_relevance : bool
         Of a sum with a constant: the other operand gets all relevance of the sum.
+    takes_relevance : bool
+        Of a layer: relevance of such a sum arrives at it, and no coefficients.
     """
 
     layer: LayerRule | None = None
     own_relevance: bool = False
+    takes_relevance: bool = False
 
 
 class Signed(Rule):
@@ -76,14 +80,14 @@ class Signed(Rule):
         Whether no rule for layers divides.
     """
 
-    activations: ClassVar[str] = "pass"
-    attention: ClassVar[str] = "all"
-    residual_gamma: ClassVar[float] = 0.0
-    times_input: ClassVar[bool] = True
-    constants_take_nothing: ClassVar[bool] = False
-    stabilizer: ClassVar[float] = 0.0
-    fold_batchnorm: ClassVar[bool] = True
-    divides_nowhere: ClassVar[bool] = False
+    activations: str = "pass"
+    attention: str = "all"
+    residual_gamma: float = 0.0
+    times_input: bool = True
+    constants_take_nothing: bool = False
+    stabilizer: float = 0.0
+    fold_batchnorm: bool = True
+    divides_nowhere: bool = False
 
     @abstractmethod
     def layer_rule(self, node: Node, first: bool) -> LayerRule:
@@ -128,7 +132,7 @@ def _decisions(rule: Signed, graph: Graph, precision: Precision) -> Mapping[Node
     """Layer rules of all layers, and which sums hand on all of their relevance."""
     carriers, users = graph.carriers(), graph.users()
     below: dict[Node, frozenset[str]] = {graph.input: frozenset()}  # kinds between a node and the images
-    decided: dict[Node, Fusion] = {}
+    decided: dict[Node, SignedFusion] = {}
     for node in graph.nodes:
         if node.constant or node.kind == g.INPUT or node not in carriers:
             continue
@@ -139,8 +143,8 @@ def _decisions(rule: Signed, graph: Graph, precision: Precision) -> Mapping[Node
         if node.kind in g.WEIGHTED:
             first = not under & g.WEIGHTED
             fusion.layer = rule.layer_rule(node, first)
-            if fusion.layer.gives_relevance and not under <= HAND_ON:
-                kinds = ", ".join(sorted(under - HAND_ON))
+            if fusion.layer.gives_relevance and not under <= PASSES_RELEVANCE:
+                kinds = ", ".join(sorted(under - PASSES_RELEVANCE))
                 raise UnsupportedModelError(
                     f"{rule.name}: {node.module or node.name} follows {fusion.layer}, which gives relevance to what "
                     f"the layer reads, and between it and the images there is {kinds}, which takes coefficients only"
@@ -148,10 +152,12 @@ def _decisions(rule: Signed, graph: Graph, precision: Precision) -> Mapping[Node
             fusion.positive_input = never_negative(node.operands[0])
             fusion.fused_relu = _relu_of(node, users, fusion.layer, rule, precision)
         elif node.kind == g.ACTIVATION:
-            layer = decided.get(node.operands[0])
-            fusion.fused_into = node.operands[0] if layer is not None and layer.fused_relu is node else None
+            source = decided.get(node.operands[0])
+            fusion.fused_into = node.operands[0] if source is not None and source.fused_relu is node else None
         elif node.kind == g.ADD and rule.constants_take_nothing:
-            fusion.own_relevance = len(node.sources) == 1 and _stem(node.sources[0])
+            layer = _first_layer(node.sources[0], below) if len(node.sources) == 1 else None
+            if layer is not None:
+                fusion.own_relevance = decided[layer].takes_relevance = True
     return decided
 
 
@@ -180,23 +186,16 @@ def _relu_of(
     return None if tiles or not gemm.fuses_convolutions(precision, tensor.device) else relu
 
 
-def _stem(node: Node) -> bool:
-    """Whether values of ``node`` are outputs of a first layer, moved, beside constants or with constants added."""
+def _first_layer(node: Node, below: Mapping[Node, frozenset[str]]) -> Node | None:
+    """The first layer whose outputs ``node`` has, moved, beside constants or with constants added, if there is one."""
     while node.kind in (g.REARRANGE, g.ADD) and len(node.sources) == 1:
         node = node.sources[0]
-    if node.kind not in g.WEIGHTED:
-        return False
-    seen = [node.operands[0]]
-    while seen:
-        current = seen.pop()
-        if current.kind in g.WEIGHTED:
-            return False
-        seen.extend(current.sources)
-    return True
+    first = node.kind in g.WEIGHTED and not below[node.operands[0]] & g.WEIGHTED
+    return node if first else None
 
 
 class Step(Operation):
-    """An operation of one tensor: a subclass says how coefficients (:meth:`pull`) and relevance are handed on."""
+    """An operation of one tensor: a subclass says how coefficients are handed on; relevance goes on as it is."""
 
     pullback_kernel = "torch"
 
@@ -207,8 +206,9 @@ class Step(Operation):
     def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
         if isinstance(part, Relevance):
-            whole = self.hand_on(part.c, values)
-            yield Flow(self.source, Relevance(reduce_to(whole, (whole.shape[1], *self.source.example[1:]))))
+            # All of it, of an operation of single entries: several that were one before get their sum.
+            shape = part.c.shape[1], *self.source.example[1:]
+            yield Flow(self.source, Relevance(reduce_to(part.c, shape)))
         else:
             yield Flow(self.source, part.moved(self.pull(part.c, values, kept).to(part.c.dtype)))
 
@@ -216,20 +216,16 @@ class Step(Operation):
         """``c`` of the operand from that of the output."""
         raise NotImplementedError
 
-    def hand_on(self, relevance: Tensor, values: Values) -> Tensor:
-        """Relevance of the operand from that of the output: all of it, of an operation of single entries."""
-        return relevance
-
     def wide(self, c: Tensor) -> Tensor:
         return c.to(self.precision.accumulate)
 
 
-class Linear(Weighted[Pull]):
+class Linear(Weighted[LayerPullback]):
     """A linear layer or convolution under its :class:`LayerRule`."""
 
     fusion: SignedFusion
 
-    def pack(self, constants: dict[Node, Any]) -> tuple[LinearOp, Pull]:
+    def pack(self, constants: dict[Node, Any]) -> tuple[LinearOp, LayerPullback]:
         weight, bias = self.effective(constants)
         narrow, layer = self.precision.pullback, self.fusion.layer
         size, geometry = self.node.operands[0].example[2:], None
@@ -268,21 +264,17 @@ class Linear(Weighted[Pull]):
         rule = self.fusion.layer
         assert rule is not None
         reads = [self.node.operands[0]] if rule.reads_input else []
-        return [*reads, *([self.node] if rule.reads_output or self._relevance_arrives else [])]
-
-    @property
-    def _relevance_arrives(self) -> bool:
-        return isinstance(self.rule, Signed) and self.rule.constants_take_nothing and _stem(self.node)
+        return [*reads, *([self.node] if rule.reads_output or self.fusion.takes_relevance else [])]
 
     def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
-        pulled = self.pullback_map(_Arrived(self, part, values))
+        pulled = self.pullback_map(_Context(self, part, values))
         assert self.fusion.layer is not None
         found = Relevance(pulled) if self.fusion.layer.gives_relevance else Contribution(pulled)
         yield Flow(self.node.operands[0], found)
 
 
-class _Arrived(Arrived):
+class _Context(LayerContext):
     def __init__(self, step: Linear, part: Contribution, values: Values) -> None:
         self.step, self.part, self.values = step, part, values
         self.narrow, self.wide = step.precision.pullback, step.precision.accumulate
@@ -310,11 +302,10 @@ class _Arrived(Arrived):
     def ratio(self, denominator: Tensor, stabilizer: float, side: int = 0) -> Tensor:
         if not isinstance(self.part, Relevance):
             return ops.ratio(self.part.c.to(self.narrow), self.z, denominator, stabilizer, side)
-        relevance, below = self.part.c.to(self.wide), denominator.to(self.wide)
-        if stabilizer:
-            below = below + stabilizer * ((below >= 0).to(self.wide) * 2 - 1)
-        shared = divide(relevance, below.expand(relevance.shape))
-        return shared.masked_fill(side * self.z <= 0, 0.0) if side else shared
+        relevance = self.part.c.to(self.wide)
+        if side:
+            relevance = relevance.masked_fill(side * self.z <= 0, 0.0)
+        return ops.ratio(relevance, torch.ones_like(self.z, dtype=self.wide), denominator, stabilizer)
 
     def product(self, function: LinearOp, x: Tensor) -> Tensor:
         return self.step.by_sample(function, 0, x.to(self.narrow))
@@ -344,20 +335,6 @@ def _in_layout_of(c: Tensor, x: Tensor) -> Tensor:
     if x.dim() != 4 or x.is_contiguous() or not x.is_contiguous(memory_format=last):
         return c
     return _with_plain_strides(c.flatten(0, 1).contiguous(memory_format=last).unflatten(0, c.shape[:2]))
-
-
-class FusedRelu(Operation):
-    """A ReLU that the layer below computes with its own work; its pull-back reads nothing where the output is 0."""
-
-    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
-        super().__init__(node, precision, fusion, rule)
-        self.forward_kernel = self.pullback_kernel = fused_into(node.operands[0])
-
-    def forward(self, values: Values) -> tuple[Any, Any]:
-        return values[self.node.operands[0]], None
-
-    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
-        yield Flow(self.node.operands[0], self.merged(parts, values, conservation))
 
 
 class Relu(Step):
@@ -419,7 +396,7 @@ class AtPoint(Step):
         return torch.nan_to_num(vjp(function, values[self.source], self.wide(c)), nan=0.0, posinf=0.0, neginf=0.0)
 
 
-class Constant(Step):
+class Unchanged(Step):
     """``c`` goes on as it is: token selections, and ``x`` minus a detached statistic."""
 
     pullback_kernel = "view"
@@ -485,20 +462,12 @@ class Norm(Step):
         weight = None if p.weight is None else self.wide(values[p.weight])
         if self.node.kind == g.GROUP_NORM:
             own = own if weight is None else own * weight.view(-1, *[1] * (x.dim() - 2))
-            rows = own.unflatten(2, (p.groups, -1)).flatten(3)
-            inverse = _inverse_sigma(x.unflatten(1, (p.groups, -1)).flatten(2), (-1,), p.eps)
-            centred: Tensor = (rows - rows.mean(-1, keepdim=True)) * inverse
-            return centred.reshape(c.shape)
+            rows, at = (t.unflatten(-x.dim() + 1, (p.groups, -1)).flatten(-x.dim() + 1) for t in (own, x))
+            return ops.norm_gradient(rows, at, None, p.eps).view(c.shape)
         own = own if weight is None else own * weight
         axes = tuple(range(-p.dims, 0))
         eps = p.eps if p.eps is not None else torch.finfo(values[self.source].dtype).eps
         return own * (x.square().mean(axes, keepdim=True) + eps).rsqrt()
-
-
-def _inverse_sigma(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
-    centred = x - x.mean(axes, keepdim=True)
-    sigma = (centred.square().mean(axes, keepdim=True) + eps).sqrt()
-    return divide(torch.ones_like(sigma), sigma)
 
 
 class Add(Operation):
@@ -709,16 +678,6 @@ def _stabilized(c: Tensor, node: Node, values: Values, stabilizer: float) -> Ten
     return ops.ratio(c, z, z, stabilizer)
 
 
-class LinearMap(AtPoint):
-    """A linear function with constant weights: ``L^T c``."""
-
-    def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
-        wide = self.wide(c)
-        constants = [values[n] for n in self.node.args[1:]]
-        constants = [t.to(wide.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in constants]
-        return vjp(lambda u: self.node.target(u, *constants), tuple(values[self.source].shape), wide)
-
-
 class Choice(Operation):
     """Every entry is one of two tensors': ``c`` goes to the one chosen, half to each of two equal ones."""
 
@@ -735,10 +694,8 @@ class Choice(Operation):
             yield Flow(operand, part.moved(own.to(part.c.dtype), copies=True))
 
 
-HAND_ON = frozenset({g.REARRANGE, g.SPLIT, g.SPLIT_OUTPUT, g.SCALE, g.ADD, g.BATCH_NORM, g.SELECT_TOKENS})
+PASSES_RELEVANCE = frozenset({g.REARRANGE, g.SPLIT, g.SPLIT_OUTPUT, g.SCALE, g.ADD, g.BATCH_NORM, g.SELECT_TOKENS})
 """Kinds that hand relevance on from their output to their input, where it does not come as coefficients."""
-
-_Factory = Callable[..., Operation]
 
 TABLE: dict[str, type[Operation]] = {
     g.LINEAR: Linear,
@@ -757,12 +714,12 @@ TABLE: dict[str, type[Operation]] = {
     g.ATTENTION: Attention,
     g.MAX_POOL: MaxPool,
     g.LINEAR_POOL: LinearPool,
-    g.SELECT_TOKENS: Constant,
-    g.LINEAR_MAP: LinearMap,
+    g.SELECT_TOKENS: Unchanged,
+    g.LINEAR_MAP: AtPoint,
     g.BILINEAR: Bilinear,
     g.MAX_REDUCTION: AtPoint,
     g.REDUCTION: AtPoint,
-    g.SHIFT: Constant,
+    g.SHIFT: Unchanged,
     g.CHOICE: Choice,
     g.DECISION: Decision,
     g.REARRANGE: Rearrange,

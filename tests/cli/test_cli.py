@@ -32,6 +32,7 @@ from ramp_fast.data import ClassNames, Preprocessing, read_image
 from ramp_fast.errors import RampFastError, UnsupportedModelError
 from ramp_fast.models import LoadedModel, ModelError, load_model, read_checkpoint
 from ramp_fast.results.store import read_result
+from ramp_fast.rules import NAMED
 
 SMALL = "test_vit"  # timm's own miniature, 0.4 M parameters
 SIZE = 32  # pixels: four patches
@@ -159,6 +160,13 @@ class TestResults:
             **{"target": 4, "rule": "abslrp-release", "precision": "float32", "contrast": "none"},
             **{"normalize": "sum", "strict": False},
         }
+
+    def test_rules_are_listed(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["attribute", "--list-rules"]) == 0  # without --out, which everything else needs
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == len(NAMED)
+        assert "lrp-epsilon: epsilon in all layers (Bach et al. 2015); LRP-0 with epsilon=0 (epsilon=1e-06)" in lines
+        assert any(line.endswith("(low, high, epsilon=1e-06, gamma=0.25, stabilizer=1e-06)") for line in lines)
 
     def test_overlays_and_sheet_can_be_left_out(self, run: Callable[..., int], photos: Path, tmp_path: Path) -> None:
         assert run(photos, "--no-overlay") == 0

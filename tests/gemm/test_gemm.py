@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from small_models import FAMILIES, images
+from timm.models.resnet import Bottleneck, ResNet
 
 from ramp_fast import Engine, gemm, ops
+from ramp_fast.rules.base import Values
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(1, [1, 1, 1]), (7, [1, 1, 1]), (8, [3])])
@@ -160,3 +162,24 @@ def test_phases_are_the_transposed_convolution_of_the_sign_s_half(
 )
 def test_other_convolutions_are_not_pulled_back_in_phases(geometry: gemm.Geometry) -> None:
     assert not gemm.SubpixelSelection.pays(torch.zeros(6, 3, 3, 3), geometry)
+
+
+def test_what_a_convolution_cannot_exceed() -> None:
+    weight, bias = torch.tensor([[1.0, -2.0], [3.0, 0.5]]).view(2, 2, 1, 1), torch.tensor([0.25, -4.0])
+    plain = gemm.ConvForward(weight, bias, gemm.Geometry([1, 1], [0, 0], [1, 1], 1))
+    assert plain.reach == gemm.PixelForward(weight, bias, [1, 1]).reach == (3.5, 4.0)
+    assert gemm.PixelForward(weight, None, [1, 1]).reach == (3.5, 0.0)
+
+
+@pytest.mark.skipif(not gemm.fuses_convolutions(gemm.precision_for("mixed", torch.device("cpu")), torch.device("cpu")),
+                    reason="no bfloat16, so that no ReLU is fused")  # fmt: skip
+def test_bounds_are_known_and_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Wide enough for pointwise convolutions on tiles: each of them lost the bound, and the next ReLU measured again.
+    torch.manual_seed(0)
+    model = ResNet(Bottleneck, (1, 1, 1, 1), num_classes=3, channels=(32, 32, 32, 32)).eval()
+    engine, images = Engine(model, input_shape=(3, 32, 32)), torch.randn(1, 3, 32, 32)
+    measured = []
+    measure = Values.measure
+    monkeypatch.setattr(Values, "measure", lambda self, node: measured.append(node.kind) or measure(self, node))
+    engine.attribute(images)
+    assert measured == ["input"]

@@ -352,6 +352,12 @@ class TestRegistry:
         assert not torch.equal(maps[0], maps[1])
         assert not torch.equal(maps[0], maps[2])
 
+    def test_settings_of_rules_and_of_the_engine(self) -> None:
+        engine = make_method("lrp-epsilon", vit(), epsilon=0.5, precision="float64")
+        assert isinstance(engine, Engine)
+        assert (engine.name, engine.precision) == ("lrp-epsilon:epsilon=0.5", "float64")
+        assert {"epsilon", "precision"} <= set(METHODS["lrp-epsilon"].settings)
+
     def test_rows(self) -> None:
         model = vit()
         for name, entry in METHODS.items():

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import modified_autograd as oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from small_models import FAMILIES, images
-from timm.layers import Attention
 from torch import Tensor, nn
 
 from ramp_fast import Engine, gemm
@@ -197,59 +197,13 @@ class Linear(Rule):
         return TABLES[self.table][node.kind](node, precision, fusion)
 
 
-def by_autograd(model: nn.Module, x: Tensor, target: Tensor, table: str) -> Tensor:
-    """Relevance of the pixels by the gradient of a modified forward pass."""
-    undo = []
-
-    def wrap(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
-        module.forward = forward  # type: ignore[method-assign]
-        undo.append(module)
-
-    def passed_on(plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            y = plain(x)
-            return x * torch.where(x == 0, 0.0, y / x).detach()
-
-        return forward
-
-    def normed(module: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
-        return lambda x: norm(x.detach(), module.weight, module.eps)(x) + module.bias
-
-    def layered(module: nn.Module, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def part(u: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
-            if isinstance(module, nn.Linear):
-                return F.linear(u, of(module.weight))
-            assert isinstance(module, nn.Conv2d)
-            return F.conv2d(u, of(module.weight), None, module.stride, module.padding)
-
-        return lambda x: plus(x.detach(), plain(x).detach(), part)(x)
-
-    def attended(module: Attention) -> Callable[..., Tensor]:
-        def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-            b, n, width = x.shape
-            q, k, v = module.qkv(x).reshape(b, n, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
-            weights = ((q @ k.mT) * module.scale).softmax(-1).detach()
-            return module.proj((weights @ v).transpose(1, 2).reshape(b, n, width))  # type: ignore[no-any-return]
-
-        return forward
-
-    for module in model.modules():
-        if isinstance(module, (nn.GELU, nn.ReLU)):
-            wrap(module, passed_on(module.forward))
-        elif isinstance(module, nn.LayerNorm):
-            wrap(module, normed(module))
-        elif isinstance(module, Attention):
-            wrap(module, attended(module))
-        elif isinstance(module, (nn.Linear, nn.Conv2d)) and table == "plus":
-            wrap(module, layered(module, module.forward))
-    try:
-        x = x.clone().requires_grad_()
-        logits = model(x)
-        (gradient,) = torch.autograd.grad(logits.gather(1, target.unsqueeze(1)).sum(), x)
-    finally:
-        for module in undo:
-            del module.forward
-    return x.detach() * gradient
+# The same as gradients of a network with other functions: all of attention goes to the values.
+ORACLES: dict[str, oracle.LayerOracle | None] = {
+    "zero": None,
+    "plus": oracle.parts(
+        lambda w: (w.clamp(min=0), w.clamp(max=0)), first=1.0, second=0.0, gated=False, eps=0.0, bias=False
+    ),
+}
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -257,7 +211,8 @@ def by_autograd(model: nn.Module, x: Tensor, target: Tensor, table: str) -> Tens
 def test_maps_are_those_of_modified_autograd(family: str, table: str) -> None:
     model = FAMILIES[family]().double()
     x, target = images(2).double(), torch.tensor([3, 7])
-    expected = by_autograd(model, x, target, table)
+    mode = oracle.Modified(ORACLES[table], values_only=True)
+    expected = oracle.relevance(model, x, torch.nn.functional.one_hot(target, 10).double(), mode)
     found = Engine(model, Linear(table), "float64").attribute(x, target, "none", "none").maps
     assert expected.abs().max() > 0
     assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
