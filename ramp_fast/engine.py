@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,23 +21,29 @@ from ramp_fast.capture import canonicalize, capture, static_batch
 from ramp_fast.capture.exporter import TURNS
 from ramp_fast.capture.model_checks import check_model, require_module
 from ramp_fast.capture.model_state import ModelState, configured_shape, device_of, tensors_of
+from ramp_fast.capture.observe import keep_outputs, mark_outputs
 from ramp_fast.capture.patched import warn_of_patches
+from ramp_fast.capture.token_slices import hoist_slices
 from ramp_fast.errors import InputError
 from ramp_fast.explainer import CONTRASTS, Attribution, Explainer, Method
 from ramp_fast.gemm import exact_float32, precision_for
 from ramp_fast.graph import Graph
 from ramp_fast.plan import Plan
 from ramp_fast.rules import LayerRule, Rule
-from ramp_fast.runtime import host_copies
+from ramp_fast.runtime import conditions, host_copies
 from ramp_fast.runtime.cuda_graphs import Recordings, on, records
 from ramp_fast.runtime.groups import GROUP, Groups
 from ramp_fast.runtime.heap import keep_freed_memory
+from ramp_fast.runtime.inspection import Balance, shape_of_sample
 from ramp_fast.runtime.run import run_logits
 from ramp_fast.runtime.targets import NORMALIZATIONS, Explained, Request, Target, check_images, returned, validates
 
 if TYPE_CHECKING:
     from ramp_fast.evaluation import Data, Evaluation
     from ramp_fast.metrics import Metric
+
+# Plans with other modules' outputs kept apart that an engine remembers; packed weights are shared.
+_OBSERVING = 8
 
 PRECISIONS = ("float64", "float32", "mixed", "fast")
 
@@ -137,6 +144,8 @@ class Engine(Explainer):
         self._lock = threading.RLock()  # of what is known of the model, and of plans
         self._state = ModelState(model)
         self._plans: dict[tuple[int, int, int], Plan] = {}
+        self._graphs: dict[tuple[int, int, int], Graph] = {}  # as captured
+        self._observing: OrderedDict[Hashable, Plan] = OrderedDict()  # with outputs of modules kept apart
         self._last: Plan | None = None
         self._device = torch.device("cpu")
         self._groups: dict[tuple[int, ...], Groups] = {}
@@ -202,6 +211,9 @@ class Engine(Explainer):
         *,
         batch_size: int | None = None,
         check: bool | None = None,
+        layers: Sequence[str] = (),
+        condition: conditions.Condition | Sequence[conditions.Condition] | None = None,
+        check_conservation: bool = False,
     ) -> Attribution:
         """Relevance maps of ``images``.
 
@@ -228,6 +240,15 @@ class Engine(Explainer):
             Whether to look at values before anything is computed: images and seeds must be finite, classes exist. By
             default those on the CPU are looked at and those on a GPU are not, because that would wait for the device;
             an image that is not finite, or whose class does not exist, has a map of NaN then.
+        layers : sequence of str
+            Modules (names as of ``model.named_modules()``) whose outputs' relevance is wanted too.
+        condition : dict of str to channels, or sequence of such dicts
+            What of the relevance of these modules' outputs goes on; the rest is dropped (concept relevance, Achtibat
+            et al. 2023). Channels are numbers along the first axis of an output ``[C, H, W]`` or ``[C]``, along the
+            last of ``[tokens, C]``; a boolean mask that broadcasts to the shape of one image's output says anything
+            else. K dicts give K maps of one class per image, as K targets do.
+        check_conservation : bool
+            Whether to say how much relevance every module has kept. For rules that conserve sums of relevance.
 
         Returns
         -------
@@ -237,37 +258,69 @@ class Engine(Explainer):
         Raises
         ------
         InputError
-            An argument has the wrong shape, dtype or range. Nothing has been computed then.
+            An argument has the wrong shape, dtype or range; a module does not exist, or has no output of its own
+            under the rule. Nothing has been computed then.
+
+        Notes
+        -----
+        With ``layers``, ``condition`` or ``check_conservation`` nothing is fused across the modules that are named, all
+        tokens of the last blocks are computed, and on CPUs images go through one by one: maps are those of a plain call
+        but for rounding, and take longer.
         """
         one_of("contrast", contrast, CONTRASTS)
         one_of("normalize", normalize, NORMALIZATIONS)
         if batch_size is not None:
             positive("attribute", "batch_size", batch_size)
+        flag("attribute", "check_conservation", check_conservation)
+        if check_conservation:
+            self.rule.check_balance()
+        restrictions, several_conditions = conditions.checked(condition)
+        layers = _names(layers)
         images, plan, device = self._for_images(images, check)
         classes = int(plan.graph.output.example[1])
         wanted = Target(target, images.shape[0], classes, contrast, check)
-        request = Request(wanted, normalize, validates(images, check))
+        if several_conditions and wanted.several:
+            raise InputError("several conditions are for one class per image: got targets [B, K] beside them")
+        observed = tuple(dict.fromkeys([*layers, *(name for own in restrictions for name in own)]))
+        if observed:
+            plan = self._observing_plan(tuple(images.shape[1:]), observed)
+        masks = conditions.masks(restrictions, plan)
+        request = Request(wanted, normalize, validates(images, check), layers, masks, check_conservation)
         kind = plan.precision.output
-        shape = (images.shape[0], wanted.count, *images.shape[1:])
+        shape = (images.shape[0], request.count)
         width, dtype = (classes, kind) if wanted.seeded else (wanted.count, torch.long)
+        sizes = [(*shape, *shape_of_sample(plan, plan.graph.observed[name])) for name in layers]
         with _undisturbed(device):
-            whole = Explained(
-                torch.empty(shape, dtype=kind, device=images.device),
-                torch.empty(images.shape[0], classes, dtype=kind, device=images.device),
-                torch.empty(images.shape[0], width, dtype=dtype, device=images.device),
-            )
-            ranges = self._ranges(plan, images.shape, wanted.count, wanted.contrast, batch_size, device)
+            empty = partial(torch.empty, device=images.device)
+            whole = [
+                empty((*shape, *images.shape[1:]), dtype=kind),
+                empty((images.shape[0], classes), dtype=kind),
+                empty((images.shape[0], width), dtype=dtype),
+                *(empty(size, dtype=kind) for size in sizes),
+                *([empty((*shape, len(Balance.steps(plan)), 2), dtype=torch.float64)] if check_conservation else []),
+            ]
+            if request.inspects and device.type == "cpu":
+                ranges = [slice(i, i + 1) for i in range(images.shape[0])]
+            else:
+                ranges = self._ranges(plan, images.shape, wanted.count, wanted.contrast, batch_size, device)
             given = ((images[here].detach(), *wanted.operands(here)) for here in ranges)
             explain = partial(self._explain, plan, request)
             results = host_copies.batches(given, explain, device, plan.precision.forward, images.device)
             for here, parts in zip(ranges, results, strict=True):
                 for all_of_them, part in zip(whole, parts, strict=True):
                     all_of_them[here] = part
-        maps, logits, explained = whole
-        if not wanted.several:
-            maps = maps.squeeze(1)
-            explained = explained if wanted.seeded else explained.squeeze(1)
-        return Attribution(maps, explained if wanted.given is None else wanted.given, logits)
+        maps, logits, explained, *found = whole
+        if not (wanted.several or several_conditions):
+            maps, *found = (t.squeeze(1) for t in (maps, *found))
+        if not (wanted.several or wanted.seeded):
+            explained = explained.squeeze(1)
+        return Attribution(
+            maps,
+            explained if wanted.given is None else wanted.given,
+            logits,
+            dict(zip(layers, found, strict=False)),
+            Balance.of(plan, found[-1]) if check_conservation else None,
+        )
 
     def refresh(self) -> None:
         """Capture the model and pack its weights anew at the next call, whatever has been noticed of changes."""
@@ -344,16 +397,20 @@ class Engine(Explainer):
             named = {own: self, **named}
         return evaluate(self, data, metrics, named, **options)
 
-    def _explain(self, plan: Plan, request: Request, images: Tensor, *operands: Tensor) -> Explained:
+    def _explain(self, plan: Plan, request: Request, images: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
         """Images that go through the model together, in the plan's dtype and on its device."""
         given, invalid = request.target.split(operands)
-        if self.cuda_graphs and records(images) and request.target.function is None:
+        if self.cuda_graphs and records(images) and request.target.function is None and not request.inspects:
             recordings = self._recordings.setdefault(plan, Recordings())
             key = *request.key(), ops.forced_backend()
-            found = Explained(*recordings.call(key, partial(request.explain, plan), (images, *given)))
+
+            def explain(*inputs: Tensor) -> tuple[Tensor, ...]:
+                return request.explain(plan, *inputs).tensors()
+
+            found = Explained.of(recordings.call(key, explain, (images, *given)))
         else:
             found = request.explain(plan, images, *given)
-        return request.finished(found, images, invalid, plan)
+        return request.finished(found, images, invalid, plan).tensors()
 
     def _for_images(self, images: Tensor, check: bool | None) -> tuple[Tensor, Plan, torch.device]:
         """Images, the plan for their shape and the model's device, once they and the model have been looked at."""
@@ -397,12 +454,27 @@ class Engine(Explainer):
             plan = self._plans.get(shape)
             if plan is None:
                 with TURNS.exporting():
-                    graph = self._captured(shape)
-                canonicalize(graph, self.rule.rewrites())
-                plan = self._plans[shape] = self._prepared(graph)
+                    graph = self._graphs[shape] = self._captured(shape)
+                plan = self._plans[shape] = self._prepared(canonicalize(graph.copy(), self.rule.rewrites()))
                 with TURNS.looking():
                     self._state.take_weights(self._constants())
             self._last = plan
+            return plan
+
+    def _observing_plan(self, shape: tuple[int, ...], names: tuple[str, ...]) -> Plan:
+        """The plan for images of one shape with the outputs of these modules kept apart, all of each output."""
+        with self._lock:
+            key = shape, frozenset(names)
+            plan = self._observing.get(key)
+            if plan is None:
+                graph = self._graphs[shape].copy()  # type: ignore[index]  # three sizes
+                mark_outputs(graph, self.model, names)
+                canonicalize(graph, [apply for apply in self.rule.rewrites() if apply is not hoist_slices])
+                keep_outputs(graph)
+                plan = self._observing[key] = self._prepared(graph)
+                if len(self._observing) > _OBSERVING:
+                    self._observing.popitem(last=False)
+            self._observing.move_to_end(key)
             return plan
 
     def _captured(self, shape: tuple[int, int, int]) -> Graph:
@@ -438,6 +510,7 @@ class Engine(Explainer):
             return
         for shape, plan in self._plans.items():  # new ones, since threads may be running the old
             self._plans[shape] = self._prepared(plan.graph)
+        self._observing.clear()
         self._state.take_weights_again()
 
     def _constants(self) -> dict[str, Tensor]:
@@ -453,6 +526,8 @@ class Engine(Explainer):
         """Capture anew; ``suspects`` names the attributes that are said to be the reason."""
         self._state.forget({shape: plan.graph.signature for shape, plan in self._plans.items()}, suspects)
         self._plans.clear()
+        self._graphs.clear()
+        self._observing.clear()
         self._groups.clear()
         self._last = None
 
@@ -475,6 +550,12 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
         torch.autocast(device.type, enabled=False),
     ):
         yield
+
+
+def _names(layers: Any) -> tuple[str, ...]:
+    if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(isinstance(n, str) for n in layers):
+        raise InputError(f'layers must be a list of module names, for example ["layer4"]; got {layers!r}')
+    return tuple(dict.fromkeys(layers))
 
 
 def _check_shape(shape: Any) -> None:

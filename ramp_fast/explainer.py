@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ramp_fast.errors import InputError
+from ramp_fast.runtime.inspection import Balance
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,18 @@ class Attribution:
     logits : Tensor
         ``[B, classes]``, what the model returns. (Of a model that ends in softmax or log_softmax the scores below it
         are explained.)
+    layers : dict of str to Tensor
+        Relevance of the outputs of the modules that were named, ``[B, *output]`` (``[B, K, *output]`` for K targets),
+        as the rule scales it (``normalize`` is for maps). Where an output has no axis of images alone, they are first.
+    conservation : Balance or None
+        How much relevance every module has kept, if that was asked for; ``print`` it.
     """
 
     maps: Tensor
     target: Tensor
     logits: Tensor
+    layers: dict[str, Tensor] = field(default_factory=dict)
+    conservation: Balance | None = None
 
 
 class Explainer(ABC):

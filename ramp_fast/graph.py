@@ -226,7 +226,19 @@ class Graph:
     output: Node
     weights_read: bool = False
     ending: tuple[str, ...] = ()  # functions behind the output, which are left out of what is explained
+    observed: dict[str, Node] = field(default_factory=dict)  # nodes that stand for modules' outputs
     signature: tuple[Any, ...] = ()  # of the graph as it was captured
+
+    def copy(self) -> Graph:
+        """A graph of nodes of its own, which passes may change; tensors are shared."""
+        twins: dict[Node, Node] = {}
+        for node in self.nodes:  # in execution order: what a node reads has been copied
+            parts = (node.args, node.kwargs, node.operands, node.params)
+            args, kwargs, operands, params = map_nodes(twins.__getitem__, parts)
+            twins[node] = replace(node, args=args, kwargs=kwargs, operands=operands, params=params)
+        observed = map_nodes(twins.__getitem__, self.observed)
+        ends = twins[self.input], twins[self.output]
+        return replace(self, nodes=list(twins.values()), input=ends[0], output=ends[1], observed=observed)
 
     def describe(self) -> tuple[Any, ...]:
         """What tells apart graphs that compute other things, but for the values of their tensors."""
@@ -265,6 +277,8 @@ class Graph:
     def replace_uses(self, old: Node, new: Node, *, keep: Iterable[Node] = ()) -> None:
         """Let every reader of ``old`` read ``new`` instead, except the nodes in ``keep``."""
         kept = {id(n) for n in keep}
+        if old not in new.references():  # a node in front of which another is put stays what it was
+            self.observed = {name: new if node is old else node for name, node in self.observed.items()}
         for node in self.nodes:
             if id(node) not in kept and node is not new:
                 node.replace(old, new)

@@ -246,8 +246,9 @@ class Rearrange(Params):
 
     Attributes
     ----------
-    how : {"reshape", "permute", "slice", "select", "expand", "cat", "stack", "vjp"}
-        "vjp": gathers, pads, masks and others that are pulled back by autograd.
+    how : {"reshape", "permute", "slice", "select", "expand", "cat", "stack", "vjp", "same"}
+        "vjp": gathers, pads, masks and others that are pulled back by autograd. "same": what it reads, for what is
+        read of an inner layer.
     dim, start, end, step, index, dims
         Arguments of the operation of that name.
     pads : bool

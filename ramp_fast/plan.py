@@ -71,6 +71,7 @@ class Plan:
             self.steps.append(Step(node, operation, node in carries))
         _refuse(refused)
         self.fan_out = {n for n in carries if sum(u.sources.count(n) for u in users[n] if u in carries) > 1}
+        self.observed = set(graph.observed.values())
         self._schedule()
 
     def _schedule(self) -> None:
@@ -83,7 +84,8 @@ class Plan:
         for i, step in enumerate(self.steps):
             if not step.carries or step.operation is None:
                 continue
-            needed = [*step.operation.needs(), *([step.node] if step.node in self.fan_out else [])]
+            read = step.node in self.fan_out or step.node in self.observed
+            needed = [*step.operation.needs(), *([step.node] if read else [])]
             for node in needed:
                 last_need.setdefault(node, i)  # the pull-back runs from the last step to the first
         self.needed = set(last_need)

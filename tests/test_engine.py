@@ -316,9 +316,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of what goes through the engine's plans; every trial of groups finds them faster."""
     sizes: list[int] = []
 
-    def watched(plan: Plan, batch: Tensor) -> run.Forward:
+    def watched(plan: Plan, batch: Tensor, *, keep_all: bool = False) -> run.Forward:
         sizes.append(batch.shape[0])
-        return run.run_forward(plan, batch)
+        return run.run_forward(plan, batch, keep_all=keep_all)
 
     readings = itertools.cycle([0.0, 1.0, 3.0])  # before the group, after it, after the images alone
     monkeypatch.setattr(groups, "time", types.SimpleNamespace(perf_counter=lambda: next(readings)))

@@ -51,16 +51,16 @@ def test_a_run_keeps_the_weights_it_began_with(monkeypatch: pytest.MonkeyPatch) 
     begun, changed = threading.Event(), threading.Event()
     run_forward = targets.run_forward
 
-    def run_later(*arguments: Any) -> Forward:
+    def run_later(*arguments: Any, **options: Any) -> Forward:
         if not begun.is_set():
             begun.set()
-            changed.wait()
-        return run_forward(*arguments)
+            assert changed.wait(60)
+        return run_forward(*arguments, **options)
 
     monkeypatch.setattr(targets, "run_forward", run_later)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(lambda: engine.attribute(x, 1).maps)
-        begun.wait()
+        assert begun.wait(60)
         model[0].weight = nn.Parameter(-model[0].weight.detach())
         new = engine.attribute(x, 1).maps
         changed.set()
@@ -74,9 +74,9 @@ def test_a_new_thread_runs_with_the_number_of_threads_of_torch(monkeypatch: pyte
     engine, x = Engine(vgg()), images(1)
     run_forward, seen = targets.run_forward, []
 
-    def watched(*arguments: Any) -> Forward:
+    def watched(*arguments: Any, **options: Any) -> Forward:
         seen.append(openmp.omp_get_max_threads())
-        return run_forward(*arguments)
+        return run_forward(*arguments, **options)
 
     monkeypatch.setattr(targets, "run_forward", watched)
     threads = torch.get_num_threads()

@@ -22,6 +22,7 @@ from ramp_fast._checks import flag, is_number
 from ramp_fast.capture import passes
 from ramp_fast.capture.linear_maps import recognize_linear_maps
 from ramp_fast.capture.token_slices import gate_token_selections, hoist_slices
+from ramp_fast.errors import InputError
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Graph, Node
 from ramp_fast.ops._common import divide
@@ -132,6 +133,13 @@ class AbsLRP(Rule):
                 f"would amplify its rounding to errors of 40 % of a map: use a rule with a relative stabilizer of at "
                 f"least {_SMALLEST_FAST_STABILIZER}, such as AbsLRP(stabilizer=RelativeStabilizer(0.1)); got {s!r}"
             )
+
+    def check_balance(self) -> None:
+        """As :meth:`ramp_fast.rules.Rule.check_balance`: there is nothing to compare."""
+        raise InputError(
+            f"check_conservation: {self.name} restores the mass of every image's relevance behind every operation; ask "
+            "it of a signed rule, for example lrp-epsilon"
+        )
 
     @property
     def gates_attention(self) -> bool:

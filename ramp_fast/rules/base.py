@@ -149,7 +149,7 @@ def _no_larger(node: Node) -> bool:
     if node.kind == g.ACTIVATION:
         return bool(node.params.how == "relu")
     if node.kind == g.REARRANGE:
-        return node.params.how in ("reshape", "permute", "slice", "select", "cat", "stack")
+        return node.params.how in ("reshape", "permute", "slice", "select", "cat", "stack", "same")
     return node.kind == g.MAX_POOL or (node.kind == g.LINEAR_POOL and node.params.how == "mean")
 
 

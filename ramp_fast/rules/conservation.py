@@ -106,6 +106,17 @@ class Conservation:
         """The relevance ``c`` of a tensor that exact ``parts`` were cut out of."""
         return next(iter(parts)).moved(c)
 
+    def within(
+        self, x: Tensor, part: Any, axis: BatchAxis, dtype: torch.dtype, relevance: Callable[..., Tensor]
+    ) -> Tensor:
+        """Relevance of ``x`` ``[maps, *x.shape]`` in ``dtype``, with the share that it has of the whole."""
+        c: Tensor = part.c.to(dtype)
+        return c if isinstance(part, Relevance) else relevance(c, x.to(dtype))
+
+    def restricted(self, x: Tensor, part: Any, mask: Tensor, axis: BatchAxis) -> Any:
+        """What of ``part`` is left of ``x`` times ``mask``, which broadcasts to ``c``."""
+        return type(part)(part.c * mask.to(part.c.dtype))
+
     def finish(
         self, images: Tensor, part: Any, axis: BatchAxis, dtype: torch.dtype, relevance: Callable[..., Tensor]
     ) -> Tensor:
@@ -113,5 +124,4 @@ class Conservation:
 
         ``relevance``: that of coefficients and what they belong to, by the rule.
         """
-        c: Tensor = part.c.to(dtype)
-        return c if isinstance(part, Relevance) else relevance(c, images.to(dtype))
+        return self.within(images, part, axis, dtype, relevance)

@@ -118,6 +118,17 @@ class Masses(Conservation):
         target = total(part.target for part in parts)
         return Massed(c, target, target)
 
+    def within(
+        self, x: Tensor, part: Massed, axis: BatchAxis, dtype: torch.dtype, relevance: Callable[..., Tensor]
+    ) -> Tensor:
+        """As :meth:`ramp_fast.rules.Conservation.within`: with the mass that it stands for."""
+        return relevance(self.exact(x, Massed(part.c.to(dtype), part.target), axis).c, x.to(dtype))
+
+    def restricted(self, x: Tensor, part: Massed, mask: Tensor, axis: BatchAxis) -> Massed:
+        """As :meth:`ramp_fast.rules.Conservation.restricted`: it keeps the mass that is left."""
+        exact = self.exact(x, part, axis)
+        return self.piece(exact, x, exact.c * mask.to(exact.c.dtype), axis)
+
     def finish(
         self, images: Tensor, part: Massed, axis: BatchAxis, dtype: torch.dtype, relevance: Callable[..., Tensor]
     ) -> Tensor:

@@ -51,6 +51,7 @@ _INVERSES: dict[str, _Inverse] = {
     "slice": _slice,
     "select": _select,
     "expand": _expand,
+    "same": lambda c, node, shape: c,
 }
 
 

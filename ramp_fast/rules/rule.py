@@ -52,6 +52,10 @@ class Rule(ABC):
         """Raise a ValueError where the rule cannot be computed in a precision mode."""
         return None
 
+    def check_balance(self) -> None:
+        """Raise an InputError where sums of relevance before and after an operation say nothing."""
+        return None
+
     @abstractmethod
     def start(self, seed: Tensor, logits: Tensor) -> Tensor:
         """Coefficients at the logits ``[maps, B, classes]`` of relevance ``seed`` (the same shape)."""

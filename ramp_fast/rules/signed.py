@@ -20,7 +20,7 @@ from torch import Tensor
 from ramp_fast import gemm, ops
 from ramp_fast import graph as g
 from ramp_fast.capture import passes
-from ramp_fast.errors import UnsupportedModelError
+from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.gemm import LinearOp, Precision
 from ramp_fast.graph import Graph, Node, only_user
 from ramp_fast.ops._common import divide
@@ -108,6 +108,11 @@ class Signed(Rule):
     def start(self, seed: Tensor, logits: Tensor) -> Tensor:
         """The seed itself: the relevance of a logit is the logit times its seed."""
         return seed
+
+    def check_balance(self) -> None:
+        """As :meth:`ramp_fast.rules.Rule.check_balance`: gradients are not conserved."""
+        if not self.times_input:
+            raise InputError(f"check_conservation: maps of {self.name} are gradients, whose sums nothing conserves")
 
     def relevance(self, c: Tensor, x: Tensor) -> Tensor:
         """As :meth:`ramp_fast.rules.Rule.relevance`: ``x c``."""

@@ -14,6 +14,7 @@ from ramp_fast.plan import Plan
 from ramp_fast.rules.base import Flow, Values
 from ramp_fast.rules.rearrange import Split
 from ramp_fast.runtime.heap import HeapPin
+from ramp_fast.runtime.inspection import Inspection
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Forward:
     kept: dict[Node, Any]
 
 
-def run_forward(plan: Plan, images: Tensor) -> Forward:
+def run_forward(plan: Plan, images: Tensor, *, keep_all: bool = False) -> Forward:
     """The forward pass of one micro-batch, for :func:`pull_back`.
 
     Parameters
@@ -46,9 +47,11 @@ def run_forward(plan: Plan, images: Tensor) -> Forward:
         Prepared.
     images : Tensor
         ``[B, C, H, W]`` in the plan's forward dtype, on the weights' device.
+    keep_all : bool
+        Keep the values of all nodes.
     """
     kept: dict[Node, Any] = {}
-    values = _forward(plan, images, kept)
+    values = _forward(plan, images, kept, keep_all)
     return Forward(images, values[plan.graph.output].to(plan.precision.accumulate), values, kept)
 
 
@@ -56,7 +59,7 @@ def run_forward(plan: Plan, images: Tensor) -> Forward:
 _PINS: weakref.WeakKeyDictionary[Plan, HeapPin] = weakref.WeakKeyDictionary()
 
 
-def pull_back(plan: Plan, forward: Forward, c: Tensor, contrast: bool) -> Tensor:
+def pull_back(plan: Plan, forward: Forward, c: Tensor, contrast: bool, inspection: Inspection | None = None) -> Tensor:
     """Relevance of the images, ``[maps, B, C, H, W]``; ``forward`` is used up.
 
     Parameters
@@ -68,11 +71,14 @@ def pull_back(plan: Plan, forward: Forward, c: Tensor, contrast: bool) -> Tensor
         Coefficients at the logits, ``[maps, B, classes]``, as the rule's conservation starts.
     contrast : bool
         Whether they are a contrast.
+    inspection : Inspection, optional
+        What to read on the way. A balanced one needs the values of all nodes.
 
     Returns
     -------
     Tensor
-        As the rule's conservation scales it: of absLRP every P and N has mass 1 (or 0 where there is none).
+        As the rule's conservation scales it: of absLRP every P and N has mass 1 (or 0 where there is none), or, under
+        a condition, the mass that is left.
     """
     images, values, kept, rule = forward.images, forward.values, forward.kept, plan.rule
     conservation = rule.conservation(images.shape[0], c.shape[0], contrast)
@@ -93,7 +99,11 @@ def pull_back(plan: Plan, forward: Forward, c: Tensor, contrast: bool) -> Tensor
             else:
                 arrived = pending.pop(node, [])
                 saved = kept.pop(node)
+                if inspection is not None and arrived:
+                    arrived = inspection.arrived(step, arrived, values, conservation)
                 flows = list(operation.pullback(arrived, values, saved, conservation)) if arrived else []
+                if inspection is not None:
+                    inspection.left(step, flows, values, conservation)
             for flow in flows:
                 contribution = rule.leave(node, flow.contribution)
                 if flow.part is None:
@@ -103,7 +113,7 @@ def pull_back(plan: Plan, forward: Forward, c: Tensor, contrast: bool) -> Tensor
             del flows
         if heap_grows:
             pin.pin()
-        for done in step.drop_pullback:
+        for done in step.drop_pullback if inspection is None or not inspection.balanced else ():
             values.drop(done)
 
     source, wide = plan.graph.input, plan.precision.accumulate
@@ -111,17 +121,22 @@ def pull_back(plan: Plan, forward: Forward, c: Tensor, contrast: bool) -> Tensor
     if not last:
         return torch.zeros(c.shape[0], *images.shape, dtype=wide, device=c.device)
     final = conservation.merge(images, last, source.batch)
+    if inspection is not None and inspection.masks:  # relevance that was left out is missing in the end
+        return conservation.within(images, final, source.batch, wide, rule.relevance)
     return conservation.finish(images, final, source.batch, wide, rule.relevance)
 
 
 def run_logits(plan: Plan, images: Tensor) -> Tensor:
     """The logits of :func:`run_forward`, ``[B, classes]``, to the last bit; nothing is kept for a pull-back."""
-    logits: Tensor = _forward(plan, images, None)[plan.graph.output]
+    logits: Tensor = _forward(plan, images, None, False)[plan.graph.output]
     return logits.to(plan.precision.accumulate)
 
 
-def _forward(plan: Plan, images: Tensor, kept: dict[Node, Any] | None) -> Values:
-    """Values of the nodes; with ``kept`` those that the pull-back needs, and in it what operations keep besides."""
+def _forward(plan: Plan, images: Tensor, kept: dict[Node, Any] | None, keep_all: bool) -> Values:
+    """Values of the nodes; with ``kept`` those that the pull-back needs, and in it what operations keep besides.
+
+    ``keep_all``: of all nodes.
+    """
     values = Values(plan.constants)
     values[plan.graph.input] = images
     for step in plan.steps:
@@ -135,6 +150,7 @@ def _forward(plan: Plan, images: Tensor, kept: dict[Node, Any] | None) -> Values
             if step.carries and kept is not None:
                 kept[node] = saved
             del saved
-        for done in step.drop_read if kept is None else step.drop_forward:
-            values.drop(done)
+        if not keep_all:
+            for done in step.drop_read if kept is None else step.drop_forward:
+                values.drop(done)
     return values

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from ramp_fast.errors import InputError
 from ramp_fast.graph import Graph
 from ramp_fast.plan import Plan
 from ramp_fast.rules.rule import Rule
+from ramp_fast.runtime.inspection import Inspection
 from ramp_fast.runtime.run import pull_back, run_forward
 
 NORMALIZATIONS = ("max", "sum", "none")
@@ -148,11 +149,24 @@ class Explained(NamedTuple):
         ``[b, classes]``, the scores that are explained.
     target : Tensor
         Classes ``[b, K]``, or the seed ``[b, classes]``.
+    inspected : tuple of Tensor
+        What an inspection has found, ``[b, K, ...]``: relevance of inner layers, and totals.
     """
 
     maps: Tensor
     logits: Tensor
     target: Tensor
+    inspected: tuple[Tensor, ...] = ()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of it side by side."""
+        return self.maps, self.logits, self.target, *self.inspected
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Explained:
+        """The inverse of :meth:`tensors`."""
+        maps, logits, target, *inspected = tensors
+        return cls(maps, logits, target, tuple(inspected))
 
 
 @dataclass(frozen=True)
@@ -165,11 +179,30 @@ class Request:
     normalize : {"max", "sum", "none"}
     validated : bool
         Whether the images' values have been looked at.
+    layers : sequence of str
+        Modules whose relevance is asked for.
+    masks : mapping of str to Tensor
+        What is kept of modules' relevance under K conditions, ``[K, *shape]``; K maps of one target are made then.
+    balanced : bool
+        Whether totals before and after every step are asked for.
     """
 
     target: Target
     normalize: str
     validated: bool
+    layers: Sequence[str] = ()
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    balanced: bool = False
+
+    @property
+    def count(self) -> int:
+        """Maps of every image."""
+        return max([self.target.count, *(len(mask) for mask in self.masks.values())])
+
+    @property
+    def inspects(self) -> bool:
+        """Whether anything but maps is asked for, or a condition."""
+        return bool(self.layers or self.masks or self.balanced)
 
     def key(self) -> tuple[Any, ...]:
         """Everything that :meth:`explain` depends on besides its operands."""
@@ -178,13 +211,22 @@ class Request:
     def explain(self, plan: Plan, images: Tensor, *given: Tensor) -> Explained:
         """Forward pass and pull-back of images in the plan's dtype, with classes or a seed as operands."""
         target, rule = self.target, plan.rule
-        forward = run_forward(plan, images)
+        forward = run_forward(plan, images, keep_all=self.balanced)
         logits = forward.logits
         explained, c = target.seed(logits, given[0] if given else None, rule)
-        maps = rule.conservation.maps_of(pull_back(plan, forward, c, target.contrast), target.count)
-        if self.normalize == "none" and target.seeded:
-            maps = rule.conservation.scaled_to_seed(maps, explained)
-        return Explained(normalized(maps, self.normalize).transpose(0, 1), logits, explained)
+        inspection = None
+        if self.inspects:
+            c = c.repeat_interleave(self.count // target.count, 0)
+            inspection = Inspection(plan, images.shape[0], self.count, self.layers, self.masks, self.balanced)
+        pulled = pull_back(plan, forward, c, target.contrast, inspection)
+        maps = rule.conservation.maps_of(pulled, self.count)
+        inspected = [] if inspection is None else inspection.results()
+        if target.seeded:
+            if self.normalize == "none":
+                maps = rule.conservation.scaled_to_seed(maps, explained)
+            inspected = [rule.conservation.scaled_to_seed(found, explained) for found in inspected]
+        maps = normalized(maps, self.normalize)
+        return Explained(maps.transpose(0, 1), logits, explained, tuple(t.transpose(0, 1) for t in inspected))
 
     def finished(self, explained: Explained, images: Tensor, invalid: Tensor | None, plan: Plan) -> Explained:
         """As the caller gets it: NaN where a map is not defined, the model's logits, output dtypes."""
@@ -195,7 +237,8 @@ class Request:
             wrong = wrong | invalid
         kind = plan.precision.output
         maps = nan_where(explained.maps, wrong).to(kind)
-        return Explained(maps, returned(explained.logits, plan.graph).to(kind), explained.target)
+        inspected = tuple(nan_where(found, wrong) for found in explained.inspected)
+        return Explained(maps, returned(explained.logits, plan.graph).to(kind), explained.target, inspected)
 
 
 _ENDINGS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -218,10 +261,10 @@ def validates(values: Tensor, check: bool | None) -> bool:
 
 
 def nan_where(maps: Tensor, wrong: Tensor) -> Tensor:
-    """``maps`` ``[B, K, C, H, W]``, NaN where ``wrong`` (``[B, 1]`` or ``[B, K]``)."""
+    """``maps`` ``[B, K, ...]``, NaN where ``wrong`` (``[B, 1]`` or ``[B, K]``)."""
     if wrong.device.type == "cpu" and not bool(wrong.any()):
         return maps
-    return maps.masked_fill(wrong.view(*wrong.shape, 1, 1, 1), math.nan)
+    return maps.masked_fill(wrong.view(*wrong.shape, *[1] * (maps.dim() - 2)), math.nan)
 
 
 def normalized(maps: Tensor, how: str) -> Tensor:

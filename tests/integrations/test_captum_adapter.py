@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import captum.attr
+import captum.attr._utils.lrp_rules
 import captum.metrics
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from test_no_trace import Watch
 
 import ramp_fast.integrations.captum as adapter
 from ramp_fast import Engine, InputError, UnsupportedModelError
-from ramp_fast.integrations.captum import AbsLRP
+from ramp_fast.integrations.captum import LRP, AbsLRP, LayerLRP
 
 TARGET = torch.tensor([1, 7, 4])
 
@@ -149,8 +151,78 @@ def test_without_captum(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         alone = importlib.reload(adapter)
         method = alone.AbsLRP(vgg())
-        assert type(method).__bases__ == (object,)
+        assert type(method).__mro__[-2].__bases__ == (object,)
         assert torch.equal(method.attribute(images(), TARGET), expected)
     finally:
         monkeypatch.undo()
         importlib.reload(adapter)
+
+
+class SmallCnn(nn.Sequential):
+    """Of layers that captum's LRP has rules for."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).flatten(1)
+
+
+def small_cnn() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3), nn.ReLU()]
+    return SmallCnn(*layers, nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 10, 1)).eval().double()
+
+
+def test_lrp_gives_what_captum_gives() -> None:
+    model, x = small_cnn(), images().double()
+    theirs = captum.attr.LRP(copy.deepcopy(model))
+    expected, delta = theirs.attribute(x, TARGET, return_convergence_delta=True)
+    method = LRP(model, precision="float64")
+    with Watch(model, x):
+        found, own = method.attribute(x, TARGET, return_convergence_delta=True)
+    assert isinstance(method, captum.attr.Attribution)
+    assert method.has_convergence_delta()
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(own, delta.detach(), rtol=1e-5, atol=1e-6)
+    assert delta.abs().max() > 1e-3
+    (inside,) = method.attribute((x,), TARGET)
+    assert torch.equal(inside, found)
+
+
+def test_layer_lrp_gives_what_captum_gives() -> None:
+    model, x = small_cnn(), images().double()
+    twin = copy.deepcopy(model)
+    expected = captum.attr.LayerLRP(twin, [twin[0], twin[3]]).attribute(x, 3)
+    method = LayerLRP(model, [model[0], model[3]], precision="float64")
+    found = method.attribute(x, 3)
+    for own, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, theirs.detach(), rtol=1e-5, atol=1e-7)
+    one, delta = LayerLRP(model, model[3], precision="float64").attribute(x, 3, return_convergence_delta=True)
+    assert torch.equal(one, found[1])
+    torch.testing.assert_close(delta, model(x)[:, 3].detach() - one.sum((1, 2, 3)))
+
+
+def test_lrp_takes_every_rule_and_model(capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = vit(), images()
+    found = LRP(model, "attnlrp").attribute(x, 3, verbose=True)
+    assert torch.equal(found, Engine(model, "attnlrp").attribute(x, 3, "none", "none", check_conservation=True).maps)
+    assert "blocks.1.mlp.fc2" in capsys.readouterr().out
+    block = LayerLRP(model, model.blocks[0], "attnlrp").attribute(x, 3)
+    assert block.shape == (3, 5, 24)
+    assert captum.attr.NoiseTunnel(LRP(model, "attnlrp")).attribute(x, target=3, nt_samples=2).shape == x.shape
+
+
+def test_lrp_refuses_what_it_does_not_do() -> None:
+    model, x = small_cnn().float(), images()
+    model[3].rule = captum.attr._utils.lrp_rules.GammaRule()
+    with pytest.raises(InputError, match=r"modules 3 carry rules in their attribute `rule`"):
+        LRP(model)
+    del model[3].rule
+    with pytest.raises(InputError, match="restores the mass"):
+        LRP(model, "abslrp")
+    with pytest.raises(InputError, match="Linear is none"):
+        LayerLRP(model, nn.Linear(2, 2))
+    with pytest.raises(InputError, match="'3' is none"):
+        LayerLRP(model, "3")
+    with pytest.raises(InputError, match="name the layer before it"):
+        LayerLRP(model, model[3]).attribute(x, 3, attribute_to_layer_input=True)
+    with pytest.raises(InputError, match="target is None"):
+        LRP(model).attribute(x)

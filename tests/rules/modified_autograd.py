@@ -5,6 +5,7 @@ Independent of the engine, which sees a captured graph: here calls are changed o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +164,21 @@ def relevance(model: nn.Module, x: Tensor, seed: Tensor | int, mode: Modified) -
         for p, flag in zip(model.parameters(), before, strict=True):
             p.requires_grad_(flag)
     return x.detach() * gradient
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """BatchNorm merged into the convolution that stands before it in its module."""
+    for parent in model.modules():
+        children = list(parent.children())
+        for conv, norm in itertools.pairwise(children):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                gain = (norm.running_var + norm.eps).rsqrt() * norm.weight.detach()
+                shift = norm.bias.detach() - norm.running_mean * gain
+                conv.weight = nn.Parameter(conv.weight.detach() * gain.view(-1, 1, 1, 1))
+                conv.bias = nn.Parameter(shift if conv.bias is None else shift + conv.bias.detach() * gain)
+                norm.reset_parameters()
+                norm.eps = 1e-30
+    return model
 
 
 def epsilon(epsilon: float) -> LayerOracle:

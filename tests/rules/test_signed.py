@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 
 import modified_autograd as oracle
@@ -70,26 +69,11 @@ def test_maps_are_those_of_modified_autograd(name: str, rule: str) -> None:
     seed = torch.randn(2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     folded = model
     if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
-        folded = _folded(copy.deepcopy(model))
+        folded = oracle.folded(copy.deepcopy(model))
     expected = oracle.relevance(folded, x, seed, ORACLES[rule]())
     found = Engine(model, rule, "float64").attribute(x, seed, "none", "none").maps
     assert expected.abs().max() > 0
     assert (found - expected).abs().max() < 1e-8 * expected.abs().max()
-
-
-def _folded(model: nn.Module) -> nn.Module:
-    """BatchNorm merged into the convolution that stands before it in its module."""
-    for parent in model.modules():
-        children = list(parent.children())
-        for conv, norm in itertools.pairwise(children):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                gain = (norm.running_var + norm.eps).rsqrt() * norm.weight.detach()
-                shift = norm.bias.detach() - norm.running_mean * gain
-                conv.weight = nn.Parameter(conv.weight.detach() * gain.view(-1, 1, 1, 1))
-                conv.bias = nn.Parameter(shift if conv.bias is None else shift + conv.bias.detach() * gain)
-                norm.reset_parameters()
-                norm.eps = 1e-30
-    return model
 
 
 ZENNIT = {
@@ -213,7 +197,7 @@ def test_ramp_of_transformers(name: str, contrast: str) -> None:
 @pytest.mark.parametrize("contrast", ["others", "none"])
 def test_ramp_of_convolutional_networks(contrast: str) -> None:
     model, x = network("resnet")
-    model = _folded(model)
+    model = oracle.folded(model)
     target = torch.tensor([3, 7])
     stem: list[Tensor] = []
 
