@@ -34,7 +34,7 @@ from ramp_fast.runtime import conditions, host_copies
 from ramp_fast.runtime.cuda_graphs import Recordings, on, records
 from ramp_fast.runtime.groups import GROUP, Groups
 from ramp_fast.runtime.heap import keep_freed_memory
-from ramp_fast.runtime.inspection import Balance, shape_of_sample
+from ramp_fast.runtime.inspection import Balance
 from ramp_fast.runtime.run import run_logits
 from ramp_fast.runtime.targets import NORMALIZATIONS, Explained, Request, Target, check_images, returned, validates
 
@@ -286,19 +286,8 @@ class Engine(Explainer):
             plan = self._observing_plan(tuple(images.shape[1:]), observed)
         masks = conditions.masks(restrictions, plan)
         request = Request(wanted, normalize, validates(images, check), layers, masks, check_conservation)
-        kind = plan.precision.output
-        shape = (images.shape[0], request.count)
-        width, dtype = (classes, kind) if wanted.seeded else (wanted.count, torch.long)
-        sizes = [(*shape, *shape_of_sample(plan, plan.graph.observed[name])) for name in layers]
         with _undisturbed(device):
-            empty = partial(torch.empty, device=images.device)
-            whole = [
-                empty((*shape, *images.shape[1:]), dtype=kind),
-                empty((images.shape[0], classes), dtype=kind),
-                empty((images.shape[0], width), dtype=dtype),
-                *(empty(size, dtype=kind) for size in sizes),
-                *([empty((*shape, len(Balance.steps(plan)), 2), dtype=torch.float64)] if check_conservation else []),
-            ]
+            whole = request.unfilled(plan, images)
             if request.inspects and device.type == "cpu":
                 ranges = [slice(i, i + 1) for i in range(images.shape[0])]
             else:
@@ -309,7 +298,7 @@ class Engine(Explainer):
             for here, parts in zip(ranges, results, strict=True):
                 for all_of_them, part in zip(whole, parts, strict=True):
                     all_of_them[here] = part
-        maps, logits, explained, *found = whole
+        maps, logits, explained, *found = whole  # relevance of layers, then totals
         if not (wanted.several or several_conditions):
             maps, *found = (t.squeeze(1) for t in (maps, *found))
         if not (wanted.several or wanted.seeded):

@@ -47,27 +47,28 @@ class Inspection:
     Attributes
     ----------
     plan : Plan
-    batch : int
-        Samples.
+    images : Tensor
+        ``[B, C, H, W]``.
     targets : int
         Maps of every sample.
     layers : sequence of str
         Modules whose relevance is asked for.
     masks : mapping of str to Tensor
-        What is kept of a module's relevance: ``[targets, *shape]``, in the shape of one sample.
+        What is kept of a module's relevance: ``[K, *shape]``, in the shape of one sample; one for all maps, or each.
     balanced : bool
         Whether to note how much relevance arrives at every step and how much leaves it. The values of all nodes are
         needed then.
     """
 
     plan: Plan
-    batch: int
+    images: Tensor
     targets: int
     layers: Sequence[str] = ()
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     balanced: bool = False
 
     def __post_init__(self) -> None:
+        self.batch = self.images.shape[0]
         self._names = names_by_node(self.plan.graph)
         self._relevance: dict[Node, Tensor] = {}
         self._totals: dict[Node, list[Tensor]] = {}
@@ -115,7 +116,7 @@ class Inspection:
             return found
         # None has arrived.
         size = self.targets, self.batch, *shape_of_sample(self.plan, node)
-        return torch.zeros(size, dtype=self.plan.precision.accumulate)
+        return torch.zeros(size, dtype=self.plan.precision.accumulate, device=self.images.device)
 
     def _of_samples(self, node: Node, part: Any, values: Values, conservation: Any) -> Tensor:
         wide, rule = self.plan.precision.accumulate, self.plan.rule
@@ -127,8 +128,8 @@ class Inspection:
         return self._of_samples(node, part, values, conservation).flatten(2).sum(-1, dtype=torch.float64)
 
     def _spread(self, mask: Tensor, c: Tensor, node: Node) -> Tensor:
-        """A mask ``[targets, *shape]`` in the layout of the coefficients of ``node``."""
-        mask = mask.to(c.device).repeat(c.shape[0] // self.targets, *[1] * (mask.dim() - 1))
+        """Masks ``[K, *shape]`` in the layout of the coefficients of ``node``, whose maps they are for in turn."""
+        mask = mask.to(c.device).repeat(c.shape[0] // len(mask), *[1] * (mask.dim() - 1))
         return samples_back(mask.unsqueeze(1).expand(-1, self.batch, *mask.shape[1:]), node.batch)
 
 

@@ -15,7 +15,7 @@ from ramp_fast.errors import InputError
 from ramp_fast.graph import Graph
 from ramp_fast.plan import Plan
 from ramp_fast.rules.rule import Rule
-from ramp_fast.runtime.inspection import Inspection
+from ramp_fast.runtime.inspection import Balance, Inspection, shape_of_sample
 from ramp_fast.runtime.run import pull_back, run_forward
 
 NORMALIZATIONS = ("max", "sum", "none")
@@ -204,6 +204,21 @@ class Request:
         """Whether anything but maps is asked for, or a condition."""
         return bool(self.layers or self.masks or self.balanced)
 
+    def unfilled(self, plan: Plan, images: Tensor) -> tuple[Tensor, ...]:
+        """Memory for what :meth:`finished` gives of all images together."""
+        kind, target = plan.precision.output, self.target
+        batch, maps = (images.shape[0],), (images.shape[0], self.count)
+        explained = ((target.classes,), kind) if target.seeded else ((target.count,), torch.long)
+        rooms: list[tuple[tuple[int, ...], torch.dtype]] = [
+            ((*maps, *images.shape[1:]), kind),
+            ((*batch, target.classes), kind),
+            ((*batch, *explained[0]), explained[1]),
+            *(((*maps, *shape_of_sample(plan, plan.graph.observed[name])), kind) for name in self.layers),
+        ]
+        if self.balanced:
+            rooms.append(((*maps, len(Balance.steps(plan)), 2), torch.float64))
+        return tuple(torch.empty(shape, dtype=dtype, device=images.device) for shape, dtype in rooms)
+
     def key(self) -> tuple[Any, ...]:
         """Everything that :meth:`explain` depends on besides its operands."""
         return self.target.given is None, self.target.contrast, self.normalize
@@ -217,7 +232,7 @@ class Request:
         inspection = None
         if self.inspects:
             c = c.repeat_interleave(self.count // target.count, 0)
-            inspection = Inspection(plan, images.shape[0], self.count, self.layers, self.masks, self.balanced)
+            inspection = Inspection(plan, images, self.count, self.layers, self.masks, self.balanced)
         pulled = pull_back(plan, forward, c, target.contrast, inspection)
         maps = rule.conservation.maps_of(pulled, self.count)
         inspected = [] if inspection is None else inspection.results()

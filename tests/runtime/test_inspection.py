@@ -182,6 +182,18 @@ def test_a_condition_may_be_a_mask_and_name_several_modules() -> None:
     assert (parts[0].maps + parts[1].maps - whole).abs().max() < 1e-10 * whole.abs().max()
 
 
+@pytest.mark.parametrize(("rule", "contrast"), [("attnlrp", "none"), ("abslrp", "others")])
+def test_one_condition_holds_for_all_targets(rule: str, contrast: str) -> None:
+    model, x, _ = network("resnet")
+    engine, condition = Engine(model, rule, "float64"), {"layer3": [0, 5], "layer2": [1, 2, 3]}
+    classes = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    found = engine.attribute(x, classes, contrast, condition=condition, layers=["layer3"])
+    assert found.layers["layer3"].shape[:2] == (2, 3)
+    for i in range(3):
+        single = engine.attribute(x, classes[:, i], contrast, condition=condition)
+        torch.testing.assert_close(found.maps[:, i], single.maps, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("contrast", ["others", "none"])
 def test_conditions_under_abslrp_keep_the_mass_that_is_left(contrast: str) -> None:
     model, x, _ = network("vgg")
