@@ -120,7 +120,7 @@ def rule_of(composite: Any) -> Composite:
     by_name: dict[str, LayerRule] = {}
     layers: dict[str, LayerRule] = {}
     first: dict[str, LayerRule] = {}
-    activations, stabilizer = "pass", 0.0
+    activations, stabilizer, beta = "pass", 0.0, 10.0
     for part in parts:
         if isinstance(part, composites.NameMapComposite):
             by_name |= {name: _layer_rule(hook) for names, hook in part.name_map for name in names}
@@ -132,8 +132,10 @@ def rule_of(composite: Any) -> Composite:
             special = _hook(getattr(part, "first_map", ()), module)
             if special is not None:
                 first.setdefault(kind, _layer_rule(special))
-        changed = {"ReLUGuidedBackprop": "guided", "ReLUDeconvNet": "deconvnet"}
-        relu = type(_hook(part.layer_map, nn.ReLU)).__name__
+        changed = {"ReLUGuidedBackprop": "guided", "ReLUDeconvNet": "deconvnet", "ReLUBetaSmooth": "smooth"}
+        hook = _hook(part.layer_map, nn.ReLU)
+        relu = type(hook).__name__
+        beta = float(getattr(hook, "beta_smooth", beta))
         activations = changed.get(relu, activations)
         if relu not in (*changed, "Pass", "NoneType"):
             raise ValueError(f"zennit's {relu} has no counterpart here; known for ReLUs: Pass, {', '.join(changed)}")
@@ -154,6 +156,7 @@ def rule_of(composite: Any) -> Composite:
         activations=activations,
         stabilizer=stabilizer,
         times_input=not gradient,
+        beta_smooth=beta,
         label=type(composite).__name__,
     )
 

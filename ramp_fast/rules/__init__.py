@@ -12,6 +12,7 @@ from ramp_fast.rules.layer_rules import AlphaBeta, Epsilon, Flat, Gamma, LayerRu
 from ramp_fast.rules.named import NAMED, Named, named
 from ramp_fast.rules.ramp import Ramp
 from ramp_fast.rules.rule import Rule
+from ramp_fast.rules.undivided import Undivided
 
 __all__ = [
     "NAMED",
@@ -28,6 +29,7 @@ __all__ = [
     "RelativeStabilizer",
     "Rule",
     "SameSign",
+    "Undivided",
     "WSquare",
     "ZBox",
     "ZPlus",

@@ -38,8 +38,9 @@ class Composite(Signed):
         that fits goes before everything else; one that fits no layer is an error when the model is known.
     first : LayerRule or mapping, optional
         The rule of layers that read the images with no other layer between; of kinds of layers, as for ``layers``.
-    activations : {"pass", "guided", "deconvnet"}
-        "guided", "deconvnet": ReLUs as of guided backpropagation and DeconvNet; other activations have their gradient.
+    activations : {"pass", "gradient", "guided", "deconvnet", "smooth"}
+        All but "pass": activations, norms, products and attention have their gradient. "guided", "deconvnet", "smooth":
+        ReLUs have that of guided backpropagation, of DeconvNet, and ``sigmoid(beta_smooth x)``.
     attention : {"all", "values"}
         Half of the relevance of attention goes to the values, and a quarter each to queries and keys; or all of it to
         the values.
@@ -53,6 +54,8 @@ class Composite(Signed):
         Fold BatchNorm into the layer before it.
     label : str
         The rule's name in tables.
+    beta_smooth : float
+        Of smooth activations; larger is nearer to the gradient.
 
     Raises
     ------
@@ -75,19 +78,24 @@ class Composite(Signed):
     times_input: bool = True
     fold_batchnorm: bool = True
     label: str = ""
+    beta_smooth: float = 10.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _by_kind("layers", self.layers))
         object.__setattr__(self, "first", _by_kind("first", self.first))
         object.__setattr__(self, "by_name", _pairs("by_name", self.by_name))
-        one_of("activations", self.activations, ("pass", "guided", "deconvnet"))
+        one_of("activations", self.activations, ("pass", "gradient", "guided", "deconvnet", "smooth"))
         one_of("attention", self.attention, ("all", "values"))
+        if not isinstance(self.label, str):
+            raise TypeError(f"Composite: label must be text, got {type(self.label).__name__}")
         flag("Composite", "times_input", self.times_input)
         flag("Composite", "fold_batchnorm", self.fold_batchnorm)
         for setting in ("residual_gamma", "stabilizer"):
             value = getattr(self, setting)
             if not is_number(value) or value < 0:
                 raise ValueError(f"Composite: {setting} must be a number that is not negative, got {value!r}")
+        if not is_number(self.beta_smooth) or self.beta_smooth <= 0:
+            raise ValueError(f"Composite: beta_smooth must be a positive number, got {self.beta_smooth!r}")
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ to be restored besides, is said here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,6 +106,10 @@ class Conservation:
         """The relevance ``c`` of a tensor that exact ``parts`` were cut out of."""
         return next(iter(parts)).moved(c)
 
+    def aligned(self, parts: Sequence[Any]) -> list[Any]:
+        """Exact parts of one tensor in one scale, before :meth:`together`."""
+        return list(parts)
+
     def within(
         self, x: Tensor, part: Any, axis: BatchAxis, dtype: torch.dtype, relevance: Callable[..., Tensor]
     ) -> Tensor:
@@ -115,7 +119,7 @@ class Conservation:
 
     def restricted(self, x: Tensor, part: Any, mask: Tensor, axis: BatchAxis) -> Any:
         """What of ``part`` is left of ``x`` times ``mask``, which broadcasts to ``c``."""
-        return type(part)(part.c * mask.to(part.c.dtype))
+        return replace(part, c=part.c * mask.to(part.c.dtype))
 
     def finish(
         self, images: Tensor, part: Any, axis: BatchAxis, dtype: torch.dtype, relevance: Callable[..., Tensor]

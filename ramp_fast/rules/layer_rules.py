@@ -356,6 +356,9 @@ class SameSign(_TwoSided):
 
     zero_bias: bool = True
 
+    def __post_init__(self) -> None:
+        flag("SameSign", "zero_bias", self.zero_bias)
+
     def parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight.clamp_min(0), weight.clamp_max(0)
 
@@ -439,6 +442,12 @@ class ZBox(LayerRule):
             if not isinstance(values, (list, tuple)) or not values or not all(is_number(v) for v in values):
                 raise ValueError(f"ZBox: {setting} must be a number, or one for every channel, got {value!r}")
             object.__setattr__(self, setting, tuple(float(v) for v in values))
+        if 1 != len(self.low) != len(self.high) != 1:
+            raise ValueError(f"ZBox: low has {len(self.low)} values and high {len(self.high)}; give one per channel")
+        count = max(len(self.low), len(self.high))
+        for low, high in zip(_repeated(self.low, count), _repeated(self.high, count), strict=True):
+            if low > high:
+                raise ValueError(f"ZBox: low must not be above high, got {low:g} and {high:g}")
 
     def pack(self, layer: Layer) -> LayerPullback:
         channels = layer.weight.shape[1] * layer.groups
@@ -447,6 +456,10 @@ class ZBox(LayerRule):
             if count not in (1, channels):
                 raise ValueError(f"ZBox: {setting} has {count} values; the layer's input has {channels} channels")
         return _Box(self, layer)
+
+
+def _repeated(values: tuple[float, ...], count: int) -> tuple[float, ...]:
+    return values * count if len(values) == 1 else values
 
 
 class _Box(LayerPullback):

@@ -13,6 +13,7 @@ from ramp_fast.rules.composite import Composite
 from ramp_fast.rules.layer_rules import AlphaBeta, Epsilon, Flat, Gamma, LayerRule, ZBox, ZPlus
 from ramp_fast.rules.ramp import Ramp
 from ramp_fast.rules.rule import Rule
+from ramp_fast.rules.undivided import Undivided
 from ramp_fast.specs import check_flags, parse_spec
 
 
@@ -90,17 +91,22 @@ def _reslrp(*, gamma: float = 1.0, epsilon: float = 0.0) -> Rule:
     return Composite(Epsilon(epsilon), residual_gamma=gamma)
 
 
-def _gradients(activations: str) -> Callable[..., Rule]:
+def _gradients(activations: str, times_input: bool = False) -> Callable[..., Rule]:
     def make() -> Rule:
-        return Composite(Epsilon(0.0), activations=activations, times_input=False)
+        return Composite(Epsilon(0.0), activations=activations, times_input=times_input)
 
     return make
+
+
+def _smooth(*, beta_smooth: float = 10.0) -> Rule:
+    return Composite(Epsilon(0.0), activations="smooth", times_input=False, beta_smooth=beta_smooth)
 
 
 NAMED: dict[str, Named] = {
     "abslrp": Named("absLRP: shares kept at sums and products", _abslrp("kept")),
     "abslrp-release": Named("absLRP as the published package: equal shares", _abslrp("equal")),
     "attnlrp": Named("AttnLRP (Achtibat et al. 2024): LRP-0, halves at products", _attnlrp),
+    "beta-smooth": Named("gradients of ReLUs as of a softplus (Dombrowski et al. 2019), zennit's BetaSmooth", _smooth),
     "cp-lrp": Named("CP-LRP (Ali et al. 2022): attention to the values alone", _cp_lrp),
     "deconvnet": Named("DeconvNet (Zeiler and Fergus 2014): positive gradients through ReLUs", _gradients("deconvnet")),
     "dpa": Named("Dual Path Attribution (Jantsch et al. 2026): as AttnLRP, a half along each path", _attnlrp),
@@ -110,10 +116,12 @@ NAMED: dict[str, Named] = {
     "epsilon-plus": Named("zennit's EpsilonPlus: z+ in convolutions, epsilon in linear layers", _composite(ZPlus())),
     "epsilon-plus-flat": Named("zennit's EpsilonPlusFlat: the first layer flat", _composite(ZPlus(), Flat())),
     "excitation-backprop": Named("excitation backprop (Zhang et al. 2016): z+ in all layers", _excitation),
+    "gradient-x-input": Named("the gradient times the pixels (Shrikumar et al. 2016)", _gradients("gradient", True)),
     "guided-backprop": Named("guided backprop (Springenberg et al. 2015)", _gradients("guided")),
     "lrp-alpha2-beta1": Named("alpha-beta in all layers (Bach et al. 2015)", _alpha_beta),
     "lrp-epsilon": Named("epsilon in all layers (Bach et al. 2015); LRP-0 with epsilon=0", _epsilon),
     "lrp-gamma": Named("generalised gamma in all layers (Montavon et al. 2019)", _gamma),
+    "lrp-undivided": Named("no division: a reading of Relative LRP (Nyiri and Gibaru 2025); no attention", Undivided),
     "lrp-zplus": Named("z+ in all layers (Montavon et al. 2017)", _zplus),
     "ramp": Named("ours: AttnLRP with all relevance of a token to its own pixels; z+ and a signed head for CNNs", Ramp),
     "reslrp": Named("AttnLRP with a residual gamma", _reslrp),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ramp_fast import graph as g
-from ramp_fast._checks import is_number
+from ramp_fast._checks import fraction, is_number
 from ramp_fast.gemm import LinearOp
 from ramp_fast.graph import Graph, Node
 from ramp_fast.ops._common import divide
@@ -104,6 +104,9 @@ class RampHead(LayerRule):
     """
 
     share: float = 0.3
+
+    def __post_init__(self) -> None:
+        fraction("RampHead", "share", self.share)
 
     def pack(self, layer: Layer) -> LayerPullback:
         """As :meth:`LayerRule.pack`."""

@@ -60,9 +60,10 @@ class Signed(Rule):
 
     Attributes
     ----------
-    activations : {"pass", "guided", "deconvnet"}
-        Activations hand on the relevance of their output, ``c f(x) / x``; or ReLUs change the gradient as guided
-        backpropagation and DeconvNet do, and other activations have their own gradient.
+    activations : {"pass", "gradient", "guided", "deconvnet", "smooth"}
+        Activations hand on the relevance of their output, ``c f(x) / x``. Otherwise activations, norms, products and
+        attention have their gradient, but for ReLUs of guided backpropagation, of DeconvNet, and of a softplus of
+        ``beta_smooth``.
     attention : {"all", "values"}
         Half of the relevance of attention goes to the values and a quarter each to queries and keys, or all of it to
         the values.
@@ -78,6 +79,8 @@ class Signed(Rule):
         Whether BatchNorm becomes part of the layer before it.
     divides_nowhere : bool
         Whether no rule for layers divides.
+    beta_smooth : float
+        Of smooth activations: ReLUs have the gradient ``sigmoid(beta_smooth x)``.
     """
 
     activations: str = "pass"
@@ -88,6 +91,12 @@ class Signed(Rule):
     stabilizer: float = 0.0
     fold_batchnorm: bool = True
     divides_nowhere: bool = False
+    beta_smooth: float = 10.0
+
+    @property
+    def own_gradients(self) -> bool:
+        """Whether coefficients are the gradient of the network itself, but for its ReLUs."""
+        return self.activations != "pass"
 
     @abstractmethod
     def layer_rule(self, node: Node, first: bool) -> LayerRule:
@@ -125,9 +134,22 @@ class Signed(Rule):
             kind = Join
         elif node.kind == g.ACTIVATION and node.params.how == "relu" and node.params.cap == math.inf:
             kind = Relu if fusion.fused_into is None else FusedRelu
-        elif node.kind == g.ACTIVATION and self.activations != "pass":
+        elif self.own_gradients and node.kind in _WITH_GRADIENT:
             kind = AtPoint
+        if self.own_gradients and any(_is_detached(node, read) for read in node.references()):
+            raise UnsupportedModelError(
+                f"{self.name} is the network's gradient, and {node.kind} reads a statistic of the images that is a "
+                "constant to every rule; attnlrp and lrp-epsilon are defined for it"
+            )
         return kind(node, precision, fusion, self)
+
+
+_WITH_GRADIENT = frozenset({g.ACTIVATION, g.GENERIC, g.LAYER_NORM, g.GROUP_NORM, g.RMS_NORM, g.SHIFT})
+
+
+def _is_detached(node: Node, read: Node) -> bool:
+    """Whether ``node`` reads this value of the images without relevance, though it has a gradient."""
+    return not (read.constant or read.decided or read.kind == g.DECISION or read in node.operands)
 
 
 _WITHOUT_SCALES = tuple(p for p in passes.STANDARD if p is not passes.fold_channel_scales)
@@ -275,7 +297,10 @@ class Linear(Weighted[LayerPullback]):
         part = self.merged(parts, values, conservation)
         pulled = self.pullback_map(_Context(self, part, values))
         assert self.fusion.layer is not None
-        found = Relevance(pulled) if self.fusion.layer.gives_relevance else Contribution(pulled)
+        if self.fusion.layer.gives_relevance:
+            found: Contribution = Relevance(pulled)
+        else:
+            found = Contribution(pulled) if isinstance(part, Relevance) else part.moved(pulled)
         yield Flow(self.node.operands[0], found)
 
 
@@ -343,14 +368,16 @@ def _in_layout_of(c: Tensor, x: Tensor) -> Tensor:
 
 
 class Relu(Step):
-    """``[y > 0] c``; guided: also only positive ``c``; DeconvNet: positive ``c`` wherever it is."""
+    """``[y > 0] c``; guided: also only positive ``c``; DeconvNet: positive ``c`` wherever it is; smooth: a sigmoid."""
 
     def needs(self) -> list[Node]:
-        return [self.node]
+        return [self.source if self.rule.activations == "smooth" else self.node]
 
     def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
         if self.rule.activations == "deconvnet":
             return c.clamp_min(0)
+        if self.rule.activations == "smooth":
+            return self.wide(c) * (self.rule.beta_smooth * self.wide(values[self.source])).sigmoid()
         y = values[self.node]
         gated: Tensor = ops.ratio(c, y, y)  # y / y is 1, or 0 where y is
         return gated.clamp_min(0) if self.rule.activations == "guided" else gated
@@ -531,7 +558,10 @@ class Add(Operation):
 
 
 class Product(Operation):
-    """``z = a b``: half of the relevance to each; with attention to the values alone nothing to its weights."""
+    """``z = a b``: half of the relevance to each; with attention to the values alone nothing to its weights.
+
+    Of gradients all of it to each.
+    """
 
     pullback_kernel = "products"
 
@@ -551,7 +581,7 @@ class Product(Operation):
         attends = getattr(self.node.params, "role", None) == "attend"
         if attends and self.rule.attention == "values":
             return (0.0, 1.0) if _is_weights(self.node.operands[0]) else (1.0, 0.0)
-        return 0.5, 0.5
+        return (1.0, 1.0) if self.rule.own_gradients else (0.5, 0.5)
 
     def pull(self, c: Tensor, values: Values, place: int) -> Tensor:
         """``c`` of one operand, the other constant."""
@@ -609,7 +639,7 @@ class Attention(attention.Forward):
     """Half to the values, and through the softmax's Jacobian a quarter to queries and keys each; or all to the values.
 
     ``c_V = A^T c / 2``, ``c_A = c V^T / 2``, ``c_S = A (c_A - sum A c_A)``, ``c_Q = scale c_S K / 2``, ``c_K = scale
-    c_S^T Q / 2``.
+    c_S^T Q / 2``. Of gradients nothing is halved.
     """
 
     def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
@@ -619,13 +649,19 @@ class Attention(attention.Forward):
     def needs(self) -> list[Node]:
         return list(self.node.operands)
 
+    @property
+    def _shares(self) -> tuple[float, float]:
+        """Of the values, and of queries and keys each."""
+        of_values, of_scores = (1.0, 1.0) if self.rule.own_gradients else (0.5, 0.25)
+        return (of_values, of_scores) if self.rule.attention == "all" else (1.0, 0.0)
+
     def _in_one_step(self, part: Any, values: Values) -> Iterator[Flow]:
         q, k, v = (values[n] for n in self.node.operands)
         between = q.shape[1:-2]  # heads are all axes between the first and the last two
         q, k, v = (t.reshape(t.shape[0], math.prod(between), *t.shape[-2:]) for t in (q, k, v))
         c = part.c.to(self.precision.pullback)
         c = c.reshape(*c.shape[:2], q.shape[1], *c.shape[-2:])
-        of_values, of_scores = (0.5, 0.25) if self.rule.attention == "all" else (1.0, 0.0)
+        of_values, of_scores = self._shares
         pulled = ops.attention_gradient(q, k, v, c, self.node.params.scale, of_values, of_scores)
         for node, own, share in zip(self.node.operands, pulled, (of_scores, of_scores, of_values), strict=True):
             if share and not node.constant:
@@ -646,7 +682,7 @@ class Attention(attention.Forward):
         wide = self.precision.accumulate
         plain, bias = self.scores(q * p.scale, k, values)
         weights = torch.nan_to_num((plain if bias is None else plain + bias).softmax(-1)).to(wide)
-        c, halves = part.c.to(narrow), self.rule.attention == "all"
+        c, (of_values, of_scores) = part.c.to(narrow), self._shares
 
         def flow(node: Node, own: Tensor, share: float) -> Iterator[Flow]:
             if not node.constant:
@@ -655,11 +691,11 @@ class Attention(attention.Forward):
                     own = own.unflatten(2, (heads, -1)).sum(3)  # the heads of queries that share it
                 yield Flow(node, part.moved((share * own).to(part.c.dtype), copies=True))
 
-        yield from flow(value, weights.to(narrow).mT @ c, 0.5 if halves else 1.0)
-        if halves:
+        yield from flow(value, weights.to(narrow).mT @ c, of_values)
+        if of_scores:
             c_a = (c @ v.to(narrow).mT).to(wide)
             own = weights * c_a
-            c_s = ((own - weights * own.sum(-1, keepdim=True)) * (p.scale / 4)).to(narrow)
+            c_s = ((own - weights * own.sum(-1, keepdim=True)) * (p.scale * of_scores)).to(narrow)
             yield from flow(query, c_s @ k.to(narrow), 1.0)
             yield from flow(key, c_s.mT @ q.to(narrow), 1.0)
 

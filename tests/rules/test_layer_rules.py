@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ramp_fast import Engine, rules
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.rules import AlphaBeta, Composite, Epsilon, Flat, Gamma, LayerRule, SameSign, WSquare, ZBox, ZPlus
+from ramp_fast.rules.ramp import RampHead
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(3 * 6 * 6, 7),
@@ -166,6 +168,39 @@ def test_a_rule_that_gives_relevance_needs_the_images_below() -> None:
         (lambda: Epsilon(-1), "Epsilon: epsilon must be a number of at least 0, got -1"),
         (lambda: AlphaBeta(2, 0), "alpha - beta must be 1"),
         (lambda: ZBox("low", 1), "low must be a number, or one for every channel"),
+        (lambda: ZBox(2, 1), "ZBox: low must not be above high, got 2 and 1"),
+        (lambda: ZBox([0, 1, 2], 1.5), "ZBox: low must not be above high, got 2 and 1.5"),
+        (lambda: ZBox([0, 1, 2], [3, 4]), "ZBox: low has 3 values and high 2"),
+        (lambda: ZBox(0, math.nan), "high must be a number"),
+        (lambda: ZBox(0, torch.ones(3, dtype=torch.bool)), "high must be a number"),
+        (lambda: Epsilon(math.nan), "Epsilon: epsilon must be a number of at least 0, got nan"),
+        (lambda: Epsilon(True), "Epsilon: epsilon must be a number of at least 0, got True"),
+        (lambda: Epsilon(zero_bias=1), "Epsilon: zero_bias must be True or False, got 1"),
+        (lambda: ZPlus(-1e-9), "ZPlus: stabilizer must be a number of at least 0"),
+        (lambda: ZPlus(zero_bias="yes"), "ZPlus: zero_bias must be True or False"),
+        (lambda: Gamma(-0.1), "Gamma: gamma must be a number of at least 0, got -0.1"),
+        (lambda: Gamma(math.inf), "Gamma: gamma must be a number of at least 0, got inf"),
+        (lambda: Gamma(0.1, "small"), "Gamma: stabilizer must be a number"),
+        (lambda: AlphaBeta(math.nan, 1), "AlphaBeta: alpha must be a number"),
+        (lambda: AlphaBeta(0.5, -0.5), "AlphaBeta: beta must be a number of at least 0"),
+        (lambda: SameSign(zero_bias=None), "SameSign: zero_bias must be True or False"),
+        (lambda: Flat(-1), "Flat: stabilizer must be a number"),
+        (lambda: WSquare(math.nan), "WSquare: stabilizer must be a number"),
+        (lambda: RampHead(1.5), r"RampHead: share must be a number in \[0, 1\]"),
+        (lambda: rules.Ramp(0), "Ramp: temperature must be a positive number, got 0"),
+        (lambda: rules.Ramp("hot"), "Ramp: temperature must be a positive number, got 'hot'"),
+        (lambda: rules.AbsLRP(math.nan), "stabilizer must be a number that is not negative, got nan"),
+        (lambda: rules.AbsLRP(shares="kep"), 'shares must be "kept" or "equal", got \'kep\''),
+        (lambda: rules.AbsLRP(maxpool=None), "maxpool must be"),
+        (lambda: rules.AbsLRP(fold_batchnorm=1), "fold_batchnorm must be True or False"),
+        (lambda: Composite(first={"liner": Flat()}), "first: 'liner' is no kind of layer.*did you mean 'linear'"),
+        (lambda: Composite({"conv": "zplus"}), "layers must map names to rules"),
+        (lambda: Composite(attention="value"), "attention must be one of .*got 'value'"),
+        (lambda: Composite(residual_gamma=-1), "residual_gamma must be a number that is not negative"),
+        (lambda: Composite(stabilizer=math.nan), "stabilizer must be a number that is not negative, got nan"),
+        (lambda: Composite(beta_smooth=0), "beta_smooth must be a positive number, got 0"),
+        (lambda: Composite(times_input=1), "times_input must be True or False"),
+        (lambda: Composite(fold_batchnorm="no"), "fold_batchnorm must be True or False"),
         (lambda: Composite({"convs": ZPlus()}), "'convs' is no kind of layer.*did you mean 'conv'"),
         (lambda: Composite(by_name={"fc": 1}), "by_name must map names to rules"),
         (lambda: Composite(activations="pas"), "activations must be one of"),
@@ -173,11 +208,47 @@ def test_a_rule_that_gives_relevance_needs_the_images_below() -> None:
         (lambda: rules.resolve("lrp-epsilon:epsilom=1"), "unknown setting 'epsilom'.*did you mean 'epsilon'"),
         (lambda: rules.resolve("guided-backprop:x=1"), "it has no settings"),
         (lambda: rules.resolve("epsilon-gamma-box"), "needs low and high"),
+        (lambda: rules.resolve("epsilon-gamma-box:low=1,high=-1"), "low must not be above high"),
+        (lambda: rules.resolve("attnlpr"), "unknown rule 'attnlpr'.*did you mean 'attnlrp'"),
+        (lambda: rules.resolve("epsilon_plus_flat"), "unknown rule.*did you mean 'epsilon-plus-flat'"),
+        (lambda: rules.resolve("lrp-gamma:gama=1"), "unknown setting 'gama'.*did you mean 'gamma'.*it takes gamma"),
+        (lambda: rules.resolve("lrp-gamma:gamma=much"), "gamma must be a number of at least 0, got 'much'"),
+        (lambda: rules.resolve("lrp-gamma:gamma"), "'gamma' is not key=value"),
+        (lambda: rules.resolve("lrp-alpha2-beta1:alpha=3"), "alpha - beta must be 1, got 3 - 1"),
+        (lambda: rules.resolve("ramp:temperature=-1"), "temperature must be a positive number"),
+        (lambda: rules.resolve("beta-smooth:beta_smooth=none"), "beta_smooth must be a positive number, got None"),
+        (lambda: rules.resolve("lrp-undivided:gamma=1"), "it has no settings"),
     ],
 )
 def test_bad_settings(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("rule", ["attnlpr", "lrp-gamma:gama=0.1", "lrp-epsilon:epsilon=nan"])
+def test_an_engine_says_so_before_it_captures(rule: str) -> None:
+    class Unused(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("called")
+
+    with pytest.raises(ValueError, match=r"did you mean|must be a number"):
+        Engine(Unused().eval(), rule, input_shape=(3, 6, 6))
+
+
+@pytest.mark.parametrize(("pattern", "like"), [("layer4.0.conv", "layer4.0.conv1"), ("layr4.*", "layer4.0.conv1")])
+def test_a_pattern_that_fits_no_layer_names_the_nearest(pattern: str, like: str) -> None:
+    from small_models import FAMILIES
+
+    with pytest.raises(InputError, match=rf"by_name: .* fits no .*\(did you mean '{like}'"):
+        Engine(FAMILIES["resnet"](), Composite(by_name={pattern: ZPlus()}), input_shape=(3, 16, 16))
+
+
+def test_wrong_types() -> None:
+    for value in (None, 3, Epsilon):
+        with pytest.raises(TypeError, match="rule must be a name or a rule object"):
+            rules.resolve(value)
+    with pytest.raises(TypeError, match="label must be text"):
+        Composite(label=3)
 
 
 def test_names_say_the_settings() -> None:

@@ -13,6 +13,7 @@ from small_models import FAMILIES, images
 from torch import Tensor, nn
 
 from ramp_fast import Engine, rules
+from ramp_fast.errors import UnsupportedModelError
 
 ORACLES: dict[str, Callable[[], oracle.Modified]] = {
     "attnlrp": lambda: oracle.Modified(),
@@ -85,6 +86,7 @@ ZENNIT = {
     "excitation-backprop": ("excitation_backprop", {}),
     "guided-backprop": ("guided_backprop", {}),
     "deconvnet": ("deconvnet", {}),
+    "beta-smooth:beta_smooth=3": ("beta_smooth", {"beta_smooth": 3.0}),
 }
 
 
@@ -112,7 +114,7 @@ def test_composites_are_zennit_s(name: str, rule: str) -> None:
             module.eps = 1e-30  # zennit 0.5 leaves it in the BatchNorm that it has merged, and so scales layers
     x = images(2, size=64).double()
     known, options = ZENNIT[rule]
-    gradients = rule in ("guided-backprop", "deconvnet")
+    gradients = rule.startswith(("guided-backprop", "deconvnet", "beta-smooth"))
     canonizer = (ResNetCanonizer if name == "resnet18" else VGGCanonizer)()
     composite = COMPOSITES[known](canonizers=[canonizer], **options)
     seed = torch.eye(10, dtype=torch.float64)[[3, 7]]
@@ -126,6 +128,58 @@ def test_composites_are_zennit_s(name: str, rule: str) -> None:
     found = Engine(model, rule, "float64").attribute(x, given, "none", "none").maps
     assert expected.abs().max() > 0
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rule", ["gradient-x-input", "guided-backprop", "beta-smooth"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_are_the_network_s_own(name: str, rule: str) -> None:
+    """Norms, products and attention have their whole gradient; the others change that of ReLUs alone."""
+    model, x = network(name)
+    seed = torch.randn(2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+    def changed(module: nn.Module, grads: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        (before,) = module.inputs
+        return (
+            (outputs[0].clamp(min=0) * (before > 0),)
+            if rule == "guided-backprop"
+            else (outputs[0] * (10 * before).sigmoid(),)
+        )
+
+    handles = []
+    if rule != "gradient-x-input":
+        for module in model.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False
+                handles += [
+                    module.register_forward_pre_hook(lambda m, inputs: setattr(m, "inputs", (inputs[0].detach(),))),
+                    module.register_full_backward_hook(changed),
+                ]
+    given = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad((model(given) * seed).sum(), given)
+    for handle in handles:
+        handle.remove()
+    expected = expected * x if rule == "gradient-x-input" else expected
+    found = Engine(network(name)[0], rule, "float64").attribute(x, seed, "none", "none").maps
+    assert (found - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
+class DividedByNorm(nn.Module):
+    """A division by a statistic that is no norm of the vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(1)
+        return self.head(y / (1 + y.abs().amax(1, keepdim=True)))
+
+
+@pytest.mark.parametrize("rule", ["gradient-x-input", "guided-backprop", "deconvnet", "beta-smooth"])
+def test_gradients_of_detached_statistics_are_refused(rule: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{rule} is the network's gradient, and div reads a statistic"):
+        Engine(DividedByNorm().eval(), rule, input_shape=(3, 2, 2))
+    Engine(DividedByNorm().eval(), "attnlrp", input_shape=(3, 2, 2))
 
 
 def test_contrast_is_a_signed_seed() -> None:
@@ -155,6 +209,10 @@ def test_every_rule_on_every_network(name: str, rule: str) -> None:
     """Finite, and the same for an image alone and beside others, to the last bit."""
     spec = f"{rule}:low=-3,high=3" if rule == "epsilon-gamma-box" else rule
     model, x = network(name)
+    if rule == "lrp-undivided" and name not in ("resnet", "vgg", "efficientnet"):
+        with pytest.raises(UnsupportedModelError, match="lrp-undivided is for networks of layers"):
+            Engine(model.float(), spec, input_shape=tuple(x.shape[1:]))
+        return
     engine = Engine(model.float(), spec)
     found = engine.attribute(x.float(), torch.tensor([3, 7])).maps
     assert found.isfinite().all()
