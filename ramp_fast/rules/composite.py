@@ -129,12 +129,13 @@ class Composite(Signed):
             A name of ``by_name`` fits no layer.
         """
         modules = sorted({node.module for node in graph.nodes if node.kind in g.WEIGHTED})
+        patterns = [f"{'.'.join(m.split('.')[:depth])}.*" for m in modules for depth in range(1, m.count(".") + 1)]
         for pattern, rule in self.by_name:
             if not fnmatch.filter(modules, pattern):
                 some = ", ".join(modules[:5]) + (", ..." if len(modules) > 5 else "")
                 raise InputError(
                     f"by_name: {pattern!r}, for {rule}, fits no linear layer or convolution of this model"
-                    f"{nearest(pattern, modules)}; there are {some}"
+                    f"{nearest(pattern, modules + patterns)}; there are {some}"
                 )
         return super().fuse(graph, precision)
 

@@ -104,7 +104,7 @@ def _wide(t: Tensor) -> torch.dtype:
 def _times_power(c: Tensor, power: Tensor, axis: BatchAxis) -> Tensor:
     """``2**power c``, of powers ``[maps, B]`` and samples along ``axis`` of every map; exact, but for underflow."""
     power = power.clamp(-200, 126)  # no infinity, which would make NaN of zeros
-    factor = torch.ldexp(torch.ones((), dtype=_wide(c), device=c.device), power).to(c.dtype)
+    factor = torch.ldexp(torch.ones_like(power, dtype=_wide(c)), power).to(c.dtype)
     along = factor[:, None, :, None].expand(-1, axis.outer, -1, axis.inner).flatten(1)
     return c * along.view(len(c), *[1] * axis.axis, -1, *[1] * (c.dim() - axis.axis - 2))
 

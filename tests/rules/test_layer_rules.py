@@ -235,7 +235,10 @@ def test_an_engine_says_so_before_it_captures(rule: str) -> None:
         Engine(Unused().eval(), rule, input_shape=(3, 6, 6))
 
 
-@pytest.mark.parametrize(("pattern", "like"), [("layer4.0.conv", "layer4.0.conv1"), ("layr4.*", "layer4.0.conv1")])
+@pytest.mark.parametrize(
+    ("pattern", "like"),
+    [("layer4.0.conv", r"layer4\.0\.conv[12]"), ("layr4.*", r"layer4\.\*"), ("layer4", r"layer4\.\*")],
+)
 def test_a_pattern_that_fits_no_layer_names_the_nearest(pattern: str, like: str) -> None:
     from small_models import FAMILIES
 
