@@ -170,8 +170,9 @@ def _decisions(rule: Signed, graph: Graph, precision: Precision) -> Mapping[Node
         if node.kind in g.WEIGHTED:
             first = not under & g.WEIGHTED
             fusion.layer = rule.layer_rule(node, first)
-            if fusion.layer.gives_relevance and not under <= PASSES_RELEVANCE:
-                kinds = ", ".join(sorted(under - PASSES_RELEVANCE))
+            passing = PASSES_RELEVANCE if rule.own_gradients else PASSES_RELEVANCE | {g.ACTIVATION, g.GENERIC}
+            if fusion.layer.gives_relevance and not under <= passing:
+                kinds = ", ".join(sorted(under - passing))
                 raise UnsupportedModelError(
                     f"{rule.name}: {node.module or node.name} follows {fusion.layer}, which gives relevance to what "
                     f"the layer reads, and between it and the images there is {kinds}, which takes coefficients only"
@@ -377,7 +378,8 @@ class Relu(Step):
         if self.rule.activations == "deconvnet":
             return c.clamp_min(0)
         if self.rule.activations == "smooth":
-            return self.wide(c) * (self.rule.beta_smooth * self.wide(values[self.source])).sigmoid()
+            slope: Tensor = (self.rule.beta_smooth * self.wide(values[self.source])).sigmoid()
+            return self.wide(c) * slope
         y = values[self.node]
         gated: Tensor = ops.ratio(c, y, y)  # y / y is 1, or 0 where y is
         return gated.clamp_min(0) if self.rule.activations == "guided" else gated
@@ -735,8 +737,13 @@ class Choice(Operation):
             yield Flow(operand, part.moved(own.to(part.c.dtype), copies=True))
 
 
-PASSES_RELEVANCE = frozenset({g.REARRANGE, g.SPLIT, g.SPLIT_OUTPUT, g.SCALE, g.ADD, g.BATCH_NORM, g.SELECT_TOKENS})
-"""Kinds that hand relevance on from their output to their input, where it does not come as coefficients."""
+PASSES_RELEVANCE = frozenset(
+    {g.REARRANGE, g.SPLIT, g.SPLIT_OUTPUT, g.SCALE, g.DIV, g.ADD, g.BATCH_NORM, g.SELECT_TOKENS, g.MAX_POOL, g.CHOICE}
+)
+"""Kinds that hand relevance on from their output to their input, where it does not come as coefficients.
+
+So do activations, but for those of gradients.
+"""
 
 TABLE: dict[str, type[Operation]] = {
     g.LINEAR: Linear,

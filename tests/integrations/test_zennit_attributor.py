@@ -93,8 +93,8 @@ def test_names_of_both() -> None:
 
 
 def test_what_is_not_known_is_refused() -> None:
-    with pytest.raises(ValueError, match="ReLUBetaSmooth has no counterpart"):
-        rule_of(composites.BetaSmooth())
+    with pytest.raises(ValueError, match=r"Norm has no counterpart here; known for ReLUs.*ReLUBetaSmooth"):
+        rule_of(composites.LayerMapComposite([(nn.ReLU, hooks.Norm())], canonizers=MERGED))
     with pytest.raises(ValueError, match="a function as stabilizer"):
         rule_of(composites.EpsilonPlus(epsilon=lambda z: z + 1, canonizers=MERGED))
     with pytest.raises(ValueError, match="Pass has no counterpart"):

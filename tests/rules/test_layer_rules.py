@@ -151,6 +151,17 @@ def test_relevance_goes_through_a_normalisation() -> None:
     torch.testing.assert_close(corner, (found.logits[:, 3] / 4).view(2, 1, 1).expand(2, 2, 2))
 
 
+def test_relevance_goes_through_activations_and_max_pools() -> None:
+    """All of an activation's goes to its input, a pool's to the entry that was chosen."""
+    conv = nn.Conv2d(3, 2, 2, bias=False)
+    model = nn.Sequential(nn.MaxPool2d(2), nn.GELU(), conv, nn.Flatten()).double().eval()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    found = Engine(model, Composite(first=Flat(0.0)), "float64", input_shape=(3, 4, 4)).attribute(x, 1, "none", "none")
+    largest = x == nn.functional.max_pool2d(x, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    expected = largest * (found.logits[:, 1] / 12).view(2, 1, 1, 1)
+    torch.testing.assert_close(found.maps, expected)
+
+
 def test_relevance_does_not_go_through_a_sum_of_tensors() -> None:
     with pytest.raises(UnsupportedModelError, match=r"conv follows Flat.*sum of tensors"):
         Engine(Normalised(True).eval(), Composite(first=Flat()), input_shape=(1, 3, 3))
@@ -158,7 +169,7 @@ def test_relevance_does_not_go_through_a_sum_of_tensors() -> None:
 
 def test_a_rule_that_gives_relevance_needs_the_images_below() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten()).eval()
-    with pytest.raises(UnsupportedModelError, match=r"2 follows Flat.*activation"):
+    with pytest.raises(UnsupportedModelError, match=r"2 follows Flat.*there is conv,"):
         Engine(model, Composite(by_name={"2": Flat()}), input_shape=(3, 6, 6))
 
 

@@ -86,7 +86,6 @@ ZENNIT = {
     "excitation-backprop": ("excitation_backprop", {}),
     "guided-backprop": ("guided_backprop", {}),
     "deconvnet": ("deconvnet", {}),
-    "beta-smooth:beta_smooth=3": ("beta_smooth", {"beta_smooth": 3.0}),
 }
 
 
@@ -114,7 +113,7 @@ def test_composites_are_zennit_s(name: str, rule: str) -> None:
             module.eps = 1e-30  # zennit 0.5 leaves it in the BatchNorm that it has merged, and so scales layers
     x = images(2, size=64).double()
     known, options = ZENNIT[rule]
-    gradients = rule.startswith(("guided-backprop", "deconvnet", "beta-smooth"))
+    gradients = rule in ("guided-backprop", "deconvnet")
     canonizer = (ResNetCanonizer if name == "resnet18" else VGGCanonizer)()
     composite = COMPOSITES[known](canonizers=[canonizer], **options)
     seed = torch.eye(10, dtype=torch.float64)[[3, 7]]
@@ -128,6 +127,27 @@ def test_composites_are_zennit_s(name: str, rule: str) -> None:
     found = Engine(model, rule, "float64").attribute(x, given, "none", "none").maps
     assert expected.abs().max() > 0
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_beta_smooth_is_zennit_s() -> None:
+    """Of ReLUs that are called once and not in place: zennit keeps one input per module, and reads it afterwards."""
+    pytest.importorskip("zennit")
+    from zennit.attribution import Gradient
+    from zennit.composites import BetaSmooth
+
+    from ramp_fast.integrations.zennit import rule_of
+
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 10)
+    model, x = nn.Sequential(*layers).double().eval(), images(2, size=8).double()
+    composite, seed = BetaSmooth(beta_smooth=3.0), torch.eye(10, dtype=torch.float64)[[3, 7]]
+    with Gradient(model, composite) as attributor:
+        _, expected = attributor(x.clone(), seed)
+    with pytest.warns(UserWarning, match="no canonizers"):
+        read = rule_of(composite)
+    for rule in ("beta-smooth:beta_smooth=3", read):
+        found = Engine(model, rule, "float64", input_shape=(3, 8, 8)).attribute(x, seed, "none", "none").maps
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("rule", ["gradient-x-input", "guided-backprop", "beta-smooth"])
