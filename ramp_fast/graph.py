@@ -102,6 +102,28 @@ class BatchAxis:
         """Whether the tensor is already batch-major, so that ``reshape(batch, -1)`` separates the samples."""
         return self.axis == 0 and self.outer == 1
 
+    def samples_first(self, t: torch.Tensor, batch: int, lead: int = 1) -> torch.Tensor:
+        """``t`` ``[*lead, *shape]`` with its samples in the axis behind the leading ones.
+
+        What shares the axis with the samples, as windows of an image may, has an axis of its own behind theirs.
+        """
+        if self.leading and self.inner == 1:
+            return t
+        at = lead + self.axis
+        split: torch.Tensor = t.unflatten(at, (self.outer, batch, self.inner))
+        t = split.movedim(at + 1, lead).flatten(at + 1, at + 2)
+        return t if self.outer * self.inner > 1 else t.squeeze(at + 1)
+
+    def samples_back(self, t: torch.Tensor, lead: int = 1) -> torch.Tensor:
+        """The inverse of :meth:`samples_first`."""
+        if self.leading and self.inner == 1:
+            return t
+        at = lead + self.axis
+        if self.outer * self.inner == 1:
+            t = t.unsqueeze(at + 1)
+        split: torch.Tensor = t.unflatten(at + 1, (self.outer, self.inner))
+        return split.movedim(lead, at + 1).flatten(at, at + 2)
+
 
 @dataclass(eq=False)
 class Node:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ramp_fast import graph as g
 from ramp_fast import ops
-from ramp_fast.errors import UnsupportedModelError
+from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import BatchAxis, Graph, Node
 from ramp_fast.ops._common import divide
@@ -88,13 +88,14 @@ class Exponents(Conservation):
         """As :meth:`Conservation.exact`."""
         return self.scaled(part, axis)
 
-    def finish(
-        self, images: Tensor, part: Any, axis: BatchAxis, dtype: torch.dtype, relevance: Callable[..., Tensor]
+    def within(
+        self, x: Tensor, part: Any, axis: BatchAxis, dtype: torch.dtype, relevance: Callable[..., Tensor]
     ) -> Tensor:
-        """As :meth:`Conservation.finish`, scaled to a largest absolute value of 1."""
-        maps = relevance(self.scaled(part, axis).c.to(dtype), images.to(dtype))
-        largest = maps.abs().flatten(2).amax(2)
-        return maps / torch.where(largest > 0, largest, 1).view(*largest.shape, *[1] * (maps.dim() - 2))
+        """As :meth:`Conservation.within`, scaled to a largest absolute value of 1, in inner layers too."""
+        maps = relevance(self.scaled(part, axis).c.to(dtype), x.to(dtype))
+        samples = axis.samples_first(maps, self.batch)
+        largest = samples.abs().flatten(2).amax(2).view(*samples.shape[:2], *[1] * (samples.dim() - 2))
+        return axis.samples_back(samples / torch.where(largest > 0, largest, 1))
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -130,6 +131,10 @@ class Undivided(Signed):
     def name(self) -> str:
         """What Engine takes."""
         return "lrp-undivided"
+
+    def check_balance(self) -> None:
+        """As :meth:`ramp_fast.rules.Rule.check_balance`: relevance grows from layer to layer."""
+        raise InputError("check_conservation: lrp-undivided multiplies relevance by the outputs of layers")
 
     def for_graph(self, graph: Graph) -> Rule:
         """As :meth:`ramp_fast.rules.Rule.for_graph`."""

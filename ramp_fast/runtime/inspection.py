@@ -11,33 +11,9 @@ from torch import Tensor
 
 from ramp_fast import graph as g
 from ramp_fast.capture.observe import names_by_node
-from ramp_fast.graph import BatchAxis, Node
+from ramp_fast.graph import Node
 from ramp_fast.plan import Plan, Step
 from ramp_fast.rules.base import Flow, Values
-
-
-def samples_first(t: Tensor, axis: BatchAxis, batch: int, lead: int = 1) -> Tensor:
-    """``t`` ``[*lead, *shape]`` with its samples in the axis behind the leading ones.
-
-    An axis that has other things beside the samples (windows of an image, for example) keeps these.
-    """
-    if axis.leading and axis.inner == 1:
-        return t
-    at = lead + axis.axis
-    split: Tensor = t.unflatten(at, (axis.outer, batch, axis.inner))
-    t = split.movedim(at + 1, lead).flatten(at + 1, at + 2)
-    return t if axis.outer * axis.inner > 1 else t.squeeze(at + 1)
-
-
-def samples_back(t: Tensor, axis: BatchAxis, lead: int = 1) -> Tensor:
-    """The inverse of :func:`samples_first`."""
-    if axis.leading and axis.inner == 1:
-        return t
-    at = lead + axis.axis
-    if axis.outer * axis.inner == 1:
-        t = t.unsqueeze(at + 1)
-    split: Tensor = t.unflatten(at + 1, (axis.outer, axis.inner))
-    return split.movedim(lead, at + 1).flatten(at, at + 2)
 
 
 @dataclass
@@ -120,9 +96,8 @@ class Inspection:
 
     def _of_samples(self, node: Node, part: Any, values: Values, conservation: Any) -> Tensor:
         wide, rule = self.plan.precision.accumulate, self.plan.rule
-        return samples_first(
-            conservation.within(values[node], part, node.batch, wide, rule.relevance), node.batch, self.batch
-        )
+        relevance = conservation.within(values[node], part, node.batch, wide, rule.relevance)
+        return node.batch.samples_first(relevance, self.batch)
 
     def _total(self, node: Node, part: Any, values: Values, conservation: Any) -> Tensor:
         return self._of_samples(node, part, values, conservation).flatten(2).sum(-1, dtype=torch.float64)
@@ -130,7 +105,7 @@ class Inspection:
     def _spread(self, mask: Tensor, c: Tensor, node: Node) -> Tensor:
         """Masks ``[K, *shape]`` in the layout of the coefficients of ``node``, whose maps they are for in turn."""
         mask = mask.to(c.device).repeat(c.shape[0] // len(mask), *[1] * (mask.dim() - 1))
-        return samples_back(mask.unsqueeze(1).expand(-1, self.batch, *mask.shape[1:]), node.batch)
+        return node.batch.samples_back(mask.unsqueeze(1).expand(-1, self.batch, *mask.shape[1:]))
 
 
 def _balances(step: Step) -> bool:
@@ -185,6 +160,6 @@ class Balance:
 
 
 def shape_of_sample(plan: Plan, node: Node) -> tuple[int, ...]:
-    """Shape of one sample of a node's value, as :func:`samples_first` has it."""
+    """Shape of one sample of a node's value, as :meth:`BatchAxis.samples_first` has it."""
     like = torch.empty(node.example, device="meta")
-    return tuple(samples_first(like, node.batch, plan.graph.input.example[0], 0).shape[1:])
+    return tuple(node.batch.samples_first(like, plan.graph.input.example[0], 0).shape[1:])

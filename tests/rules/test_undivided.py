@@ -108,15 +108,13 @@ class Branches(nn.Module):
 
 @pytest.mark.parametrize("name", ["resnet", "vgg", "branches"])
 def test_maps_are_those_of_modified_autograd(name: str) -> None:
-    from test_signed import _folded
-
     torch.manual_seed(1)
     model = (Branches().eval() if name == "branches" else FAMILIES[name]()).double()
     x = images(2).double()
     engine = Engine(model, "lrp-undivided", "float64", input_shape=(3, 16, 16))
     seed = torch.randn(2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     found = engine.attribute(x, seed, "none", "none")
-    expected = oracle.relevance(_folded(model), x, seed / found.logits, oracle.Modified(undivided))
+    expected = oracle.relevance(oracle.folded(model), x, seed / found.logits, oracle.Modified(undivided))
     expected = expected / expected.abs().flatten(1).amax(1).view(-1, 1, 1, 1)
     assert (found.maps - expected).abs().max() < 1e-8
 

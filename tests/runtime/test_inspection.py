@@ -307,6 +307,20 @@ def test_conservation_says_what_biases_keep() -> None:
     assert "3       linear" in str(balance)
 
 
+def test_layers_and_conditions_of_the_rule_without_divisions() -> None:
+    model, x, layers = network("resnet")
+    engine = Engine(model, "lrp-undivided", "float64")
+    found = engine.attribute(x, 3, "none", layers=layers)
+    assert torch.equal(found.maps, engine.attribute(x, 3, "none").maps)
+    assert all(torch.allclose(r.abs().flatten(1).amax(1), r.new_ones(2)) for r in found.layers.values())
+    largest = int(found.layers["layer3"].abs().amax((0, 2, 3)).argmax())
+    part = engine.attribute(x, 3, "none", condition={"layer3": largest}, layers=["layer3"]).layers["layer3"]
+    assert part[:, largest].abs().amax() == 1
+    assert part[:, torch.arange(part.shape[1]) != largest].abs().amax() == 0
+    with pytest.raises(InputError, match="multiplies relevance"):
+        engine.attribute(x, 3, check_conservation=True)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_conservation_adds_up_from_the_logits_to_the_pixels(name: str) -> None:
     model, x, layers = network(name)
