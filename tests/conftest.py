@@ -18,6 +18,7 @@ OWN_EXPORTS = {
     "test_patched",
     "test_preserve",
     "test_batch_axes",
+    "test_batch_branches",
     "test_vocabulary",
     "test_written_out",
 }

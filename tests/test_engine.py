@@ -1007,6 +1007,61 @@ def test_models_that_are_no_classifiers(function: Callable[[Tensor], Any], words
         Engine(Returns(function).eval(), input_shape=(3, SIZE, SIZE))
 
 
+def test_nothing_is_printed_about_a_model_that_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    """The exporter prints its graph where a forward pass decides by values."""
+    model = Returns(lambda x: x.flatten(1) if x.mean() > 0 else -x.flatten(1)).eval()
+    with pytest.raises(UnsupportedModelError, match="decides by values"):
+        Engine(model, input_shape=(3, SIZE, SIZE))
+    assert capfd.readouterr() == ("", "")
+
+
+HEADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda y: y.log_softmax(1) + (2 * y).log_softmax(1),
+    "mean": lambda y: (y.log_softmax(1) + (2 * y).log_softmax(1)) / 2,
+    "stack": lambda y: torch.stack([y.log_softmax(1), (2 * y).log_softmax(1)]).mean(0),
+    "log of mean": lambda y: torch.log(0.5 * y.softmax(1) + 0.5 * (2 * y).softmax(1)),
+    "logarithms of single probabilities": nn.functional.logsigmoid,
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_means_of_log_probabilities_are_refused_or_signed(name: str) -> None:
+    """absLRP gives relevance to positive summands; of these none is."""
+    model = Returns(lambda x: HEADS[name](x.mean(3).flatten(1) + 3)).eval()
+    with pytest.raises(UnsupportedModelError, match=r"log-probabilities(.|\n)*maps? would be zero"):
+        Engine(model, input_shape=(3, SIZE, SIZE))
+    a = Engine(model, "lrp-epsilon", precision="float32").attribute(images())
+    torch.testing.assert_close(a.logits, model(images()).detach())
+    assert float(a.maps.abs().amax()) == 1.0
+
+
+def test_means_of_probabilities_are_explained() -> None:
+    model = Returns(lambda x: ((y := x.mean(3).flatten(1)).softmax(1) + (2 * y).softmax(1)) / 2).eval()
+    a = Engine(model, precision="float32").attribute(images())
+    torch.testing.assert_close(a.logits, model(images()).detach())
+    assert float(a.maps.abs().amax()) == 1.0
+
+
+@pytest.mark.parametrize("precision", ["mixed", "float32", "float64"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_classes_that_are_one_have_no_contrast(name: str, precision: str) -> None:
+    """P and N are equal but for rounding: it must not be scaled to a map. Beside that class there is another one."""
+    model, x = FAMILIES[name](), images()
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    with torch.no_grad():
+        head.weight.copy_(head.weight[0].clone())
+        head.bias.copy_(head.bias[0].clone())
+    for rule in ("abslrp", "abslrp-release"):
+        engine = Engine(model, rule, precision)
+        for normalize in ("max", "sum", "none"):
+            assert not bool(engine.attribute(x, 1, normalize=normalize).maps.any())
+        assert float(engine.attribute(x, 1, "none").maps.abs().amax()) == 1.0
+    with torch.no_grad():
+        head.weight[2, ::2] *= 1.01
+    maps = Engine(model, precision=precision).attribute(x, 2).maps
+    assert bool((maps.abs().amax((1, 2, 3)) == 1.0).all())
+
+
 def test_one_class_has_no_others() -> None:
     engine = Engine(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 1)).eval())
     with pytest.raises(InputError, match="two classes"):

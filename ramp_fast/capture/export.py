@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from ramp_fast import graph as g
 from ramp_fast.capture.batch_axes import EXAMPLE_BATCH, locate_samples
-from ramp_fast.capture.exporter import first_line, known_size, quiet
+from ramp_fast.capture.batch_branches import BatchBranches, Branch
+from ramp_fast.capture.exporter import first_line, known_size, quiet, source_line, unprinted
 from ramp_fast.capture.known_values import KnownValues
 from ramp_fast.capture.preserve import preserved, user_hooks, watched_hooks, without_hooks
 from ramp_fast.capture.translate import NeedsFunctionalForm, SizesFromValues, translate
@@ -53,7 +54,8 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
     with torch.no_grad(), preserved(model):
         hooked = _hooks_matter(model, image_shape)
         with nullcontext() if hooked else without_hooks(model):
-            exported = _export(model, image_shape)
+            with BatchBranches() as decided:
+                exported = _export(model, image_shape)
             try:
                 graph = _graph(exported, strict)
             except SizesFromValues:
@@ -61,9 +63,12 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
                     graph = _graph(_export_one(model, image_shape), strict)
                 except SizesFromValues as error:
                     raise UnsupportedModelError(str(error)) from None
-            if static_batch(graph) is not None:
-                _check_alone(model, image_shape, strict)
+            _check_batches(model, image_shape, strict, static_batch(graph), decided.branches())
     return graph
+
+
+# Of a model that takes images one at a time it is not known by which sizes it decides: an even one, an odd one, a large one.
+STATIC_SIZES = (EXAMPLE_BATCH, EXAMPLE_BATCH + 1, 17)
 
 
 class Exported(NamedTuple):
@@ -157,21 +162,47 @@ def _close(a: Any, b: Any) -> bool:
     return torch.allclose(a, b, rtol=0, atol=torch.finfo(a.dtype).eps ** 0.5 * size, equal_nan=True)
 
 
-def _check_alone(model: torch.nn.Module, image_shape: tuple[int, int, int], strict: bool) -> None:
-    """Of a model that was captured for one image: the image must get the same logits beside another one."""
-    images = _example(model, EXAMPLE_BATCH, image_shape, noise=True)
-    try:
-        together = _results(model, images)
-    except Exception:
-        return  # it takes images one at a time, as the engine will give them
-    alone = zip(*(_results(model, image) for image in images.split(1)), strict=True)
-    if all(_close(torch.cat(parts), whole) for parts, whole in zip(alone, together, strict=True)):
+def _check_batches(
+    model: torch.nn.Module, image_shape: tuple[int, int, int], strict: bool, static: int | None, branches: list[Branch]
+) -> None:
+    """An image must get the same logits in batches of other sizes: the graph is the model for one size.
+
+    Whether a model computes something else for other sizes is looked at where it decides by them (``branches``), and
+    where it was captured for one image (``static``): then nobody has seen what it does with sizes.
+    """
+    places = {size: branch.place for branch in reversed(branches) for size in branch.sizes}
+    sizes = sorted({*places, *(STATIC_SIZES if static is not None else ())})
+    if not sizes:
         return
-    _graph(_exported(model, EXAMPLE_BATCH, image_shape, symbolic=False), strict)  # names the operation, if one mixes
-    raise UnsupportedModelError(
-        f"{type(model).__name__} gives an image other logits in a batch of {EXAMPLE_BATCH} than alone: a map would "
-        "depend on the images beside it. Does its forward pass use the size of the batch?"
-    )
+    captured = static or EXAMPLE_BATCH
+    images = _example(model, -(-sizes[-1] // captured) * captured, image_shape, noise=True)
+    parts: list[list[torch.Tensor]] = []  # of the results, as far as they are needed
+    for size in sizes:
+        try:
+            together = _logits(model, images[:size])
+            while len(parts) * captured < size:
+                start = len(parts) * captured
+                parts.append(_logits(model, images[start : start + captured]))
+        except Exception:
+            continue  # it does not take so many
+        apart = (torch.cat(several)[:size] for several in zip(*parts, strict=True))
+        if all(_close(a, b) for a, b in zip(apart, together, strict=True)):
+            continue
+        if static is not None and size == EXAMPLE_BATCH:  # this names the operation, if one mixes
+            _graph(_exported(model, EXAMPLE_BATCH, image_shape, symbolic=False), strict)
+        beside = "alone" if captured == 1 else f"in one of {captured}"
+        reason = "Does its forward pass use the size of the batch?"
+        if size in places:
+            reason = f"Its forward pass decides by the size of the batch ({places[size]})."
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives an image other logits in a batch of {size} than {beside}: a map would "
+            f"depend on the images beside it. {reason}"
+        )
+
+
+def _logits(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a model returns for images, which stay what they are."""
+    return [r for r in _results(model, images.clone()) if isinstance(r, torch.Tensor)]
 
 
 def _check_outputs(program: torch.export.ExportedProgram) -> None:
@@ -249,7 +280,7 @@ def _exported(
             shapes = (shapes,)
     images = _example(model, batch, image_shape)
     known = KnownValues(model)
-    with quiet(), known:
+    with quiet(), unprinted(), known:
         program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
     return Exported(program, known.read)
 
@@ -316,7 +347,7 @@ def _place(error: BaseException) -> str:
     """The line of the model that an error of the exporter comes from, if it is known."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename.replace("\\", "/")]
     frames = [f for f in frames if Path(f.filename).parent != Path(__file__).parent]
-    return f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name}: {frames[-1].line})" if frames else ""
+    return f" ({source_line(frames[-1].filename, frames[-1].lineno or 0)})" if frames else ""
 
 
 def _images_of(program: torch.export.ExportedProgram) -> torch.Tensor:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import linecache
 import logging
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+
+try:
+    from torch.export import _trace
+except ImportError:  # a private module, which needs not be there
+    _trace = None  # type: ignore[assignment]
 
 _CHATTY = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
@@ -29,6 +36,20 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextmanager
+def unprinted() -> Iterator[None]:
+    """Keep the exporter from printing the graph so far on standard error, as it does where a model decides by values.
+
+    It gets a ``print`` of its own: what others print meanwhile, the model among them, is printed.
+    """
+    names = {} if _trace is None else vars(_trace)
+    names["print"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        names.pop("print", None)
+
+
 def known_size(size: int | torch.SymInt) -> int | None:
     """A size that the exporter took for fixed, if it did: then it may still come as a symbol."""
     return size if isinstance(size, int) else size.node.maybe_as_int()
@@ -37,6 +58,11 @@ def known_size(size: int | torch.SymInt) -> int | None:
 def first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def source_line(file: str, line: int) -> str:
+    """A line of source, in words."""
+    return f"line {line} of {Path(file).name}: {linecache.getline(file, line).strip()}"
 
 
 class _Turns:

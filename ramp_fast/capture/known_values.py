@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -15,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 _READS = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__}
+_PLACES = {torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.where}
+_INDEXED = {Tensor.__getitem__, Tensor.__setitem__}
 _RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "dropout", "exponential")
 
 
@@ -46,6 +49,13 @@ class KnownValues(TorchFunctionMode):
                 return self._read(func, args[0])
             except _Unknown:
                 return func(*args, **kwargs)
+        if func in _PLACES and len(args) == 1 and isinstance(args[0], Tensor):
+            found = self._places_of(args[0])
+            if found is not None:
+                as_tuple = kwargs.get("as_tuple", func is torch.where)
+                return tuple(found.unbind(1)) if as_tuple else found
+        if func in _INDEXED:
+            args = args[0], self._whole_numbers(*args[:2]), *args[2:]
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
@@ -57,6 +67,39 @@ class KnownValues(TorchFunctionMode):
             known = known and all(self._known(t) is not None for t in _tensors_in((args, kwargs)))
             self._origin[id(result)] = result, (func, args, kwargs) if known else None
         return result
+
+    def _whole_numbers(self, tensor: Tensor, index: Any) -> Any:
+        """An index with masks as the places where they are true: how many there are, the exporter cannot know."""
+        parts = list(index) if isinstance(index, tuple) else [index]
+        axes = [_axes_of(part) for part in parts]
+        axis, found = 0, []
+        for part, own in zip(parts, axes, strict=True):
+            if part is Ellipsis:
+                axis += tensor.dim() - sum(axes)
+                found.append(part)
+                continue
+            sizes = tensor.shape[axis : axis + own]
+            axis += own
+            found += self._places(part, sizes) if _is_mask(part) else [part]
+        return tuple(found) if any(_is_mask(part) for part in parts) else index
+
+    def _places(self, mask: Any, sizes: Any) -> list[Any]:
+        """For every axis of a mask where it is true; the mask itself where it is not known or does not fit."""
+        own = tuple(mask.shape) if isinstance(mask, Tensor) else np.shape(mask)
+        if not all(isinstance(size, int) for size in sizes) or own != tuple(sizes):
+            return [mask]
+        found = self._places_of(mask) if isinstance(mask, Tensor) else torch.tensor(np.argwhere(mask))
+        return [mask] if found is None else list(found.unbind(1))
+
+    def _places_of(self, mask: Tensor) -> Tensor | None:
+        """Where a tensor is not zero, ``[places, axes]``, if that is known."""
+        try:
+            places = self._read(lambda known: known.nonzero().tolist(), mask)
+        except _Unknown:
+            return None
+        found = torch.tensor(places, dtype=torch.long, device=mask.device).reshape(len(places), mask.dim())
+        self._origin[id(found)] = found, (torch.tensor, (places,), {})
+        return found
 
     def _known(self, tensor: Tensor) -> str | tuple[Any, Any, Any] | None:
         if id(tensor) not in self._origin:
@@ -86,6 +129,24 @@ class KnownValues(TorchFunctionMode):
             return self._real[origin].detach()
         func, args, kwargs = origin
         return func(*self._computed(args), **{k: self._computed(v) for k, v in kwargs.items()})
+
+
+def _is_mask(part: Any) -> bool:
+    """Whether a part of an index says of every entry whether it is taken."""
+    if isinstance(part, list):
+        return bool(part) and all(type(entry) is bool for entry in part)
+    if isinstance(part, np.ndarray):
+        return part.dtype == np.bool_ and part.ndim > 0
+    return isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) and part.dim() > 0
+
+
+def _axes_of(part: Any) -> int:
+    """How many axes a part of an index is about, as far as that is known without the others."""
+    if part is None or part is Ellipsis or isinstance(part, bool):
+        return 0
+    if not _is_mask(part):
+        return 1
+    return part.dim() if isinstance(part, Tensor) else np.ndim(part)
 
 
 def _named(model: torch.nn.Module) -> dict[str, Tensor]:

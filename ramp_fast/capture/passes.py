@@ -5,9 +5,10 @@ All of them keep the function that the graph computes. Their order matters: :dat
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ramp_fast import graph as g
 from ramp_fast import params as p
 from ramp_fast.capture.token_slices import hoist_slices, resized, slice_of
 from ramp_fast.capture.vocabulary import bind
+from ramp_fast.errors import UnsupportedModelError
 from ramp_fast.graph import Graph, Node, copied, only_user
 
 aten = torch.ops.aten
@@ -27,6 +29,49 @@ def canonicalize(graph: Graph, passes: Iterable[Callable[[Graph], None]]) -> Gra
         apply(graph)
     graph.prune()
     return graph
+
+
+def refuse_log_probabilities(graph: Graph) -> None:
+    """Refuse a model that returns a sum or mean of log-probabilities, for rules that send nothing to negative summands.
+
+    (Those of one softmax have been left out: the scores below are explained.)
+
+    Raises
+    ------
+    UnsupportedModelError
+    """
+    if _never_positive(graph.output):
+        raise UnsupportedModelError(
+            "the model returns sums or means of log-probabilities. None of these is positive, and this rule gives "
+            "relevance to positive summands only: every map would be zero. Let the model return the sum or mean of the "
+            'scores below the log_softmax, or take a signed rule, such as "lrp-epsilon"'
+        )
+
+
+def _never_positive(node: Node) -> bool:
+    """Whether a value is the logarithm of probabilities, or made of such by positive sums."""
+    if node.kind == g.SHIFT or (node.kind == g.ACTIVATION and node.params.function == "log_sigmoid"):
+        return True
+    if node.kind == g.ACTIVATION and node.params.function == "log":
+        return _probability(node.operands[0])
+    return _averages(node) and all(_never_positive(n) for n in node.operands)
+
+
+def _probability(node: Node) -> bool:
+    """Whether a value is a probability, or a mean of some."""
+    if node.kind == g.SOFTMAX or (node.kind == g.ACTIVATION and node.params.function == "sigmoid"):
+        return True
+    return _averages(node) and all(_probability(n) for n in node.operands)
+
+
+def _averages(node: Node) -> bool:
+    """Whether a value is made of its operands by moving and adding them, and by positive numbers."""
+    if node.kind == g.SCALE:
+        return isinstance(node.params.factor, (int, float)) and node.params.factor > 0
+    if node.kind == g.ADD:
+        return len(node.operands) == 2 and node.params.signs == (1, 1) and not any(n.constant for n in node.operands)
+    moves = node.kind == g.REARRANGE and node.params.how != "vjp"
+    return bool(node.operands) and (moves or (node.kind == g.LINEAR_POOL and node.params.how in ("mean", "sum")))
 
 
 def fold_batchnorm(graph: Graph) -> None:
@@ -52,10 +97,10 @@ def recognize_norms(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.kind != g.DIV:
             continue
-        found = _denominator(node.params.denominator, node.params.inverse)
+        found = _deviation(node.params.denominator, node.params.inverse)
         if found is None:
             continue
-        variance, eps = found
+        variance, eps = found.variance, found.eps
         centred = _centred(node.operands[0])
         source, dims = centred or (node.operands[0], _square_mean_axes(variance, node.operands[0]))
         if not dims or (centred and not _is_variance(variance, source, dims)) or source.batch.axis in dims:
@@ -64,11 +109,14 @@ def recognize_norms(graph: Graph) -> None:
         sizes = [source.example[d] for d in dims]
         if any(isinstance(source.shape[d], str) for d in dims):
             continue
-        last, weight, bias = node, None, None
-        factor = _affine(users, last, g.SCALE, dims, rank)
+        last, weight, bias = node, found.weight, None
+        if weight is not None and not _fits(weight, node, dims):
+            continue
+        factor = None if weight is not None else _affine(users, last, g.SCALE, dims)
         if factor is not None:
             last, weight = factor
-            added = _affine(users, last, g.ADD, dims, rank) if centred else None
+        if weight is not None:
+            added = _affine(users, last, g.ADD, dims) if centred else None
             if added is not None:
                 last, bias = added
         here = graph.nodes.index(last)
@@ -98,21 +146,43 @@ def recognize_norms(graph: Graph) -> None:
     graph.prune()
 
 
-def _denominator(node: Node, inverse: bool) -> tuple[Node, float] | None:
-    """``v`` and ``eps`` of a denominator ``sqrt(v + eps)``, or of a factor that is one by it."""
-    node = _reshaped_from(node)
-    if inverse and node.kind == g.ACTIVATION and node.params.function == "reciprocal":
-        return _denominator(node.operands[0], False)
-    if node.kind != g.ACTIVATION:
+@dataclass(frozen=True)
+class _Deviation:
+    """``(variance + eps) ** 0.5``, and what an inverse of it was multiplied by before it is a factor."""
+
+    variance: Node
+    eps: float
+    weight: Node | None
+
+
+def _deviation(node: Node, inverse: bool) -> _Deviation | None:
+    """What a denominator is the square root of, or a factor the inverse of one."""
+    power, weight, reshaped = -1.0 if inverse else 1.0, None, False
+    while True:
+        if node.kind == g.ACTIVATION and (exponent := _exponent(node)) is not None:
+            power *= exponent
+        elif node.kind == g.REARRANGE and node.params.how in ("reshape", "expand"):
+            reshaped = reshaped or node.params.how == "reshape"
+        elif node.kind == g.SCALE and isinstance(node.params.factor, Node):
+            if not inverse or power != -1 or weight is not None or node.params.inverse or reshaped:
+                return None
+            weight = node.params.factor
+        elif node.kind != g.SCALE or node.params.factor != 1:
+            break
+        node = node.operands[0]
+    if power != 0.5 or node.kind != g.ADD or len(node.operands) != 1 or node.params.signs != (1, 1):
         return None
-    power = node.args[1] if node.params.function == "pow" else None
-    if not (node.params.function == ("rsqrt" if inverse else "sqrt") or power == (-0.5 if inverse else 0.5)):
+    numbers = [n for n in (node.params.first, node.params.second) if isinstance(n, (int, float))]
+    if not numbers or numbers[0] < 0:
         return None
-    total = _reshaped_from(node.operands[0])
-    if total.kind != g.ADD or len(total.operands) != 1 or total.params.signs != (1, 1):
-        return None
-    numbers = [n for n in (total.params.first, total.params.second) if isinstance(n, (int, float))]
-    return (_reshaped_from(total.operands[0]), float(numbers[0])) if numbers and numbers[0] >= 0 else None
+    return _Deviation(_reshaped_from(node.operands[0]), float(numbers[0]), weight)
+
+
+def _exponent(node: Node) -> float | None:
+    """That of a power with a fixed exponent, as a root and a reciprocal are."""
+    if node.target is aten.pow.Tensor_Scalar and isinstance(node.args[1], (int, float)):
+        return float(node.args[1])
+    return {"reciprocal": -1.0, "sqrt": 0.5, "rsqrt": -0.5, "square": 2.0}.get(node.params.function)
 
 
 def _reshaped_from(node: Node) -> Node:
@@ -178,9 +248,7 @@ def _is_variance(node: Node, source: Node, dims: list[int]) -> bool:
     return square is not None and _centred(square) == (source, dims) and _mean_axes(node, node.operands[0]) == dims
 
 
-def _affine(
-    users: dict[Node, list[Node]], node: Node, kind: str, dims: list[int], rank: int
-) -> tuple[Node, Node] | None:
+def _affine(users: dict[Node, list[Node]], node: Node, kind: str, dims: list[int]) -> tuple[Node, Node] | None:
     """The only reader of ``node`` and the constant of entries ``dims`` that it multiplies (adds), if it does."""
     reader = only_user(users, node)
     if reader is None or reader.kind != kind or reader.example != node.example:
@@ -190,15 +258,16 @@ def _affine(
     else:
         others = [n for n in reader.operands if n.constant]
         constant = others[0] if others and reader.params.signs == (1, 1) else None
-    if (
-        not isinstance(constant, Node)
-        or len(constant.example) > rank
-        or any(isinstance(n, str) for n in constant.shape)
-    ):
-        return None
+    return (reader, constant) if isinstance(constant, Node) and _fits(constant, node, dims) else None
+
+
+def _fits(constant: Node, node: Node, dims: list[int]) -> bool:
+    """Whether a constant has an entry for every one of ``node`` along ``dims``, and one along its other axes."""
+    rank = len(node.example)
+    if len(constant.example) > rank or any(isinstance(n, str) for n in constant.shape):
+        return False
     padded = (1,) * (rank - len(constant.example)) + constant.example
-    wanted = tuple(node.example[d] if d in dims else 1 for d in range(rank))
-    return (reader, constant) if padded == wanted else None
+    return padded == tuple(node.example[d] if d in dims else 1 for d in range(rank))
 
 
 def _flat_constant(constant: Node | None, sizes: list[int], norm: str, before: list[Node]) -> Node | None:
@@ -225,6 +294,54 @@ def _permuted(source: Node, order: list[int], name: str) -> Node:
         example=tuple(source.example[d] for d in order),
         batch=replace(source.batch, axis=order.index(source.batch.axis)),
     )
+
+
+def recognize_group_norms(graph: Graph) -> None:
+    """A LayerNorm over groups of channels, or over the places of every channel, times and plus a number per channel:
+    GroupNorm and InstanceNorm, written out."""
+    users = graph.users()
+    for norm in list(graph.nodes):
+        if norm.kind != g.LAYER_NORM or norm.params.weight is not None or norm.params.bias is not None:
+            continue
+        source, last = norm.operands[0], norm
+        if source.kind == g.REARRANGE and source.params.how == "reshape":
+            reader = only_user(users, norm)
+            back = reader is not None and reader.kind == g.REARRANGE and reader.params.how == "reshape"
+            if reader is not None and back and reader.example == source.operands[0].example:
+                source, last = source.operands[0], reader
+        rank = len(source.example)
+        if rank < 3 or not source.batch.leading or source.batch.inner != 1 or not isinstance(source.shape[1], int):
+            continue
+        statistics = math.prod(norm.example[: len(norm.example) - norm.params.dims])
+        images, channels = source.example[:2]
+        groups, rest = divmod(statistics, images)
+        if rest or channels % groups:
+            continue
+        scaled = _affine(users, last, g.SCALE, [1])
+        if scaled is None:
+            continue
+        last, weight = scaled
+        added = _affine(users, last, g.ADD, [1])
+        last, bias = added or (last, None)
+        here = graph.nodes.index(last)
+        before: list[Node] = []
+        weight = _flat_constant(weight, [channels], norm.name, before)
+        bias = _flat_constant(bias, [channels], norm.name, before)
+        eps = norm.params.eps
+        grouped = copied(last)
+        grouped.name, grouped.module, grouped.operands, grouped.kwargs = (
+            f"{norm.name}_groups",
+            norm.module,
+            [source],
+            {},
+        )
+        grouped.kind, grouped.target = g.GROUP_NORM, aten.group_norm.default
+        grouped.args = (source, groups, weight, bias, eps)
+        grouped.params = p.GroupNorm(weight, bias, eps, groups)
+        graph.nodes[here + 1 : here + 1] = [*before, grouped]
+        graph.replace_uses(last, grouped, keep=[grouped])
+        users = graph.users()
+    graph.prune()
 
 
 def join_projections(graph: Graph) -> None:
@@ -377,6 +494,7 @@ def assign_matmul_roles(graph: Graph) -> None:
 
 RECOGNITIONS = (
     recognize_norms,
+    recognize_group_norms,
     join_projections,
     fold_channel_scales,
     recognize_attention,

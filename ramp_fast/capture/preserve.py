@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+import sys
 import types
 import weakref
 from collections import OrderedDict, deque
@@ -97,16 +98,32 @@ def watched_hooks(model: torch.nn.Module) -> Iterator[list[str]]:
         yield noted
 
 
+# How far what functions find by name is looked into: it may refer to all of a program.
+_DEPTH = 4
+_MOST_ITEMS = 10_000
+
+_ABSENT = object()
+
+
 class _Snapshot:
-    """Contents of everything mutable that can be reached from some objects."""
+    """Contents of everything mutable that can be reached from some objects.
+
+    What is the model's own is put back as it was, and so are containers and caches that functions find by name. Other
+    names of modules, and the objects and classes under them, may be other threads' work: of those only tensors that
+    have come meanwhile are taken out.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[int, Any] = {}  # objects stay alive, so that identities are not used twice
         self._contents: list[tuple[Any, Any]] = []
         self._attributes: list[tuple[Any, dict[str, Any]]] = []
         self._cells: list[tuple[types.CellType, Any]] = []
-        self._globals: list[tuple[dict[str, Any], str, Any]] = []
         self._caches: list[tuple[Any, int]] = []
+        self._spaces: set[tuple[int, frozenset[str]]] = set()
+        self._globals: list[tuple[dict[str, Any], str, Any]] = []
+        self._shared: dict[int, Any] = {}
+        self._shared_contents: list[tuple[Any, Any]] = []
+        self._shared_attributes: list[tuple[Any, dict[str, Any]]] = []
 
     def add(self, values: Iterable[Any]) -> None:
         waiting = list(values)
@@ -122,8 +139,7 @@ class _Snapshot:
     def _note(self, value: Any) -> Iterable[Any]:
         """Note what ``value`` holds; return it."""
         if isinstance(value, (dict, list, set, deque)):
-            plain = dict if isinstance(value, dict) else set if isinstance(value, set) else list
-            self._contents.append((value, plain(value)))
+            self._contents.append((value, _copied(value)))
             return list(value.values() if isinstance(value, dict) else value)
         if isinstance(value, (tuple, frozenset)):
             return value
@@ -134,15 +150,13 @@ class _Snapshot:
             return self._of_function(value)
         if isinstance(value, type):
             return self._of_class(value)
-        if isinstance(value, types.ModuleType) or not hasattr(value, "__dict__"):
-            return ()
-        if isinstance(value, torch.nn.Module) or not _of_torch(type(value)):
-            self._attributes.append((value, dict(vars(value))))
-            return [type(value), *vars(value).values()]
+        if _has_attributes(value):
+            self._attributes.append((value, _attributes(value)))
+            return [type(value), *_attributes(value).values()]
         return ()
 
     def _of_class(self, value: type) -> Iterable[Any]:
-        if _of_torch(value) or value.__module__ == "builtins":
+        if not _has_attributes(value):
             return ()
         self._attributes.append((value, dict(vars(value))))
         return [*value.__bases__, *vars(value).values()]
@@ -158,18 +172,57 @@ class _Snapshot:
             return ()
         held: list[Any] = [*(function.__defaults__ or ()), vars(function)]
         for cell in function.__closure__ or ():
-            try:
-                self._cells.append((cell, cell.cell_contents))
-            except ValueError:  # not assigned yet
-                continue
-            held.append(cell.cell_contents)
-        for name in _names(function.__code__):
-            value = function.__globals__.get(name)
+            self._cells.append((cell, _content(cell)))
+            held.append(_content(cell))
+        names, space = _names(function.__code__), function.__globals__
+        held += self._named(names, space)
+        for name in names:  # imported where it is used
+            held += self._named(names, _space(sys.modules.get(name)))
+            held += self._named(names, _space(sys.modules.get(f"{space.get('__package__')}.{name}")))
+        return held
+
+    def _named(self, names: frozenset[str], space: dict[str, Any]) -> list[Any]:
+        """Note what ``names`` are in a module, and in modules that are among them; return what is to be added."""
+        if (id(space), names) in self._spaces:
+            return []
+        self._spaces.add((id(space), names))
+        held: list[Any] = []
+        for name in names if space else ():
+            value = space.get(name, _ABSENT)
+            self._globals.append((space, name, value))
             if isinstance(value, (dict, list, set, deque, types.FunctionType, _CACHED)):
                 held.append(value)
-            if name in function.__globals__:
-                self._globals.append((function.__globals__, name, value))
+            elif isinstance(value, types.ModuleType):
+                held += self._named(names, _space(value))
+            else:
+                held += self._note_shared(value)
         return held
+
+    def _note_shared(self, top: Any) -> list[Any]:
+        """Note what an object or class holds; return the functions among that, which are to be added."""
+        functions: list[Any] = []
+        waiting = [(top, _DEPTH)]
+        while waiting:
+            value, depth = waiting.pop()
+            if isinstance(value, (*_Function, _CACHED)):
+                functions.append(value)
+                continue
+            if id(value) in self._shared:
+                continue
+            self._shared[id(value)] = value
+            inner: list[Any] = []
+            if isinstance(value, (dict, list, set, deque)):
+                self._shared_contents.append((value, _copied(value)))
+                inner = list(value.values() if isinstance(value, dict) else value)
+            elif isinstance(value, (tuple, frozenset)):
+                inner = list(value)
+            elif _has_attributes(value):
+                own = _attributes(value)
+                self._shared_attributes.append((value, own))
+                inner = [*own.values(), *(value.__bases__ if isinstance(value, type) else [type(value)])]
+            if depth and len(inner) <= _MOST_ITEMS:
+                waiting += [(item, depth - 1) for item in inner]
+        return functions
 
     def restore(self) -> None:
         for own, kept in self._contents:
@@ -177,26 +230,63 @@ class _Snapshot:
                 own.clear()
                 (own.extend if isinstance(own, (list, deque)) else own.update)(kept)
         for owner, attributes in self._attributes:
-            now = vars(owner)
-            for name in [n for n in now if n not in attributes]:
-                _delete(owner, name)
-            for name, value in attributes.items():
-                if now.get(name, now) is not value:
-                    _set(owner, name, value)
+            now = _attributes(owner)
+            for name in [*now, *(n for n in attributes if n not in now)]:
+                if now.get(name, _ABSENT) is not attributes.get(name, _ABSENT):
+                    _put_back(owner, name, attributes.get(name, _ABSENT))
         for cell, value in self._cells:
-            cell.cell_contents = value
-        for names, name, value in self._globals:
-            if isinstance(names.get(name), torch.Tensor):  # whatever else changed may be another thread's work
-                names[name] = value
+            if value is not _ABSENT:
+                cell.cell_contents = value
+            elif _content(cell) is not _ABSENT:
+                del cell.cell_contents
+        self._restore_shared()
         for cache, size in self._caches:
             if cache.cache_info().currsize != size:
                 cache.cache_clear()
 
+    def _restore_shared(self) -> None:
+        for space, name, value in self._globals:
+            if space.get(name, value) is not value and _holds_tensors(space[name]):
+                _put_back(space, name, value)
+        for owner, attributes in self._shared_attributes:
+            for name, value in _attributes(owner).items():
+                before = attributes.get(name, _ABSENT)
+                if value is not before and _holds_tensors(value):
+                    _put_back(owner, name, before)
+        for own, kept in self._shared_contents:
+            if isinstance(own, dict):
+                for key in [k for k, v in own.items() if v is not kept.get(k, _ABSENT) and _holds_tensors(v)]:
+                    _put_back(own, key, kept.get(key, _ABSENT))
+            elif not _same_items(own, kept):
+                before_ids = {id(item) for item in kept}
+                if any(id(item) not in before_ids and _holds_tensors(item) for item in own):
+                    own.clear()
+                    (own.update if isinstance(own, set) else own.extend)(kept)
 
-def _names(code: types.CodeType) -> set[str]:
+
+def _copied(container: Any) -> Any:
+    plain = dict if isinstance(container, dict) else set if isinstance(container, set) else list
+    return plain(container)
+
+
+def _content(cell: types.CellType) -> Any:
+    """What a variable of a closure is, if it has been assigned yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _ABSENT
+
+
+def _names(code: types.CodeType) -> frozenset[str]:
     """Names that a function, and the functions within it, look up."""
     inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return set(code.co_names).union(*(_names(c) for c in inner))
+    return frozenset(code.co_names).union(*(_names(c) for c in inner))
+
+
+def _space(module: types.ModuleType | None) -> dict[str, Any]:
+    """The names of a module, if it is one that may keep what a model gives it."""
+    top = "" if module is None else module.__name__.partition(".")[0]
+    return {} if module is None or top in ("torch", "numpy", *sys.stdlib_module_names) else vars(module)
 
 
 def _of_torch(value: Any) -> bool:
@@ -204,20 +294,58 @@ def _of_torch(value: Any) -> bool:
     return module == "torch" or module.startswith(("torch.", "torchgen."))
 
 
-def _set(owner: Any, name: str, value: Any) -> None:
-    if isinstance(owner, type):
-        with contextlib.suppress(AttributeError, TypeError):  # what Python itself keeps there
-            setattr(owner, name, value)
+def _has_attributes(value: Any) -> bool:
+    """Whether an object or a class has attributes of its own that a model may set."""
+    if value is _ABSENT or isinstance(value, (torch.Tensor, types.ModuleType)) or type(value) in weakref.ProxyTypes:
+        return False
+    if isinstance(value, type):
+        return not _of_torch(value) and value.__module__ != "builtins"
+    return isinstance(value, torch.nn.Module) or (
+        not _of_torch(type(value)) and (hasattr(value, "__dict__") or bool(_slots(type(value))))
+    )
+
+
+def _slots(kind: type) -> list[str]:
+    given = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    names = [n for slots in given for n in ([slots] if isinstance(slots, str) else slots)]
+    return [n for n in names if not n.startswith("__")]
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    """The attributes of an object or a class that are set."""
+    slots = [] if isinstance(owner, type) else _slots(type(owner))
+    held = {name: getattr(owner, name, _ABSENT) for name in slots}
+    return {**{n: v for n, v in held.items() if v is not _ABSENT}, **getattr(owner, "__dict__", {})}
+
+
+def _holds_tensors(value: Any, depth: int = _DEPTH) -> bool:
+    """Whether a value is a tensor, or something made lately that has one."""
+    if isinstance(value, torch.Tensor):
+        return True
+    if not depth or isinstance(value, (str, type, types.ModuleType)):
+        return False
+    if isinstance(value, (dict, list, set, deque, tuple, frozenset)):
+        inner = value.values() if isinstance(value, dict) else value
     else:
-        vars(owner)[name] = value
+        inner = _attributes(value).values() if _has_attributes(value) else ()
+    return any(_holds_tensors(item, depth - 1) for item in list(inner))
 
 
-def _delete(owner: Any, name: str) -> None:
-    if isinstance(owner, type):
-        with contextlib.suppress(AttributeError, TypeError):
+def _put_back(owner: Any, name: Any, value: Any) -> None:
+    """An entry of a dictionary, or an attribute of an object or a class, is what it was again, or is gone again."""
+    if not isinstance(owner, (dict, type)) and name not in _slots(type(owner)):
+        owner = vars(owner)  # past what a module does when it is given a parameter
+    if isinstance(owner, dict):
+        if value is _ABSENT:
+            owner.pop(name, None)
+        else:
+            owner[name] = value
+        return
+    with contextlib.suppress(AttributeError, TypeError):  # what Python itself keeps in a class
+        if value is _ABSENT:
             delattr(owner, name)
-    else:
-        del vars(owner)[name]
+        else:
+            setattr(owner, name, value)
 
 
 def _same_items(a: Any, b: Any) -> bool:

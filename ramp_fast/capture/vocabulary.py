@@ -12,6 +12,7 @@ import math
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ramp_fast import graph as g
+from ramp_fast.capture.batch_axes import EXAMPLE_BATCH
 from ramp_fast.capture.linear_maps import Call, Resampling
 from ramp_fast.graph import Node
 from ramp_fast.params import Params
@@ -485,15 +487,23 @@ def _mul(node: Node, b: Bound) -> None:
 
 
 def _is_statistic(node: Node) -> bool:
-    """Whether a factor is no value of its own: the inverse of a norm, or a mask that the images decide."""
+    """Whether a factor is no value of its own: the inverse of a norm, or a mask that the images decide.
+
+    Numbers and weights that it was multiplied by before, limits and powers do not make it one.
+    """
     if node.decided:
         return True
-    while node.kind == g.REARRANGE and len(node.operands) == 1:
-        node = node.operands[0]
+    if node.kind in (g.SCALE, g.DIV) or (node.kind == g.REARRANGE and len(node.operands) == 1):
+        return _is_statistic(node.operands[0])
     if node.kind != g.ACTIVATION:
         return False
-    power = node.args[1] if node.params.function == "pow" else 0
-    return node.params.function in ("rsqrt", "reciprocal") or power < 0
+    function = node.params.function
+    power = node.args[1] if function == "pow" else 0
+    if function in ("rsqrt", "reciprocal") or (isinstance(power, (int, float)) and power < 0):
+        return True
+    return function in ("sqrt", "square", "pow", "abs", "clamp", "clamp_min", "clamp_max") and _is_statistic(
+        node.operands[0]
+    )
 
 
 @handles("addcmul.default", "addcdiv.default")
@@ -797,18 +807,65 @@ def _slice(node: Node, b: Bound) -> Node | None:
     source = b["self"]
     if node.shape == source.shape and b["step"] == 1:
         return source  # type: ignore[no-any-return]
-    for bound in (b["start"], b["end"], b["step"]):
-        if isinstance(bound, Node):
-            raise Unsupported("slice.Tensor with bounds that depend on the batch")
     dim = b["dim"] % len(source.shape)
-    _set(node, g.REARRANGE, [source], how="slice", dim=dim, start=b["start"], end=b["end"], step=b["step"])
+    start, end, step = bounds = [_number(b[k]) for k in ("start", "end", "step")]
+    if any(isinstance(bound, Node) for bound in bounds):
+        return _slice_of_batches(source, dim, lambda n: slice(*(_size_at(bound, n) for bound in bounds)))
+    _set(node, g.REARRANGE, [source], how="slice", dim=dim, start=start, end=end, step=step)
     return None
 
 
 @handles("narrow.default")
-def _narrow(node: Node, b: Bound) -> None:
-    dim = b["dim"] % len(b["self"].shape)
-    _set(node, g.REARRANGE, [b["self"]], how="slice", dim=dim, start=b["start"], end=b["start"] + b["length"], step=1)
+def _narrow(node: Node, b: Bound) -> Node | InSteps | None:
+    source, start, length = b["self"], _number(b["start"]), _number(b["length"])
+    dim = b["dim"] % len(source.shape)
+    if isinstance(start, Node) or isinstance(length, Node):
+        first, entries = (partial(_size_at, size) for size in (start, length))
+        return _slice_of_batches(source, dim, lambda n: slice(first(n), first(n) + entries(n)))
+    _set(node, g.REARRANGE, [source], how="slice", dim=dim, start=start, end=start + length, step=1)
+    return None
+
+
+def _slice_of_batches(source: Node, dim: int, bounds: Callable[[int], slice]) -> Node | InSteps:
+    """``both[:len(x)]`` of ``both = torch.cat([x, x.flip(-1)])``: some of the batches that lie one behind the other.
+
+    ``bounds`` gives the slice for so many images.
+    """
+    count = _batches_in(source.shape[dim])
+    parts = set()
+    for images in (EXAMPLE_BATCH, EXAMPLE_BATCH + 1):
+        entries = range(count * images)[bounds(images)]
+        if not entries or entries.step != 1 or entries.start % images or entries.stop % images:
+            raise Unsupported("a slice whose bounds depend on the batch, and which takes some images of it only")
+        parts.add((entries.start // images, entries.stop // images))
+    if len(parts) > 1:
+        raise Unsupported("a slice whose bounds depend on the batch, and not in proportion")
+    ((first, behind),) = parts
+    if (first, behind) == (0, count):
+        return source
+
+    def part(x: Tensor) -> Tensor:
+        return x.unflatten(dim, (count, -1)).narrow(dim, first, behind - first).flatten(dim, dim + 1)
+
+    return in_steps(part, source)
+
+
+def _batches_in(size: int | str) -> int:
+    """How many batches an axis is long; 0 where that is no whole number of them."""
+    each, _, rest = ("1*batch" if size == "batch" else str(size)).partition("*")
+    return int(each) if rest == "batch" and each.isdecimal() else 0
+
+
+def _number(size: Any) -> Any:
+    """A size of the graph as a number, where it is the same for any number of images."""
+    return size.params.more if isinstance(size, Node) and size.example[0] == size.params.more else size
+
+
+def _size_at(size: Any, images: int) -> Any:
+    """A number, or a size of the graph for so many images."""
+    if not isinstance(size, Node):
+        return size
+    return size.example[0] if images == EXAMPLE_BATCH else size.params.more
 
 
 @handles("select.int")

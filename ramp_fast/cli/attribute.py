@@ -412,20 +412,19 @@ class _Job:
         import torch
 
         arguments = self.arguments
+        images = torch.stack([read.tensor for read in batch]).to(self.device)
         if self.engine is None:
             self.loaded.model.to(self.device)
             self.engine = make_engine(
                 self.loaded.model, rule=arguments.rule, precision=arguments.precision, strict=arguments.strict
             )
-        images = torch.stack([read.tensor for read in batch]).to(self.device)
+            if arguments.contrast == "others" and self.engine.classes(images) == 1:
+                raise InputError("the model has one class, and no others to contrast it with: pass --contrast none")
         try:
             found = self.engine.attribute(
                 images, target=arguments.target, contrast=arguments.contrast, normalize=arguments.normalize
             )
-        except RampFastError as error:  # the model or the settings: the same for every image
-            said = 'pass contrast="none"'  # by those who call the engine
-            if said in str(error):
-                raise InputError(str(error).replace(said, "pass --contrast none")) from error
+        except RampFastError:  # the model or the settings: the same for every image
             raise
         except torch.OutOfMemoryError as error:
             raise RampFastError(f"out of memory on {self.device}; try a smaller --batch-size") from error

@@ -38,8 +38,13 @@ _PEAK_BYTES_PROGRESSIVE = 12  # the coefficients of the whole image
 _PEAK_BYTES_OTHERS = 8
 _PEAK_BYTES_STRIP = 8  # of a TIFF's strip, which may be the whole image
 
-# Pillow joins a GIF's comments block by block, in quadratic time.
-_MAX_GIF_METADATA_BYTES = 2**20
+# Pillow joins a GIF's comments block by block, in quadratic time, and reads those in front of a PPM byte by byte.
+_MAX_SLOW_METADATA_BYTES = 2**20
+_SLOW_METADATA = (b"GIF8", *(b"P%d" % n for n in range(1, 7)))
+
+# Pillow copies the block that it reads, a megabyte, for every comment in it.
+_MAX_PPM_COMMENTS = 10_000
+_PPM_TEXT = (b"P1", b"P2", b"P3")
 
 # Decoders of these hold the whole file.
 _MAX_HELD_FILE_BYTES = 96 * 2**20
@@ -149,6 +154,8 @@ def opened(file: BinaryIO) -> Image.Image:
     _check_shape(image.size)
     _check_memory(image, size if is_held else 0)
     _check_time(image)
+    if head.startswith(_PPM_TEXT):
+        _check_comments(file)
     if image.format == "PNG":
         at = file.tell()
         _check_png(file)
@@ -188,7 +195,7 @@ def _unidentified(path: str | Path) -> str:
 def _metadata_limit(head: bytes, held: bool) -> int:
     if held:
         return _MAX_HELD_FILE_BYTES
-    return _MAX_GIF_METADATA_BYTES if head.startswith(b"GIF8") else MAX_METADATA_BYTES
+    return _MAX_SLOW_METADATA_BYTES if head.startswith(_SLOW_METADATA) else MAX_METADATA_BYTES
 
 
 def _check_shape(size: tuple[int, int]) -> None:
@@ -231,6 +238,16 @@ def _check_time(image: Image.Image) -> None:
             f"too slow to decode: {width} x {height} pixels; as text, or with a largest value other than 255, "
             f"{image.format} may have {_MAX_SLOW_PIXELS / 1e6:g} million; save it as PNG first"
         )
+
+
+def _check_comments(file: BinaryIO) -> None:
+    """Look how many comments the text of an image has; where it is read from does not change."""
+    at, comments = file.tell(), 0
+    while block := file.read(2**20):
+        comments += block.count(b"#")
+        if comments > _MAX_PPM_COMMENTS:
+            raise ImageError(f"too slow to decode: it has more than {_MAX_PPM_COMMENTS} comments; save it as PNG first")
+    file.seek(at)
 
 
 def _check_png(file: BinaryIO) -> None:

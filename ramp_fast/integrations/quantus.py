@@ -34,7 +34,7 @@ def explain(
     rule: str | AbsLRP = "abslrp",
     precision: str = "mixed",
     strict: bool = True,
-    contrast: str = "others",
+    contrast: str | None = None,
     normalize: str = "max",
     batch_size: int | None = None,
     device: str | torch.device | None = None,
@@ -64,7 +64,10 @@ def explain(
         The classes to explain, one for all images or one each; None: the predicted ones.
     rule, precision, strict
         As for :class:`ramp_fast.Engine`.
-    contrast, normalize, batch_size
+    contrast : {"others", "none"}, optional
+        As for :meth:`ramp_fast.Engine.attribute`. By default "others", and "none" for models of one logit, which have no
+        others.
+    normalize, batch_size
         As for :meth:`ramp_fast.Engine.attribute`; ``normalize`` is about the map of all channels.
     device : str or torch.device, optional
         Where the model is expected to be, as Quantus passes it on. The model is not moved.
@@ -114,6 +117,8 @@ def explain(
     if device is not None:
         _check_device(model, device)
     engine = _engine(model, rule, precision, strict)
+    if contrast is None:
+        contrast = "none" if engine.classes(images) == 1 else "others"
     found = engine.attribute(images, target, contrast=contrast, normalize=normalize, batch_size=batch_size)
     maps: npt.NDArray[Any] = found.maps.cpu().numpy()
     if axes:

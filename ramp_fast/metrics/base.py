@@ -414,7 +414,7 @@ class Metric:
                 f"Evaluate it without its {seen}",
             )
         else:
-            what, then = f"of {kind} {seen}, as of probabilities", "If they are, evaluate it without its last operation"
+            what, then = f"of {kind} {seen}, as of probabilities", "If they are, evaluate the scores below them"
         warnings.warn(
             f"{self.name}: {what}: metrics take logits, and squash these a second time, which flattens curves. {then} "
             "(or with output='logit', where a metric has it: the output as it is)",

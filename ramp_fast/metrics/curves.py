@@ -283,9 +283,10 @@ class IROF(Masking):
     superpixels are masked with the mean colour.
 
     ``irof = 1 - area(f(x_t) / f(x_0))`` over the share of segments masked; at most 1, higher is better. Rieger and
-    Hansen 2020, arXiv 2003.08747. Every segment is a step. ``segments`` says how many the image has. Quantus multiplies
-    by their number, counts from the first step on, and takes one mean over the batch as masked so far; its own masking
-    fails for images of more than one channel.
+    Hansen 2020, arXiv 2003.08747. Every segment is a step. ``segments`` says how many the image has. Quantus computes
+    another number: the area times the number of segments, without the part between the whole image and the first step;
+    and at every step it masks with one colour, the mean over all images of the batch as they are masked by then. Its
+    own masking fails for images of more than one channel.
 
     Parameters
     ----------

@@ -118,7 +118,14 @@ class AbsLRP(Rule):
     def rewrites(self) -> Sequence[Pass]:
         """As :meth:`ramp_fast.rules.Rule.rewrites`: gates behind token selections, BatchNorm folded if asked for."""
         folded = (passes.fold_batchnorm,) if self.fold_batchnorm else ()
-        return (*folded, *passes.RECOGNITIONS, recognize_linear_maps, gate_token_selections, hoist_slices)
+        return (
+            passes.refuse_log_probabilities,
+            *folded,
+            *passes.RECOGNITIONS,
+            recognize_linear_maps,
+            gate_token_selections,
+            hoist_slices,
+        )
 
     def fuse(self, graph: Graph, precision: Precision) -> Mapping[Node, Fusion]:
         """As :meth:`ramp_fast.rules.Rule.fuse`."""

@@ -94,6 +94,11 @@ class Conservation:
         first, *others = (part.c for part in parts)
         return Contribution(sum(others, first))
 
+    def without_rounding(self, part: Any, axis: BatchAxis) -> Any:
+        """The relevance below the last layer with weights, where contributions of several classes have been added:
+        zero where these cancel but for rounding, if that can be told."""
+        return part
+
     def exact(self, x: Tensor, part: Any, axis: BatchAxis) -> Any:
         """``part`` with everything that is known of its scale applied, so that it can be put beside others."""
         return part

@@ -107,6 +107,8 @@ def pull_back(plan: Plan, forward: Forward, c: Tensor, contrast: bool, inspectio
                     inspection.left(step, flows, values, conservation)
             for flow in flows:
                 contribution = rule.leave(node, flow.contribution)
+                if node in plan.heads:
+                    contribution = conservation.without_rounding(contribution, flow.node.batch)
                 if flow.part is None:
                     pending.setdefault(flow.node, []).append(contribution)
                 else:

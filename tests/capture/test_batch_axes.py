@@ -88,6 +88,10 @@ def _with_token(token: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Net, Ten
     return lambda m, t, f: m.head(m.attend(torch.cat([token(m.cls, t), t], 1))[:, 0])
 
 
+def _sum_of_halves(y: Tensor, count: int) -> Tensor:
+    return y[:count] + 2 * y[count:]
+
+
 def _shifted_windows(m: Net, t: Tensor, f: Tensor) -> Tensor:
     windows = t.view(-1, 2, 2, 2, 2, 8).roll((1, 1), (1, 3)).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 8)
     return m.head(m.attend(windows).reshape(-1, 16, 8).mean(1))
@@ -104,6 +108,13 @@ SEPARATE: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "tokens one by one": lambda m, t, f: m.head(t.reshape(-1, 8)).view(-1, 16, 5).mean(1),
     "batch second": lambda m, t, f: m.head(m.layer(t.transpose(0, 1)).mean(0)),
     "flipped copies": lambda m, t, f: sum(m.head(torch.cat([t, t.flip(1)])[:, 0]).chunk(2)),
+    "first of two copies": lambda m, t, f: m.head(torch.cat([f, f.flip(1)])[: len(f)]),
+    "last of two copies": lambda m, t, f: m.head(torch.cat([f, f.flip(1)]))[-f.size(0) :],
+    "both of two copies": lambda m, t, f: _sum_of_halves(m.head(torch.cat([f, f.flip(1)])), f.shape[0]),
+    "halves of two copies": lambda m, t, f: _sum_of_halves(y := m.head(torch.cat([f, f.flip(1)])), y.shape[0] // 2),
+    "two of three copies": lambda m, t, f: m.head(torch.cat([t, t.flip(1), -t], 0)[len(t) :]).mean(1)[: len(t)],
+    "a copy by narrow": lambda m, t, f: m.head(torch.cat([f, f.flip(1)])).narrow(0, len(f), len(f)),
+    "copies of channels": lambda m, t, f: m.head(torch.cat([f, -f], 1)[:, f.shape[1] // 2 : 3 * f.shape[1] // 2]),
     "batch last": lambda m, t, f: (m.head.weight @ f.t()).t(),
     "pool across channels": lambda m, t, f: m.head(F.avg_pool1d(f[None], 3, 1, 1)[0]),
     "index of every sample": lambda m, t, f: m.head(t[torch.arange(len(t)), 3]),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import sys
+import types
 import warnings
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from threading import local
 from typing import Any, ClassVar
 
 import pytest
@@ -184,6 +187,97 @@ def test_no_tensor_without_values_stays() -> None:
     assert Caching.last_of_all is None
     assert type(_table(1)) is Tensor
     assert float(_table(1)) == 1.0
+
+
+class Store:
+    """An object that functions find by name."""
+
+    runs: ClassVar[list[Any]] = []
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+        self.all: list[Any] = []
+        self.named: dict[str, Any] = {}
+
+    def take(self, y: Tensor) -> None:
+        self.last = y
+        self.all.append(("y", y))
+        self.named.setdefault("y", []).append(y)
+        Store.runs.append({"y": y})
+
+
+class Slotted:
+    __slots__ = ("last",)
+
+
+class Keeping(nn.Module):
+    """Leaves its result where it finds a place by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.reading = vgg(), _reading()
+
+    def forward(self, x: Tensor) -> Tensor:
+        global NEW, ACTIVATIONS
+        import kept_elsewhere
+
+        y: Tensor = self.inner(x)
+        NEW, ACTIVATIONS = y, [y]  # type: ignore[name-defined]
+        STORE.take(y)
+        SLOTTED.last = y
+        SPACE.runs.append(y)
+        SHARED.seen = y
+        THREAD.last = y
+        elsewhere.LAST = y
+        elsewhere.store.take(y)
+        kept_elsewhere.OTHER = y
+        self.reading(y)
+        return y
+
+
+def _reading() -> Callable[[Tensor], None]:
+    def read(y: Tensor) -> None:
+        nonlocal last
+        last = y
+
+    if STORE.last is not None:
+        last = STORE.last
+    return read
+
+
+STORE, SLOTTED, SPACE, SHARED, THREAD = Store(), Slotted(), types.SimpleNamespace(runs=[]), nn.Identity(), local()
+ACTIVATIONS: list[Tensor] = []
+elsewhere = types.ModuleType("kept_elsewhere")
+elsewhere.store = Store()  # type: ignore[attr-defined]
+
+
+def test_no_tensor_stays_where_functions_find_a_place_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kept_elsewhere", elsewhere)
+    model, activations = Keeping().eval(), ACTIVATIONS
+    STORE.named["mine"] = mine = object()
+    Engine(model, input_shape=SHAPE)
+    assert "NEW" not in globals()
+    assert ACTIVATIONS is activations
+    for store in (STORE, elsewhere.store):
+        assert store.last is None
+        assert not any([store.all, store.runs])
+    assert STORE.named == {"mine": mine}
+    assert not SPACE.runs
+    assert not any(hasattr(place, name) for place, name in ((SLOTTED, "last"), (THREAD, "last"), (SHARED, "seen")))
+    assert not any(hasattr(elsewhere, name) for name in ("LAST", "OTHER"))
+    with pytest.raises(ValueError, match="empty"):
+        _ = model.reading.__closure__[0].cell_contents
+
+
+def test_what_others_do_meanwhile_to_what_functions_find_by_name_stays() -> None:
+    class Busy(Keeping):
+        def forward(self, x: Tensor) -> Tensor:
+            STORE.named["count"] = STORE.named.get("count", 0) + 1
+            y: Tensor = self.inner(x)
+            return y
+
+    Engine(Busy().eval(), input_shape=SHAPE)
+    assert STORE.named.pop("count") > 0
 
 
 def test_hooks_that_return_a_value_are_part_of_the_model() -> None:

@@ -442,7 +442,21 @@ def image(x: Tensor) -> Tensor:
     return F.normalize(x.mean((1, 2)), dim=-1)
 
 
+def image_root(x: Tensor) -> Tensor:
+    return x.abs().mean((1, 2, 3), keepdim=True).sqrt()
+
+
+def zeroed(x: Tensor, places: object) -> Tensor:
+    y = x * 1.0
+    y[..., places] = 0.0
+    return y
+
+
 P = numbers(1, seed=5).abs()[0] + 2
+ROW_MASK = torch.tensor([True, False, True, False, False, True])
+LISTED_MASK, ARRAY_MASK = ROW_MASK.tolist(), ROW_MASK.numpy()
+SQUARE_MASK = torch.zeros(4, 6, dtype=torch.bool)
+SQUARE_MASK[[0, 1, 3], [1, 4, 5]] = True
 TWO_WAYS: dict[str, tuple[Function, Function]] = {
     "glu": (lambda x: F.glu(x, -1), lambda x: x[..., :3] * x[..., 3:].sigmoid()),
     "log_softmax at the end": (lambda x: x.mean((1, 2)).log_softmax(-1), lambda x: x.mean((1, 2))),
@@ -504,6 +518,17 @@ TWO_WAYS: dict[str, tuple[Function, Function]] = {
     ),
     "written through a part": (through_part, lambda x: torch.cat([x[..., :3] * 2.0, x[..., 3:]], -1) + x),
     "rows of zeros": (filled, lambda x: F.pad(x[:, :, 1:3], (0, 0, 1, 1))),
+    "a mask as an index": (lambda x: x[..., ROW_MASK], lambda x: x[..., [0, 2, 5]]),
+    "a mask as a list": (lambda x: x[..., LISTED_MASK], lambda x: x[..., ARRAY_MASK]),
+    "a mask of two axes": (lambda x: x[:, :, SQUARE_MASK], lambda x: x[:, :, [0, 1, 3], [1, 4, 5]]),
+    "places of a mask": (lambda x: x[..., ROW_MASK.nonzero().squeeze(1)], lambda x: x[..., torch.where(ROW_MASK)[0]]),
+    "entries of a mask written": (lambda x: zeroed(x, ROW_MASK), lambda x: zeroed(x, [0, 2, 5])),
+    "scaled inverse of a statistic": (
+        lambda x: x * (0.5 * ROWS[:1] / image_root(x)), lambda x: x / image_root(x) * (0.5 * ROWS[:1]),
+    ),
+    "limited inverse of a statistic": (
+        lambda x: x * (1 / image_root(x)).clamp(max=1e6), lambda x: x / image_root(x).clamp(min=1e-6)
+    ),
     "flags in tensors": (lambda x: x * 2.0 if bool(P > 1) else x, lambda x: x * 2.0),
 }  # fmt: skip
 

@@ -52,6 +52,9 @@ class StubEngine:
     def __init__(self, model: torch.nn.Module, **settings: Any) -> None:
         self.model, self.settings = model, settings
 
+    def classes(self, images: torch.Tensor) -> int:
+        return int(self.model(images[:1]).shape[1])
+
     def attribute(
         self, images: torch.Tensor, target: int | None = None, contrast: str = "others", normalize: str = "max"
     ) -> SimpleNamespace:
@@ -508,15 +511,14 @@ class TestBrokenImages:
         assert run(photos) == 0
         assert {"contact_sheet.png", "contact_sheet.png_/a.npz"} <= files(tmp_path / "out")
 
-    def test_messages_name_the_option(
+    def test_a_model_of_one_class(
         self, run: Callable[..., int], photos: Path, stub: type[StubEngine], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        def refuse(images: torch.Tensor) -> None:
-            raise RampFastError('two classes; pass contrast="none"')
-
-        stub.before = staticmethod(refuse)  # type: ignore[assignment]
+        """The message names the option of the command, not the engine's argument."""
+        stub.classes = lambda engine, images: 1  # type: ignore[assignment]
         assert run(photos / "a.jpg") == 2
-        assert "two classes; pass --contrast none" in capsys.readouterr().err
+        assert "one class, and no others to contrast it with: pass --contrast none" in capsys.readouterr().err
+        assert run(photos / "a.jpg", "--contrast", "none") == 0
 
 
 class Full(io.StringIO):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -297,6 +298,21 @@ class TestReadImage:
             read_image(tmp_path / "x.ppm")
         Image.new("RGB", (1001, 1000)).save(tmp_path / "x.ppm")
         assert read_image(tmp_path / "x.ppm").size == (1001, 1000)
+
+    @pytest.mark.parametrize("where", ["between the pixels", "in front"])
+    def test_comments_of_text_images(self, tmp_path: Path, where: str) -> None:
+        """Every comment makes Pillow copy a megabyte, and it reads those in front byte by byte."""
+        path = tmp_path / "x.ppm"
+        head, pixels = b"P2 %s 2 2 255\n", b"#\n0 %s\n64 128 255\n"
+        many = b"#\n" * 2_000_000
+        path.write_bytes(head % b"# a comment\n" + pixels % b"# another\n")
+        assert list(read_image(path).convert("L").getdata()) == [0, 64, 128, 255]
+        written = (head % b"") + (pixels % many) if where == "between the pixels" else (head % many) + (pixels % b"")
+        path.write_bytes(written)
+        started = time.monotonic()
+        with pytest.raises(ImageError, match="too slow to decode: it has more than|too much metadata"):
+            read_image(path)
+        assert time.monotonic() - started < 5  # Pillow takes minutes
 
     @pytest.mark.slow
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux")

@@ -65,6 +65,16 @@ def test_arrays_tensors_and_predicted_classes() -> None:
         np.testing.assert_array_equal(explain(model, X, four), explain(model, X, np.array([4, 4, 4])))
 
 
+def test_a_model_of_one_logit_is_explained_without_contrast() -> None:
+    model = nn.Sequential(vgg(), nn.ReLU(), nn.Linear(10, 1)).eval()
+    x = images(2)
+    expected = Engine(model).attribute(x, 0, "none").maps.sum(1, keepdim=True).numpy()
+    for targets in (None, 0, np.zeros(2, np.int64)):
+        np.testing.assert_array_equal(explain(model, x.numpy(), targets), expected)
+    with pytest.raises(InputError, match='contrast="others" needs at least two classes; pass contrast="none"'):
+        explain(model, x.numpy(), 0, contrast="others")
+
+
 def test_channels_are_summed_as_by_quantus() -> None:
     model = vgg()
     whole = explain(model, X, Y, reduce_axes=())

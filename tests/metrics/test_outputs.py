@@ -167,6 +167,25 @@ def test_outputs_between_0_and_1_are_noticed(how: str) -> None:
     assert ("add up to 1" in str(said[0].message)) == (how == "without gradient")
 
 
+def test_the_mean_of_two_heads() -> None:
+    """Of two softmax it is a probability, below which there are several scores; of two log_softmax it is logits."""
+    heads: dict[str, Any] = {
+        "softmax": lambda z: (z.softmax(1) + (2 * z).softmax(1)) / 2,
+        "log_softmax": lambda z: (z.log_softmax(1) + (2 * z).log_softmax(1)) / 2,
+        "log of the mean": lambda z: torch.log((z.softmax(1) + (2 * z).softmax(1)) / 2),
+    }
+    said = {}
+    for name, function in heads.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Deletion(After(function).eval(), steps=2).update(IMAGES, None, None, maps=IMAGES)
+        said[name] = [str(w.message) for w in caught]
+    assert said.pop("log_softmax") == said.pop("log of the mean") == []
+    (message,) = said.pop("softmax")
+    assert "those of each image add up to 1" in message
+    assert "evaluate the scores below them" in message
+
+
 OTHERS: dict[str, tuple[Any, str]] = {
     "squeezed": (
         lambda z: z[:, 0],
