@@ -1026,7 +1026,7 @@ HEADS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_means_of_log_probabilities_are_refused_or_signed(name: str) -> None:
-    """absLRP gives relevance to positive summands; of these none is."""
+    """Under absLRP positive summands get relevance; of these none is."""
     model = Returns(lambda x: HEADS[name](x.mean(3).flatten(1) + 3)).eval()
     with pytest.raises(UnsupportedModelError, match=r"log-probabilities(.|\n)*maps? would be zero"):
         Engine(model, input_shape=(3, SIZE, SIZE))

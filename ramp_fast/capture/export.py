@@ -67,7 +67,8 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
     return graph
 
 
-# Of a model that takes images one at a time it is not known by which sizes it decides: an even one, an odd one, a large one.
+# Of a model that takes images one at a time it is not known by which sizes it decides: an even one, an odd one, and one
+# that is large.
 STATIC_SIZES = (EXAMPLE_BATCH, EXAMPLE_BATCH + 1, 17)
 
 

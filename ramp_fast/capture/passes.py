@@ -297,8 +297,9 @@ def _permuted(source: Node, order: list[int], name: str) -> Node:
 
 
 def recognize_group_norms(graph: Graph) -> None:
-    """A LayerNorm over groups of channels, or over the places of every channel, times and plus a number per channel:
-    GroupNorm and InstanceNorm, written out."""
+    """GroupNorm and InstanceNorm, written out: a LayerNorm over groups of channels, or over the places of every channel,
+    times and plus a number for each channel.
+    """
     users = graph.users()
     for norm in list(graph.nodes):
         if norm.kind != g.LAYER_NORM or norm.params.weight is not None or norm.params.bias is not None:

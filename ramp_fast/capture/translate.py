@@ -215,7 +215,13 @@ class _Translator:
             self.emit(Node(node.name, g.GENERIC, node.target), node)
             return
         if node.target is operator.getitem and node.args[0] in self.inlined:
-            inner = self.inlined[node.args[0]][node.args[1]]  # type: ignore[index]
+            results: list[Any] = self.inlined[node.args[0]]  # type: ignore[index]
+            if node.args[1] >= len(results):  # type: ignore[operator]  # a number
+                if node.users:
+                    self._unsupported(node, f"a secondary result of {node.args[0].target}")  # type: ignore[union-attr]
+                    self.emit(Node(node.name, g.GENERIC, node.target), node)
+                return
+            inner = results[node.args[1]]  # type: ignore[index]
             self.env[node] = self.env[inner]
             self.storages.share(node, inner)
             return

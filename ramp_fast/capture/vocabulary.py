@@ -218,6 +218,21 @@ def _conv_transpose(node: Node, b: Bound) -> None:
     _linear_map(node, b["input"], Call(node, b["input"]))
 
 
+@handles("convolution.default")
+def _convolution(node: Node, b: Bound) -> InSteps | None:
+    """What convolutions are in a program whose operations PyTorch has decomposed: ``run_decompositions()``."""
+    dims = len(b["weight"].shape) - 2
+    names = ("input", "weight", "bias", "stride", "padding")
+    if b["transposed"]:
+        overload = "default" if dims == 1 else "input"
+        target = getattr(getattr(torch.ops.aten, f"conv_transpose{dims}d"), overload)
+        _call(node, target, *(b[k] for k in (*names, "output_padding", "groups", "dilation")))
+        _conv_transpose(node, b)
+        return None
+    _call(node, getattr(torch.ops.aten, f"conv{dims}d").default, *(b[k] for k in (*names, "dilation", "groups")))
+    return _conv(node, b)
+
+
 @handles("batch_norm.default")
 def _batch_norm(node: Node, b: Bound) -> None:
     if b["training"]:
@@ -248,6 +263,30 @@ def _native_batch_norm(node: Node, b: Bound) -> None:
         b["eps"],
         False,
     )
+
+
+@handles("_native_batch_norm_legit.no_stats")
+def _batch_of_one_norm(node: Node, b: Bound) -> InSteps:
+    """An InstanceNorm, decomposed: of ``[1, images * channels, ...]``, with weights for each image's channels."""
+    moved = b["input"]
+    source = moved.operands[0] if moved.kind == g.REARRANGE and moved.params.how == "reshape" else moved
+    weight, bias = (_before_repeat(b[k]) for k in ("weight", "bias"))
+    if moved.shape[0] != 1 or source is moved or not isinstance(source.shape[1], int):
+        raise Unsupported(
+            "batch_norm with the batch's own statistics, which mix the samples (use track_running_stats=True)"
+        )
+
+    def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor]:
+        normed = F.group_norm(x, x.shape[1], weight, bias, b["eps"])
+        return (normed.reshape(1, -1, *x.shape[2:]),)
+
+    return in_steps(norm, source, weight, bias)
+
+
+def _before_repeat(constant: Any) -> Any:
+    """A constant that is repeated for every image."""
+    repeats = isinstance(constant, Node) and constant.target is torch.ops.aten.repeat.default
+    return constant.args[0] if repeats else constant
 
 
 def _call(node: Node, target: Any, *args: Any) -> None:
@@ -726,10 +765,12 @@ def _mean(node: Node, b: Bound) -> None:
     _set(node, g.LINEAR_POOL, [b["self"]], how=how, dims=dims, keepdim=b["keepdim"], labels=labels)
 
 
-@handles("adaptive_avg_pool2d.default", "adaptive_avg_pool1d.default")
+@handles("adaptive_avg_pool2d.default", "adaptive_avg_pool1d.default", "_adaptive_avg_pool2d.default")
 def _adaptive_pool(node: Node, b: Bound) -> None:
     size = b["output_size"]
     source = b["self"]
+    if node.target is torch.ops.aten._adaptive_avg_pool2d.default:
+        _call(node, torch.ops.aten.adaptive_avg_pool2d.default, source, size)
     if all(s == 1 for s in size):
         dims = list(range(len(source.shape) - len(size), len(source.shape)))
         _set(node, g.LINEAR_POOL, [source], how="mean", dims=dims, keepdim=True)
@@ -749,6 +790,7 @@ def _adaptive_pool(node: Node, b: Bound) -> None:
     "upsample_trilinear3d.vec",
     "upsample_trilinear3d.default",
     "adaptive_avg_pool3d.default",
+    "_adaptive_avg_pool3d.default",
     "avg_pool3d.default",
     "col2im.default",
     "cumsum.default",
@@ -803,7 +845,7 @@ def _permute(node: Node, b: Bound) -> None:
 
 
 @handles("slice.Tensor")
-def _slice(node: Node, b: Bound) -> Node | None:
+def _slice(node: Node, b: Bound) -> Node | InSteps | None:
     source = b["self"]
     if node.shape == source.shape and b["step"] == 1:
         return source  # type: ignore[no-any-return]
@@ -845,7 +887,8 @@ def _slice_of_batches(source: Node, dim: int, bounds: Callable[[int], slice]) ->
         return source
 
     def part(x: Tensor) -> Tensor:
-        return x.unflatten(dim, (count, -1)).narrow(dim, first, behind - first).flatten(dim, dim + 1)
+        batches: Tensor = x.unflatten(dim, (count, -1))  # type: ignore[no-untyped-call]  # PyTorch's
+        return batches.narrow(dim, first, behind - first).flatten(dim, dim + 1)
 
     return in_steps(part, source)
 

@@ -65,7 +65,7 @@ def explain(
     rule, precision, strict
         As for :class:`ramp_fast.Engine`.
     contrast : {"others", "none"}, optional
-        As for :meth:`ramp_fast.Engine.attribute`. By default "others", and "none" for models of one logit, which have no
+        As for :meth:`ramp_fast.Engine.attribute`. By default "others"; "none" for models of one logit, which have no
         others.
     normalize, batch_size
         As for :meth:`ramp_fast.Engine.attribute`; ``normalize`` is about the map of all channels.

@@ -134,3 +134,10 @@ def test_models_that_keep_samples_apart_are_attributed(name: str) -> None:
     torch.testing.assert_close(a.logits, model(images), rtol=0, atol=1e-12)
     alone = torch.cat([engine.attribute(images[i : i + 1], 1, "none", "none").maps for i in range(3)])
     torch.testing.assert_close(a.maps, alone, rtol=0, atol=1e-10)  # another order of sums in float64
+
+
+def test_weights_that_are_nan_are_no_reason_to_refuse() -> None:
+    """NaN is not equal to itself: tokens of NaN do not differ from sample to sample."""
+    model = Net(SEPARATE["token, expand to shape"]).eval()
+    nn.init.constant_(model.cls, torch.nan)
+    assert bool(Engine(model, input_shape=SHAPE).logits(torch.randn(2, *SHAPE)).isnan().all())

@@ -78,6 +78,39 @@ def _exported() -> nn.Module:
     return torch.export.export(vgg(), (images(2),), dynamic_shapes=({0: batch},)).module()
 
 
+class Convolutions(nn.Module):
+    """Convolutions, norms and pools that PyTorch takes apart, or gives other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, 2, 1), nn.InstanceNorm2d(8, affine=True)
+        self.up, self.down = nn.ConvTranspose2d(8, 6, 2, 2), nn.Conv2d(6, 6, 3, groups=3, padding="same")
+        self.group, self.line, self.head = nn.GroupNorm(2, 6), nn.Conv1d(6, 4, 3), nn.Linear(16, 5)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.norm(self.stem(x)).relu())
+        x = self.group(self.down(x)).relu() + F.interpolate(x, size=x.shape[-2:])
+        x = F.adaptive_avg_pool2d(F.max_pool2d(x, 2), (2, 3))
+        return self.head(self.line(x.flatten(2)).relu().flatten(1))
+
+
+@pytest.mark.parametrize("make", [vgg, vit, Convolutions], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("whole", [False, True], ids=["core ATen", "functions kept"])
+def test_exported_programs_that_were_decomposed(make: Callable[[], nn.Module], whole: bool) -> None:
+    """Relevance goes through what PyTorch has made of functions: other maps where attention is in pieces."""
+    model, x = make().eval(), images(2)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    program = program.run_decompositions({} if whole else None)
+    found = Engine(program.module(), precision="float64").attribute(x, 1)
+    expected = Engine(model, precision="float64").attribute(x, 1)
+    torch.testing.assert_close(found.logits, expected.logits)
+    if whole or make is not vit:
+        torch.testing.assert_close(found.maps, expected.maps, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "make",
     [

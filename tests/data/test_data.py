@@ -306,11 +306,11 @@ class TestReadImage:
         head, pixels = b"P2 %s 2 2 255\n", b"#\n0 %s\n64 128 255\n"
         many = b"#\n" * 2_000_000
         path.write_bytes(head % b"# a comment\n" + pixels % b"# another\n")
-        assert list(read_image(path).convert("L").getdata()) == [0, 64, 128, 255]
+        assert np.asarray(read_image(path).convert("L")).tolist() == [[0, 64], [128, 255]]
         written = (head % b"") + (pixels % many) if where == "between the pixels" else (head % many) + (pixels % b"")
         path.write_bytes(written)
         started = time.monotonic()
-        with pytest.raises(ImageError, match="too slow to decode: it has more than|too much metadata"):
+        with pytest.raises(ImageError, match=r"too slow to decode: it has more than|too much metadata"):
             read_image(path)
         assert time.monotonic() - started < 5  # Pillow takes minutes
 
