@@ -297,8 +297,10 @@ def _permuted(source: Node, order: list[int], name: str) -> Node:
 
 
 def recognize_group_norms(graph: Graph) -> None:
-    """GroupNorm and InstanceNorm, written out: a LayerNorm over groups of channels, or over the places of every channel,
-    times and plus a number for each channel.
+    """GroupNorm and InstanceNorm, written out, become one operation.
+
+    They are LayerNorms over groups of channels, or over the places of every channel, times and plus a number for each
+    channel.
     """
     users = graph.users()
     for norm in list(graph.nodes):

@@ -95,8 +95,10 @@ class Conservation:
         return Contribution(sum(others, first))
 
     def without_rounding(self, part: Any, axis: BatchAxis) -> Any:
-        """The relevance below the last layer with weights, where contributions of several classes have been added:
-        zero where these cancel but for rounding, if that can be told."""
+        """Relevance below a last layer with weights, where contributions of several classes have been added.
+
+        It is zero where these cancel but for rounding, as far as that can be told.
+        """
         return part
 
     def exact(self, x: Tensor, part: Any, axis: BatchAxis) -> Any:

@@ -19,7 +19,6 @@ from ramp_fast import ops
 from ramp_fast.graph import BatchAxis
 from ramp_fast.rules.conservation import Conservation, Contribution, Start
 
-
 # How far two maps of equal classes were found apart below the last layer, in units of the last place of the largest
 # coefficient: up to 20, of a thousand classes in float32. Coefficients in bf16 err twice, in N and in its scale: found
 # were up to 0.1 of the square of bf16's unit.
