@@ -420,6 +420,10 @@ class AtPoint(Step):
     def needs(self) -> list[Node]:
         return [n for n in dict.fromkeys(self.node.references()) if not n.constant]
 
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        y = values.call(self.node)
+        return (y[0] if isinstance(y, tuple) else y), None  # of `max` along an axis the values, not the places
+
     def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
         def function(u: Tensor) -> Tensor:
             y: Any = values.call_at(self.node, self.source, u)

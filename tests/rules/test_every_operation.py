@@ -26,6 +26,9 @@ OTHERS: dict[str, Callable[[], Fn]] = {
         lambda m, x: torch.einsum("bchw,bdhw->bcd", m.a(x), m.b(x)), a=nn.Conv2d(2, 3, 1), b=nn.Conv2d(2, 4, 1)
     ),
     g.MAX_REDUCTION: lambda: Fn(lambda m, x: m.a(x).amax(1), a=nn.Conv2d(2, 3, 1)),
+    "largest and its place": lambda: Fn(lambda m, x: 0.5 * m.a(x).max(1)[0], a=nn.Conv2d(2, 3, 1)),
+    "smallest and its place": lambda: Fn(lambda m, x: 0.5 * m.a(x).min(-1, keepdim=True).values, a=nn.Conv2d(2, 3, 1)),
+    "standard deviation": lambda: Fn(lambda m, x: m.a(x).std((2, 3)), a=nn.Conv2d(2, 3, 1)),
     g.REDUCTION: lambda: Fn(lambda m, x: m.a(x).norm(dim=1), a=nn.Conv2d(2, 3, 1)),
 }
 
