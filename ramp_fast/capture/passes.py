@@ -323,13 +323,12 @@ def recognize_group_norms(graph: Graph) -> None:
         scaled = _affine(users, last, g.SCALE, [1])
         if scaled is None:
             continue
-        last, weight = scaled
-        added = _affine(users, last, g.ADD, [1])
-        last, bias = added or (last, None)
+        last, factor = scaled
+        last, summand = _affine(users, last, g.ADD, [1]) or (last, None)
         here = graph.nodes.index(last)
         before: list[Node] = []
-        weight = _flat_constant(weight, [channels], norm.name, before)
-        bias = _flat_constant(bias, [channels], norm.name, before)
+        weight = _flat_constant(factor, [channels], norm.name, before)
+        bias = _flat_constant(summand, [channels], norm.name, before)
         eps = norm.params.eps
         grouped = copied(last)
         grouped.name, grouped.module, grouped.operands, grouped.kwargs = (

@@ -219,7 +219,7 @@ def _conv_transpose(node: Node, b: Bound) -> None:
 
 
 @handles("convolution.default")
-def _convolution(node: Node, b: Bound) -> InSteps | None:
+def _convolution(node: Node, b: Bound) -> Node | InSteps | None:
     """What convolutions are in a program whose operations PyTorch has decomposed: ``run_decompositions()``."""
     dims = len(b["weight"].shape) - 2
     names = ("input", "weight", "bias", "stride", "padding")
@@ -887,7 +887,7 @@ def _slice_of_batches(source: Node, dim: int, bounds: Callable[[int], slice]) ->
         return source
 
     def part(x: Tensor) -> Tensor:
-        batches: Tensor = x.unflatten(dim, (count, -1))  # type: ignore[no-untyped-call]  # PyTorch's
+        batches: Tensor = x.unflatten(dim, (count, -1))
         return batches.narrow(dim, first, behind - first).flatten(dim, dim + 1)
 
     return in_steps(part, source)
