@@ -53,7 +53,15 @@ def convolutional(classes: int = 10, *, bias: float | None = None) -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"cnn": convolutional, "vit": FAMILIES["vit"]}
-CASES = [(network, rule) for network in NETWORKS for rule in NAMED if (network, rule) != ("vit", "lrp-undivided")]
+# The others differ from one of these in layers or activations alone.
+QUICK = ("abslrp", "attnlrp", "ramp", "epsilon-plus-flat", "lrp-undivided")
+RULES = [pytest.param(rule, marks=[] if rule in QUICK else pytest.mark.slow) for rule in NAMED]
+CASES = [
+    pytest.param(network, rule, marks=[] if rule in QUICK else pytest.mark.slow)
+    for network in NETWORKS
+    for rule in NAMED
+    if (network, rule) != ("vit", "lrp-undivided")
+]
 
 
 @functools.cache
@@ -75,7 +83,7 @@ def test_images_of_zeros(network: str, rule: str) -> None:
 
 
 @pytest.mark.parametrize("offset", [-100.0, 0.0])
-@pytest.mark.parametrize("rule", NAMED)
+@pytest.mark.parametrize("rule", RULES)
 def test_networks_without_any_activity(rule: str, offset: float) -> None:
     """No ReLU is above zero; or there is no bias, and images of zeros are zero everywhere."""
     model = convolutional(bias=offset)
@@ -104,7 +112,7 @@ def test_the_model_s_own_nan_is_not_hidden(network: str, rule: str, layer: str, 
     assert found.maps[wrong].isnan().all()
 
 
-@pytest.mark.parametrize("rule", NAMED)
+@pytest.mark.parametrize("rule", RULES)
 def test_one_logit(rule: str) -> None:
     engine = Engine(convolutional(1), rule_of(rule), input_shape=(3, SIZE, SIZE))
     with pytest.raises(InputError, match="two classes"):
