@@ -32,8 +32,10 @@ RF_INLINE float normal_cumulative(float x) {
     return 0.5f + 0.5f * error_function(x * 0.70710678118654752f);
 }
 
+// Nothing below -87, where exponential goes no further: the product with minus infinity is NaN, as PyTorch's
+// is.
 RF_INLINE float logistic(float x) {
-    return 1.0f / (1.0f + exponential(-x));
+    return x < -87.0f ? 0.0f : 1.0f / (1.0f + exponential(-x));
 }
 
 // (1 + tanh(u)) / 2 is the logistic function of 2 u, u = sqrt(2 / pi) (x + 0.044715 x^3).

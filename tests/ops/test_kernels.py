@@ -352,6 +352,23 @@ def test_shares_over_the_range(variant: str, function: str) -> None:
     assert all(t.isnan().all() for t in ops.activation_share(torch.full((40,), torch.nan), function, torch.float32))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("function", ["gelu", "gelu_tanh", "silu"])
+def test_activations_beyond_numbers(variant: str, function: str) -> None:
+    """Minus infinity times nothing is NaN, as PyTorch has it; the largest negative numbers have nothing left."""
+    choose(variant)
+    x = torch.tensor([-torch.inf, torch.nan, -3e38, -1e30, torch.inf]).repeat_interleave(40)
+    results = [ops.activation_share(x, function, torch.float32)[0]]
+    if function != "silu":
+        results.append(ops.gelu_factor(x, function == "gelu_tanh", torch.float32)[0])
+    for y in results:
+        lowest, nan, *large, highest = y.view(5, 40)
+        assert bool(lowest.isnan().all())
+        assert bool(nan.isnan().all())
+        assert not any(bool(part.any()) for part in large)
+        assert bool((highest == torch.inf).all())
+
+
 def test_shares_of_no_function() -> None:
     with pytest.raises(ValueError, match=r"'tanh'.*gelu, gelu_tanh, silu"):
         ops.activation_share(torch.zeros(3), "tanh", torch.float32)
