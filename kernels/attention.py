@@ -239,6 +239,24 @@ def prepare_kernel(
 
 
 @triton.jit
+def _place(batch, HEADS: tl.constexpr, BLOCKS: tl.constexpr, OWN: tl.constexpr):
+    """First row, head, sample and map of what a program computes."""
+    program = tl.program_id(0)
+    start = program % BLOCKS * OWN
+    head = program // BLOCKS % HEADS
+    sample = program // (BLOCKS * HEADS) % batch
+    t = program // (BLOCKS * HEADS) // batch
+    return start, head, sample, t
+
+
+@triton.jit
+def _raw(pointer, sample, head, row, column, inside, x_b, x_h, x_n):
+    """Rows and columns of one head of an operand as it came, 0 outside."""
+    x = pointer + sample.to(tl.int64) * x_b + head.to(tl.int64) * x_h + row[:, None] * x_n + column[None, :]
+    return tl.load(x, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _selected(sums, x, GATED: tl.constexpr):
     """Of sums against halves those that the sign of x asks for."""
     if GATED:
@@ -316,6 +334,16 @@ def _measured(
 
 
 @triton.jit
+def _weights(x, unit, norm, first, KEYS: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """Softmax of scores of keys [first, first + ROWS)."""
+    a = tl.exp2(x * unit[:, None] - norm[:, None])
+    if MASKED:  # scores beyond KEYS are 0, and so is what this is multiplied by; but it may be infinite
+        return tl.where((first + tl.arange(0, ROWS) < KEYS)[None, :], a, 0.0)
+    else:
+        return a
+
+
+@triton.jit
 def _pulled_to_queries(
     q,
     unit,
@@ -344,9 +372,7 @@ def _pulled_to_queries(
 ):
     """A step of the second pass over keys: sums and masses with those of [first, first + ROWS)."""
     x = _products(q, k, key_plane, powers, first, ROWS, BLOCK_D, SCORE_PARTS)
-    a = tl.exp2(x * unit[:, None] - norm[:, None])
-    if MASKED:  # scores beyond KEYS are 0, and so is what this is multiplied by; but it may be infinite
-        a = tl.where((first + tl.arange(0, ROWS) < KEYS)[None, :], a, 0.0)
+    a = _weights(x, unit, norm, first, KEYS, ROWS, MASKED)
     factor = tl.exp2(tl.abs(x) * unit[:, None] - norm_absolute[:, None]) + _sign(x) * a
     v_t = _transposed(_tile(v, key_plane, first, ROWS, BLOCK_D, PARTS), PARTS)
     halves = _tile(k_halves, key_plane * (COLUMNS // BLOCK_D), first, ROWS, COLUMNS, PARTS)
@@ -406,12 +432,7 @@ def queries_kernel(
     REST: tl.constexpr = KEYS % OTHER if APART else 0
     LAST: tl.constexpr = 16 if REST <= 16 else 32 if REST <= 32 else 64
     MASKED: tl.constexpr = REST == 0 and KEYS % OTHER > 0
-    program = tl.program_id(0)
-    block = program % BLOCKS
-    start = block * OWN
-    head = program // BLOCKS % HEADS
-    sample = program // (BLOCKS * HEADS) % batch
-    t = program // (BLOCKS * HEADS) // batch
+    start, head, sample, t = _place(batch, HEADS, BLOCKS, OWN)
     samples = batch.to(tl.int64)
     of_head = sample.to(tl.int64) * HEADS + head
     query_plane = samples * (HEADS * QUERY_ROWS * BLOCK_D)
@@ -463,8 +484,7 @@ def queries_kernel(
     column = tl.arange(0, BLOCK_D)
     inside = row < QUERIES
     stored = inside[:, None] & (column < WIDTH)[None, :]
-    x = x_ptr + sample.to(tl.int64) * x_b + head.to(tl.int64) * x_h + row[:, None] * x_n + column[None, :]
-    x = tl.load(x, mask=stored, other=0.0).to(tl.float32)
+    x = _raw(x_ptr, sample, head, row, column, stored, x_b, x_h, x_n)
     out = sample.to(tl.int64) * out_b + head.to(tl.int64) * out_h + t.to(tl.int64) * out_t
     out = out_ptr + out + row[:, None] * out_n + column[None, :]
     map_stride = samples * slots  # of masses
@@ -480,6 +500,16 @@ def queries_kernel(
         tl.store(to_d, c_q_d.to(out_ptr.dtype.element_ty), mask=stored)
         tl.store(mass_a + GROUPS * map_stride, mass_n, mask=inside)
         tl.store(mass_q + GROUPS * map_stride, tl.sum(tl.abs(x * (c_q - c_q_d)), 1), mask=inside)
+
+
+@triton.jit
+def _of_rows(pointer, first, QUERIES: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """A statistic of rows [first, first + ROWS); of rows that may have none, what it is multiplied by is 0."""
+    row = first + tl.arange(0, ROWS)
+    if MASKED:
+        return tl.load(pointer + row, mask=row < QUERIES, other=0.0)
+    else:
+        return tl.load(pointer + row)
 
 
 @triton.jit
@@ -512,13 +542,8 @@ def _pulled_to_keys(
 ):
     """A step over queries: sums with those of [first, first + ROWS). Rows of scores are keys."""
     x = _products(k, q, query_plane, powers, first, ROWS, BLOCK_D, SCORE_PARTS)
-    row = first + tl.arange(0, ROWS)
-    if MASKED:  # of rows that may have none; what they are multiplied by is 0
-        norm = tl.load(norms + row, mask=row < QUERIES, other=0.0)
-        norm_absolute = tl.load(norms + norm_plane + row, mask=row < QUERIES, other=0.0)
-    else:
-        norm = tl.load(norms + row)
-        norm_absolute = tl.load(norms + norm_plane + row)
+    norm = _of_rows(norms, first, QUERIES, ROWS, MASKED)
+    norm_absolute = _of_rows(norms + norm_plane, first, QUERIES, ROWS, MASKED)
     a = tl.exp2(x * unit[:, None] - norm[None, :])
     factor = tl.exp2(tl.abs(x) * unit[:, None] - norm_absolute[None, :]) + _sign(x) * a
     a = _split(a, PARTS)
@@ -585,12 +610,7 @@ def keys_kernel(
     REST: tl.constexpr = QUERIES % OTHER if APART else 0
     LAST: tl.constexpr = 16 if REST <= 16 else 32 if REST <= 32 else 64
     MASKED: tl.constexpr = REST == 0 and QUERIES % OTHER > 0
-    program = tl.program_id(0)
-    block = program % BLOCKS
-    start = block * OWN
-    head = program // BLOCKS % HEADS
-    sample = program // (BLOCKS * HEADS) % batch
-    t = program // (BLOCKS * HEADS) // batch
+    start, head, sample, t = _place(batch, HEADS, BLOCKS, OWN)
     samples = batch.to(tl.int64)
     of_head = sample.to(tl.int64) * HEADS + head
     query_plane = samples * (HEADS * QUERY_ROWS * BLOCK_D)
@@ -636,8 +656,7 @@ def keys_kernel(
     map_stride = samples * slots
     mass_v = masses_ptr + (NUM_MAPS + t) * map_stride + sample.to(tl.int64) * slots + head * KEYS + row
     mass_k = mass_v + 2 * NUM_MAPS * map_stride
-    x = v_raw_ptr + sample.to(tl.int64) * v_b + head.to(tl.int64) * v_h + row[:, None] * v_n + column[None, :]
-    x = tl.load(x, mask=stored, other=0.0).to(tl.float32)
+    x = _raw(v_raw_ptr, sample, head, row, column, stored, v_b, v_h, v_n)
     c_v = tl.where(x > 0, sums_v, 0.0)
     tl.store(c_v_ptr + out, c_v.to(c_v_ptr.dtype.element_ty), mask=stored)
     tl.store(mass_v, tl.sum(tl.abs(x * c_v), 1), mask=inside)
@@ -645,8 +664,7 @@ def keys_kernel(
         c_v_d = tl.where(x > 0, sums_v_d, 0.0)
         tl.store(c_v_ptr + to_d, c_v_d.to(c_v_ptr.dtype.element_ty), mask=stored)
         tl.store(mass_v + GROUPS * map_stride, tl.sum(tl.abs(x * (c_v - c_v_d)), 1), mask=inside)
-    x = k_raw_ptr + sample.to(tl.int64) * k_b + head.to(tl.int64) * k_h + row[:, None] * k_n + column[None, :]
-    x = tl.load(x, mask=stored, other=0.0).to(tl.float32)
+    x = _raw(k_raw_ptr, sample, head, row, column, stored, k_b, k_h, k_n)
     c_k = 2 * scale * _selected(sums_k, x, GATED)
     tl.store(c_k_ptr + out, c_k.to(c_k_ptr.dtype.element_ty), mask=stored)
     tl.store(mass_k, tl.sum(tl.abs(x * c_k), 1), mask=inside)
@@ -678,8 +696,7 @@ def _measured_with_sums(
 ):
     """A step of the first pass over keys: maxima of scores, sums of exp(S - maximum), and those times c_A."""
     x = _products(q, k, key_plane, powers, first, ROWS, BLOCK_D, SCORE_PARTS)
-    v_t = _transposed(_tile(v, key_plane, first, ROWS, BLOCK_D, PARTS), PARTS)
-    c_a = _product(c, v_t, tl.zeros([q[0].shape[0], ROWS], tl.float32), PARTS)
+    c_a = _products(c, v, key_plane, powers, first, ROWS, BLOCK_D, PARTS)
     inside = (first + tl.arange(0, ROWS) < KEYS)[None, :]
     higher = tl.maximum(top, unit * tl.max(tl.where(inside, x, float("-inf")) if MASKED else x, 1))
     new = tl.exp2(x * unit[:, None] - higher[:, None])
@@ -712,11 +729,8 @@ def _gradient_of_queries(
 ):
     """A step of the second pass over keys: sums for c_Q with those of [first, first + ROWS)."""
     x = _products(q, k, key_plane, powers, first, ROWS, BLOCK_D, SCORE_PARTS)
-    a = tl.exp2(x * unit[:, None] - norm[:, None])
-    if MASKED:  # keys beyond KEYS are 0, but a may be infinite
-        a = tl.where((first + tl.arange(0, ROWS) < KEYS)[None, :], a, 0.0)
-    v_t = _transposed(_tile(v, key_plane, first, ROWS, BLOCK_D, PARTS), PARTS)
-    c_a = _product(c, v_t, tl.zeros([q[0].shape[0], ROWS], tl.float32), PARTS)
+    a = _weights(x, unit, norm, first, KEYS, ROWS, MASKED)
+    c_a = _products(c, v, key_plane, powers, first, ROWS, BLOCK_D, PARTS)
     keys = _tile(k_narrow, key_plane, first, ROWS, BLOCK_D, PARTS)
     return _product(_split(a * (c_a - mean[:, None]), PARTS), keys, sums, PARTS)
 
@@ -759,11 +773,7 @@ def gradient_queries_kernel(
     REST: tl.constexpr = KEYS % OTHER if APART else 0
     LAST: tl.constexpr = 16 if REST <= 16 else 32 if REST <= 32 else 64
     MASKED: tl.constexpr = REST == 0 and KEYS % OTHER > 0
-    program = tl.program_id(0)
-    start = program % BLOCKS * OWN
-    head = program // BLOCKS % HEADS
-    sample = program // (BLOCKS * HEADS) % batch
-    t = program // (BLOCKS * HEADS) // batch
+    start, head, sample, t = _place(batch, HEADS, BLOCKS, OWN)
     samples = batch.to(tl.int64)
     of_head = sample.to(tl.int64) * HEADS + head
     of_map = t * samples * HEADS + of_head
@@ -840,13 +850,8 @@ def _gradient_of_keys(
 ):
     """A step over queries: sums with those of [first, first + ROWS). Rows of scores are keys."""
     x = _products(k, q, query_plane, powers, first, ROWS, BLOCK_D, SCORE_PARTS)
-    row = first + tl.arange(0, ROWS)
-    if MASKED:  # of rows that may have none; what they are multiplied by is 0
-        norm = tl.load(norms + row, mask=row < QUERIES, other=0.0)
-        mean = tl.load(means + row, mask=row < QUERIES, other=0.0)
-    else:
-        norm = tl.load(norms + row)
-        mean = tl.load(means + row)
+    norm = _of_rows(norms, first, QUERIES, ROWS, MASKED)
+    mean = _of_rows(means, first, QUERIES, ROWS, MASKED)
     a = tl.exp2(x * unit[:, None] - norm[None, :])
     c = _tile(c_ptr, c_plane, first, ROWS, BLOCK_D, PARTS)
     c_a = _product(v, _transposed(c, PARTS), tl.zeros([k[0].shape[0], ROWS], tl.float32), PARTS)
@@ -894,11 +899,7 @@ def gradient_keys_kernel(
     REST: tl.constexpr = QUERIES % OTHER if APART else 0
     LAST: tl.constexpr = 16 if REST <= 16 else 32 if REST <= 32 else 64
     MASKED: tl.constexpr = REST == 0 and QUERIES % OTHER > 0
-    program = tl.program_id(0)
-    start = program % BLOCKS * OWN
-    head = program // BLOCKS % HEADS
-    sample = program // (BLOCKS * HEADS) % batch
-    t = program // (BLOCKS * HEADS) // batch
+    start, head, sample, t = _place(batch, HEADS, BLOCKS, OWN)
     samples = batch.to(tl.int64)
     of_head = sample.to(tl.int64) * HEADS + head
     of_map = t * samples * HEADS + of_head
@@ -963,8 +964,7 @@ def attention_pullback(
     q, k, v, o, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, o, c))
     if 0 in (num_maps, batch, heads, queries, keys, width):
         return packed_output(q, k, c).zero_(), torch.zeros((4, num_maps, batch), device=c.device)
-    score_parts = 1 if q.dtype == k.dtype == torch.bfloat16 else 2
-    parts = 1 if c.dtype == torch.bfloat16 else 3
+    score_parts, parts = _parts(q, k, c)
     if contrast and not paired(width, parts):
         # P, D and N = P - D one by one; of N only the masses are kept.
         half = num_maps // 2
@@ -990,59 +990,34 @@ def _pullback(
     num_maps, keys = c.shape[0], k.shape[2]
     out = packed_output(q, k, c)
     c_q, c_k, c_v = output_views(out, q, k)
-    major, minor = (8, 0) if c.device.type == "cpu" else torch.cuda.get_device_capability(c.device)
-    capability = 10 * major + minor
+    capability = _capability(c)
     tile = tiles(capability, width, parts, gated)
     block = max(tile.own, tile.other)
     q_whole, q_powers, q_halves = _prepared(q[None], block, score_parts, parts, not gated)
     k_whole, k_powers, k_halves = _prepared(k[None], block, score_parts, parts, not gated)
     _, _, v_plus = _prepared(v[None], block, 0, parts, False)
     g, _, _ = _prepared(c, block, parts, 0, False, o if gated else None, factor=2)
-    rows, key_rows = q_whole.shape[-2], k_whole.shape[-2]
+    rows = q_whole.shape[-2]
     # Every row has a slot; both kernels fill all slots if there are as many queries as keys.
     new = torch.empty if queries == keys else torch.zeros
     masses = new((4, num_maps, batch, heads * max(queries, keys)), dtype=torch.float32, device=c.device)
     statistics = torch.empty((2, batch, heads, rows), dtype=torch.float32, device=c.device)
-    options = {
-        "NUM_MAPS": num_maps,
-        "HEADS": heads,
-        "QUERIES": queries,
-        "KEYS": keys,
-        "WIDTH": width,
-        "QUERY_ROWS": rows,
-        "KEY_ROWS": key_rows,
-        "GATED": gated,
-        "CONTRAST": contrast,
-        "SCORE_PARTS": score_parts,
-        "PARTS": parts,
-        "BLOCK_D": padded(width),
-    }
-    programs = batch * heads * (num_maps // 2 if contrast else num_maps)
     numbers = batch, masses.shape[-1], scale
-    launch_tuned(
-        queries_kernel,
-        configs(capability, width, parts, gated),
-        KEY,
-        lasting,
-        lambda meta: (programs * (rows // tile.own),),
+    passes = (
         (
+            queries_kernel,
             *(q_whole, q_powers, k_whole, k_powers, k_halves, v_plus, g, q, c_q, statistics, masses),
             *(*q.stride()[:3], *c_q.stride()[:4], *numbers),
         ),
-        **options,
-    )
-    launch_tuned(
-        keys_kernel,
-        configs(capability, width, parts, gated),
-        KEY,
-        lasting,
-        lambda meta: (programs * (key_rows // tile.own),),
         (
+            keys_kernel,
             *(q_whole, q_powers, q_halves, k_whole, k_powers, v_plus, g, k, v, c_k, c_v, statistics, masses),
             *(*k.stride()[:3], *v.stride()[:3], *c_k.stride()[:4], *numbers),
         ),
-        **options,
     )
+    constants = _constants(q, k, q_whole, k_whole, num_maps, parts) | {"GATED": gated, "CONTRAST": contrast}
+    programs = batch * heads * (num_maps // 2 if contrast else num_maps)
+    _launch(passes, configs(capability, width, parts, gated), KEY, programs, constants)
     return out, sum_partials(masses)
 
 
@@ -1060,11 +1035,9 @@ def attention_gradient(
     out = packed_output(q, k, c)
     if 0 in (num_maps, batch, heads, queries, keys, width):
         return out.zero_()
-    score_parts = 1 if q.dtype == k.dtype == torch.bfloat16 else 2
-    parts = 1 if c.dtype == torch.bfloat16 else 3
+    score_parts, parts = _parts(q, k, c)
     c_q, c_k, c_v = output_views(out, q, k)
-    major, minor = (8, 0) if c.device.type == "cpu" else torch.cuda.get_device_capability(c.device)
-    capability = 10 * major + minor
+    capability = _capability(c)
     tile = tiles(capability, width, parts, True)
     block = max(tile.own, tile.other)
     q_whole, q_powers, _ = _prepared(q[None], block, score_parts, 0, False)
@@ -1075,48 +1048,62 @@ def attention_gradient(
     )
     v_narrow, _, _ = _prepared(v[None], block, parts, 0, False)
     c_narrow, _, _ = _prepared(c, block, parts, 0, False)
-    rows, key_rows = q_whole.shape[-2], k_whole.shape[-2]
+    rows = q_whole.shape[-2]
     norms = torch.empty((batch, heads, rows), dtype=torch.float32, device=c.device)
     means = torch.empty((num_maps, batch, heads, rows), dtype=torch.float32, device=c.device)
-    options = {
-        "NUM_MAPS": num_maps,
-        "HEADS": heads,
-        "QUERIES": queries,
-        "KEYS": keys,
-        "WIDTH": width,
-        "QUERY_ROWS": rows,
-        "KEY_ROWS": key_rows,
-        "SCORE_PARTS": score_parts,
-        "PARTS": parts,
-        "BLOCK_D": padded(width),
-    }
-    programs = batch * heads * num_maps
     share = score_share * scale
-    launch_tuned(
-        gradient_queries_kernel,
-        configs(capability, width, parts, True),
-        GRADIENT_KEY,
-        lasting,
-        lambda meta: (programs * (rows // tile.own),),
+    passes = (
         (
+            gradient_queries_kernel,
             *(q_whole, q_powers, k_whole, k_powers, k_narrow, v_narrow, c_narrow, c_q, norms, means),
             *(*c_q.stride()[:4], batch, scale, share),
         ),
-        **options,
-    )
-    launch_tuned(
-        gradient_keys_kernel,
-        configs(capability, width, parts, True),
-        GRADIENT_KEY,
-        lasting,
-        lambda meta: (programs * (key_rows // tile.own),),
         (
+            gradient_keys_kernel,
             *(q_whole, q_powers, q_narrow, k_whole, k_powers, v_narrow, c_narrow, c_k, c_v, norms, means),
             *(*c_k.stride()[:4], batch, scale, share, value_share),
         ),
-        **options,
     )
+    constants = _constants(q, k, q_whole, k_whole, num_maps, parts)
+    _launch(passes, configs(capability, width, parts, True), GRADIENT_KEY, batch * heads * num_maps, constants)
     return out
+
+
+def _capability(c: Tensor) -> int:
+    major, minor = (8, 0) if c.device.type == "cpu" else torch.cuda.get_device_capability(c.device)
+    return 10 * major + minor
+
+
+def _parts(q: Tensor, k: Tensor, c: Tensor) -> tuple[int, int]:
+    """Parts of the operands of scores, and of those of the other products."""
+    return 1 if q.dtype == k.dtype == torch.bfloat16 else 2, 1 if c.dtype == torch.bfloat16 else 3
+
+
+def _constants(q: Tensor, k: Tensor, q_whole: Tensor, k_whole: Tensor, num_maps: int, parts: int) -> dict[str, int]:
+    return {
+        "NUM_MAPS": num_maps,
+        "HEADS": q.shape[1],
+        "QUERIES": q.shape[2],
+        "KEYS": k.shape[2],
+        "WIDTH": q.shape[3],
+        "QUERY_ROWS": q_whole.shape[-2],
+        "KEY_ROWS": k_whole.shape[-2],
+        "SCORE_PARTS": q_whole.shape[0],
+        "PARTS": parts,
+        "BLOCK_D": q_whole.shape[-1],
+    }
+
+
+def _launch(
+    passes: tuple[tuple[Any, ...], tuple[Any, ...]],  # kernels and their arguments, by queries and by keys
+    tried: tuple[triton.Config, ...],
+    key: tuple[str, ...],
+    programs: int,  # for a block of rows
+    constants: dict[str, Any],
+) -> None:
+    for (kernel, *arguments), rows in zip(passes, (constants["QUERY_ROWS"], constants["KEY_ROWS"]), strict=True):
+        grid = (programs * (rows // tried[0].kwargs["OWN"]),)
+        launch_tuned(kernel, tried, key, lasting, lambda _, grid=grid: grid, tuple(arguments), **constants)
 
 
 def _prepared(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ramp_fast.kernels.common import compute_dtype, sum_partials
 from ramp_fast.kernels.scaling import (
+    block_of_sample,
     check_shapes,
     inner_size,
     load_merged_pair,
@@ -74,11 +75,8 @@ def junction_kernel(
     COMPUTE: tl.constexpr,  # float32 or float64
     BLOCK: tl.constexpr,
 ):
+    sample, block, elements, inside = block_of_sample(inner, BLOCK)
     blocks = tl.cdiv(inner, BLOCK)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = elements < inner
     a = tl.load(a_ptr + sample * inner + elements, mask=inside, other=0.0).to(COMPUTE)
     b = tl.load(b_ptr + sample * inner + elements, mask=inside, other=0.0).to(COMPUTE)
 

@@ -26,6 +26,16 @@ WARPS = 8
 
 
 @triton.jit
+def block_of_sample(inner, BLOCK: tl.constexpr):
+    """Sample, block and elements of a program, and which of these exist."""
+    blocks = tl.cdiv(inner, BLOCK)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return sample, block, elements, elements < inner
+
+
+@triton.jit
 def load_pair(
     c_ptr,  # [T, B, inner]
     row,  # of P in [T, B]
@@ -127,10 +137,7 @@ def merge_kernel(
     COMPUTE: tl.constexpr,  # float32 or float64
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(inner, BLOCK)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    elements = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = elements < inner
+    sample, _block, elements, inside = block_of_sample(inner, BLOCK)
     GROUPS: tl.constexpr = NUM_MAPS // 2 if CONTRAST else NUM_MAPS
     for t in range(GROUPS):
         row = t * batch.to(tl.int64) + sample
@@ -159,11 +166,8 @@ def mass_kernel(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    sample, block, elements, inside = block_of_sample(inner, BLOCK)
     blocks = tl.cdiv(inner, BLOCK)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = elements < inner
     x = tl.abs(tl.load(x_ptr + sample * inner + elements, mask=inside, other=0.0).to(COMPUTE))
     GROUPS: tl.constexpr = NUM_MAPS // 2 if CONTRAST else NUM_MAPS
     for t in range(GROUPS):
@@ -187,10 +191,7 @@ def rescale_parts_kernel(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(inner, BLOCK)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    elements = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = elements < inner
+    sample, _block, elements, inside = block_of_sample(inner, BLOCK)
     part = elements // width % parts
     GROUPS: tl.constexpr = NUM_MAPS // 2 if CONTRAST else NUM_MAPS
     for t in range(GROUPS):
