@@ -41,6 +41,20 @@ inline Operand operand_or_null(const std::optional<TensorView>& view) {
 // Checks c [T, B, ...]; T must be even with contrast.
 void check_coefficient(const TensorView& c, bool contrast);
 
+// Sets the sizes of coefficients c [T, B, ...].
+template <class Args>
+void set_sizes(Args& args, const TensorView& c) {
+    args.num_maps = c.size(0);
+    args.batch = c.size(1);
+    args.inner = c.product(2, c.ndim());
+}
+
+// Checks that samples x [B, ...] lie in memory as those of c [T, B, ...] do.
+void check_samples(const TensorView& x, const TensorView& c);
+
+// Checks that the coefficients `out` have the shape of c and lie in memory as c does.
+void check_output(const TensorView& out, const TensorView& c);
+
 // Checks a scale [T, B] that belongs to c.
 void check_per_sample(const TensorView& scale, const TensorView& c);
 

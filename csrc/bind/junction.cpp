@@ -14,9 +14,7 @@ JunctionArgs prepare(const TensorView& first, const std::optional<TensorView>& f
         fail("second and the scales belong together");
     if (second) check_readers(first, *first_scale, *second, *second_scale);
     JunctionArgs args{};
-    args.num_maps = first.size(0);
-    args.batch = first.size(1);
-    args.inner = first.product(2, first.ndim());
+    set_sizes(args, first);
     args.contrast = contrast;
     args.first = first.operand();
     args.second = operand_or_null(second);
@@ -30,11 +28,10 @@ void run(JunctionArgs& args, const TensorView& c, py::handle a_, py::handle b_, 
          py::handle c_b_, py::handle mass_a_, py::handle mass_b_) {
     const TensorView a(a_, "a"), b(b_, "b"), c_a(c_a_, "c_a"), c_b(c_b_, "c_b");
     const TensorView mass_a(mass_a_, "mass_a"), mass_b(mass_b_, "mass_b");
-    c.same_layout(1, a, 0);
-    a.same_layout(0, c, 1);
-    b.same_layout(0, c, 1);
-    c_a.same_layout(1, c, 1).matches(0, c, 0, 1);
-    c_b.same_layout(1, c, 1).matches(0, c, 0, 1);
+    check_samples(a, c);
+    check_samples(b, c);
+    check_output(c_a, c);
+    check_output(c_b, c);
     check_mass(mass_a, c);
     check_mass(mass_b, c);
     args.a = a.operand();

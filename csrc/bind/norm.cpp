@@ -5,8 +5,9 @@
 namespace rf {
 namespace {
 
-NormArgs arguments(const TensorView& c, const TensorView& x, py::handle weight_, double eps,
-                   const TensorView& out, int threads) {
+NormArgs arguments(py::handle c_, py::handle x_, py::handle weight_, double eps, py::handle out_,
+                   int threads) {
+    const TensorView c(c_, "c"), x(x_, "x"), out(out_, "out");
     const auto weight = optional_view(weight_, "weight");
     check_coefficient(c, false);
     if (x.ndim() < 2 || c.ndim() != x.ndim() + 1)
@@ -32,18 +33,14 @@ NormArgs arguments(const TensorView& c, const TensorView& x, py::handle weight_,
     return args;
 }
 
-void norm_pullback(py::handle c_, py::handle x_, py::handle weight_, double eps, py::handle out_,
-                   int threads) {
-    const TensorView c(c_, "c"), x(x_, "x"), out(out_, "out");
-    const NormArgs args = arguments(c, x, weight_, eps, out, threads);
+void norm_pullback(py::handle c, py::handle x, py::handle weight, double eps, py::handle out, int threads) {
+    const NormArgs args = arguments(c, x, weight, eps, out, threads);
     py::gil_scoped_release release;
     RF_CALL_ROUNDING(norm_pullback, args);
 }
 
-void norm_gradient(py::handle c_, py::handle x_, py::handle weight_, double eps, py::handle out_,
-                   int threads) {
-    const TensorView c(c_, "c"), x(x_, "x"), out(out_, "out");
-    const NormArgs args = arguments(c, x, weight_, eps, out, threads);
+void norm_gradient(py::handle c, py::handle x, py::handle weight, double eps, py::handle out, int threads) {
+    const NormArgs args = arguments(c, x, weight, eps, out, threads);
     py::gil_scoped_release release;
     RF_CALL_ROUNDING(norm_gradient, args);
 }

@@ -8,9 +8,7 @@ namespace {
 MergeArgs prepare(const TensorView& first, bool contrast, int threads) {
     check_coefficient(first, contrast);
     MergeArgs args{};
-    args.num_maps = first.size(0);
-    args.batch = first.size(1);
-    args.inner = first.product(2, first.ndim());
+    set_sizes(args, first);
     args.parts = 1;
     args.part_width = args.inner;
     args.contrast = contrast;
@@ -27,8 +25,7 @@ void run(const MergeArgs& args) {
 void mass(py::handle x_, py::handle c_, bool contrast, py::handle mass_, int threads) {
     const TensorView x(x_, "x"), c(c_, "c"), mass(mass_, "mass");
     MergeArgs args = prepare(c, contrast, threads);
-    c.same_layout(1, x, 0);
-    x.same_layout(0, c, 1);
+    check_samples(x, c);
     check_mass(mass, c);
     args.a = x.operand();
     args.mass = mass.operand();
@@ -39,7 +36,7 @@ void rescale(py::handle c_, py::handle scale_, bool contrast, py::handle out_, i
     const TensorView c(c_, "c"), scale(scale_, "scale"), out(out_, "out");
     MergeArgs args = prepare(c, contrast, threads);
     c.same_layout(1, out, 1);
-    out.same_layout(1, c, 1).matches(0, c, 0, 1);
+    check_output(out, c);
     check_per_sample(scale, c);
     args.first_scale = scale.operand();
     args.out = out.operand();
@@ -69,7 +66,7 @@ void merge(py::handle first_, py::handle first_scale_, py::handle second_, py::h
     args.first_scale = first_scale.operand();
     args.second = second.operand();
     args.second_scale = second_scale.operand();
-    out.same_layout(1, first, 1).matches(0, first, 0, 1);
+    check_output(out, first);
     args.out = out.operand();
     run(args);
 }
@@ -88,13 +85,10 @@ void multiply(const TensorView& c, const TensorView& factor, py::handle n_scale_
     check_coefficient(c, n_scale.has_value());
     if (n_scale) n_scale->shaped({c.size(0) / 2, c.size(1)}).contiguous();
     check_channels(gain, shift, c);
-    c.same_layout(1, factor, 0);
-    factor.same_layout(0, c, 1);
-    out.same_layout(1, c, 1).matches(0, c, 0, 1);
+    check_samples(factor, c);
+    check_output(out, c);
     ScaleArgs args{};
-    args.num_maps = c.size(0);
-    args.batch = c.size(1);
-    args.inner = c.product(2, c.ndim());
+    set_sizes(args, c);
     args.n_scale = operand_or_null(n_scale);
     args.gate = gate;
     args.c = c.operand();
@@ -116,16 +110,12 @@ void ratio(py::handle c_, py::handle z_, py::handle d_, double stabilizer, int s
            int threads) {
     const TensorView c(c_, "c"), z(z_, "z"), d(d_, "d"), out(out_, "out");
     check_coefficient(c, false);
-    c.same_layout(1, z, 0);
-    z.same_layout(0, c, 1);
-    c.same_layout(1, d, 0);
-    d.same_layout(0, c, 1);
-    out.same_layout(1, c, 1).matches(0, c, 0, 1);
+    check_samples(z, c);
+    check_samples(d, c);
+    check_output(out, c);
     if (side < -1 || side > 1) fail("side must be -1, 0 or 1");
     RatioArgs args{};
-    args.num_maps = c.size(0);
-    args.batch = c.size(1);
-    args.inner = c.product(2, c.ndim());
+    set_sizes(args, c);
     args.stabilizer = stabilizer;
     args.side = side;
     args.c = c.operand();
@@ -154,18 +144,13 @@ void centring(py::handle c_, py::handle factor_, py::handle gain_, py::handle sh
     const auto gain = optional_view(gain_, "gain"), shift = optional_view(shift_, "shift");
     check_coefficient(c, true);
     c.same_layout(1, c, 1);
-    if (factor) {
-        c.same_layout(1, *factor, 0);
-        factor->same_layout(0, c, 1);
-    }
+    if (factor) check_samples(*factor, c);
     if (gain && !factor) fail("gain and shift belong to a factor");
     check_channels(gain, shift, c);
     out.shaped({c.size(0) / 2, c.size(1)}).contiguous();
     if (out.dtype() == DType::bf16) fail(out.describe() + " must be float32 or float64");
     CentringArgs args{};
-    args.num_maps = c.size(0);
-    args.batch = c.size(1);
-    args.inner = c.product(2, c.ndim());
+    set_sizes(args, c);
     if (runs < 0 || (runs > 0 && (step < kCentringRun || args.inner < kCentringRun ||
                                   runs - 1 > (args.inner - kCentringRun) / step)))
         fail(std::to_string(runs) + " runs, " + std::to_string(step) + " apart, do not fit " + c.describe());

@@ -192,6 +192,15 @@ void check_coefficient(const TensorView& c, bool contrast) {
         fail(c.describe() + ": with contrast the first axis holds P and D rows and must be even");
 }
 
+void check_samples(const TensorView& x, const TensorView& c) {
+    c.same_layout(1, x, 0);
+    x.same_layout(0, c, 1);
+}
+
+void check_output(const TensorView& out, const TensorView& c) {
+    out.same_layout(1, c, 1).matches(0, c, 0, 1);
+}
+
 void check_per_sample(const TensorView& scale, const TensorView& c) {
     scale.shaped({c.size(0), c.size(1)}).contiguous();
 }
@@ -199,7 +208,7 @@ void check_per_sample(const TensorView& scale, const TensorView& c) {
 void check_readers(const TensorView& first, const TensorView& first_scale, const TensorView& second,
                    const TensorView& second_scale) {
     first.same_layout(1, second, 1);
-    second.same_layout(1, first, 1).matches(0, first, 0, 1);
+    check_output(second, first);
     check_per_sample(first_scale, first);
     check_per_sample(second_scale, first);
 }

@@ -13,82 +13,25 @@ namespace {
 
 constexpr int64_t kMasses = 4;  // of A, V, Q, K
 
-struct Job {
+struct Job : Sizes {
     const AttentionArgs& args;
-    int64_t maps;      // of one group: P and D, or one
-    int64_t depth;     // D padded to whole vectors (tiles)
-    int64_t parts;     // columns of [K+], or [K+ | K-]
-    int64_t keys;      // M padded to whole vectors and tiles
-    int64_t key_rows;  // M padded to whole tiles
-    int64_t block;     // query rows of one block
     double* partials;  // [B, H, kMasses, T]
 };
 
+// values_t is 2 V+^T, key_parts [K+ | K-], q_block [Qs+ | Qs-], c_block g.
 template <class P>
-Job plan(const AttentionArgs& args, double* partials) {
-    Job job{args, args.contrast ? 2 : 1, 0, 0, 0, 0, 0, partials};
-    job.depth = round_up(args.width, P::align);
-    job.parts = args.gated ? job.depth : 2 * job.depth;
-    job.key_rows = round_up(args.keys, P::rows);
-    job.keys = round_up(job.key_rows, P::align);
-    job.block = rows_of_a_block<P>(args.queries, job.keys);
-    return job;
-}
-
-// Scratch of one task, at `base`; only `bytes` is meaningful without one.
-template <class P>
-struct Scratch : Layout {
+struct Scratch : HeadScratch<P> {
     using F = typename P::Sum;
-    using E = typename P::Element;
-    F* keys_t;     // [D, keys]                K^T
-    E* values_t;   // [depth / pack, keys]     2 V+^T
-    E* key_parts;  // [keys / pack, parts]     K+ | K-
-    F* raw;        // [rows, depth]           rows as loaded
-    F* rows;       // [rows, parts]           rows being prepared
-    F* query;      // [rows, depth]           scale q
-    E* gated;      // [rows, depth / pack]    g, along rows
-    F* weights;    // [rows, keys]            S, then A
-    F* factors;    // [rows, keys]            sign(S) A + softmax(|S|)
-    F* c_a;        // [maps, rows, keys]
-    E* c_s;        // [rows, keys / pack]     along rows
-    F* c_query;    // [maps, rows, parts]
-    F* out_row;    // [maps, depth]
-    // Blocks of query rows, elements across rows.
-    E* a_block;    // [block / pack, keys]
-    E* c_s_block;  // [T, block / pack, keys]
-    E* g_block;    // [T, block / pack, depth]
-    E* q_block;    // [block / pack, parts]    Qs+ | Qs-
-    F* sum_v;      // [T, key_rows, depth]
-    F* sum_k;      // [T, key_rows, parts]
-    // On tile registers, whose left operands have elements along rows.
-    E* transposed;  // [parts, block / pack]
-    F* sum_v_t;     // [T, depth, keys]         c_V^T
-    F* sum_k_t;     // [T, parts, keys]         c_K^T
+    F* raw;      // [rows, depth]  rows as loaded
+    F* rows;     // [rows, parts]  rows being prepared
+    F* factors;  // [rows, keys]   sign(S) A + softmax(|S|)
+    F* out_row;  // [maps, depth]
 
-    Scratch(char* base, const Job& job) {
-        const int64_t num_maps = job.args.num_maps, block = job.block / P::pack;
-        take(base, keys_t, job.args.width * job.keys);
-        take(base, values_t, job.depth / P::pack * job.keys);
-        take(base, key_parts, job.keys / P::pack * job.parts);
-        take(base, raw, P::rows * job.depth);
-        take(base, rows, P::rows * job.parts);
-        take(base, query, P::rows * job.depth);
-        take(base, gated, P::rows * job.depth / P::pack);
-        take(base, weights, P::rows * job.keys);
-        take(base, factors, P::rows * job.keys);
-        take(base, c_a, job.maps * P::rows * job.keys);
-        take(base, c_s, P::rows * job.keys / P::pack);
-        take(base, c_query, job.maps * P::rows * job.parts);
-        take(base, out_row, job.maps * job.depth);
-        take(base, a_block, block * job.keys);
-        take(base, c_s_block, num_maps * block * job.keys);
-        take(base, g_block, num_maps * block * job.depth);
-        take(base, q_block, block * job.parts);
-        take(base, sum_v, num_maps * job.key_rows * job.depth);
-        take(base, sum_k, num_maps * job.key_rows * job.parts);
-        take(base, transposed, P::tiled ? job.parts * block : 0);
-        take(base, sum_v_t, P::tiled ? num_maps * job.depth * job.keys : 0);
-        take(base, sum_k_t, P::tiled ? num_maps * job.parts * job.keys : 0);
+    Scratch(char* base, const Job& job) : HeadScratch<P>(base, job) {
+        this->take(base, raw, P::rows * job.depth);
+        this->take(base, rows, P::rows * job.parts);
+        this->take(base, factors, P::rows * job.keys);
+        this->take(base, out_row, job.maps * job.depth);
     }
 };
 
@@ -125,32 +68,25 @@ void prepare_keys(const Job& job, const Scratch<P>& at, int64_t b, int64_t h) {
     for (int64_t start = 0; start < job.keys; start += P::rows) {
         const int64_t padded = min64(P::rows, job.keys - start);
         for (int64_t r = 0; r < padded; ++r) {
-            F* to = at.raw + r * job.depth;
-            clear(to, job.depth);
             fetch_row(args.k, args.width, args.keys, 0, b, h, start + P::rows + r);
             fetch_row(args.v, args.width, args.keys, 0, b, h, start + P::rows + r);
             if (start == 0) fetch_query(job, b, h, r);
-            if (start + r >= args.keys) continue;
-            const F* k = load(args.k.operand, offset(args.k, 0, b, h, start + r), args.width, to);
-            if (k != to) RF_SIMD
-            for (int64_t i = 0; i < args.width; ++i) to[i] = k[i];
         }
+        load_rows(args.k, args.width, args.keys, 0, b, h, start, padded, F(1), job.depth, at.raw, at.out_row);
         transpose(at.raw, padded, job.depth, args.width, at.keys_t + start, job.keys);
         for (int64_t r = 0; r < padded; ++r)
             split_parts(at.raw + r * job.depth, args.width, F(1), job.depth, job.parts,
                         at.rows + r * job.parts);
-        for (int64_t r = 0; r + P::pack <= padded; r += P::pack)
-            P::across_rows(at.rows + r * job.parts, job.parts, job.parts,
-                           at.key_parts + (start + r) / P::pack * job.parts);
+        across_rows<P>(at.rows, padded, job.parts, at.key_parts + start / P::pack * job.parts);
         for (int64_t r = 0; r < padded; ++r) {
             clear(at.raw + r * job.depth, job.depth);
             if (start + r < args.keys) {
                 const F* v = load(args.v.operand, offset(args.v, 0, b, h, start + r), args.width, at.out_row);
                 split_parts(v, args.width, F(2), job.depth, job.depth, at.raw + r * job.depth);
             }
-            P::along_row(at.raw + r * job.depth, job.depth, at.gated + r * job.depth / P::pack);
         }
-        transpose(at.gated, padded, job.depth / P::pack, job.depth / P::pack, at.values_t + start, job.keys);
+        along_rows<P>(at.raw, padded, job.depth, at.along);
+        transpose(at.along, padded, job.depth / P::pack, job.depth / P::pack, at.values_t + start, job.keys);
     }
 }
 
@@ -223,7 +159,6 @@ template <class P, bool contrast>
 void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int64_t first, int64_t row,
                 double* masses) {
     using F = typename P::Sum;
-    using E = typename P::Element;
     const AttentionArgs& args = job.args;
     const int64_t count = min64(P::rows, args.queries - first);
     const int64_t depth = job.depth, keys = job.keys, parts = job.parts, half = args.num_maps / 2;
@@ -238,8 +173,7 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
         for (int64_t i = 0; i < args.width; ++i) query[i] = scale * q[i];
         split_parts(q, args.width, scale, depth, parts, at.rows + r * parts);
     }
-    for (int64_t r = 0; r < P::rows; r += P::pack)
-        P::across_rows(at.rows + r * parts, parts, parts, at.q_block + (row + r) / P::pack * parts);
+    across_rows<P>(at.rows, P::rows, parts, at.q_block + row / P::pack * parts);
 
     F* scores = at.c_a;
     product<Single<F>, false>(P::rows, keys, args.width, {at.query, depth, 1}, at.keys_t, keys, scores, keys);
@@ -255,8 +189,7 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
             clear(factor, keys);
         }
     }
-    for (int64_t r = 0; r < P::rows; r += P::pack)
-        P::across_rows(at.weights + r * keys, keys, keys, at.a_block + (row + r) / P::pack * keys);
+    across_rows<P>(at.weights, P::rows, keys, at.a_block + row / P::pack * keys);
 
     for (int64_t t = 0; t < (contrast ? half : args.num_maps); ++t) {
         for (int64_t of_pair = 0; of_pair < job.maps; ++of_pair) {
@@ -276,13 +209,9 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
                     for (int64_t i = 0; i < args.width; ++i) g[i] = c[i];
                 }
             }
-            E* g_block = at.g_block + (map * job.block + row) / P::pack * depth;
-            for (int64_t r = 0; r < P::rows; ++r) {
-                P::along_row(at.rows + r * depth, depth, at.gated + r * depth / P::pack);
-                if (r % P::pack == 0)
-                    P::across_rows(at.rows + r * depth, depth, depth, g_block + r / P::pack * depth);
-            }
-            product<P, false>(P::rows, keys, depth / P::pack, {at.gated, depth / P::pack, 1}, at.values_t,
+            along_rows<P>(at.rows, P::rows, depth, at.along);
+            across_rows<P>(at.rows, P::rows, depth, at.c_block + (map * job.block + row) / P::pack * depth);
+            product<P, false>(P::rows, keys, depth / P::pack, {at.along, depth / P::pack, 1}, at.values_t,
                               keys, at.c_a + of_pair * P::rows * keys, keys);
         }
         for (int64_t r = 0; r < count; ++r) {
@@ -290,56 +219,15 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
             scores_row<F, contrast>(at.weights + r * keys, at.factors + r * keys, keys, p, p + P::rows * keys,
                                     masses + t, masses + t + half);
         }
-        for (int64_t of_pair = 0; of_pair < job.maps; ++of_pair) {
-            const F* c_s = at.c_a + of_pair * P::rows * keys;
-            E* block = at.c_s_block + ((t + of_pair * half) * job.block + row) / P::pack * keys;
-            for (int64_t r = 0; r < P::rows; r += P::pack)
-                P::across_rows(c_s + r * keys, keys, keys, block + r / P::pack * keys);
-            const E* left = block;
-            if (P::pack > 1) {
-                for (int64_t r = 0; r < P::rows; ++r)
-                    P::along_row(c_s + r * keys, keys, at.c_s + r * keys / P::pack);
-                left = at.c_s;
-            }
-            product<P, false>(P::rows, parts, keys / P::pack, {left, keys / P::pack, 1}, at.key_parts, parts,
-                              at.c_query + of_pair * P::rows * parts, parts);
-        }
+        for (int64_t of_pair = 0; of_pair < job.maps; ++of_pair)
+            times_keys(job, at, at.c_a + of_pair * P::rows * keys,
+                       at.c_s_block + ((t + of_pair * half) * job.block + row) / P::pack * keys,
+                       at.c_query + of_pair * P::rows * parts);
         for (int64_t r = 0; r < count; ++r) {
             const F* q = load(args.q.operand, offset(args.q, 0, b, h, first + r), args.width, at.raw);
             finish_row<F, contrast>(job, args.c_q, q, scale < 0 ? F(-1) : F(1), 2 * scale,
                                     at.c_query + r * parts, P::rows * parts, !args.gated, t, b, h, first + r,
                                     at.raw + depth, at.out_row, masses + 2 * args.num_maps);
-        }
-    }
-}
-
-// The sums of a block for c_V and c_K.
-template <class P>
-RF_INLINE void add_block(const Job& job, const Scratch<P>& at, int64_t rows) {
-    const int64_t pairs = job.block / P::pack;
-    if constexpr (P::tiled) {
-        // c_V^T = g^T A and c_K^T = Q^T c_S: A and c_S lie as right operands.
-        const auto turn = [&](const typename P::Element* block, int64_t width) {
-            transpose(block, rows / P::pack, width, width, at.transposed, pairs);
-            return Left<P>{at.transposed, pairs, 1};
-        };
-        for (int64_t t = 0; t < job.args.num_maps; ++t)
-            product<P, true>(job.depth, job.keys, rows / P::pack,
-                             turn(at.g_block + t * pairs * job.depth, job.depth), at.a_block, job.keys,
-                             at.sum_v_t + t * job.depth * job.keys, job.keys);
-        const Left<P> queries = turn(at.q_block, job.parts);
-        for (int64_t t = 0; t < job.args.num_maps; ++t)
-            product<P, true>(job.parts, job.keys, rows / P::pack, queries,
-                             at.c_s_block + t * pairs * job.keys, job.keys,
-                             at.sum_k_t + t * job.parts * job.keys, job.keys);
-    } else {
-        for (int64_t t = 0; t < job.args.num_maps; ++t) {
-            product<P, true>(job.key_rows, job.depth, rows / P::pack, {at.a_block, 1, job.keys},
-                             at.g_block + t * pairs * job.depth, job.depth,
-                             at.sum_v + t * job.key_rows * job.depth, job.depth);
-            product<P, true>(job.key_rows, job.parts, rows / P::pack,
-                             {at.c_s_block + t * pairs * job.keys, 1, job.keys}, at.q_block, job.parts,
-                             at.sum_k + t * job.key_rows * job.parts, job.parts);
         }
     }
 }
@@ -356,27 +244,15 @@ void head(int64_t index, const void* context, void* scratch) {
 
     [[maybe_unused]] const typename P::Registers registers;
     prepare_keys(job, at, b, h);
-    if (P::tiled) {
-        clear(at.sum_v_t, args.num_maps * job.keys * job.depth);
-        clear(at.sum_k_t, args.num_maps * job.keys * job.parts);
-    } else {
-        clear(at.sum_v, args.num_maps * job.key_rows * job.depth);
-        clear(at.sum_k, args.num_maps * job.key_rows * job.parts);
-    }
+    clear_sums_of(job, at);
     for (int64_t start = 0; start < args.queries; start += job.block) {
         const int64_t rows = round_up(min64(job.block, args.queries - start), P::rows);
         for (int64_t row = 0; row < rows; row += P::rows)
             query_rows<P, contrast>(job, at, b, h, start + row, row, masses);
-        add_block(job, at, rows);
+        add_block<P>(job, at, rows, at.a_block, false, at.c_block, true, job.depth, at.sum_v, at.sum_v_t);
+        add_block<P>(job, at, rows, at.c_s_block, true, at.q_block, false, job.parts, at.sum_k, at.sum_k_t);
     }
-    if (P::tiled) {
-        for (int64_t t = 0; t < args.num_maps; ++t) {
-            transpose(at.sum_v_t + t * job.depth * job.keys, job.depth, job.keys, job.key_rows,
-                      at.sum_v + t * job.key_rows * job.depth, job.depth);
-            transpose(at.sum_k_t + t * job.parts * job.keys, job.parts, job.keys, job.key_rows,
-                      at.sum_k + t * job.key_rows * job.parts, job.parts);
-        }
-    }
+    turn_sums(job, at);
     for (int64_t j = 0; j < args.keys; ++j) {
         const F* k = load(args.k.operand, offset(args.k, 0, b, h, j), args.width, at.raw);
         const F* v = load(args.v.operand, offset(args.v, 0, b, h, j), args.width, at.raw + job.depth);
@@ -397,7 +273,7 @@ template <class P>
 void run(const AttentionArgs& args) {
     const int64_t heads = args.batch * args.heads;
     const Partials partials(heads * kMasses * args.num_maps);
-    const Job job = plan<P>(args, partials.data());
+    const Job job{sizes_of<P>(args, args.contrast ? 2 : 1, args.gated ? 1 : 2), args, partials.data()};
     parallel_for(heads, heads * args.num_maps * (args.queries + args.width) * args.keys, args.threads,
                  args.contrast ? head<P, true> : head<P, false>, &job, Scratch<P>(nullptr, job).bytes);
     for (int64_t which = 0; which < kMasses; ++which)
@@ -408,20 +284,9 @@ void run(const AttentionArgs& args) {
 }  // namespace
 
 void attention_pullback(const AttentionArgs& args) {
-    const DType dtypes[] = {args.q.operand.dtype, args.k.operand.dtype, args.v.operand.dtype,
-                            args.o.operand.dtype, args.c.operand.dtype};
-    bool wide = false;
-    for (DType dtype : dtypes) wide = wide || dtype == DType::f64;
-    if (wide) run<Single<double>>(args);
-#if defined(__AMX_BF16__)
-    else if (args.c.operand.dtype == DType::bf16)
-        run<TilePair>(args);
-#elif defined(__AVX512BF16__)
-    else if (args.c.operand.dtype == DType::bf16)
-        run<Pair>(args);
-#endif
-    else
-        run<Single<float>>(args);
+    const bool wide =
+        any_double(args.q.operand, args.k.operand, args.v.operand, args.o.operand, args.c.operand);
+    with_elements(wide, args.c.operand.dtype, [&](auto elements) { run<decltype(elements)>(args); });
 }
 
 }  // namespace rf::RF_ISA

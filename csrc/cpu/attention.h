@@ -1,4 +1,5 @@
-// What both pull-backs of attention have in common: rows of strided operands, transposes, scratch.
+// What both pull-backs of attention have in common: rows of strided operands, transposes, scratch, and sums
+// over blocks of queries.
 #pragma once
 
 #include "cpu/small_products.h"
@@ -25,6 +26,23 @@ int64_t rows_of_a_block(int64_t queries, int64_t keys) {
     return round_up(ceil_div(queries, blocks > 0 ? blocks : 1), P::rows);
 }
 
+// Of one head.
+struct Sizes {
+    int64_t maps;      // of one group: P and D, or one
+    int64_t depth;     // D padded to whole vectors (tiles)
+    int64_t parts;     // columns of what c_S is multiplied with: `depth`, or twice as many
+    int64_t keys;      // M padded to whole vectors and tiles
+    int64_t key_rows;  // M padded to whole tiles
+    int64_t block;     // query rows of one block
+};
+
+template <class P, class Args>
+Sizes sizes_of(const Args& args, int64_t maps, int64_t parts) {
+    const int64_t depth = round_up(args.width, P::align), key_rows = round_up(args.keys, P::rows);
+    const int64_t keys = round_up(key_rows, P::align);
+    return {maps, depth, parts * depth, keys, key_rows, rows_of_a_block<P>(args.queries, keys)};
+}
+
 // Parts of the scratch one after another; without a base only `bytes` is meaningful.
 struct Layout {
     std::size_t bytes = 0;
@@ -36,6 +54,56 @@ struct Layout {
         const std::size_t end = bytes + static_cast<std::size_t>(count) * sizeof(T);
         bytes = (end + kGuard + 63) / 64 * 64;
         if (kGuard > 0 && base != nullptr) guard(base + end, base + bytes);
+    }
+};
+
+// Scratch of one task that both have, at `base`; only `bytes` is meaningful without one.
+template <class P>
+struct HeadScratch : Layout {
+    using F = typename P::Sum;
+    using E = typename P::Element;
+    F* keys_t;     // [D, keys]              K^T
+    E* values_t;   // [depth / pack, keys]   V^T
+    E* key_parts;  // [keys / pack, parts]   K
+    F* query;      // [rows, depth]          scale q
+    E* along;      // [rows, depth / pack]   rows of V, or of c, along rows
+    F* weights;    // [rows, keys]           S, then A
+    F* c_a;        // [maps, rows, keys]     c_A, then c_S
+    E* c_s;        // [rows, keys / pack]    along rows
+    F* c_query;    // [maps, rows, parts]
+    // Blocks of query rows, elements across rows.
+    E* a_block;    // [block / pack, keys]
+    E* c_s_block;  // [T, block / pack, keys]
+    E* c_block;    // [T, block / pack, depth]
+    E* q_block;    // [block / pack, parts]  scale Q
+    F* sum_v;      // [T, key_rows, depth]
+    F* sum_k;      // [T, key_rows, parts]
+    // On tile registers, whose left operands have elements along rows.
+    E* transposed;  // [parts, block / pack]
+    F* sum_v_t;     // [T, depth, keys]      c_V^T
+    F* sum_k_t;     // [T, parts, keys]      c_K^T
+
+    template <class Job>
+    HeadScratch(char* base, const Job& job) {
+        const int64_t num_maps = job.args.num_maps, block = job.block / P::pack;
+        take(base, keys_t, job.args.width * job.keys);
+        take(base, values_t, job.depth / P::pack * job.keys);
+        take(base, key_parts, job.keys / P::pack * job.parts);
+        take(base, query, P::rows * job.depth);
+        take(base, along, P::rows * job.depth / P::pack);
+        take(base, weights, P::rows * job.keys);
+        take(base, c_a, job.maps * P::rows * job.keys);
+        take(base, c_s, P::rows * job.keys / P::pack);
+        take(base, c_query, job.maps * P::rows * job.parts);
+        take(base, a_block, block * job.keys);
+        take(base, c_s_block, num_maps * block * job.keys);
+        take(base, c_block, num_maps * block * job.depth);
+        take(base, q_block, block * job.parts);
+        take(base, sum_v, num_maps * job.key_rows * job.depth);
+        take(base, sum_k, num_maps * job.key_rows * job.parts);
+        take(base, transposed, P::tiled ? job.parts * block : 0);
+        take(base, sum_v_t, P::tiled ? num_maps * job.depth * job.keys : 0);
+        take(base, sum_k_t, P::tiled ? num_maps * job.parts * job.keys : 0);
     }
 };
 
@@ -109,9 +177,100 @@ RF_INLINE void transpose(const E* __restrict in, int64_t count, int64_t stride, 
 RF_INLINE void fetch_row(const StridedOperand& x, int64_t width, int64_t rows, int64_t t, int64_t b,
                          int64_t h, int64_t n) {
     if (n >= rows) return;
-    const int64_t element = x.operand.dtype == DType::bf16 ? 2 : x.operand.dtype == DType::f32 ? 4 : 8;
+    const int64_t element = item_size(x.operand.dtype);
     const char* row = static_cast<const char*>(x.operand.data) + offset(x, t, b, h, n) * element;
     for (int64_t at = 0; at < width * element; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
+// to [count, depth] = factor times rows [first, first + count) of x, 0 beyond its `rows` rows and columns.
+template <class F>
+RF_INLINE void load_rows(const StridedOperand& x, int64_t width, int64_t rows, int64_t t, int64_t b,
+                         int64_t h, int64_t first, int64_t count, F factor, int64_t depth, F* __restrict to,
+                         F* __restrict buffer) {
+    clear(to, count * depth);
+    for (int64_t r = 0; r < count && first + r < rows; ++r) {
+        const F* from = load(x.operand, offset(x, t, b, h, first + r), width, buffer);
+        RF_SIMD
+        for (int64_t i = 0; i < width; ++i) to[r * depth + i] = factor * from[i];
+    }
+}
+
+// Elements along the rows of x [rows, width], and across them.
+template <class P>
+RF_INLINE void along_rows(const typename P::Sum* x, int64_t rows, int64_t width, typename P::Element* out) {
+    for (int64_t r = 0; r < rows; ++r) P::along_row(x + r * width, width, out + r * width / P::pack);
+}
+
+template <class P>
+RF_INLINE void across_rows(const typename P::Sum* x, int64_t rows, int64_t width, typename P::Element* out) {
+    for (int64_t r = 0; r + P::pack <= rows; r += P::pack)
+        P::across_rows(x + r * width, width, width, out + r / P::pack * width);
+}
+
+// c_query [rows, parts] = c_s [rows, keys] times K. In `block` c_s is left across rows.
+template <class P>
+RF_INLINE void times_keys(const Sizes& sizes, const HeadScratch<P>& at, const typename P::Sum* c_s,
+                          typename P::Element* block, typename P::Sum* c_query) {
+    const int64_t pairs = sizes.keys / P::pack;
+    across_rows<P>(c_s, P::rows, sizes.keys, block);
+    if (P::pack > 1) along_rows<P>(c_s, P::rows, sizes.keys, at.c_s);
+    product<P, false>(P::rows, sizes.parts, pairs, {P::pack > 1 ? at.c_s : block, pairs, 1}, at.key_parts,
+                      sizes.parts, c_query, sizes.parts);
+}
+
+template <class P, class Job>
+RF_INLINE void clear_sums_of(const Job& job, const HeadScratch<P>& at) {
+    const int64_t rows = job.args.num_maps * (P::tiled ? job.keys : job.key_rows);
+    clear(P::tiled ? at.sum_v_t : at.sum_v, rows * job.depth);
+    clear(P::tiled ? at.sum_k_t : at.sum_k, rows * job.parts);
+}
+
+// The sums of a block for one of c_V and c_K: those of `of_keys` [T or 1, keys] and `of_columns` [T or 1,
+// width].
+template <class P, class Job>
+RF_INLINE void add_block(const Job& job, const HeadScratch<P>& at, int64_t rows,
+                         const typename P::Element* of_keys, bool keys_by_map,
+                         const typename P::Element* of_columns, bool columns_by_map, int64_t width,
+                         typename P::Sum* sums, typename P::Sum* sums_t) {
+    const int64_t pairs = job.block / P::pack;
+    for (int64_t t = 0; t < job.args.num_maps; ++t) {
+        const typename P::Element* const by_key = of_keys + (keys_by_map ? t * pairs * job.keys : 0);
+        const typename P::Element* const by_column = of_columns + (columns_by_map ? t * pairs * width : 0);
+        if constexpr (P::tiled) {
+            // Transposed: A and c_S lie as right operands.
+            if (t == 0 || columns_by_map)
+                transpose(by_column, rows / P::pack, width, width, at.transposed, pairs);
+            product<P, true>(width, job.keys, rows / P::pack, {at.transposed, pairs, 1}, by_key, job.keys,
+                             sums_t + t * width * job.keys, job.keys);
+        } else {
+            product<P, true>(job.key_rows, width, rows / P::pack, {by_key, 1, job.keys}, by_column, width,
+                             sums + t * job.key_rows * width, width);
+        }
+    }
+}
+
+// sum_v and sum_k of their transposes, where these were summed.
+template <class P, class Job>
+RF_INLINE void turn_sums(const Job& job, const HeadScratch<P>& at) {
+    if (!P::tiled) return;
+    for (int64_t t = 0; t < job.args.num_maps; ++t) {
+        transpose(at.sum_v_t + t * job.depth * job.keys, job.depth, job.keys, job.key_rows,
+                  at.sum_v + t * job.key_rows * job.depth, job.depth);
+        transpose(at.sum_k_t + t * job.parts * job.keys, job.parts, job.keys, job.key_rows,
+                  at.sum_k + t * job.key_rows * job.parts, job.parts);
+    }
+}
+
+// Calls `run` with what products multiply: double if `wide`, else what suits coefficients of this dtype.
+template <class Run>
+void with_elements(bool wide, DType coefficients, const Run& run) {
+    if (wide) return run(Single<double>());
+#if defined(__AMX_BF16__)
+    if (coefficients == DType::bf16) return run(TilePair());
+#elif defined(__AVX512BF16__)
+    if (coefficients == DType::bf16) return run(Pair());
+#endif
+    run(Single<float>());
 }
 
 }  // namespace
