@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import COMPUTE
+from tolerances import COMPUTE, assert_close
 from torch import Tensor
 
 from ramp_fast import ops
@@ -632,3 +632,22 @@ CASES = {
         Case("attention_gradient", _attention_gradient, _attention_gradient_magnitude),
     ]
 }
+
+
+def check_case(name: str, o: Options, multiplies_bfloat16: bool) -> tuple[Tensor, ...]:
+    """Compare an operator with the float64 reference, also what it does to its arguments; returns its outputs."""
+    case = CASES[name]
+    args = case.arguments(o)
+    before = [a.clone() for a in args if isinstance(a, Tensor)]
+    actual = as_tuple(getattr(ops, name)(*args))
+    for kept, a in zip(before, (a for a in args if isinstance(a, Tensor)), strict=True):
+        assert torch.equal(kept, a), "an argument was written to"
+    magnitudes = as_tuple(case.magnitude(*in_float64(args)))
+    arithmetic = o.arithmetic
+    if name in FACTORS:
+        arithmetic = torch.float64 if o.x_dtype == torch.float64 else torch.float32
+    if name in OF_ATTENTION and o.c_dtype == torch.bfloat16 and arithmetic != torch.float64 and multiplies_bfloat16:
+        arithmetic = torch.bfloat16
+    for index, outputs in enumerate(zip(actual, case.expected(args), magnitudes, strict=True)):
+        assert_close(name, index, *outputs, arithmetic)
+    return actual

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, FACTORS, OF_ATTENTION, Options, as_tuple, in_float64, odd_options, poison_memory
+from cases import CASES, Options, as_tuple, check_case, odd_options, poison_memory
 from hypothesis import HealthCheck, given, settings
 from strategies import options
 from tolerances import assert_close
@@ -35,21 +35,7 @@ def multiplies_bfloat16() -> bool:
 
 def check(name: str, o: Options) -> tuple[torch.Tensor, ...]:
     """Compare with the float64 reference; returns the outputs."""
-    case = CASES[name]
-    args = case.arguments(o)
-    before = [a.clone() for a in args if isinstance(a, torch.Tensor)]
-    actual = as_tuple(getattr(ops, name)(*args))
-    for kept, a in zip(before, (a for a in args if isinstance(a, torch.Tensor)), strict=True):
-        assert torch.equal(kept, a), "an argument was written to"
-    magnitudes = as_tuple(case.magnitude(*in_float64(args)))
-    arithmetic = o.arithmetic
-    if name in FACTORS:
-        arithmetic = torch.float64 if o.x_dtype == torch.float64 else torch.float32
-    if name in OF_ATTENTION and o.c_dtype == torch.bfloat16 and multiplies_bfloat16():
-        arithmetic = torch.bfloat16
-    for index, outputs in enumerate(zip(actual, case.expected(args), magnitudes, strict=True)):
-        assert_close(name, index, *outputs, arithmetic)
-    return actual
+    return check_case(name, o, multiplies_bfloat16())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
