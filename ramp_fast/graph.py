@@ -310,6 +310,22 @@ class Graph:
     def insert_after(self, anchor: Node, node: Node) -> None:
         self.nodes.insert(self.nodes.index(anchor) + 1, node)
 
+    def put_behind(self, node: Node, suffix: str, kind: str, target: Callable[..., Any], params: Any = None) -> Node:
+        """Put a step of one operand, of the same shape, behind a node: what read the node reads the step."""
+        step = replace(
+            node,
+            name=f"{node.name}_{suffix}",
+            kind=kind,
+            target=target,
+            args=(node,),
+            kwargs={},
+            operands=[node],
+            params=params or Params(),
+        )
+        self.insert_after(node, step)
+        self.replace_uses(node, step, keep=[step])
+        return step
+
     def prune(self) -> None:
         """Remove nodes that the output does not need and restore execution order."""
         order: list[Node] = []

@@ -65,23 +65,7 @@ def keep_outputs(graph: Graph) -> None:
         if node is graph.output:
             kept[node] = node
         elif node not in kept:
-            same = Node(
-                f"{node.name}_observed",
-                g.REARRANGE,
-                _same,
-                (node,),
-                operands=[node],
-                params=p.Rearrange("same"),
-                module=node.module,
-                shape=node.shape,
-                example=node.example,
-                batch=node.batch,
-                dtype=node.dtype,
-                decided=node.decided,
-            )
-            graph.insert_after(node, same)
-            graph.replace_uses(node, same, keep=[same])
-            kept[node] = same
+            kept[node] = graph.put_behind(node, "observed", g.REARRANGE, _same, p.Rearrange("same"))
     graph.observed = {name: kept[node] for name, node in graph.observed.items()}
 
 

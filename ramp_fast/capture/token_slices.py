@@ -42,19 +42,7 @@ def gate_token_selections(graph: Graph) -> None:
                 whole = True
         if whole or len(taken) >= source.example[dim] or dim == source.batch.axis:
             continue
-        gate = Node(
-            f"{node.name}_gate",
-            g.SELECT_TOKENS,
-            aten.alias.default,
-            (node,),
-            operands=[node],
-            module=node.module,
-            shape=node.shape,
-            example=node.example,
-            batch=node.batch,
-        )
-        graph.insert_after(node, gate)
-        graph.replace_uses(node, gate, keep=[gate])
+        gate = graph.put_behind(node, "gate", g.SELECT_TOKENS, aten.alias.default)
         users[gate], users[node], mixes[gate] = users[node], [gate], mixes[node]  # which may choose again
 
 

@@ -8,56 +8,18 @@ from typing import Any
 from ramp_fast._checks import nearest
 from ramp_fast.errors import InputError
 from ramp_fast.explainer import Model
+from ramp_fast.metrics import complexity, curves, faithfulness, gae, localisation, randomisation, robustness
 from ramp_fast.metrics.base import Metric
-from ramp_fast.metrics.complexity import Complexity, EffectiveComplexity, Sparseness
-from ramp_fast.metrics.curves import ABPC, AOPC, IROF, ROAD, Deletion, Insertion
-from ramp_fast.metrics.faithfulness import (
-    FaithfulnessCorrelation,
-    Infidelity,
-    Monotonicity,
-    MonotonicityCorrelation,
-    SensitivityN,
-    Sufficiency,
-)
-from ramp_fast.metrics.gae import GAE
-from ramp_fast.metrics.localisation import (
-    PointingGame,
-    RelevanceMassAccuracy,
-    RelevanceRankAccuracy,
-    TopKIntersection,
-)
-from ramp_fast.metrics.randomisation import ParameterRandomisation, RandomLogit
-from ramp_fast.metrics.robustness import AvgSensitivity, MaxSensitivity
 from ramp_fast.specs import check_flags
 
-_CLASSES: tuple[type[Metric], ...] = (
-    ABPC,
-    AOPC,
-    AvgSensitivity,
-    Complexity,
-    Deletion,
-    EffectiveComplexity,
-    FaithfulnessCorrelation,
-    GAE,
-    Infidelity,
-    Insertion,
-    IROF,
-    MaxSensitivity,
-    Monotonicity,
-    MonotonicityCorrelation,
-    ParameterRandomisation,
-    PointingGame,
-    RandomLogit,
-    RelevanceMassAccuracy,
-    RelevanceRankAccuracy,
-    ROAD,
-    SensitivityN,
-    Sparseness,
-    Sufficiency,
-    TopKIntersection,
-)
+_MODULES = complexity, curves, faithfulness, gae, localisation, randomisation, robustness
 
-METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in _CLASSES}
+METRICS: dict[str, type[Metric]] = {
+    found.name: found
+    for module in _MODULES
+    for found in vars(module).values()
+    if isinstance(found, type) and issubclass(found, Metric) and hasattr(found, "name")
+}
 """Every metric by its name."""
 
 

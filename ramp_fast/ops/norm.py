@@ -12,9 +12,13 @@ from ramp_fast.ops._common import compute_dtype, contiguous_like, divide
 from ramp_fast.ops._registry import operator
 
 
-def inverse_sigma(x: Tensor, eps: float) -> Tensor:
+def _sigma(x: Tensor, eps: float) -> Tensor:
     variance = (x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)  # not var(), which warns of empty rows
-    sigma = (variance + eps).sqrt()
+    return (variance + eps).sqrt()
+
+
+def inverse_sigma(x: Tensor, eps: float) -> Tensor:
+    sigma = _sigma(x, eps)
     return torch.where(sigma > 0, 1 / sigma, torch.zeros_like(sigma))
 
 
@@ -61,9 +65,7 @@ def norm_gradient(c: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Te
     Tensor [T, B, ..., K] in the dtype of c
     """
     dtype = compute_dtype(c, x)
-    u, own = x.to(dtype), c.to(dtype)
-    variance = (u - u.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)
-    sigma = (variance + eps).sqrt()
+    sigma, own = _sigma(x.to(dtype), eps), c.to(dtype)
     if weight is not None:
         own = weight.to(dtype) * own
     inverse = divide(torch.ones_like(sigma), sigma)  # NaN where x is

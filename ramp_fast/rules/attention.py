@@ -15,18 +15,15 @@ from ramp_fast import graph as g
 from ramp_fast.gemm import Precision
 from ramp_fast.gemm.private_operators import flash_attends, flash_attention
 from ramp_fast.graph import Node
-from ramp_fast.rules.base import Flow, Fusion, Operation, Values, gate, stacked_view
+from ramp_fast.rules.base import Flow, Fusion, Operation, ReadsInput, Values, gate, stacked_view
 from ramp_fast.rules.junctions import MASK_BELOW, only_masks, pull_product
 from ramp_fast.rules.masses import Massed, Masses, share
 
 
-class Softmax(Operation):
+class Softmax(ReadsInput):
     """``c_S = (sign(S) A + softmax(|S|)) c``, denominators detached."""
 
     pullback_kernel = "softmax_pullback"
-
-    def needs(self) -> list[Node]:
-        return [self.node.operands[0]]
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)

@@ -202,6 +202,13 @@ class Operation:
         return conservation.merge(values[self.node], parts, self.node.batch)
 
 
+class ReadsInput(Operation):
+    """An operation whose pull-back reads the value of its first operand."""
+
+    def needs(self) -> list[Node]:
+        return [self.node.operands[0]]
+
+
 def vjp(function: Callable[[Tensor], Tensor], like: Tensor | tuple[int, ...], c: Tensor) -> Tensor:
     """``J^T c`` for every right-hand side of ``c`` ``[T, *out]``, of a function linear in its argument.
 

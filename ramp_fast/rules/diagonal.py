@@ -15,7 +15,7 @@ from ramp_fast import ops
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
 from ramp_fast.ops._common import divide
-from ramp_fast.rules.base import Flow, Fusion, Operation, Values, fused_into, gate, reduce_to
+from ramp_fast.rules.base import Flow, Fusion, Operation, ReadsInput, Values, fused_into, gate, reduce_to
 from ramp_fast.rules.gradients import gradient
 from ramp_fast.rules.masses import Massed, Masses
 from ramp_fast.rules.weighted import affine
@@ -211,22 +211,12 @@ def source_shape(values: Values, source: Node, c: Tensor) -> torch.Size:
     return shape
 
 
-class SelectTokens(Operation):
+class SelectTokens(Relu):
     """A linear layer with weight one: relevance of non-positive entries is dropped."""
 
-    def needs(self) -> list[Node]:
-        return [self.node]
 
-    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
-        part = self.merged(parts, values, conservation)
-        yield Flow(self.node.operands[0], conservation.gate(part, values[self.node], self.node.batch))
-
-
-class Shift(Operation):
+class Shift(ReadsInput):
     """``x`` minus a statistic, detached (log_softmax): the linear rule with weight one, ``2 [x > 0] c``."""
-
-    def needs(self) -> list[Node]:
-        return [self.node.operands[0]]
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
@@ -256,11 +246,8 @@ class LayerNorm(Operation):
         yield Flow(source, Massed(c, part.target))
 
 
-class RmsNorm(Operation):
+class RmsNorm(ReadsInput):
     """``c_x = (sign(x) w + |w|) / rms(x) * c``."""
-
-    def needs(self) -> list[Node]:
-        return [self.node.operands[0]]
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         source = self.node.operands[0]
@@ -275,11 +262,8 @@ class RmsNorm(Operation):
         yield Flow(source, Massed(ops.scale_by(part.c, factor * inverse), part.target))
 
 
-class GroupNorm(Operation):
+class GroupNorm(ReadsInput):
     """LayerNorm's pull-back with statistics over groups of channels."""
-
-    def needs(self) -> list[Node]:
-        return [self.node.operands[0]]
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         source = self.node.operands[0]

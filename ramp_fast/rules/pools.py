@@ -11,17 +11,14 @@ from torch import Tensor
 from ramp_fast import ops
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
-from ramp_fast.rules.base import Flow, Fusion, Operation, Values, vjp
+from ramp_fast.rules.base import Flow, Fusion, Operation, ReadsInput, Values, vjp
 from ramp_fast.rules.masses import Massed, Masses
 
 aten = torch.ops.aten
 
 
-class LinearPool(Operation):
+class LinearPool(ReadsInput):
     """A linear layer with constant weights that are not negative: ``c_x = 2 [x > 0] L^T c``."""
-
-    def needs(self) -> list[Node]:
-        return [self.node.operands[0]]
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
@@ -126,11 +123,8 @@ def _pair(value: Any) -> tuple[int, int]:
     return values[0], values[1]
 
 
-class LinearMap(Operation):
+class LinearMap(ReadsInput):
     """A linear function with weights of both signs: ``c_x = sign(x) L^T c + |L|^T c``."""
-
-    def needs(self) -> list[Node]:
-        return [self.node.operands[0]]
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
@@ -145,13 +139,10 @@ class LinearMap(Operation):
         yield Flow(source, Massed((x.sign() * signed + absolute).to(part.c.dtype), part.target))
 
 
-class _AtPoint(Operation):
+class _AtPoint(ReadsInput):
     """An operation of one tensor that is differentiated where it is."""
 
     pullback_kernel = "autograd"
-
-    def needs(self) -> list[Node]:
-        return [self.node.operands[0]]
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         return self.call(values[self.node.operands[0]], values), None
