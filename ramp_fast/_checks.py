@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ramp_fast.errors import InputError
+
+if TYPE_CHECKING:  # processes that decode images go without torch
+    from torch import Tensor
 
 
 def is_whole(value: Any, least: int = 1) -> bool:

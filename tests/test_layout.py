@@ -25,7 +25,7 @@ FLOORS = [
     {"plan", "models"},
     {"runtime"},
     {"explainer"},
-    {"methods"},
+    {"methods", "pipeline"},
     {"metrics"},
     {"evaluation"},
     {"engine"},

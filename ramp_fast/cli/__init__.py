@@ -1,4 +1,6 @@
-"""The ``ramp-fast`` command: ``attribute`` makes relevance maps of photographs, ``evaluate`` measures methods."""
+"""The ``ramp-fast`` command: ``attribute`` makes relevance maps of photographs, ``evaluate`` measures methods, ``run``
+attributes whole data sets, ``verify`` looks at what that has stored.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ramp_fast.cli import attribute, evaluate
+from ramp_fast.cli import attribute, evaluate, run
 from ramp_fast.cli.common import FAILED, INTERRUPTED, complain, reason, silence
 from ramp_fast.errors import RampFastError
 
@@ -59,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     attribute.add_command(commands)
     evaluate.add_command(commands)
+    run.add_command(commands)
     return parser
 
 

@@ -19,14 +19,17 @@ from ramp_fast._files import reason as file_reason
 from ramp_fast.cli.common import (
     FAILED,
     OK,
+    add_attribution_options,
     add_model_options,
     add_running_options,
     chosen_device,
     complain,
     count,
+    in_options,
     load,
+    model_settings,
     reason,
-    say,
+    rule_settings,
     say_line,
     shows_bar,
 )
@@ -97,24 +100,7 @@ def add_command(commands: Any) -> None:
 
     what = run.add_argument_group("attribution")
     what.add_argument("--target", type=int, metavar="K", help="class to explain (default: the predicted one)")
-    what.add_argument(
-        "--rule",
-        default="abslrp",
-        metavar="RULE",
-        help="NAME or NAME:setting=value,setting=value, as --list-rules names them (default: abslrp)",
-    )
-    what.add_argument("--list-rules", action=_ListRules, help="print the rules with their settings and exit")
-    what.add_argument(
-        "--precision", default="mixed", choices=["float64", "float32", "mixed", "fast"], help="default: mixed"
-    )
-    what.add_argument("--contrast", default="others", choices=["others", "none"], help="default: others")
-    what.add_argument("--normalize", default="max", choices=["max", "sum", "none"], help="default: max")
-    what.add_argument(
-        "--strict",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="refuse operations without a rule (default), or use the generic definition",
-    )
+    add_attribution_options(what)
 
     how = run.add_argument_group("running")
     how.add_argument("--batch-size", type=count(1), default=8, metavar="N", help="default: 8")
@@ -130,23 +116,6 @@ def add_command(commands: Any) -> None:
     )
     how.add_argument("--quiet", action="store_true", help="no line per image")
     run.set_defaults(run=_attribute, kept="finished images are kept, the same command goes on from there")
-
-
-class _ListRules(argparse.Action):
-    def __init__(self, option_strings: Any, dest: str, **options: Any) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **options)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from ramp_fast.rules import NAMED
-
-        lines = []
-        for name, rule in sorted(NAMED.items()):
-            settings = ", ".join(
-                a.name if a.default is a.empty else f"{a.name}={a.default}" for a in rule.settings.values()
-            )
-            lines.append(f"{name}: {rule.about}{f' ({settings})' if settings else ''}")
-        say("\n".join(lines), sys.stdout)
-        parser.exit()
 
 
 @dataclass
@@ -273,19 +242,8 @@ def _attribute_all(
 
 
 def _settings(arguments: argparse.Namespace, loaded: LoadedModel) -> dict[str, object]:
-    return {
-        "model": loaded.name,
-        "weights": loaded.weights,
-        "model_args": {key: repr(value) for key, value in sorted(dict(arguments.model_arg).items())},
-        "class_names": loaded.class_names.digest(),
-        "preprocessing": loaded.preprocessing.settings(),
-        "rule": arguments.rule,
-        "precision": arguments.precision,
-        "contrast": arguments.contrast,
-        "normalize": arguments.normalize,
-        "strict": arguments.strict,
-        "target": "predicted" if arguments.target is None else arguments.target,
-    }
+    target = "predicted" if arguments.target is None else arguments.target
+    return {**model_settings(loaded), **rule_settings(arguments), "target": target}
 
 
 def _progress_bar(paths: Sequence[str], out: str, already: int) -> Any:

@@ -93,12 +93,121 @@ def load(arguments: argparse.Namespace) -> LoadedModel:
     )
 
 
-def add_running_options(how: argparse._ArgumentGroup) -> None:
+def add_attribution_options(what: argparse._ArgumentGroup) -> None:
+    """Rule and precision: what :func:`map_settings` writes down."""
+    what.add_argument(
+        "--rule",
+        default="abslrp",
+        metavar="RULE",
+        help="NAME or NAME:setting=value,setting=value, as --list-rules names them (default: abslrp)",
+    )
+    what.add_argument("--list-rules", action=_ListRules, help="print the rules with their settings and exit")
+    what.add_argument(
+        "--precision", default="mixed", choices=["float64", "float32", "mixed", "fast"], help="default: mixed"
+    )
+    what.add_argument("--contrast", default="others", choices=["others", "none"], help="default: others")
+    what.add_argument("--normalize", default="max", choices=["max", "sum", "none"], help="default: max")
+    what.add_argument(
+        "--strict",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="refuse operations without a rule (default), or use the generic definition",
+    )
+
+
+class _ListRules(argparse.Action):
+    def __init__(self, option_strings: Any, dest: str, **options: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from ramp_fast.rules import NAMED
+
+        lines = []
+        for name, rule in sorted(NAMED.items()):
+            settings = ", ".join(
+                a.name if a.default is a.empty else f"{a.name}={a.default}" for a in rule.settings.values()
+            )
+            lines.append(f"{name}: {rule.about}{f' ({settings})' if settings else ''}")
+        say("\n".join(lines), sys.stdout)
+        parser.exit()
+
+
+def in_options(error: RampFastError) -> RampFastError:
+    """What an engine refuses, said in the options of the command line."""
+    said = 'pass contrast="none"'  # by those who call the engine
+    return InputError(str(error).replace(said, "pass --contrast none")) if said in str(error) else error
+
+
+def rule_settings(arguments: argparse.Namespace) -> dict[str, object]:
+    """What a map depends on beside model, target and image: without it a rerun takes others for finished."""
+    return {
+        "model_args": {key: repr(value) for key, value in sorted(dict(arguments.model_arg).items())},
+        "rule": arguments.rule,
+        "precision": arguments.precision,
+        "contrast": arguments.contrast,
+        "normalize": arguments.normalize,
+        "strict": arguments.strict,
+    }
+
+
+def model_settings(loaded: LoadedModel) -> dict[str, object]:
+    """What a map depends on of a model that was loaded."""
+    return {
+        "model": loaded.name,
+        "weights": loaded.weights,
+        "class_names": loaded.class_names.digest(),
+        "preprocessing": loaded.preprocessing.settings(),
+    }
+
+
+def add_source_options(data: argparse._ArgumentGroup) -> None:
+    """How a source of images is read: what :func:`source_options` gives on."""
+    data.add_argument(
+        "--layout",
+        default="auto",
+        choices=["auto", "flat", "folders", "tiny-imagenet", "voc", "webdataset", "parquet"],
+        help="how it is laid out (default: told by what is in it)",
+    )
+    data.add_argument(
+        "--split", metavar="NAME", help="of Tiny ImageNet or Pascal VOC (default: val), or of archives named by it"
+    )
+    data.add_argument("--labels", metavar="FILE", help="the class of every image, where the source has none")
+    data.add_argument(
+        "--class-of",
+        type=key_value,
+        action="append",
+        default=[],
+        metavar="NAME=K",
+        help="for Pascal VOC: the model's class of one of its classes; may be repeated",
+    )
+    data.add_argument("--limit", type=count(1), metavar="N", help="take so many images, evenly spaced")
+
+
+def source_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of :func:`ramp_fast.data.open_source` that the options ask for."""
+    return {
+        "layout": arguments.layout,
+        "split": arguments.split,
+        "labels": arguments.labels,
+        "targets": {name: _class_number(name, k) for name, k in arguments.class_of} or None,
+        "limit": arguments.limit,
+    }
+
+
+def _class_number(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"--class-of {name}={value}: {value!r} is not the number of a class")
+    return value
+
+
+def add_running_options(
+    how: argparse._ArgumentGroup, readers: str = "threads that read images (default: up to 4)"
+) -> None:
     """Device, threads, errors."""
     how.add_argument(
         "--device", default="auto", metavar="DEVICE", help="cpu, cuda, ... (default: cuda if there is one)"
     )
-    how.add_argument("--workers", type=count(0, 256), metavar="N", help="threads that read images (default: up to 4)")
+    how.add_argument("--workers", type=count(0, 256), metavar="N", help=readers)
     how.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, default=None, help="progress bar (default: on a terminal)"
     )

@@ -18,14 +18,15 @@ from ramp_fast.cli.common import (
     OK,
     add_model_options,
     add_running_options,
+    add_source_options,
     chosen_device,
     complain,
     count,
-    key_value,
     load,
     say,
     say_line,
     shows_bar,
+    source_options,
 )
 from ramp_fast.errors import InputError, RampFastError, UnsupportedModelError
 
@@ -56,7 +57,11 @@ def add_command(commands: Any) -> None:
         epilog="Settings follow a name: --metric deletion:steps=50,granularity=patch:8 --method ig:steps=32. "
         "--list shows all names.",
     )
-    run.add_argument("--data", metavar="FOLDER", help="photographs (default: those of the demonstration)")
+    run.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help="photographs: a folder, .tar, .zip or .parquet (default: those of the demonstration)",
+    )
     run.add_argument("--out", metavar="DIR", help="folder for the results, made when missing")
     run.add_argument("--list", action="store_true", help="show the metrics and methods there are, and stop")
     add_model_options(run)
@@ -77,22 +82,7 @@ def add_command(commands: Any) -> None:
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (default: 0)")
 
     data = run.add_argument_group("data")
-    data.add_argument(
-        "--layout",
-        default="auto",
-        choices=["auto", "flat", "folders", "tiny-imagenet", "voc"],
-        help="how the folder is laid out (default: told by what is in it)",
-    )
-    data.add_argument("--split", metavar="NAME", help="of Tiny ImageNet or Pascal VOC (default: val)")
-    data.add_argument(
-        "--class-of",
-        type=key_value,
-        action="append",
-        default=[],
-        metavar="NAME=K",
-        help="for Pascal VOC: the model's class of one of its classes; may be repeated",
-    )
-    data.add_argument("--limit", type=count(1), metavar="N", help="evaluate so many images, evenly spaced")
+    add_source_options(data)
 
     how = run.add_argument_group("running")
     how.add_argument("--batch-size", type=count(1), default=16, metavar="N", help="default: 16")
@@ -126,12 +116,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         data = open_data(
             demo_photographs()[0].parent if arguments.data is None else arguments.data,
-            arguments.layout,
             preprocessing=loaded.preprocessing,
             class_names=loaded.class_names,
-            split=arguments.split,
-            targets={name: _class_number(name, k) for name, k in arguments.class_of} or None,
-            limit=arguments.limit,
+            **source_options(arguments),
         )
         run = Evaluator(
             _with_engine(loaded.model.to(device), device, loaded.preprocessing.input_size),
@@ -234,12 +221,6 @@ def _draw(figure: Figure, path: Path) -> None:
     figure.savefig(buffer, dpi=120, format="png")
     with Image.open(buffer, formats=["PNG"]) as picture:
         save_picture(path, picture)
-
-
-def _class_number(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"--class-of {name}={value}: {value!r} is not the number of a class")
-    return value
 
 
 def _listing() -> str:

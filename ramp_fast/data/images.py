@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ramp_fast._files import open_regular, reason
 from ramp_fast.errors import RampFastError
@@ -65,6 +65,17 @@ _NOT_OPENED = {
 
 _STRIP_PIXELS = 2**20
 
+# What EXIF's orientations say, as ImageOps.exif_transpose does it.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 # Pillow decodes these in Python, a value at a time: PPM and PGM as text, or of another depth than 8 bits.
 _SLOW_DECODERS = ("ppm", "ppm_plain")
 _MAX_SLOW_PIXELS = 1_000_000
@@ -104,21 +115,44 @@ def read_image(path: str | Path) -> Image.Image:
         ``MAX_DECODED_BYTES`` or Pillow's own limit, or longer than ``MAX_ASPECT`` times its width.
     """
     try:
-        with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise ImageError("the file is empty")
-            with opened(file) as image:
-                if image.info.get("Software") == SOFTWARE:
-                    raise OwnPictureError("a picture made by ramp-fast, not a photograph")
-                image.load()
-                _turn_upright(image)
-                return _to_rgb(image)
+        file = open_regular(path)
+    except OSError as error:
+        raise ImageError("no such file" if isinstance(error, FileNotFoundError) else reason(error)) from error
+    with file:
+        return read_picture(file)
+
+
+Decoder = Callable[[Image.Image, BinaryIO], Image.Image | None]
+"""Pixels of an image that was opened from a file but not loaded, in mode RGB and not turned yet, or None: as usual."""
+
+
+def read_picture(file: BinaryIO, decoder: Decoder | None = None) -> Image.Image:
+    """As :func:`read_image`, of a file that is open: a regular one, or bytes in memory.
+
+    Parameters
+    ----------
+    file : binary file
+        At its first byte.
+    decoder : callable, optional
+        Asked for the pixels first.
+    """
+    try:
+        if not file.read(1):
+            raise ImageError("the file is empty")
+        file.seek(0)
+        with opened(file) as image:
+            if image.info.get("Software") == SOFTWARE:
+                raise OwnPictureError("a picture made by ramp-fast, not a photograph")
+            pixels = decoder(image, file) if decoder is not None else None
+            if pixels is not None:
+                return _upright(pixels, image)
+            image.load()
+            _turn_upright(image)
+            return _to_rgb(image)
     except ImageError:
         raise
-    except FileNotFoundError as error:
-        raise ImageError("no such file") from error
     except UnidentifiedImageError as error:
-        raise ImageError(_unidentified(path)) from error
+        raise ImageError(_unidentified(file)) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"too large: {reason(error)}; scale it down first") from error
     except OSError as error:
@@ -143,7 +177,8 @@ def opened(file: BinaryIO) -> Image.Image:
     """
     head = file.read(16)
     file.seek(0)
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     is_held = head.startswith(_HELD_WHOLE) or head[4:8] in _HELD_WHOLE
     metered = _Metered(file, _metadata_limit(head, is_held))
     if not Image.OPEN.keys() >= set(FORMATS):
@@ -183,9 +218,9 @@ class _Metered:
         return getattr(self.file, name)
 
 
-def _unidentified(path: str | Path) -> str:
-    with open_regular(path) as file:
-        head = file.read(16)
+def _unidentified(file: BinaryIO) -> str:
+    file.seek(0)
+    head = file.read(16)
     found = next((name for start, name in _NOT_OPENED.items() if start in head), None)
     if found is None:
         return "not an image, or in a format that Pillow cannot read here"
@@ -282,6 +317,16 @@ def _turn_upright(image: Image.Image) -> None:
         raise
     except Exception:  # the pixels are sound, only the metadata is not: an unreadable orientation is none
         return
+
+
+def _upright(pixels: Image.Image, source: Image.Image) -> Image.Image:
+    """Pixels turned as the metadata of the image say that they came from."""
+    try:
+        orientation = source.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as above
+        return pixels
+    turn = _TURNS.get(orientation)
+    return pixels if turn is None else pixels.transpose(turn)
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Sequence
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ramp_fast._checks import is_whole
-from ramp_fast._files import printable, read_text, reason
+from ramp_fast._files import read_text, reason
 from ramp_fast.errors import InputError, RampFastError
 from ramp_fast.evaluation.plots import bars, curves
 from ramp_fast.metrics.base import Result
 from ramp_fast.results.marks import SOFTWARE
 from ramp_fast.results.store import atomic_write
+from ramp_fast.results.tables import csv_text
 
 if TYPE_CHECKING:
     import pandas
@@ -209,11 +209,7 @@ class Evaluation:
         if not rows:
             raise InputError("there are no results to write")
         with atomic_write(path) as file:
-            lines = _Lines()
-            writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({key: _inert(value) for key, value in row.items()} for row in rows)
-            file.write("".join(lines).encode())
+            file.write(csv_text(list(rows[0]), (list(row.values()) for row in rows)).encode())
 
     def plot(self, kind: str = "bars", metrics: Sequence[str] | None = None) -> Figure:
         """A figure of one panel per metric.
@@ -244,25 +240,6 @@ class Evaluation:
 
 
 _PLAIN_FIELDS = ("metrics", "failures", "names", "images", "left_out", "seconds")
-
-
-_FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
-"""What spreadsheets take for the start of a formula, full-width forms included."""
-
-
-def _inert(value: Any) -> Any:
-    """Text as a cell in one line that no spreadsheet computes; numbers as they are."""
-    if not isinstance(value, str):
-        return value
-    text = printable(value)
-    return f"'{text}" if text.startswith(_FORMULA) else text
-
-
-class _Lines(list[str]):
-    """What csv writes to."""
-
-    def write(self, line: str) -> None:
-        self.append(line)
 
 
 def _plain(values: dict[str, Tensor]) -> dict[str, Any]:

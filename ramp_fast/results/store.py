@@ -88,7 +88,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     target.parent.mkdir(parents=True, exist_ok=True)
     # A short name of its own: the final one may already be as long as the file system allows. Created by
     # open, not by tempfile, so that the user's umask sets the permissions.
-    temporary = target.parent / _temporary_name()
+    temporary = target.parent / temporary_name()
     _under_way.add(temporary.name)
     try:
         with open(temporary, "xb") as file:
@@ -101,7 +101,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         _under_way.discard(temporary.name)
 
 
-def _temporary_name() -> str:
+def temporary_name() -> str:
     return f".{SOFTWARE}-{_HOST}-{os.getpid()}-{secrets.token_hex(6)}.tmp"
 
 
@@ -494,7 +494,7 @@ def check_writable(folder: str | Path) -> None:
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / _temporary_name()
+        probe = path / temporary_name()
         probe.touch(exist_ok=False)
         probe.unlink()
     except FileExistsError as error:

@@ -301,7 +301,7 @@ def test_leftovers_of_killed_runs_are_removed(tmp_path: Path, source: Path) -> N
     folder = tmp_path / "out/sub"
 
     def left_by(process: int, host: str = store_module._HOST) -> str:
-        name = store_module._temporary_name().replace(f"-{os.getpid()}-", f"-{process}-")
+        name = store_module.temporary_name().replace(f"-{os.getpid()}-", f"-{process}-")
         (folder / name.replace(store_module._HOST, host)).touch()
         return name
 
