@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ramp_fast.cli import attribute, evaluate, run
+from ramp_fast.cli import attribute, evaluate, run, verify
 from ramp_fast.cli.common import FAILED, INTERRUPTED, complain, reason, silence
 from ramp_fast.errors import RampFastError
 
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_command(commands)
     evaluate.add_command(commands)
     run.add_command(commands)
+    verify.add_command(commands)
     return parser
 
 

@@ -120,11 +120,9 @@ def add_decoding_options(how: argparse._ArgumentGroup) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from ramp_fast.pipeline.planning import check_request, check_source
-    from ramp_fast.pipeline.targets import Targets
     from ramp_fast.results.map_writer import MapWriter
     from ramp_fast.results.maps import read_images
 
-    Targets.parse(arguments.targets)
     request = _request(arguments)
     with MapWriter(arguments.out) as store, warnings.catch_warnings():
         # Pillow warns of large images and odd metadata; what matters of it is a problem of the data here.

@@ -64,7 +64,8 @@ def open_source(
     kind = layout if archives else _detect(root) if layout == "auto" else layout
     for name, value, layouts in (("split", split, _SPLIT_LAYOUTS), ("targets", targets, ("voc",))):
         if value is not None and kind not in layouts and not (name == "split" and archives):
-            raise InputError(f"{root}: {name} is for {'archives and ' if name == 'split' else ''}the layouts {' and '.join(layouts)}; this one is {kind}")
+            where = f"{'archives and ' if name == 'split' else ''}the layouts {' and '.join(layouts)}"
+            raise InputError(f"{root}: {name} is for {where}; this one is {kind}")
     groups: list[str] | None = None
     if archives:
         kind, records = archive_records(root, _of_split(root, archives, split), layout, problems)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ramp_fast.data.locations import WholeFile
 from ramp_fast.data.records import Source
 from ramp_fast.errors import InputError
-from ramp_fast.models import LoadedModel
-from ramp_fast.pipeline.targets import Targets
 from ramp_fast.results.map_writer import images_digest
 from ramp_fast.results.maps import ImageLine, Plan
 from ramp_fast.results.store import StoreError
+
+# A run that finds nothing to do should not wait for torch and timm.
+if TYPE_CHECKING:
+    import torch
+
+    from ramp_fast.models import LoadedModel
+    from ramp_fast.pipeline.targets import Targets
 
 __all__ = ["check_request", "check_settings", "check_source", "image_lines", "make_plan", "weights_digest"]
 
@@ -26,6 +29,8 @@ PATHS = "paths"
 
 def weights_digest(model: torch.nn.Module) -> str:
     """SHA-256 of a model's state dict: names, shapes and values."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -77,11 +82,8 @@ def make_plan(
     if targets.needs_labels() and labels is None:
         raise InputError(f"{source.root}: --targets label, but nothing here says the classes of images; --labels FILE")
     _, height, width = loaded.preprocessing.input_size
-    shape = (height, width)
-    if channels:
-        shape = (3, *shape)  # type: ignore[assignment]  # of another length
-    if len(targets.names) > 1:
-        shape = (len(targets.names), *shape)  # type: ignore[assignment]  # of another length
+    several = (len(targets.names),) if len(targets.names) > 1 else ()
+    shape = (*several, *((3,) if channels else ()), height, width)
     images = image_lines(source, labels)
     about = {
         "layout": source.layout,

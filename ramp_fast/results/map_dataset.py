@@ -30,7 +30,7 @@ class MapDataset(Dataset[dict[str, Any]]):
         found = self.maps[place]
         return {
             "map": torch.from_numpy(found.map),
-            "target": torch.from_numpy(found.target.astype(np.int64)),
+            "target": torch.from_numpy(found.target).to(torch.int64),
             "logits": torch.from_numpy(found.logits),
             "label": -1 if found.label is None else found.label,
             "index": place,

@@ -314,12 +314,10 @@ class StoredMaps:
         """
         place = self._place(image)
         label = int(self._one("label", place))
-        values = self._one("maps", place).astype(np.float32)
-        scale = self._one("scale", place)
-        scale = scale.reshape(scale.shape + (1,) * (values.ndim - scale.ndim))
+        relevance = decoded(self._one("maps", place), self._one("scale", place))
         done = bool(self._one("done", place))
         logits, target = self._one("logits", place), self._one("target", place)
-        return StoredMap(self.names[place], values * scale, target, logits, None if label < 0 else label, done)
+        return StoredMap(self.names[place], relevance, target, logits, None if label < 0 else label, done)
 
     def __iter__(self) -> Iterator[StoredMap]:
         """Every image, in order."""
@@ -419,7 +417,7 @@ class StoredMaps:
         found = self._read(spec, place, 1)
         if found is None:
             return np.full(spec.one, spec.fill, np.dtype(spec.dtype))
-        return found[0]
+        return found[0, ...]
 
     def _read(self, spec: ArraySpec, first: int, count: int) -> npt.NDArray[Any] | None:
         """Images of one file; None where it is not there."""
@@ -435,6 +433,11 @@ class StoredMaps:
             raise StoreError(f"{path} is too short: damaged; ramp-fast verify says more")
         found = np.frombuffer(data, spec.stored_dtype).reshape(count, *spec.one)
         return found.astype(spec.dtype, copy=True)
+
+
+def decoded(values: npt.NDArray[Any], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Relevance from what is stored of an image: ``values * scale``, with a scale for each target."""
+    return values.astype(np.float32) * scale.reshape(scale.shape + (1,) * (values.ndim - scale.ndim))
 
 
 def open_maps(folder: str | Path) -> StoredMaps:

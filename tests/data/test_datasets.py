@@ -379,7 +379,10 @@ class TestOpening:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"layout": "coco"}, "layout must be auto, flat, folders, tiny-imagenet, voc, webdataset, parquet; got 'coco'"),
+            (
+                {"layout": "coco"},
+                "layout must be auto, flat, folders, tiny-imagenet, voc, webdataset, parquet; got 'coco'",
+            ),
             ({"limit": 0}, "limit must be a positive integer, got 0"),
             ({"split": "val"}, "split is for archives and the layouts tiny-imagenet and voc; this one is flat"),
             ({"targets": {"a": 1}}, "targets is for the layouts voc; this one is flat"),
