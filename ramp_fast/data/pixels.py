@@ -35,6 +35,9 @@ _FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
+_REACH = {"bilinear": 1.0, "bicubic": 2.0, "box": 0.5, "hamming": 1.0, "lanczos": 3.0}
+"""Half the width of a filter, in pixels of the larger grid; "nearest" has none."""
+
 _KNOWN = frozenset({"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "color_mode"})
 
 _SWAPS_SIDES = range(5, 9)
@@ -132,7 +135,7 @@ class Framing:
         width, height = self._resized(*size)
         crop_height, crop_width = self.size
         # As torchvision and timm round, which pad first what is smaller than the crop.
-        left, top = _offset(width, crop_width, self.mode), _offset(height, crop_height, self.mode)
+        left, top = _offset(width, crop_width), _offset(height, crop_height)
         inside = max(left, 0), max(top, 0), min(left + crop_width, width), min(top + crop_height, height)
         part = self._part(picture, (width, height), inside)
         if part.shape[:2] == self.size:
@@ -163,18 +166,25 @@ class Framing:
         """Some pixels of the picture at that size: those in a box (left, top, right, bottom)."""
         left, top, right, bottom = box
         filter_ = _FILTERS[self.interpolation]
-        if size == picture.size or self.interpolation == "nearest":
-            part = picture.resize(size, filter_).crop(box)
-        else:
-            across, down = picture.width / size[0], picture.height / size[1]
-            region = left * across, top * down, min(right * across, picture.width), min(bottom * down, picture.height)
-            part = picture.resize((right - left, bottom - top), filter_, box=region)
-        return np.asarray(part)
+        reach = _REACH.get(self.interpolation)
+        if reach is None or self.mode != "center" or size == picture.size:
+            return np.asarray(picture.resize(size, filter_).crop(box))
+        # Only what the crop keeps, in Pillow's order for pictures that keep their shape: across, then down. (For others
+        # it chooses an order by their sizes, and would choose by those of the crop: values between the steps are
+        # rounded, so the order shows.) Rows above and below that no kept pixel depends on are cut off first.
+        across, down = picture.width / size[0], picture.height / size[1]
+        margin = math.ceil(reach * max(down, 1.0)) + 1
+        first, last = max(0, math.floor(top * down) - margin), min(picture.height, math.ceil(bottom * down) + margin)
+        rows = picture.crop((0, first, picture.width, last)) if last - first < picture.height else picture
+        wide = left * across, 0, min(right * across, picture.width), rows.height
+        rows = rows.resize((right - left, rows.height), filter_, box=wide)
+        tall = 0, top * down - first, rows.width, min(bottom * down - first, rows.height)
+        return np.asarray(rows.resize((rows.width, bottom - top), filter_, box=tall))
 
 
-def _offset(length: int, crop: int, mode: str) -> int:
+def _offset(length: int, crop: int) -> int:
     """Where the crop begins; negative where there is a border."""
-    if mode != "border" and length < crop:
+    if length < crop:
         return -((crop - length) // 2)
     return round((length - crop) / 2.0)
 
