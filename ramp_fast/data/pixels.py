@@ -1,7 +1,7 @@
 """From an encoded image to the 8-bit pixels that a model sees: decoding, resizing and cropping, without torch.
 
-Pixels are those of :class:`ramp_fast.data.Preprocessing` to 1/255, in half the time: the resizing computes what the
-crop keeps, and JPEGs are decoded by simplejpeg where that is installed (the same libjpeg-turbo, without Pillow's
+Pixels are those of :class:`ramp_fast.data.Preprocessing` to 1/255, in less time: the resizing computes what the crop
+keeps, and JPEGs are decoded by simplejpeg where that is installed (the same libjpeg-turbo, without Pillow's
 copies).
 """
 
@@ -167,19 +167,28 @@ class Framing:
         left, top, right, bottom = box
         filter_ = _FILTERS[self.interpolation]
         reach = _REACH.get(self.interpolation)
-        if reach is None or self.mode != "center" or size == picture.size:
+        if reach is None or size == picture.size or _may_go_down_first(picture.size, size):
             return np.asarray(picture.resize(size, filter_).crop(box))
-        # Only what the crop keeps, in Pillow's order for pictures that keep their shape: across, then down. (For others
-        # it chooses an order by their sizes, and would choose by those of the crop: values between the steps are
-        # rounded, so the order shows.) Rows above and below that no kept pixel depends on are cut off first.
-        across, down = picture.width / size[0], picture.height / size[1]
+        # What the crop keeps: across, then down, as Pillow does it with the whole. (Asked for both at once it would
+        # choose the order by the size of the crop, and values between the steps are rounded, so the order shows.) Rows
+        # above and below that no kept pixel depends on are cut off first, columns at the sides in between. Pillow has
+        # the edges of a box in 32 bits only: so there is one in the last step alone, where it moves no value by more
+        # than a step.
+        down = picture.height / size[1]
         margin = math.ceil(reach * max(down, 1.0)) + 1
         first, last = max(0, math.floor(top * down) - margin), min(picture.height, math.ceil(bottom * down) + margin)
         rows = picture.crop((0, first, picture.width, last)) if last - first < picture.height else picture
-        wide = left * across, 0, min(right * across, picture.width), rows.height
-        rows = rows.resize((right - left, rows.height), filter_, box=wide)
+        rows = rows.resize((size[0], rows.height), filter_)
+        if right - left < size[0]:
+            rows = rows.crop((left, 0, right, rows.height))
         tall = 0, top * down - first, rows.width, min(bottom * down - first, rows.height)
         return np.asarray(rows.resize((rows.width, bottom - top), filter_, box=tall))
+
+
+def _may_go_down_first(size: tuple[int, int], wanted: tuple[int, int]) -> bool:
+    """Whether Pillow may resize columns before rows: from version 13 on where that leaves it much less to do."""
+    lost_width, lost_height = size[0] - wanted[0], size[1] - wanted[1]
+    return lost_height > 0 and lost_height > 2 * lost_width
 
 
 def _offset(length: int, crop: int) -> int:

@@ -118,7 +118,7 @@ def _archives(root: str, layout: str) -> list[str]:
 def _of_split(root: str, archives: list[str], split: str | None) -> list[str]:
     """The archives whose names say that they are of a split, as ``validation-00003-of-00014.parquet``."""
     if split is None:
-        starts = {os.path.basename(path).split("-")[0] for path in archives if "-of-" in path}
+        starts = {stem_of(path).split("-")[0] for path in archives if "-of-" in stem_of(path)}
         if len(starts) > 1:
             raise InputError(f"{root}: archives of several splits: pass split, one of {', '.join(sorted(starts))}")
         return archives
