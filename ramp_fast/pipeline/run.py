@@ -177,6 +177,7 @@ class Job:
             if waiting is not None:
                 self._hand_over(writer, *waiting)
             self._timed("writing", writer.close)
+            self.store.write_failures()
             if progress is not None:
                 progress(tally)
         except BaseException:
@@ -295,7 +296,6 @@ class _Writer:
         self._queue: queue.Queue[tuple[int, dict[str, npt.NDArray[Any]], dict[int, str], bool] | None]
         self._queue = queue.Queue(room)
         self._error: BaseException | None = None
-        self._stopped = False
         self._thread = threading.Thread(target=self._work, name="ramp-fast-write")
         self._thread.start()
 
@@ -314,8 +314,7 @@ class _Writer:
             raise self._error
 
     def stop(self) -> None:
-        """End it soon; the shard that is under way is dropped."""
-        self._stopped = True
+        """Write what was given; a shard of which images are missing is dropped."""
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
@@ -324,7 +323,7 @@ class _Writer:
         shard: ShardWriter | None = None
         try:
             while (given := self._queue.get()) is not None:
-                if self._stopped or self._error is not None:
+                if self._error is not None:
                     continue  # take what is left, so that nobody waits to give more
                 number, arrays, failed, last = given
                 try:
