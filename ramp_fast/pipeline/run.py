@@ -41,8 +41,8 @@ class Tally:
         Seconds that the run has waited for decoded images, has computed, and has waited for the writer.
     decoding : float
         Seconds of processor time in the processes that decode.
-    started : float
-        ``time.perf_counter()``.
+    started, ended : float
+        By ``time.perf_counter()``; ``ended`` is None while it runs.
     """
 
     images: int = 0
@@ -52,11 +52,12 @@ class Tally:
     writing: float = 0.0
     decoding: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+    ended: float | None = None
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
-        return time.perf_counter() - self.started
+        """That it has taken, so far."""
+        return (time.perf_counter() if self.ended is None else self.ended) - self.started
 
     def shares(self) -> dict[str, float]:
         """Of the time so far: reading, computing, writing."""
@@ -178,10 +179,12 @@ class Job:
                 self._hand_over(writer, *waiting)
             self._timed("writing", writer.close)
             self.store.write_failures()
+            tally.ended = time.perf_counter()
             if progress is not None:
                 progress(tally)
         except BaseException:
             writer.stop()
+            tally.ended = time.perf_counter()
             raise
         return tally
 
