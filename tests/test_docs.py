@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ NOT_RUN = {
     "python -m ramp_fast": "tests/cli/test_cli.py runs it",
     "RAMP_FAST_MODELS=FOLDER python bench/": "needs trained networks",
 }
-PLACEHOLDERS = {"PATH", "PATH...", "NAME", "NAME...", "FILE", "FOLDER", "DIR", "K"}
+PLACEHOLDERS = {"PATH", "PATH...", "NAME", "NAME...", "FILE", "FOLDER", "DIR", "K", "SOURCE", "STORE"}
 
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = {
@@ -71,9 +72,10 @@ def small() -> VisionTransformer:
 
 @pytest.mark.filterwarnings("ignore")  # Quantus warns of much
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_python_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks(page: str, tmp_path: Path, at_hand: None) -> None:
     """One after the other, with what a reader has at hand: a model, images and labels, a method of their own."""
-    monkeypatch.chdir(tmp_path)
+    if page == "docs/imagenet.md":
+        assert cli.main(["run", "ILSVRC2012_img_val.tar", "--labels", "val.txt", "--out", "val-maps"]) == 0
     model, images, labels = small(), torch.randn(4, 3, 32, 32), torch.arange(4)
     from ramp_fast import Engine
 
@@ -101,12 +103,16 @@ def test_python_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Photographs in ``photos/``, and a small network for every name of one."""
+    """Photographs in ``photos/`` and in a tar as ImageNet's, and a small network for every name of one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     draw = np.random.default_rng(0)
     for number in range(4):
         Image.fromarray(draw.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{number}.png")
+    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as archive:
+        for number, path in enumerate(sorted((tmp_path / "photos").iterdir()), 1):
+            archive.add(path, f"ILSVRC2012_val_{number:08d}.JPEG")
+    (tmp_path / "val.txt").write_text("".join(f"ILSVRC2012_val_{n:08d}.JPEG {n}\n" for n in range(1, 5)))
     config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
     preprocessing = Preprocessing({**config, "crop_pct": 1.0, "crop_mode": "center"})
 

@@ -155,7 +155,7 @@ def _tar_entries(file: BinaryIO, start: int, relative: str, above: str) -> Itera
     """Files within a tar that begins at ``start`` of the file, and within tars in it."""
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
-            archive.members = []  # which tarfile keeps, though nobody asks again
+            archive.members = []  # type: ignore[attr-defined]  # which tarfile keeps, though nobody asks again
             if not member.isreg() or member.sparse or _hidden(member.name.removeprefix("./")):
                 continue
             name, offset = member.name.removeprefix("./"), start + member.offset_data
@@ -164,7 +164,7 @@ def _tar_entries(file: BinaryIO, start: int, relative: str, above: str) -> Itera
                     continue  # no data set nests them deeper
                 raw = _Window(file, member.offset_data, member.size)
                 # Buffered: its headers are read one by one.
-                yield from _tar_entries(io.BufferedReader(raw, 512), offset, relative, stem_of(name))  # type: ignore[arg-type]  # it reads and seeks
+                yield from _tar_entries(io.BufferedReader(raw, 512), offset, relative, stem_of(name))
             else:
                 yield _Entry(f"{above}/{name}" if above else name, Part(relative, offset, member.size))
 
@@ -259,8 +259,8 @@ def _parquet(path: str, relative: str) -> Iterator[Record]:
                 name = os.path.splitext(path_of)[0] if path_of else f"{stem}/{len(rows):08d}"
                 rows.append((name, TableCell(relative, column, group, row), None if value is None else str(value)))
     names = distinct((name, f"{name}@{stem}") for name, _, _ in rows)
-    for name, (_, cell, group) in zip(names, rows, strict=True):
-        yield Record(name, cell, group)
+    for name, (_, cell, class_) in zip(names, rows, strict=True):
+        yield Record(name, cell, class_)
 
 
 def _image_column(schema: Any, path: str) -> str:
@@ -268,7 +268,7 @@ def _image_column(schema: Any, path: str) -> str:
 
     def holds_bytes(kind: Any) -> bool:
         if pyarrow.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
+            return bool(kind.get_field_index("bytes") >= 0)
         return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
 
     found = [field.name for field in schema if holds_bytes(field.type)]

@@ -173,7 +173,7 @@ def _ilsvrc_ids(path: str, wanted_by: str) -> Mapping[int, str]:
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise RampFastError("reading meta.mat needs SciPy: pip install scipy") from error
+        raise RampFastError("reading meta.mat needs SciPy: pip install 'ramp_fast[store]'") from error
     try:
         synsets = loadmat(path, squeeze_me=True)["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}

@@ -198,7 +198,7 @@ def parquet_module() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise RampFastError("Parquet files need pyarrow: pip install 'ramp_fast[parquet]'") from error
+        raise RampFastError("Parquet files need pyarrow: pip install 'ramp_fast[store]'") from error
     return pyarrow.parquet
 
 

@@ -76,7 +76,7 @@ class MapWriter:
         if PLAN not in names and not set(names) <= _OWN:
             other = next(name for name in names if name not in _OWN)
             raise StoreError(f"{folder} holds other files ({other}) and no store of maps: choose another --out")
-        self._lock = _locked(self.folder / LOCK)
+        self._lock: IO[str] | None = _locked(self.folder / LOCK)
         self.plan: Plan | None = None
         try:
             self._journal, whole = read_journal(self.folder / JOURNAL)
@@ -230,7 +230,7 @@ class ShardWriter:
         with _reported(self.store.folder):
             if self._file is None:
                 self._file = open(self._path, "xb")  # noqa: SIM115  # closed by finish or abandon
-            data = memoryview(values).cast("B")
+            data = values.reshape(-1).view(np.uint8).data
             self._digest.update(data)
             self._file.write(data)
         for name, array in self._rest.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,16 +55,16 @@ class ArraySpec:
         return int(np.prod(self.one, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
     @property
-    def stored_dtype(self) -> np.dtype[np.generic]:
+    def stored_dtype(self) -> np.dtype[Any]:
         """Of the bytes in the files."""
-        return np.dtype(self.dtype).newbyteorder("<")
+        little_endian: np.dtype[Any] = np.dtype(self.dtype).newbyteorder("<")
+        return little_endian
 
     def document(self, count: int, per_file: int) -> str:
         """``zarr.json`` of the array for ``count`` images, ``per_file`` of them in every file."""
-        little = {"endian": "little"} if np.dtype(self.dtype).itemsize > 1 else None
-        to_bytes: dict[str, object] = (
-            {"name": "bytes"} if little is None else {"name": "bytes", "configuration": little}
-        )
+        to_bytes: dict[str, object] = {"name": "bytes"}
+        if np.dtype(self.dtype).itemsize > 1:
+            to_bytes["configuration"] = {"endian": "little"}
         codecs: list[dict[str, object]] = [to_bytes]
         if self.sharded:
             configuration = {
