@@ -257,7 +257,7 @@ def memory(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def same(one: Path, other: Path) -> list[str]:
     """Files that differ between two stores, but for what says when they were written."""
-    skipped = {"lock", "runs.jsonl"}
+    skipped = {"run", "plan", "runs.jsonl"}  # locks, and times
     files = {
         str(path.relative_to(root))
         for root in (one, other)

@@ -105,9 +105,23 @@ def add_command(commands: Any) -> None:
     how = run.add_argument_group("running")
     how.add_argument("--fast-decode", action="store_true", help="decode JPEGs at reduced size: maps differ a little")
     add_decoding_options(how)
+    how.add_argument(
+        "--shards",
+        type=_part,
+        metavar="I/N",
+        help="do the I-th of N parts (from 1), beside other runs on the same store: on other devices or machines",
+    )
     how.add_argument("--retry-failed", action="store_true", help="do shards with failed images again")
     how.add_argument("--log-json", action="store_true", help="progress as lines of JSON on standard output")
     run.set_defaults(run=_run, kept="finished shards are kept, the same command goes on from there")
+
+
+def _part(text: str) -> tuple[int, int]:
+    """The type of I/N."""
+    number, _, count_ = text.partition("/")
+    if not (number.isdecimal() and count_.isdecimal() and 1 <= int(number) <= int(count_)):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not I/N with I from 1 to N")
+    return int(number), int(count_)
 
 
 def add_decoding_options(how: argparse._ArgumentGroup) -> None:
@@ -124,22 +138,16 @@ def _run(arguments: argparse.Namespace) -> int:
     from ramp_fast.results.maps import read_images
 
     request = _request(arguments)
-    with MapWriter(arguments.out) as store, warnings.catch_warnings():
+    with MapWriter(arguments.out, arguments.shards) as store, warnings.catch_warnings():
         # Pillow warns of large images and odd metadata; what matters of it is a problem of the data here.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         if store.plan is not None:
             check_request(store.plan, request, arguments.out)
         source = open_source_of(request, arguments.source)
-        loaded: LoadedModel | None = None
-        if store.plan is None:
-            loaded = load(arguments)
-            images = _planned(store, arguments, request, loaded, source)
-        else:
-            images = read_images(arguments.out)
-            other = check_source(store.plan, images, source, arguments.out)
-            _check_contents(store, source, other, arguments.out)
-        plan = store.plan
-        assert plan is not None
+        plan, loaded = _planned(store, arguments, request, source)
+        images = read_images(arguments.out)
+        other = check_source(plan, images, source, arguments.out)
+        _check_contents(store, source, other, arguments.out)
         todo = _unfinished(store, arguments.retry_failed)
         if not todo:
             store.write_failures()
@@ -150,6 +158,24 @@ def _run(arguments: argparse.Namespace) -> int:
             _check_loaded(plan, arguments, loaded)
         tally = _attribute(arguments, store, loaded, source, images, todo)
         return _finish(arguments, store, images, source, tally)
+
+
+def _planned(
+    store: MapWriter, arguments: argparse.Namespace, request: dict[str, Any], source: Source
+) -> tuple[Plan, LoadedModel | None]:
+    """The plan, made if there is none, and the model if it has been loaded for that."""
+    from ramp_fast.pipeline.planning import check_request
+
+    if store.plan is not None:
+        return store.plan, None
+    loaded = load(arguments)
+    with store.alone():
+        plan = store.look()  # another part may have made it meanwhile
+        if plan is None:
+            return _make_plan(store, arguments, request, loaded, source), loaded
+    check_request(plan, request, arguments.out)
+    _check_loaded(plan, arguments, loaded)
+    return plan, loaded
 
 
 def _request(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -208,9 +234,9 @@ def open_source_of(request: Mapping[str, Any], path: str) -> Source:
     return open_source(path, labels=request["paths"]["labels"], targets=request["class_of"], **options)
 
 
-def _planned(
+def _make_plan(
     store: MapWriter, arguments: argparse.Namespace, request: dict[str, Any], loaded: LoadedModel, source: Source
-) -> list[ImageLine]:
+) -> Plan:
     from ramp_fast.data.pixels import Framing
     from ramp_fast.data.voc import check_targets
     from ramp_fast.pipeline.planning import make_plan
@@ -231,7 +257,7 @@ def _planned(
         shard_size=arguments.shard_size,
     )
     store.create(plan, images)
-    return images
+    return plan
 
 
 def _settings(loaded: LoadedModel) -> dict[str, object]:
@@ -274,7 +300,9 @@ def _check_contents(store: MapWriter, source: Source, images: Sequence[int], out
 def _unfinished(store: MapWriter, retry: bool) -> list[int]:
     assert store.plan is not None
     finished = store.finished()
-    return [shard for shard in range(store.plan.shards) if shard not in finished or (retry and store.failed(shard))]
+    number, count_ = store.part or (1, 1)
+    own = range(number - 1, store.plan.shards, count_)
+    return [shard for shard in own if shard not in finished or (retry and store.failed(shard))]
 
 
 def _warn_of_room(plan: Plan, shards: int, out: str) -> None:
@@ -350,8 +378,8 @@ def _attribute(
     labels = [-1 if image.label is None else image.label for image in images]
     job: Job | None = None
     with tqdm(
-        total=plan.count,
-        initial=plan.count - total,
+        total=total if store.part else plan.count,
+        initial=0 if store.part else plan.count - total,
         unit="image",
         file=sys.stderr,
         dynamic_ncols=True,
@@ -429,6 +457,13 @@ def _about_run(job: Job, started: str, arguments: argparse.Namespace) -> dict[st
     }
 
 
+def _finished_images(store: MapWriter) -> int:
+    """Those of this run's shards, with what failed."""
+    assert store.plan is not None
+    number, count_ = store.part or (1, 1)
+    return sum(len(store.plan.range(shard)) for shard in range(number - 1, store.plan.shards, count_))
+
+
 def _finish(
     arguments: argparse.Namespace,
     store: MapWriter,
@@ -441,9 +476,10 @@ def _finish(
     for problem in source.problems:
         complain(f"{problem.path}: {problem.message}")
     if tally is None:
-        parts = [f"nothing to do: {len(images)} images are finished"]
+        which = "" if store.part is None else " of part {}/{}".format(*store.part)
+        parts = [f"nothing to do: {_finished_images(store)} images{which} are finished"]
     else:
-        parts = [f"{tally.images - tally.failures} attributed", f"{len(images) - len(failures)} in the store"]
+        parts = [f"{tally.images - tally.failures} attributed", f"{int(store.stored.done.sum())} in the store"]
     if failures:
         named = list(failures)[:NAMED_FAILURES]
         more = f" and {len(failures) - len(named)} more" if len(failures) > len(named) else ""

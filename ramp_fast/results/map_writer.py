@@ -1,4 +1,4 @@
-"""Writing a store of maps: whole shards, on the disk before the journal names them, by one run at a time."""
+"""Writing a store of maps: whole shards, on the disk before the journal names them, by one run or parts of one."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ramp_fast.results.maps import (
     FAILURES,
     IMAGES,
     JOURNAL,
+    JOURNALS,
     MAPS,
     PLAN,
     RUNS,
@@ -29,6 +30,7 @@ from ramp_fast.results.maps import (
     StoredMaps,
     read_images,
     read_journal,
+    read_journals,
 )
 from ramp_fast.results.store import StoreError, check_writable, remove_leftovers, temporary_name
 from ramp_fast.results.tables import csv_text
@@ -36,9 +38,10 @@ from ramp_fast.results.zarr_files import ArraySpec, group_document, shard_index
 
 __all__ = ["BusyError", "MapWriter", "ShardWriter", "images_digest"]
 
-LOCK = "lock"
+LOCKS = "locks"
+"""Files that processes lock; nothing is in them that matters."""
 
-_OWN = frozenset({PLAN, IMAGES, MAPS, JOURNAL, FAILURES, RUNS, LOCK})
+_OWN = frozenset({PLAN, IMAGES, MAPS, FAILURES, RUNS, LOCKS})
 
 
 class BusyError(StoreError):
@@ -60,6 +63,9 @@ class MapWriter:
     ----------
     folder : str or pathlib.Path
         Made when missing.
+    part : (int, int), optional
+        (I, N): this run does the I-th of N parts (from 1), beside others, also on other machines. Each has a journal of
+        its own. Without it there may be no other run.
 
     Raises
     ------
@@ -69,27 +75,43 @@ class MapWriter:
         It cannot be written to, or holds something else.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, part: tuple[int, int] | None = None) -> None:
+        self.folder, self.part = Path(folder), part
         check_writable(folder)
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-        if PLAN not in names and not set(names) <= _OWN:
-            other = next(name for name in names if name not in _OWN)
-            raise StoreError(f"{folder} holds other files ({other}) and no store of maps: choose another --out")
-        self._lock: IO[str] | None = _locked(self.folder / LOCK)
+        foreign = [name for name in names if name not in _OWN and not Path(name).match(JOURNALS)]
+        if PLAN not in names and foreign:
+            raise StoreError(f"{folder} holds other files ({foreign[0]}) and no store of maps: choose another --out")
+        self._locks: list[IO[str]] = []
+        self._journal_path = self.folder / (JOURNAL if part is None else f"journal-{part[0]}-of-{part[1]}.jsonl")
         self.plan: Plan | None = None
         try:
-            self._journal, whole = read_journal(self.folder / JOURNAL)
-            _cut(self.folder / JOURNAL, whole)
+            self._locks.append(_locked(self.folder / LOCKS / "run", shared=part is not None))
+            if part is not None:
+                self._locks.append(_locked(self.folder / LOCKS / f"{part[0]}-of-{part[1]}"))
+            for path in [self._journal_path] if part is not None else sorted(self.folder.glob(JOURNALS)):
+                _cut(path, read_journal(path)[1])
             for place in (self.folder, self.folder / MAPS, *(self.folder / MAPS).glob("*/")):
                 remove_leftovers(place)
-            if PLAN in names:
-                self.plan = Plan.read(folder)
-                if images_digest(read_images(folder)) != self.plan.images_digest:
-                    raise StoreError(f"{self.folder / IMAGES}: damaged: its hash is not the one in {PLAN}")
+            self.look()
         except BaseException:
             self.close()
             raise
+
+    def look(self) -> Plan | None:
+        """Read the plan, if there is one, and the journals: other parts may have written them."""
+        self._journal = read_journals(self.folder)
+        if (self.folder / PLAN).exists():
+            self.plan = Plan.read(self.folder)
+            if images_digest(read_images(self.folder)) != self.plan.images_digest:
+                raise StoreError(f"{self.folder / IMAGES}: damaged: its hash is not the one in {PLAN}")
+        return self.plan
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other part is in here: while a plan is made, or what concerns all parts is written."""
+        with _locked(self.folder / LOCKS / "plan", wait=True):
+            yield
 
     def __enter__(self) -> MapWriter:
         return self
@@ -99,9 +121,9 @@ class MapWriter:
 
     def close(self) -> None:
         """Let others write it."""
-        if self._lock is not None:
-            self._lock.close()  # the lock goes with it; the file stays, for removing it would race with another run
-            self._lock = None
+        for lock in self._locks:
+            lock.close()  # the lock goes with it; the file stays, for removing it would race with another run
+        self._locks = []
 
     def create(self, plan: Plan, images: Sequence[ImageLine]) -> None:
         """Write a plan; it comes last, so that a store with a plan has all that belongs to it."""
@@ -140,14 +162,15 @@ class MapWriter:
 
     def write_failures(self) -> None:
         """Write ``failures.csv`` as the journal has them, where it says something else."""
-        rows = ((self._shown(name), why) for name, why in self.stored.failures().items())
-        data = csv_text(("image", "why"), rows).encode()
         path = self.folder / FAILURES
-        with contextlib.suppress(OSError):
-            if path.read_bytes() == data:
-                return
-        with _reported(self.folder):
-            _write_whole(path, data)
+        with self.alone():
+            rows = ((self._shown(name), why) for name, why in self.stored.failures().items())
+            data = csv_text(("image", "why"), rows).encode()
+            with contextlib.suppress(OSError):
+                if path.read_bytes() == data:
+                    return
+            with _reported(self.folder):
+                _write_whole(path, data)
 
     @staticmethod
     def _shown(name: str) -> str:
@@ -160,7 +183,7 @@ class MapWriter:
 
     def commit(self, line: JournalLine) -> None:
         """Name a finished shard in the journal, for good."""
-        path = self.folder / JOURNAL
+        path = self._journal_path
         with _reported(self.folder):
             created = not path.exists()
             with open(path, "ab") as file:
@@ -337,9 +360,10 @@ def _cut(path: Path, whole: int) -> None:
             os.truncate(path, whole)
 
 
-def _locked(path: Path) -> IO[str]:
+def _locked(path: Path, *, shared: bool = False, wait: bool = False) -> IO[str]:
     """An open file that no other process has locked; the lock goes with the process, however it ends."""
     try:
+        path.parent.mkdir(exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  # it stays open while the lock is held
     except OSError as error:
         raise StoreError(f"cannot write to {path.parent}: {reason(error)}") from error
@@ -348,15 +372,17 @@ def _locked(path: Path) -> IO[str]:
     except ImportError:  # Windows
         return file
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
         file.seek(0)
         who = file.read(200).strip()
         file.close()
-        raise BusyError(f"{path.parent} is being written by another run ({who or 'unknown'}): wait for it") from error
+        store = path.parent.parent
+        raise BusyError(f"{store} is being written by another run ({who or 'unknown'}): wait for it") from error
     except OSError:  # a file system without locks: shards are written whole all the same
         return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()}")
-    file.flush()
+    if not shared and not wait:
+        file.truncate(0)
+        file.write(f"process {os.getpid()}")
+        file.flush()
     return file

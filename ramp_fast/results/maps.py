@@ -4,7 +4,8 @@
 ``plan.json``         what is computed, by which model and rule; its hash names the run
 ``images.jsonl``      an image a line: name, class the source says or null, bytes, time of modification
 ``maps.zarr``         zarr v3: maps, scale, target, logits, label, done, source_crc32, each with images first
-``journal.jsonl``     a line for each finished shard, with SHA-256 of its files and the images that failed
+``journal.jsonl``     a line for each finished shard, with SHA-256 of its files and the images that failed; of a run in
+                      parts ``journal-I-of-N.jsonl``
 ``failures.csv``      image, why
 ``runs.jsonl``        a line for each run: images, seconds, shares of time
 ====================  ==========================================================================================
@@ -47,6 +48,9 @@ PLAN, IMAGES, MAPS, JOURNAL, FAILURES, RUNS = (
     "failures.csv",
     "runs.jsonl",
 )
+
+
+JOURNALS = "journal*.jsonl"
 
 
 @dataclass(frozen=True)
@@ -260,6 +264,14 @@ def read_journal(path: Path) -> tuple[dict[int, JournalLine], int]:
     return found, whole
 
 
+def read_journals(folder: Path) -> dict[int, JournalLine]:
+    """Finished shards of a store, by the journals of all its runs."""
+    found: dict[int, JournalLine] = {}
+    for path in sorted(folder.glob(JOURNALS)):
+        found.update(read_journal(path)[0])
+    return found
+
+
 @dataclass(frozen=True)
 class StoredMap:
     """One image of a store.
@@ -399,7 +411,7 @@ class StoredMaps:
 
     def journal(self) -> dict[int, JournalLine]:
         """Finished shards."""
-        return read_journal(self.folder / JOURNAL)[0]
+        return read_journals(self.folder)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "plan": self.plan}

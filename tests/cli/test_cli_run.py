@@ -24,6 +24,7 @@ from ramp_fast import cli
 from ramp_fast.cli import run as run_module
 from ramp_fast.explainer import Attribution
 from ramp_fast.results import open_maps
+from ramp_fast.results.map_writer import MapWriter
 
 MODEL, SIZE, CLASSES = "test_vit", 32, 10
 
@@ -262,6 +263,61 @@ def test_quiet_without_a_terminal(run: Callable[..., int], capsys: pytest.Captur
     said = capsys.readouterr()
     assert said.err == ""
     assert len(said.out.splitlines()) == 1
+
+
+class TestParts:
+    def test_parts_make_the_whole(self, run: Callable[..., int], tmp_path: Path) -> None:
+        assert run(out="whole") == 0
+        assert run("--shards", "2/2") == 0
+        assert open_maps(tmp_path / "s").done.tolist() == [False] * 4 + [True] * 4 + [False]
+        assert run("--shards", "1/2") == 0
+        for path in (tmp_path / "whole" / "maps.zarr").rglob("c.*"):
+            assert (tmp_path / "s" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
+        assert open_maps(tmp_path / "s").done.all()
+        assert sorted(p.name for p in (tmp_path / "s").glob("journal*")) == [
+            "journal-1-of-2.jsonl",
+            "journal-2-of-2.jsonl",
+        ]
+
+    def test_what_parts_have_done_is_finished(
+        self, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for part in ("1/3", "2/3", "3/3"):
+            assert run("--shards", part) == 0
+        capsys.readouterr()
+        assert run("--shards", "3/3") == 0
+        assert "nothing to do: 1 images of part 3/3 are finished" in capsys.readouterr().out
+        assert run() == 0
+        assert "nothing to do: 9 images are finished" in capsys.readouterr().out
+
+    def test_beside_each_other(
+        self, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run("--shards", "1/2") == 0
+        with MapWriter(tmp_path / "s", (1, 2)):
+            assert run("--shards", "2/2") == 0
+            assert run("--shards", "1/2") == 2
+            assert run() == 2
+        assert capsys.readouterr().err.count("is being written by another run") == 2
+
+    @pytest.mark.slow
+    def test_started_at_once(self, command: Callable[..., list[str]], run: Callable[..., int], tmp_path: Path) -> None:
+        """Whoever is first makes the plan; the other one takes it."""
+        assert run(out="whole") == 0
+        code = (
+            "import sys, test_cli_run as t; t.run_module.make_engine = t.StubEngine; sys.exit(t.cli.main(sys.argv[1:]))"
+        )
+        calls = [[sys.executable, "-c", code, *command("--shards", part)] for part in ("1/2", "2/2")]
+        here = str(Path(__file__).parent)
+        runs = [subprocess.Popen(call, stdout=subprocess.DEVNULL, cwd=here) for call in calls]
+        assert [process.wait() for process in runs] == [0, 0]
+        for path in (tmp_path / "whole" / "maps.zarr").rglob("c.*"):
+            assert (tmp_path / "s" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
+
+    @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0"])
+    def test_no_parts(self, run: Callable[..., int], capsys: pytest.CaptureFixture[str], part: str) -> None:
+        assert run("--shards", part) == 2
+        assert "is not I/N with I from 1 to N" in capsys.readouterr().err
 
 
 class TestVerify:

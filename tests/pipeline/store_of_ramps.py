@@ -35,13 +35,15 @@ def batch_of(plan: Plan, images: range) -> dict[str, np.ndarray]:
     return arrays
 
 
-def write(folder: Path, plan: Plan) -> MapWriter:
-    """All that is missing of a store, in batches of up to three."""
-    with MapWriter(folder) as store:
-        if store.plan is None:
-            store.create(plan, images_of(plan.count))
+def write(folder: Path, plan: Plan, part: tuple[int, int] | None = None) -> MapWriter:
+    """All that is missing of a store, or of a part of it, in batches of up to three."""
+    with MapWriter(folder, part) as store:
+        with store.alone():
+            if store.look() is None:
+                store.create(plan, images_of(plan.count))
         finished = store.finished()
-        for shard in range(plan.shards):
+        number, count = part or (1, 1)
+        for shard in range(number - 1, plan.shards, count):
             if shard in finished:
                 continue
             writer = store.writer(shard)
@@ -61,9 +63,9 @@ def write(folder: Path, plan: Plan) -> MapWriter:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Bytes of every file of a store, but for the lock and what says when runs were."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in ("lock", "runs.jsonl"))
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    """Bytes of every file of a store, but for locks and what says when runs were."""
+    files = (path for path in sorted(folder.rglob("*")) if path.name != "runs.jsonl" and path.parent.name != "locks")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.is_file()}
 
 
 if __name__ == "__main__":

@@ -161,9 +161,9 @@ class TestWriting:
         plan = ramps.plan_of(6)
         ramps.write(tmp_path / "whole", plan)
         expected = ramps.contents(tmp_path / "whole")
-        step = 0
+        step = -1
         while True:
-            step += 1
+            step += 2
             folder = tmp_path / str(step)
             process = multiprocessing.get_context("fork").Process(target=_killed_at, args=(folder, step))
             process.start()
@@ -175,6 +175,25 @@ class TestWriting:
             assert ramps.contents(folder) == expected, step
         assert step > 60
         assert ramps.contents(folder) == expected
+
+    @needs_fork
+    def test_parts_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever is first makes the plan; files are those of one run."""
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+        plan = ramps.plan_of(30)
+        ramps.write(tmp_path / "whole", plan)
+        fork = multiprocessing.get_context("fork")
+        parts = [fork.Process(target=ramps.write, args=(tmp_path / "parts", plan, (number, 3))) for number in (1, 2, 3)]
+        for process in parts:
+            process.start()
+        for process in parts:
+            process.join()
+            assert process.exitcode == 0
+        found, expected = ramps.contents(tmp_path / "parts"), ramps.contents(tmp_path / "whole")
+        journals = {name for name in found if name.startswith("journal")}
+        assert len(journals) == 3
+        expected.pop("journal.jsonl")
+        assert {name: data for name, data in found.items() if name not in journals} == expected
 
     @pytest.mark.parametrize("call", ["fsync", "replace"])
     def test_no_room(self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
