@@ -30,7 +30,7 @@ _ZIP_HEADER_BYTES = 30
 L = TypeVar("L", bound="Location")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Location:
     """Where one image lies.
 
@@ -78,7 +78,7 @@ class Location:
         return [self.kind, *astuple(self)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class WholeFile(Location):
     """A file of its own."""
 
@@ -96,7 +96,7 @@ class WholeFile(Location):
         return open_regular(self.path)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part(Location):
     """Bytes within a file, as they are: an entry of a tar, also of one within a tar."""
 
@@ -113,7 +113,7 @@ class Part(Location):
         return io.BytesIO(_bytes_at(self.path, self.offset, self.length))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Packed(Location):
     """An entry of a zip archive, stored or deflated."""
 
@@ -147,7 +147,7 @@ class Packed(Location):
         return io.BytesIO(data)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TableCell(Location):
     """The bytes in a row of a Parquet file, in the layout of Hugging Face's data sets."""
 

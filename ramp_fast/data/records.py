@@ -22,7 +22,7 @@ Region = Callable[[tuple[int, int]], npt.NDArray[np.bool_]]
 """The size (height, width) of a photograph -> where its object is, bool ``[height, width]``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """What is known of an image before it is read.
 

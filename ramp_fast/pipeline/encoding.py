@@ -41,7 +41,8 @@ def encode(maps: Tensor, dtype: str, channels: bool) -> tuple[Tensor, Tensor, Te
         maps = total
     lead = maps.dim() - (3 if channels else 2)
     flat = maps.flatten(lead)
-    largest = torch.maximum(flat.amax(-1), -flat.amin(-1))
+    low, high = flat.aminmax(dim=-1)
+    largest = torch.maximum(high, -low)
     finite = largest.isfinite()
     if dtype == "float32":
         values, scale = maps, torch.ones_like(largest)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ramp_fast.data.locations import WholeFile
@@ -40,12 +41,23 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 def image_lines(source: Source, labels: Sequence[int] | None) -> list[ImageLine]:
     """What a plan knows of the images of a source."""
-    lines = []
-    for number, record in enumerate(source.records):
+    return [
+        ImageLine(record.name, None if labels is None else labels[number], record.location.size, modified)
+        for number, (record, modified) in enumerate(zip(source.records, _modified(source), strict=True))
+    ]
+
+
+def _modified(source: Source) -> Iterator[int]:
+    """When the file that holds an image was modified, in nanoseconds, of every image."""
+    of_archives: dict[str, int] = {}
+    for record in source.records:
         where = record.location
-        modified = where.modified if isinstance(where, WholeFile) else None
-        lines.append(ImageLine(record.name, None if labels is None else labels[number], where.size, modified))
-    return lines
+        if isinstance(where, WholeFile):
+            yield where.modified
+            continue
+        if where.path not in of_archives:
+            of_archives[where.path] = os.stat(where.below(source.root).path).st_mtime_ns
+        yield of_archives[where.path]
 
 
 def make_plan(
@@ -155,12 +167,8 @@ def check_source(plan: Plan, images: Sequence[ImageLine], source: Source, folder
     """
     if source.digest() != plan.source["digest"]:
         raise StoreError(f"{folder}: the source has changed since the plan: {_source_difference(images, source)}")
-    found = []
-    for number, (image, record) in enumerate(zip(images, source.records, strict=True)):
-        where = record.location
-        if isinstance(where, WholeFile) and where.modified != image.modified:
-            found.append(number)
-    return found
+    times = zip(images, _modified(source), strict=True)
+    return [number for number, (image, modified) in enumerate(times) if image.modified != modified]
 
 
 def _source_difference(images: Sequence[ImageLine], source: Source) -> str:

@@ -28,11 +28,10 @@ from ramp_fast.results.maps import (
     JournalLine,
     Plan,
     StoredMaps,
-    read_images,
     read_journal,
     read_journals,
 )
-from ramp_fast.results.store import StoreError, check_writable, remove_leftovers, temporary_name
+from ramp_fast.results.store import StoreError, check_writable, fingerprint, remove_leftovers, temporary_name
 from ramp_fast.results.tables import csv_text
 from ramp_fast.results.zarr_files import ArraySpec, group_document, shard_index
 
@@ -54,6 +53,13 @@ def images_digest(images: Sequence[ImageLine]) -> str:
     for image in images:
         digest.update(image.text().encode())
     return digest.hexdigest()
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return str(fingerprint(path)["sha256"])
+    except OSError:
+        return None
 
 
 class MapWriter:
@@ -103,7 +109,7 @@ class MapWriter:
         self._journal = read_journals(self.folder)
         if (self.folder / PLAN).exists():
             self.plan = Plan.read(self.folder)
-            if images_digest(read_images(self.folder)) != self.plan.images_digest:
+            if _digest(self.folder / IMAGES) != self.plan.images_digest:
                 raise StoreError(f"{self.folder / IMAGES}: damaged: its hash is not the one in {PLAN}")
         return self.plan
 

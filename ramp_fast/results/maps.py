@@ -190,9 +190,9 @@ def array_specs(
     return {spec.name: spec for spec in specs}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageLine:
-    """A line of ``images.jsonl``: what the plan knows of an image. ``modified`` is in nanoseconds."""
+    """A line of ``images.jsonl``: what the plan knows of an image. ``modified``: of its file or archive, in ns."""
 
     name: str
     label: int | None

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -211,6 +212,21 @@ class TestSourceChanged:
         os.utime(path, ns=(1, 1))
         assert run(source=copy) == 2
         assert f"{path} has other bytes than what was attributed" in capsys.readouterr().err
+
+    def test_an_archive_with_other_bytes(
+        self, run: Callable[..., int], copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "x.tar"
+        with tarfile.open(path, "w") as archive:
+            archive.add(copy, "x")
+        assert run(source=path) == 0
+        os.utime(path, ns=(1, 1))
+        assert run(source=path) == 0
+        data = path.read_bytes()
+        at = data.index((copy / "2" / "5.jpg").read_bytes()) + 500
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        assert run(source=path) == 2
+        assert f"{path}: 2/5 has other bytes" in capsys.readouterr().err.replace("x/2/5", "2/5")
 
     def test_a_copy_is_the_same(self, run: Callable[..., int], copy: Path, photographs: Path) -> None:
         assert run() == 0
