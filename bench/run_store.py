@@ -43,7 +43,9 @@ from ramp_fast.models import LoadedModel
 from ramp_fast.pipeline.planning import make_plan
 from ramp_fast.pipeline.run import Job, Tally
 from ramp_fast.pipeline.targets import Targets
+from ramp_fast.results import open_maps
 from ramp_fast.results.map_writer import MapWriter
+from ramp_fast.results.maps import read_journals
 
 DISTINCT = 64
 CONFIG: dict[str, Any] = {
@@ -164,13 +166,13 @@ def command(*arguments: Any) -> list[str]:
     return [sys.executable, "-P", "-m", "ramp_fast.cli", *(str(a) for a in arguments)]
 
 
-def small_checkpoint(work: Path) -> Path:
+def small_checkpoint(work: Path, size: int) -> Path:
     import safetensors.torch
     import timm
 
     torch.manual_seed(0)
     path = work / "weights.safetensors"
-    safetensors.torch.save_file(timm.create_model("test_vit", num_classes=10).state_dict(), path)
+    safetensors.torch.save_file(timm.create_model("test_vit", num_classes=10, img_size=size).state_dict(), path)
     return path
 
 
@@ -178,20 +180,34 @@ def small_run(work: Path, folder: Path, out: Path, *more: Any) -> list[str]:
     """A run of a model of 0.4 million parameters on 32 x 32 pixels."""
     weights = work / "weights.safetensors"
     if not weights.exists():
-        small_checkpoint(work)
+        small_checkpoint(work, 32)
     model = ("--model", "test_vit", "--checkpoint", weights, "--num-classes", 10)
     return command("run", folder, *model, "--model-arg", "img_size=32", "--out", out, *more)
 
 
 def rerun(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """The first run has an engine that costs nothing; the second one is the command as it is."""
     folder = photographs(work / "images", arguments.images, (64, 48))
-    first = time.perf_counter()
-    subprocess.run(small_run(work, folder, work / "out", "--batch-size", 64), check=True, stdout=subprocess.DEVNULL)
-    middle = time.perf_counter()
-    said = subprocess.run(
-        small_run(work, folder, work / "out", "--batch-size", 64), check=True, capture_output=True, text=True
-    ).stdout
-    return {"said": said.strip(), "first": middle - first, "seconds": time.perf_counter() - middle}
+    call = small_run(work, folder, work / "out", "--batch-size", 64)
+    started = time.perf_counter()
+    subprocess.run(without_engine(call), check=True, stdout=subprocess.DEVNULL)
+    seconds = []
+    for _ in range(3):
+        middle = time.perf_counter()
+        said = subprocess.run(call, check=True, capture_output=True, text=True).stdout
+        seconds.append(time.perf_counter() - middle)
+    return {"said": said.strip(), "first": middle - started, "seconds": seconds}
+
+
+def without_engine(call: Sequence[str]) -> list[str]:
+    """The command with an engine that costs nothing."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import run_store; from ramp_fast import cli;"
+        "from ramp_fast.cli import run;"
+        "run.make_engine = lambda model, *rest: run_store.FreeEngine(model.num_classes);"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    return [call[0], "-P", "-c", code, *call[call.index("run") :]]
 
 
 def resident(process: int) -> int:
@@ -215,43 +231,42 @@ def children(process: int) -> list[int]:
 
 
 def memory(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """The engine alone first, on batches of the run's size; then the run, looked at every second."""
-    folder = photographs(work / "images", arguments.images)
-    batch = 16
+    """Of a run with an engine that costs nothing, above a process that has torch, timm and the model."""
+    folder = photographs(work / "images", arguments.images, (64, 48))
+    weights = small_checkpoint(work, 224)
     code = (
-        "import timm, torch, time; from ramp_fast import Engine; m = timm.create_model('test_vit').eval();"
-        f"e = Engine(m); x = torch.randn({batch}, 3, 160, 160);"
-        "[e.attribute(x) for _ in range(6)]; print('ready', flush=True); time.sleep(600)"
+        "import sys, time, timm, torch, ramp_fast.models as m; from ramp_fast import Engine;"
+        f"l = m.load_model('test_vit', {str(weights)!r}, num_classes=10, model_args={{'img_size': 224}});"
+        "x = torch.zeros(64, 3, 224, 224); print('ready', flush=True); time.sleep(600)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as engine:
-        assert engine.stdout is not None
-        engine.stdout.readline()
-        alone = resident(engine.pid)
-        engine.kill()
-    import safetensors.torch
-    import timm
-
-    torch.manual_seed(0)
-    weights = work / "weights.safetensors"
-    safetensors.torch.save_file(timm.create_model("test_vit").state_dict(), weights)
-    call = command("run", folder, "--model", "test_vit", "--checkpoint", weights, "--out", work / "out", "--log-json")
+    with subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        alone = resident(process.pid)
+        process.kill()
+    model = ("--model", "test_vit", "--checkpoint", weights, "--num-classes", 10, "--model-arg", "img_size=224")
+    call = command("run", folder, *model, "--out", work / "out", "--batch-size", 64, "--log-json")
     seen: list[tuple[float, int]] = []
-    with subprocess.Popen(call, stdout=subprocess.PIPE, text=True) as run:
+    log = work / "log"
+    with open(log, "w") as file, subprocess.Popen(without_engine(call), stdout=file) as run:
         started = time.perf_counter()
         while run.poll() is None and time.perf_counter() - started < arguments.seconds:
-            time.sleep(1)
-            seen.append((round(time.perf_counter() - started, 1), resident(run.pid) - alone))
+            time.sleep(0.5)
+            above = resident(run.pid) - alone
+            if above > 0:
+                seen.append((round(time.perf_counter() - started, 1), above))
         run.send_signal(signal.SIGINT)
-        assert run.stdout is not None
-        lines = run.stdout.read().splitlines()
+    lines = log.read_text().splitlines()
     last = json.loads(lines[-1]) if lines else {}
-    halfway = [above for at, above in seen if at > seen[-1][0] / 2][:-1]
+    # Without the last second, when processes have ended.
+    second_half = [above for at, above in seen[:-2] if at > seen[-1][0] / 2]
     return {
-        "engine_mb": alone / 1e6,
-        "most_above_mb": max(above for _, above in seen) / 1e6,
-        "second_half_mb": [min(halfway) / 1e6, max(halfway) / 1e6],
+        "alone_mb": round(alone / 1e6),
+        "most_above_mb": round(max(above for _, above in seen) / 1e6),
+        "second_half_mb": [round(min(second_half) / 1e6), round(max(second_half) / 1e6)],
         "images": last.get("images"),
-        "every_30_s_mb": [round(above / 1e6) for _, above in seen[::30]],
+        "images_per_second": last.get("images_per_second"),
+        "tenths_mb": [round(above / 1e6) for _, above in seen[:: max(1, len(seen) // 10)]],
     }
 
 
@@ -278,10 +293,12 @@ def kills(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     started = time.perf_counter()
     subprocess.run(small_run(work, folder, work / "whole", *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     whole = time.perf_counter() - started
+    done = int(open_maps(work / "whole").done.sum())
+    assert done == arguments.images, f"{done} of {arguments.images} images have a map"
     draw = random.Random(arguments.seed)
     killed = runs = 0
     stores: list[list[str]] = []
-    at: list[float] = []
+    shards: list[int] = []  # finished when it was killed
     while killed < arguments.times:
         out = work / f"killed-{len(stores)}"
         for _ in range(200):
@@ -300,12 +317,18 @@ def kills(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
                     process.kill()
                 process.wait()
                 killed += 1
-                at.append(round(moment, 2))
+                shards.append(len(read_journals(out)))
                 continue
             assert status in (0, 2), status
             break
         stores.append(same(work / "whole", out))
-    return {"kills": killed, "runs": runs, "stores": len(stores), "differences": [d for d in stores if d], "at": at}
+    return {
+        "kills": killed,
+        "runs": runs,
+        "stores": len(stores),
+        "differences": [d for d in stores if d],
+        "finished_shards_at_kills": shards,
+    }
 
 
 def decoders(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:

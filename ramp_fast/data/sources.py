@@ -40,8 +40,9 @@ def open_source(
     path, layout, split, targets, limit
         As for :func:`ramp_fast.data.open_data`.
     labels : str or pathlib.Path, optional
-        A file that says the class of every image, for images without: see :func:`ramp_fast.data.labels.read_labels`.
-        By default such a file in or beside a folder or tar of ImageNet's validation images is taken.
+        A file that says the class of every image, for images without: lines ``name class``, ``LOC_val_solution.csv``,
+        or the development kit's ground truth with ``meta.mat`` beside it. By default such a file in or beside a folder
+        or tar of ImageNet's validation images is taken.
 
     Returns
     -------
