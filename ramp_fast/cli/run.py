@@ -111,6 +111,13 @@ def add_command(commands: Any) -> None:
         metavar="I/N",
         help="do the I-th of N parts (from 1), beside other runs on the same store: on other devices or machines",
     )
+    how.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="on the machines of a Ray cluster, which see the same files (default: a cluster of this machine)",
+    )
     how.add_argument("--retry-failed", action="store_true", help="do shards with failed images again")
     how.add_argument("--log-json", action="store_true", help="progress as lines of JSON on standard output")
     run.set_defaults(run=_run, kept="finished shards are kept, the same command goes on from there")
@@ -137,6 +144,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from ramp_fast.results.map_writer import MapWriter
     from ramp_fast.results.maps import read_images
 
+    if arguments.ray is not None and arguments.shards is not None:
+        raise InputError("--shards and --ray are two ways to share a run: pass one of them")
     request = _request(arguments)
     with MapWriter(arguments.out, arguments.shards) as store, warnings.catch_warnings():
         # Pillow warns of large images and odd metadata; what matters of it is a problem of the data here.
@@ -153,11 +162,63 @@ def _run(arguments: argparse.Namespace) -> int:
             store.write_failures()
             return _finish(arguments, store, images, source, None)
         _warn_of_room(plan, len(todo), arguments.out)
-        if loaded is None:
-            loaded = load(arguments)
-            _check_loaded(plan, arguments, loaded)
-        tally = _attribute(arguments, store, loaded, source, images, todo)
+        if arguments.ray is None:
+            if loaded is None:
+                loaded = load(arguments)
+                _check_loaded(plan, arguments, loaded)
+            tally = _attribute(arguments, store, loaded, source, images, todo)
+            return _finish(arguments, store, images, source, tally)
+    # Its workers write the store: this process has let go of it.
+    tally = _on_ray(arguments, plan, todo)
+    with MapWriter(arguments.out) as store:
+        store.write_failures()
+        tally.failures = sum(len(store.failed(shard)) for shard in todo)
         return _finish(arguments, store, images, source, tally)
+
+
+def _on_ray(arguments: argparse.Namespace, plan: Plan, todo: Sequence[int]) -> Tally:
+    from tqdm import tqdm
+
+    from ramp_fast.cli.on_ray import run_on_ray
+    from ramp_fast.pipeline.run import Tally
+
+    sizes = [len(plan.range(shard)) for shard in todo]
+    tally = Tally()
+    shown = shows_bar(arguments)
+    with tqdm(total=sum(sizes), unit="image", file=sys.stderr, dynamic_ncols=True, disable=not shown) as bar:
+        log = _Log(sum(sizes), bar, arguments.log_json)
+
+        def progress(finished: int) -> None:
+            tally.images = min(finished * plan.shard_size, sum(sizes))
+            log(tally)
+
+        run_on_ray(arguments, todo, _part_on_ray, progress)
+    tally.images = sum(sizes)
+    tally.ended = time.perf_counter()
+    return tally
+
+
+def _part_on_ray(arguments: argparse.Namespace, part: tuple[int, int], shards: Iterator[int]) -> None:
+    """What a worker on a cluster does."""
+    from ramp_fast.pipeline.planning import check_source
+    from ramp_fast.results.map_writer import MapWriter
+    from ramp_fast.results.maps import read_images
+
+    request = _request(arguments)
+    with MapWriter(arguments.out, part) as store, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        plan = store.plan
+        assert plan is not None
+        images = read_images(arguments.out)
+        source = open_source_of(request, arguments.source)
+        check_source(plan, images, source, arguments.out)
+        loaded = load(arguments)
+        _check_loaded(plan, arguments, loaded)
+        labels = [-1 if image.label is None else image.label for image in images]
+        started = _now()
+        with job_for(plan.request, store, loaded, source, labels, arguments) as job:
+            job.run(shards)
+        store.append_run(_about_run(job, started))
 
 
 def _planned(
@@ -299,7 +360,7 @@ def _check_contents(store: MapWriter, source: Source, images: Sequence[int], out
 
 def _unfinished(store: MapWriter, retry: bool) -> list[int]:
     assert store.plan is not None
-    finished = store.finished()
+    finished = store.stored.finished()
     number, count_ = store.part or (1, 1)
     own = range(number - 1, store.plan.shards, count_)
     return [shard for shard in own if shard not in finished or (retry and store.failed(shard))]
@@ -373,7 +434,7 @@ def _attribute(
     assert store.plan is not None
     plan = store.plan
     total = sum(len(plan.range(shard)) for shard in todo)
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    started = _now()
     shown = shows_bar(arguments)
     labels = [-1 if image.label is None else image.label for image in images]
     job: Job | None = None
@@ -398,8 +459,12 @@ def _attribute(
             raise in_options(error) from error
         finally:
             if job is not None and job.tally.images:
-                store.append_run(_about_run(job, started, arguments))
+                store.append_run(_about_run(job, started))
     return tally
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 class _Log:
@@ -434,7 +499,7 @@ class _Log:
             say(json.dumps(said), sys.stdout)
 
 
-def _about_run(job: Job, started: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def _about_run(job: Job, started: str) -> dict[str, Any]:
     import torch
 
     from ramp_fast import __version__

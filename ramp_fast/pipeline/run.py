@@ -5,8 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -137,12 +139,13 @@ class Job:
         self._together = decoders.batch_size  # images that go through the engine at a time: fewer where memory is short
         self.tally = Tally()
 
-    def run(self, shards: Sequence[int], progress: Callable[[Tally], None] | None = None) -> Tally:
+    def run(self, shards: Iterable[int], progress: Callable[[Tally], None] | None = None) -> Tally:
         """Attribute shards, in order.
 
         Parameters
         ----------
-        shards : sequence of int
+        shards : iterable of int
+            Taken one by one, a few batches before they are needed.
         progress : callable, optional
             Called after every batch.
 
@@ -154,16 +157,16 @@ class Job:
             The model cannot be attributed, memory is short for a single image, or processes cannot decode.
         """
         tally = self.tally = Tally()
-        pieces = list(self._pieces(shards))
+        ahead: deque[_Piece] = deque()  # what is being decoded
         batch_bytes = max(1, self.decoders.batch_size * self.plan.arrays["maps"].item_bytes)
         writer = _Writer(self.store, tally, max(2, _QUEUED_BYTES // batch_bytes))
         try:
-            decoded = self.decoders.batches([self.locate(i) for i in piece.images] for piece in pieces)
+            decoded = self.decoders.batches(self._located(shards, ahead))
             waiting: tuple[_Piece, Decoded, _Explained] | None = None
-            for piece in pieces:
-                batch = self._timed("reading", lambda: next(decoded))
+            while (batch := self._timed("reading", lambda: next(decoded, None))) is not None:
+                piece = ahead.popleft()
                 tally.decoding += batch.seconds
-                explained = self._timed("computing", lambda p=piece, b=batch: self._explain(p, b))  # type: ignore[misc]  # mypy has no types for defaults of a lambda
+                explained = self._timed("computing", partial(self._explain, piece, batch))
                 # A device works on this batch while the results of the one before are fetched.
                 if waiting is not None:
                     self._hand_over(writer, *waiting)
@@ -200,7 +203,12 @@ class Job:
             for place, number in enumerate(part):
                 yield number, {name: array[place] for name, array in arrays.items()}, failed.get(place)
 
-    def _pieces(self, shards: Sequence[int]) -> Iterator[_Piece]:
+    def _located(self, shards: Iterable[int], ahead: deque[_Piece]) -> Iterator[list[Location]]:
+        for piece in self._pieces(shards):
+            ahead.append(piece)
+            yield [self.locate(number) for number in piece.images]
+
+    def _pieces(self, shards: Iterable[int]) -> Iterator[_Piece]:
         size = self.decoders.batch_size
         for shard in shards:
             images = self.plan.range(shard)

@@ -149,10 +149,6 @@ class MapWriter:
             _write_whole(self.folder / PLAN, (json.dumps(plan.document(), indent=1) + "\n").encode())
         self.plan = plan
 
-    def finished(self) -> set[int]:
-        """Shards that the journal names and whose files are there, of the right size."""
-        return {shard for shard in self._journal if self._is_there(shard)}
-
     def failed(self, shard: int) -> Mapping[int, str]:
         """Images of a finished shard that failed, by place within it."""
         return self._journal[shard].failed
@@ -205,18 +201,6 @@ class MapWriter:
             if created:
                 _sync_folder(self.folder)
         self._journal[line.shard] = line
-
-    def _is_there(self, shard: int) -> bool:
-        assert self.plan is not None
-        present = len(self.plan.range(shard))
-        for spec in self.plan.arrays.values():
-            path = self.folder / MAPS / spec.file(shard)
-            try:
-                if path.stat().st_size != spec.file_bytes(self.plan.shard_size, present):
-                    return False
-            except OSError:
-                return False
-        return True
 
 
 class ShardWriter:

@@ -413,6 +413,21 @@ class StoredMaps:
         """Finished shards."""
         return read_journals(self.folder)
 
+    def finished(self) -> set[int]:
+        """Shards that a journal names and whose files are there, of the right size."""
+        return {shard for shard in self.journal() if self._is_there(shard)}
+
+    def _is_there(self, shard: int) -> bool:
+        present = len(self.plan.range(shard))
+        for spec in self.plan.arrays.values():
+            try:
+                size = os.stat(self.folder / MAPS / spec.file(shard)).st_size
+            except OSError:
+                return False
+            if size != spec.file_bytes(self.plan.shard_size, present):
+                return False
+        return True
+
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "plan": self.plan}
 

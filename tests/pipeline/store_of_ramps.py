@@ -36,30 +36,36 @@ def batch_of(plan: Plan, images: range) -> dict[str, np.ndarray]:
 
 
 def write(folder: Path, plan: Plan, part: tuple[int, int] | None = None) -> MapWriter:
-    """All that is missing of a store, or of a part of it, in batches of up to three."""
+    """All that is missing of a store, or of a part of it."""
     with MapWriter(folder, part) as store:
         with store.alone():
             if store.look() is None:
                 store.create(plan, images_of(plan.count))
-        finished = store.finished()
+        finished = store.stored.finished()
         number, count = part or (1, 1)
         for shard in range(number - 1, plan.shards, count):
             if shard in finished:
                 continue
-            writer = store.writer(shard)
-            try:
-                images = plan.range(shard)
-                for start in range(images.start, images.stop, 3):
-                    part = range(start, min(start + 3, images.stop))
-                    failed = {number - start: FAILED[number] for number in part if number in FAILED}
-                    writer.write(batch_of(plan, part), failed)
-                writer.finish()
-            except BaseException:
-                writer.abandon()
-                raise
+            write_shard(store, shard)
             store.write_failures()
         store.write_failures()
     return store
+
+
+def write_shard(store: MapWriter, shard: int) -> None:
+    """One shard, in batches of up to three."""
+    assert store.plan is not None
+    writer = store.writer(shard)
+    try:
+        images = store.plan.range(shard)
+        for start in range(images.start, images.stop, 3):
+            part = range(start, min(start + 3, images.stop))
+            failed = {number - start: FAILED[number] for number in part if number in FAILED}
+            writer.write(batch_of(store.plan, part), failed)
+        writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
 
 
 def contents(folder: Path) -> dict[str, bytes]:

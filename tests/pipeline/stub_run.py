@@ -104,7 +104,7 @@ def run(
             store.create(plan, images)
         settings = {"mean": config["mean"], "std": config["std"], "device": torch.device("cpu"), "targets": wanted}
         job = Job(engine or StubEngine(), store, source.locate, [-1] * len(source), decoders, **settings)
-        finished = store.finished()
+        finished = store.stored.finished()
         return job.run([shard for shard in range(plan.shards) if shard not in finished])
 
 

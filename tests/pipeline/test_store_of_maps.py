@@ -235,7 +235,7 @@ class TestWriting:
         path = tmp_path / "s" / "maps.zarr" / spec.file(1)
         path.write_bytes(path.read_bytes()[:-1])
         with MapWriter(tmp_path / "s") as store:
-            assert store.finished() == {0, 2}
+            assert store.stored.finished() == {0, 2}
         ramps.write(tmp_path / "s", ramps.plan_of())
         again = ramps.contents(tmp_path / "s")
         again["journal.jsonl"] = (whole / "journal.jsonl").read_bytes()  # which has a line more
