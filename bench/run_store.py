@@ -97,7 +97,7 @@ def job(
     targets = Targets.parse("predicted")
     with MapWriter(out) as store, Decoders(Framing.of(CONFIG), batch_size, workers) as decoders:
         plan, images = make_plan(
-            {}, {}, loaded, source, targets, dtype="float16", channels=False, shard_size=shard_size
+            {}, {}, loaded, source, None, targets, dtype="float16", channels=False, shard_size=shard_size
         )
         store.create(plan, images)
         settings = {"mean": CONFIG["mean"], "std": CONFIG["std"], "device": torch.device("cpu"), "targets": targets}

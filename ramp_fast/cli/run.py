@@ -312,6 +312,7 @@ def _make_plan(
         _settings(loaded),
         loaded,
         source,
+        _labels(arguments, source, loaded, needed=targets.needs_labels()),
         targets,
         dtype=arguments.dtype,
         channels=arguments.channels,
@@ -319,6 +320,17 @@ def _make_plan(
     )
     store.create(plan, images)
     return plan
+
+
+def _labels(arguments: argparse.Namespace, source: Source, loaded: LoadedModel, needed: bool) -> Sequence[int] | None:
+    """The classes that the source says; None, with a word about it, where folders are named by no class."""
+    try:
+        return source.labels(loaded.class_names)
+    except InputError as error:
+        if needed or arguments.layout != "auto" or arguments.labels is not None:
+            raise
+        complain(f"labels are left out: {error}")
+        return None
 
 
 def _settings(loaded: LoadedModel) -> dict[str, object]:

@@ -65,6 +65,7 @@ def make_plan(
     settings: Mapping[str, Any],
     loaded: LoadedModel,
     source: Source,
+    labels: Sequence[int] | None,
     targets: Targets,
     *,
     dtype: str,
@@ -81,6 +82,8 @@ def make_plan(
         What that came to.
     loaded : LoadedModel
     source : Source
+    labels : sequence of int, optional
+        The model's class of every image, as the source says it.
     targets : Targets
     dtype, channels, shard_size
         As in :class:`ramp_fast.results.maps.Plan`.
@@ -90,7 +93,6 @@ def make_plan(
     InputError
         Targets need labels, and the source has none.
     """
-    labels = None if not source.records else source.labels(loaded.class_names)
     if targets.needs_labels() and labels is None:
         raise InputError(f"{source.root}: --targets label, but nothing here says the classes of images; --labels FILE")
     _, height, width = loaded.preprocessing.input_size

@@ -265,6 +265,20 @@ def test_labels_that_are_not_there(
     assert not (tmp_path / "s" / "plan.json").exists()
 
 
+def test_folders_that_are_no_classes(
+    run: Callable[..., int], photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "trips"
+    for name in ("rome", "oslo"):
+        shutil.copytree(photographs / "1", folder / name)
+    assert run("--layout", "folders", source=folder) == 2
+    capsys.readouterr()
+    assert run(source=folder) == 0
+    assert f"ramp-fast: labels are left out: {folder}: 2 class folders (oslo, rome)" in capsys.readouterr().err
+    assert (open_maps(tmp_path / "s").array("label") == -1).all()
+    assert run("--targets", "label", source=folder, out="other") == 2
+
+
 def test_progress_as_json(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--log-json") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
