@@ -25,7 +25,6 @@ from ramp_fast.cli.common import (
     chosen_device,
     complain,
     count,
-    in_options,
     load,
     model_settings,
     reason,

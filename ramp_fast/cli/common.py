@@ -132,12 +132,6 @@ class _ListRules(argparse.Action):
         parser.exit()
 
 
-def in_options(error: RampFastError) -> RampFastError:
-    """What an engine refuses, said in the options of the command line."""
-    said = 'pass contrast="none"'  # by those who call the engine
-    return InputError(str(error).replace(said, "pass --contrast none")) if said in str(error) else error
-
-
 def rule_settings(arguments: argparse.Namespace) -> dict[str, object]:
     """What a map depends on beside model, target and image: without it a rerun takes others for finished."""
     return {

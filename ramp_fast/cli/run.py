@@ -25,7 +25,6 @@ from ramp_fast.cli.common import (
     chosen_device,
     complain,
     count,
-    in_options,
     load,
     model_settings,
     rule_settings,
@@ -34,7 +33,7 @@ from ramp_fast.cli.common import (
     shows_bar,
     source_options,
 )
-from ramp_fast.errors import InputError, RampFastError
+from ramp_fast.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -306,6 +305,8 @@ def _make_plan(
     Framing.of(loaded.preprocessing.config)  # which refuses what it does not know
     if request["class_of"] is not None:
         check_targets(request["class_of"], loaded.class_names)
+    if arguments.contrast == "others" and len(loaded.class_names) == 1:
+        raise InputError("the model has one class, and no others to contrast it with: pass --contrast none")
     targets = Targets.parse(arguments.targets, len(loaded.class_names))
     plan, images = make_plan(
         request,
@@ -467,8 +468,6 @@ def _attribute(
         try:
             with job_for(plan.request, store, loaded, source, labels, arguments, failed) as job:
                 tally = job.run(todo, log)
-        except RampFastError as error:
-            raise in_options(error) from error
         finally:
             if job is not None and job.tally.images:
                 store.append_run(_about_run(job, started))

@@ -8,9 +8,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ramp_fast.cli.common import FAILED, OK, complain, count, in_options, say_line
+from ramp_fast.cli.common import FAILED, OK, complain, count, say_line
 from ramp_fast.cli.run import add_decoding_options, job_for, open_source_of
-from ramp_fast.errors import RampFastError
 
 if TYPE_CHECKING:
     from ramp_fast.results.map_writer import MapWriter
@@ -98,27 +97,24 @@ def _compare(arguments: argparse.Namespace, store: MapWriter, plan: Plan, chosen
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         loaded = _load(request, arguments)
-        try:
-            with job_for(request, store, loaded, source, labels, arguments) as job:
-                for number, arrays, failure in job.recompute(chosen):
-                    shown = source.shown(number)
-                    if failure is not None:
-                        others += 1
-                        complain(f"{shown}: {failure}")
-                        continue
-                    if int(arrays["source_crc32"]) != int(store.stored.array("source_crc32", number, number + 1)[0]):
-                        others += 1
-                        complain(f"{shown}: the image has other bytes than what was attributed")
-                        continue
-                    before = store.stored[number]
-                    now = decoded(arrays["maps"], arrays["scale"])
-                    distance = float(np.linalg.norm(now - before.map) / (np.linalg.norm(before.map) or 1.0))
-                    worst = max(worst, distance)
-                    if distance > arguments.tolerance or not np.array_equal(arrays["target"], before.target):
-                        others += 1
-                        complain(f"{shown}: the map computed now differs by {distance:.2e} of its norm")
-        except RampFastError as error:
-            raise in_options(error) from error
+        with job_for(request, store, loaded, source, labels, arguments) as job:
+            for number, arrays, failure in job.recompute(chosen):
+                shown = source.shown(number)
+                if failure is not None:
+                    others += 1
+                    complain(f"{shown}: {failure}")
+                    continue
+                if int(arrays["source_crc32"]) != int(store.stored.array("source_crc32", number, number + 1)[0]):
+                    others += 1
+                    complain(f"{shown}: the image has other bytes than what was attributed")
+                    continue
+                before = store.stored[number]
+                now = decoded(arrays["maps"], arrays["scale"])
+                distance = float(np.linalg.norm(now - before.map) / (np.linalg.norm(before.map) or 1.0))
+                worst = max(worst, distance)
+                if distance > arguments.tolerance or not np.array_equal(arrays["target"], before.target):
+                    others += 1
+                    complain(f"{shown}: the map computed now differs by {distance:.2e} of its norm")
     return worst, others
 
 
