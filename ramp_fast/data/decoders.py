@@ -156,6 +156,10 @@ class Decoders:
         batches : iterable of sequences of Location
             Taken one by one, no sooner than there is room.
         """
+        while any(self._missing.values()):  # of batches that nobody came for
+            self._receive()
+        self._missing.clear()
+        self._batches.clear()
         source = iter(batches)
         sent: deque[int] = deque()
         number = 0

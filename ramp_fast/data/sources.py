@@ -94,7 +94,7 @@ def _archives(root: str, layout: str) -> list[str]:
     """The archives that hold the images: the path itself, or those at the top of a folder without images there."""
     if not os.path.isdir(root):
         if not os.path.exists(root):
-            raise InputError(f"{root}: no such folder")
+            raise InputError(f"{root}: no such folder or archive")
         if not is_archive(root):
             raise InputError(f"{root}: not a folder, and no archive ({', '.join(ARCHIVE_SUFFIXES)})")
         if layout in ("tiny-imagenet", "voc"):

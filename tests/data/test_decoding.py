@@ -210,6 +210,14 @@ class TestDecoders:
         np.testing.assert_array_equal(found[0][others], expected[0][others])
         assert not found[0][4].any()
 
+    def test_batches_that_nobody_came_for(self, folder: Path) -> None:
+        given = locations(folder)
+        with Decoders(Framing.of(config()), 3, 2) as decoders:
+            next(decoders.batches([given[:3], given[3:6], given[6:9]]))
+            found = [batch.pixels.copy() for batch in decoders.batches([given[6:9], given[:2]])]
+        expected = decoded([*given[6:9], *given[:2]], 0)[0]
+        np.testing.assert_array_equal(np.concatenate(found), expected)
+
     def test_processes_that_cannot_start(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         from ramp_fast.data import decoders
 
