@@ -124,9 +124,11 @@ def pipeline(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             torch.set_num_threads(1)
             with job(FreeEngine(), folder, work / f"out-{name}-{turn}", workers, 16) as (run, store):
                 list(run.decoders.batches([[run.locate(0)]]))  # processes are there
+                before = time.process_time()
                 tally = run.run(range(store.plan.shards))  # type: ignore[union-attr]  # it was created
+                own = 1000 * (time.process_time() - before) / tally.images
                 found[name].append(tally.images / tally.seconds)
-                details[name] = about(tally)
+                details[name] = {**about(tally), "own_processor_ms": round(own, 3)}
     best = {name: max(rates) for name, rates in found.items()}
     return {"rates": found, "ratio": best["two_cores"] / best["one_core"], "last": details}
 
@@ -143,23 +145,38 @@ def ratio(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     for _ in range(3):
         engine.attribute(images)
 
+    processor: dict[str, list[float]] = {"alone": [], "run": []}  # ms an image: on a busy machine these say more
+
     def alone() -> float:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), time.process_time()
         for _ in range(arguments.images // batch):
             engine.attribute(images)
-        return arguments.images // batch * batch / (time.perf_counter() - started)
+        count = arguments.images // batch * batch
+        processor["alone"].append(1000 * (time.process_time() - before) / count)
+        return count / (time.perf_counter() - started)
 
     pairs, details = [], {}
     for turn in range(arguments.rounds):
         first = alone()
         with job(engine, folder, work / f"out-{turn}", arguments.workers, batch) as (run, store):
             list(run.decoders.batches([[run.locate(0)]]))
+            before = time.process_time()
             tally = run.run(range(store.plan.shards))  # type: ignore[union-attr]  # it was created
+            own = time.process_time() - before
+            processor["run"].append(1000 * (own + tally.decoding) / tally.images)
             details = about(tally)
         second = alone()
         pairs.append((tally.images / tally.seconds, (first + second) / 2))
     ratios = [run_rate / rate for run_rate, rate in pairs]
-    return {"model": arguments.model, "pairs": pairs, "ratio": statistics.median(ratios), "last": details}
+    spent = {name: statistics.median(values) for name, values in processor.items()}
+    return {
+        "model": arguments.model,
+        "pairs": pairs,
+        "ratio": statistics.median(ratios),
+        "processor_ms": spent,
+        "ratio_of_processor_time": spent["alone"] / spent["run"],
+        "last": details,
+    }
 
 
 def command(*arguments: Any) -> list[str]:
