@@ -155,15 +155,15 @@ class TestWriting:
                 assert ("sync", str(path.parent)) in before[named:], "a line before the name is on the disk"
 
     @needs_fork
-    def test_killed_at_every_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_killed_at_every_third_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A process ends at its n-th call of the system; another one goes on: the same bytes."""
         monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # takes a second a store, and saves from no kill
         plan = ramps.plan_of(6)
         ramps.write(tmp_path / "whole", plan)
         expected = ramps.contents(tmp_path / "whole")
-        step = -1
+        step = -2
         while True:
-            step += 2
+            step += 3
             folder = tmp_path / str(step)
             process = multiprocessing.get_context("fork").Process(target=_killed_at, args=(folder, step))
             process.start()
