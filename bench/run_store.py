@@ -316,7 +316,7 @@ def kills(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     killed = runs = 0
     stores: list[list[str]] = []
     shards: list[int] = []  # finished when it was killed
-    while killed < arguments.times:
+    while killed < arguments.times and time.perf_counter() - started < arguments.seconds:
         out = work / f"killed-{len(stores)}"
         for _ in range(200):
             runs += 1
@@ -469,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--times", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=3600.0, help="memory: stop after so long")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="memory, kills: stop after so long")
     arguments = parser.parse_args(argv)
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as work:
