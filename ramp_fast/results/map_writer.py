@@ -153,6 +153,10 @@ class MapWriter:
         """Images of a finished shard that failed, by place within it."""
         return self._journal[shard].failed
 
+    def turn(self, shard: int) -> int:
+        """How often a shard has been finished before."""
+        return self._journal[shard].turn + 1 if shard in self._journal else 0
+
     def writer(self, shard: int) -> ShardWriter:
         """What writes a shard."""
         return ShardWriter(self, shard)
@@ -275,7 +279,7 @@ class ShardWriter:
                 data = array.tobytes()
                 digests[name] = hashlib.sha256(data).hexdigest()
                 _write_whole(folder / self._specs[name].file(self.shard), data)
-        self.store.commit(JournalLine(self.shard, digests, self._failed))
+        self.store.commit(JournalLine(self.shard, digests, self._failed, self.store.turn(self.shard)))
         return self._failed
 
     def abandon(self) -> None:

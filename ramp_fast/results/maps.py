@@ -224,16 +224,21 @@ def read_images(folder: str | Path) -> list[ImageLine]:
 
 @dataclass(frozen=True)
 class JournalLine:
-    """That a shard is finished: SHA-256 of its files by array, and why images failed, by their place in the shard."""
+    """That a shard is finished: SHA-256 of its files by array, and why images failed, by their place in the shard.
+
+    ``turn`` counts how often it has been finished before; of several lines the one of the last turn holds.
+    """
 
     shard: int
     files: Mapping[str, str]
     failed: Mapping[int, str]
+    turn: int = 0
 
     def text(self) -> str:
         """The line, with its end."""
         failed = {str(place): why for place, why in sorted(self.failed.items())}
-        return json.dumps({"shard": self.shard, "files": dict(self.files), "failed": failed}) + "\n"
+        turn = {"turn": self.turn} if self.turn else {}
+        return json.dumps({"shard": self.shard, "files": dict(self.files), "failed": failed, **turn}) + "\n"
 
 
 def read_journal(path: Path) -> tuple[dict[int, JournalLine], int]:
@@ -254,7 +259,7 @@ def read_journal(path: Path) -> tuple[dict[int, JournalLine], int]:
         try:
             entry = json.loads(line)
             failed = {int(place): str(why) for place, why in entry["failed"].items()}
-            parsed = JournalLine(int(entry["shard"]), dict(entry["files"]), failed)
+            parsed = JournalLine(int(entry["shard"]), dict(entry["files"]), failed, int(entry.get("turn", 0)))
         except (ValueError, KeyError, TypeError, AttributeError):
             break
         if not line.endswith(b"\n"):
@@ -268,7 +273,9 @@ def read_journals(folder: Path) -> dict[int, JournalLine]:
     """Finished shards of a store, by the journals of all its runs."""
     found: dict[int, JournalLine] = {}
     for path in sorted(folder.glob(JOURNALS)):
-        found.update(read_journal(path)[0])
+        for shard, line in read_journal(path)[0].items():
+            if shard not in found or found[shard].turn <= line.turn:
+                found[shard] = line
     return found
 
 

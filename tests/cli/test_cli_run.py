@@ -320,6 +320,21 @@ class TestParts:
         assert run() == 0
         assert "nothing to do: 9 images are finished" in capsys.readouterr().out
 
+    def test_the_last_turn_of_a_shard_holds(self, run: Callable[..., int], photographs: Path, tmp_path: Path) -> None:
+        """An image that could not be read at first: whichever run tries it again, its line in the journal counts."""
+        folder = Path(shutil.copytree(photographs, tmp_path / "copy"))
+        path, aside = folder / "1" / "4.jpg", tmp_path / "aside.jpg"
+        whole = path.read_bytes()
+        for first, then in (((), ("--shards", "2/2")), (("--shards", "2/2"), ())):
+            path.write_bytes(bytes(len(whole)))
+            aside.write_bytes(whole)
+            assert run(*first, source=folder) == 2
+            path.write_bytes(whole)
+            assert run(*then, "--retry-failed", source=folder) == 0
+            assert open_maps(tmp_path / "s").failures() == {}
+            assert cli.main(["verify", str(tmp_path / "s"), "--samples", "0"]) == 0
+            shutil.rmtree(tmp_path / "s")
+
     def test_beside_each_other(
         self, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
