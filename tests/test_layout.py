@@ -26,7 +26,7 @@ FLOORS = [
     {"runtime"},
     {"explainer"},
     {"methods", "pipeline"},
-    {"metrics"},
+    {"metrics", "report"},
     {"evaluation"},
     {"engine"},
     {"integrations", "cli"},

@@ -1,5 +1,5 @@
 """The ``ramp-fast`` command: ``attribute`` makes relevance maps of photographs, ``evaluate`` measures methods, ``run``
-attributes whole data sets, ``verify`` looks at what that has stored.
+attributes whole data sets, ``verify`` looks at what that has stored, ``report`` makes a page of it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ramp_fast.cli import attribute, evaluate, run, verify
+from ramp_fast.cli import attribute, evaluate, report, run, verify
 from ramp_fast.cli.common import FAILED, INTERRUPTED, complain, reason, silence
 from ramp_fast.errors import RampFastError
 
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_command(commands)
     run.add_command(commands)
     verify.add_command(commands)
+    report.add_command(commands)
     return parser
 
 

@@ -11,7 +11,7 @@ from ramp_fast.data.locations import WholeFile
 from ramp_fast.data.records import Record
 from ramp_fast.data.regions import BoxRegion
 from ramp_fast.errors import InputError
-from ramp_fast.results.marks import is_own
+from ramp_fast.results.marks import SHEET_PREFIX, is_own
 
 __all__ = ["class_folders", "flat_folder", "images_of", "tiny_imagenet", "whole_file"]
 
@@ -27,8 +27,9 @@ def images_of(root: str, problems: list[Problem]) -> Iterator[ImageItem]:
 
 def _made_here(path: str) -> bool:
     """Whether it is a picture by this package: results may lie among the photographs."""
-    if os.path.splitext(path)[1] != ".png":
-        return False
+    name = os.path.basename(path)
+    if not name.endswith(".png") and not (name.startswith(SHEET_PREFIX) and name.endswith(".jpg")):
+        return False  # without opening it: there may be a million
     try:
         return is_own(path)
     except OSError:

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ramp_fast._files import open_regular, reason
 from ramp_fast.errors import RampFastError
-from ramp_fast.results.marks import SOFTWARE
+from ramp_fast.results.marks import JPEG_COMMENT, SOFTWARE
 
 __all__ = ["FORMATS", "MAX_ASPECT", "MAX_DECODED_BYTES", "ImageError", "OwnPictureError", "read_image"]
 
@@ -86,7 +86,7 @@ class ImageError(RampFastError):
 
 
 class OwnPictureError(ImageError):
-    """The file is an overlay or a contact sheet that this package wrote."""
+    """The file is an overlay, a contact sheet or a sheet of a report that this package wrote."""
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -109,7 +109,7 @@ def read_image(path: str | Path) -> Image.Image:
     Raises
     ------
     OwnPictureError
-        The file is a picture that this package wrote (its PNG says so).
+        The file is a picture that this package wrote (it says so).
     ImageError
         The file is missing, unreadable, broken, truncated, not an image, too large to be decoded within
         ``MAX_DECODED_BYTES`` or Pillow's own limit, or longer than ``MAX_ASPECT`` times its width.
@@ -141,7 +141,7 @@ def read_picture(file: BinaryIO, decoder: Decoder | None = None) -> Image.Image:
             raise ImageError("the file is empty")
         file.seek(0)
         with opened(file) as image:
-            if image.info.get("Software") == SOFTWARE:
+            if image.info.get("Software") == SOFTWARE or image.info.get("comment") == JPEG_COMMENT:
                 raise OwnPictureError("a picture made by ramp-fast, not a photograph")
             pixels = decoder(image, file) if decoder is not None else None
             if pixels is not None:

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from ramp_fast._files import open_regular
 
-__all__ = ["CSV_HEADERS", "JSON_HEAD", "NPZ_EXTRA", "NPZ_TAIL", "PNG_CHUNK", "SOFTWARE", "is_own", "is_replaceable"]
+__all__ = ["CSV_HEADERS", "JPEG_COMMENT", "JSON_HEAD", "NPZ_EXTRA", "NPZ_TAIL", "PNG_CHUNK", "SHEET_PREFIX", "SOFTWARE", "is_own", "is_replaceable"]
 
 SOFTWARE = "ramp_fast"
 """The ``Software`` entry of every PNG this package writes, by which it is told from a photograph."""
@@ -24,6 +24,12 @@ NPZ_EXTRA = b"rf" + len(_NAME).to_bytes(2, "little") + _NAME
 
 NPZ_TAIL = _NAME + b" sha256 "
 """The comment of an archive, at its end; the digest of all that comes before the digest follows."""
+
+JPEG_COMMENT = _NAME + b" report"
+"""The comment of the sheets of pictures in a report."""
+
+SHEET_PREFIX = "report-"
+"""How names of these sheets begin."""
 
 JSON_HEAD = '{"software": "' + SOFTWARE + '"'
 
@@ -64,6 +70,8 @@ _OF_SUFFIX = {
     # The smallest PNG is 67 bytes, the smallest archive with a file in it 98.
     ".png": (_Marks(b"\x89PNG\r\n\x1a\n", 67, b"tEXtSoftware\0" + _NAME, PNG_CHUNK + _NAME),),
     ".npz": (_Marks(b"PK\x03\x04", 98, NPZ_EXTRA, NPZ_TAIL),),
+    # A comment is a segment of its own, near the start; the smallest JPEG is 107 bytes.
+    ".jpg": (_Marks(b"\xff\xd8\xff", 107, b"\xff\xfe" + (len(JPEG_COMMENT) + 2).to_bytes(2, "big") + JPEG_COMMENT),),
     ".json": (_Marks(JSON_HEAD.encode(), len(JSON_HEAD), JSON_HEAD.encode()),),
     ".csv": tuple(_Marks(f"{line}\n".encode(), len(line) + 1, f"{line}\n".encode()) for line in CSV_HEADERS),
 }

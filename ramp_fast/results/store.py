@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,6 +35,7 @@ __all__ = [
     "State",
     "Store",
     "StoreError",
+    "atomic_folder",
     "atomic_write",
     "check_free",
     "check_writable",
@@ -101,12 +103,56 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         _under_way.discard(temporary.name)
 
 
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that appears under its name only when it is complete, in the place of what was there.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        Its final name. The caller has seen to it that nothing is lost with what is there. A link is followed.
+
+    Yields
+    ------
+    pathlib.Path
+        A temporary folder beside it, moved to ``path`` at the end and removed on any exception.
+
+    Raises
+    ------
+    OSError
+        It cannot be written.
+
+    Notes
+    -----
+    Between the removal of the old folder's name and the new one's getting it a kill leaves none.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = target.parent / temporary_name(), target.parent / temporary_name()
+    _under_way.update((fresh.name, old.name))
+    try:
+        fresh.mkdir()
+        yield fresh
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(fresh, target)
+        except BaseException:
+            if old.exists():
+                os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        _under_way.difference_update((fresh.name, old.name))
+
+
 def temporary_name() -> str:
     return f".{SOFTWARE}-{_HOST}-{os.getpid()}-{secrets.token_hex(6)}.tmp"
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove the temporary files that killed processes have left in a folder.
+    """Remove the temporary files and folders that killed processes have left in a folder.
 
     Those of processes that are running, or that ran on another computer, are left alone.
     """
@@ -117,7 +163,11 @@ def remove_leftovers(folder: str | Path) -> None:
     for name in names:
         found = _TEMPORARY.fullmatch(name)
         if found and found["host"] == _HOST and name not in _under_way and not _runs(int(found["process"])):
-            Path(folder, name).unlink(missing_ok=True)
+            path = Path(folder, name)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:
