@@ -88,7 +88,7 @@ def _report(arguments: argparse.Namespace) -> int:
                 progress=lambda done: bar.update(done - bar.n),
             )
     gallery = summary["gallery"]
-    if gallery["problem"]:
+    if gallery["problem"] and arguments.photographs:
         complain(gallery["problem"])
     page = os.path.join(arguments.out, "index.html")
     say_line(f"{page}: {summary['counts']['done']} images, {gallery['count']} in the gallery", sys.stdout)

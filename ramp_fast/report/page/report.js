@@ -143,7 +143,7 @@ const ramp_fast = (() => {
     element.style.aspectRatio = `${gallery.size[1]} / ${gallery.size[0]}`;
     if (what !== "map" && photographs) element.append(paint(make("span", { class: "photo" }), photographs, row));
     if (what !== "photograph") element.append(paint(make("span", { class: "map" }), maps, row));
-    if (what === "map" || !photographs) element.classList.add("alone");
+    if (what !== "overlay" || !photographs) element.classList.add("alone");
     if (what === "photograph" && !photographs) element.append(make("span", { class: "none" }, "no photograph in this report"));
     return element;
   }
@@ -162,16 +162,16 @@ const ramp_fast = (() => {
     const figure = (label, value, more = "") => make("div", {}, make("span", {}, label), make("strong", {}, value), make("span", {}, more));
     const figures = [];
     if (accuracy) {
-      figures.push(figure("Accuracy", percent(accuracy.top1 / counts.labelled), `${whole.format(accuracy.top1)} of ${whole.format(counts.labelled)}`));
-      if (summary.classes.length > 5) figures.push(figure("Among the first five", percent(accuracy.top5 / counts.labelled)));
-    } else figures.push(figure("Accuracy", "–", "the source says no classes"));
+      figures.push(figure("Top-1 accuracy", percent(accuracy.top1 / counts.labelled), `${whole.format(accuracy.top1)} of ${whole.format(counts.labelled)}`));
+      if (summary.classes.length > 5) figures.push(figure("Top-5 accuracy", percent(accuracy.top5 / counts.labelled)));
+    } else figures.push(figure("Top-1 accuracy", "–", "the source says no classes"));
     const more = [counts.left ? `${whole.format(counts.left)} not done yet` : "", counts.failed ? "" : "none failed"].filter(Boolean).join(", ");
     figures.push(figure("Images with a map", whole.format(counts.done), `of ${whole.format(counts.images)}${more ? `; ${more}` : ""}`));
     figures.push(figure("Failed", whole.format(counts.failed)));
     figures.push(figure("Mean confidence", percent(summary.confidence)));
     figures.push(figure("Mean entropy of maps", fixed(summary.entropy), `nats; ${fixed(summary.mostEntropy)} at most`));
     const seconds = runs.reduce((sum, run) => sum + (run.seconds ?? 0), 0), images = runs.reduce((sum, run) => sum + (run.images ?? 0), 0);
-    if (seconds > 0) figures.push(figure("Speed", `${(images / seconds).toFixed(1)}/s`, `images, over ${runs.length === 1 ? "one run" : `${runs.length} runs`}`));
+    if (seconds > 0) figures.push(figure("Speed", `${(images / seconds).toFixed(images > 10 * seconds ? 0 : 2)}/s`, `images, over ${runs.length === 1 ? "one run" : `${runs.length} runs`}`));
     find("figures").replaceChildren(...figures);
 
     const mean = make("span", { class: "stack", role: "img", "aria-label": "Mean of all maps" });
@@ -321,7 +321,7 @@ const ramp_fast = (() => {
     find("sort").replaceChildren(...Object.entries(SORTS)
       .filter(([name]) => (name !== "inside" || gallery.regions) && (name !== "error" || summary.counts.labelled))
       .map(([name, [text]]) => make("option", { value: name }, text)));
-    if (!gallery.photographs) find("picture").closest("label").hidden = true;
+    if (!gallery.photographs) for (const element of [find("picture").closest("label"), ...document.querySelectorAll(".mix")]) element.hidden = true;
     const order = find("order");
     const before = (name) => ["order", "random"].includes(name);
     find("sort").addEventListener("change", () => { order.disabled = before(find("sort").value); });
@@ -383,7 +383,7 @@ const ramp_fast = (() => {
 
   /** A button that opens an image. */
   function cell(row, what, large, attributes = {}, secret = false) {
-    const name = make("bdi", { class: "line" }, "…");
+    const name = make("bdi", { class: "name" }, "…");
     const predicted = className(columns.predicted[row]);
     const extra = extraOf(row);
     const lines = secret ? [] : [
@@ -521,16 +521,17 @@ const ramp_fast = (() => {
       return make("figure", {}, picture, make("figcaption", {}, text, ...more));
     };
     const pictures = [];
-    if (detail.problem) pictures.push(make("p", { class: "note" }, "The photograph cannot be shown: ", named(detail.problem)));
-    else if (gallery.photographs) pictures.push(figure(stack(row, "photograph", true), "What the model saw"));
-    else pictures.push(make("p", { class: "note" }, named(gallery.problem)));
     const overlaid = gallery.photographs && !detail.problem;
+    if (overlaid) pictures.push(figure(stack(row, "photograph", true), "What the model saw"));
+    const note = detail.problem ? `The photograph cannot be shown: ${detail.problem}` : overlaid ? "" : gallery.problem;
+    find("image-note").replaceChildren(named(note));
+    find("image-note").hidden = !note;
+    find("image-controls").hidden = !overlaid;
     gallery.targets.forEach((target, k) => {
       const why = target === "predicted" ? "predicted class" : target === "label" ? "true class" : target;
       pictures.push(figure(stack(row, overlaid ? "overlay" : "map", true, k), `Map of the ${why}: ${className(detail.targets[k])}`));
     });
     find("image-pictures").replaceChildren(...pictures);
-    applyGrey();
 
     document.querySelector("#image-top tbody").replaceChildren(...detail.top.map(([k, probability]) => {
       const bar = make("span");
@@ -562,16 +563,12 @@ const ramp_fast = (() => {
     opener = shown = null;
   }
 
+  /** From 0, the photograph alone, to 100, the map alone; in the middle both are there in full. */
   function setOpacity(value) {
-    const clipped = Math.min(100, Math.max(0, value));
-    document.documentElement.style.setProperty("--opacity", clipped / 100);
+    const clipped = Math.min(100, Math.max(0, value)), style = document.documentElement.style;
+    style.setProperty("--opacity", Math.min(1, clipped / 50));
+    style.setProperty("--photograph", Math.min(1, 2 - clipped / 50));
     document.querySelectorAll(".opacity").forEach((input) => { input.value = clipped; });
-    find("opacity-value").textContent = `${clipped} %`;
-  }
-
-  function applyGrey() {
-    const grey = find("grey").checked;
-    document.querySelectorAll(".photo").forEach((element) => element.classList.toggle("grey", grey && element.closest("dialog") !== null));
   }
 
   function setUpImage() {
@@ -579,7 +576,8 @@ const ramp_fast = (() => {
     find("previous").addEventListener("click", () => step(-1));
     find("next").addEventListener("click", () => step(1));
     find("close").addEventListener("click", () => dialog.close());
-    find("grey").addEventListener("change", applyGrey);
+    const colour = find("colour");
+    colour.addEventListener("change", () => document.documentElement.classList.toggle("in-colour", colour.checked));
     dialog.addEventListener("close", closed);
     dialog.addEventListener("keydown", (event) => {
       if (event.target.type === "range" && event.key.startsWith("Arrow")) return; // the slider's own
@@ -592,7 +590,7 @@ const ramp_fast = (() => {
       event.preventDefault();
     });
     document.querySelectorAll(".opacity").forEach((input) => input.addEventListener("input", () => setOpacity(Number(input.value))));
-    setOpacity(80);
+    setOpacity(75);
   }
 
   // ---- views ---------------------------------------------------------------------------------------------------
