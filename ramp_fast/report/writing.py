@@ -344,7 +344,7 @@ class _Writer:
             (self.folder / name).write_bytes((page / name).read_bytes())
         files = sorted(_files_of(self.folder))
         document = {"software": SOFTWARE, "report": FORMAT, "store": self.plan.document()["hash"], "files": files}
-        (self.folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        (self.folder / MANIFEST).write_text(json.dumps(document) + "\n", encoding="ascii")
 
     def _put(self, kind: str, number: int | None, value: Any) -> None:
         """A script that hands data to the page: pages that are opened from a disk may not read files otherwise."""
