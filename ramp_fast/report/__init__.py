@@ -1,4 +1,4 @@
-"""A store of maps as a folder with a page to look at: overview, classes, gallery. It needs a browser and nothing else."""
+"""A store of maps as a folder with a page for a browser: overview, classes, gallery, a random sample."""
 
 from __future__ import annotations
 

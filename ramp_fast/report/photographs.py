@@ -103,4 +103,3 @@ class Photographs:
             return None  # the photograph itself says why
         white = Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB")
         return self._masks.of_picture(white)[..., 0] > 127
-

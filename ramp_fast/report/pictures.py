@@ -70,9 +70,10 @@ def scales(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def coloured(maps: npt.NDArray[np.float32], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Maps ``[..., H, W]`` as ``[..., H, W, 3]``: red positive, blue negative, white zero; ``scale`` ``[...]`` is full."""
+    """Maps ``[..., H, W]`` as ``[..., H, W, 3]``, red positive, blue negative; ``scale`` ``[...]`` is full colour."""
     strength = np.clip(maps / scale[..., None, None], -1, 1)
-    return _COLOURS[np.rint(strength * _STEPS).astype(np.int16) + _STEPS]
+    found: npt.NDArray[np.uint8] = _COLOURS[np.rint(strength * _STEPS).astype(np.int16) + _STEPS]
+    return found
 
 
 def reduced_photograph(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:

@@ -133,11 +133,12 @@ class ClassTable:
         total = np.abs(small).sum((1, 2), keepdims=True)
         shares = (small / np.where(total > 0, total, 1)).astype(np.float64)
         classes = block.label if self.labelled else block.predicted
+        confidence = block.confidence
         for place, number in enumerate(classes.tolist()):
             for one in (self.whole, *([self.rows.setdefault(number, _OfClass())] if number >= 0 else [])):
                 one.images += 1
                 one.correct += int(hits[place, 0] and known[place])
-                one.confidence += float(block.confidence[place])
+                one.confidence += float(confidence[place])
                 if not np.isnan(entropy[place]):
                     one.entropy += float(entropy[place])
                     one.with_entropy += 1

@@ -76,7 +76,7 @@ def check_target(out: str | Path) -> None:
 
 def _files_of(folder: Path) -> set[str]:
     """Files below a folder, links and empty folders included, as paths with slashes."""
-    found = set()
+    found: set[str] = set()
     for base, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(base, name))]
         names = [*files, *links, *([""] if not folders and not files and Path(base) != folder else [])]
@@ -104,7 +104,7 @@ def write_report(
     seed: int = 0,
     photographs: Callable[[], Photographs] | None = None,
     no_photographs: str = "",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
     """Write a report of a store.
 
@@ -187,8 +187,11 @@ class _Columns:
 
     @classmethod
     def empty(cls, count: int) -> _Columns:
-        whole = [np.full(count, -1, np.int64) for _ in range(2)]
-        return cls(*whole, *(np.full(count, np.nan) for _ in range(4)))
+        def numbers() -> npt.NDArray[np.float64]:
+            return np.full(count, np.nan)
+
+        none = np.full(count, -1, np.int64)
+        return cls(none, none.copy(), numbers(), numbers(), numbers(), numbers())
 
 
 class _Writer:
@@ -201,7 +204,14 @@ class _Writer:
         seed: int,
         no_photographs: str,
     ) -> None:
-        self.store, self.plan, self.folder, self.done, self.gallery, self.seed = store, store.plan, folder, done, gallery, seed
+        self.store, self.plan, self.folder, self.done, self.gallery, self.seed = (
+            store,
+            store.plan,
+            folder,
+            done,
+            gallery,
+            seed,
+        )
         self.no_photographs = no_photographs
         self.size: tuple[int, int] = (self.plan.map_shape[-2], self.plan.map_shape[-1])
         self.thumbnail, self.detail, self.mean = (fitting(*self.size, most) for most in (THUMBNAIL, DETAIL, MEAN))
@@ -217,7 +227,7 @@ class _Writer:
         self.checksums = store.array("source_crc32")
         self.summary: dict[str, Any] = {}
 
-    def run(self, photographs: Photographs | None, progress: Callable[[int], None] | None) -> None:
+    def run(self, photographs: Photographs | None, progress: Callable[[int], object] | None) -> None:
         pictures = self.folder / "pictures"
         pictures.mkdir()
         (self.folder / "data").mkdir()

@@ -9,7 +9,18 @@ from typing import BinaryIO
 
 from ramp_fast._files import open_regular
 
-__all__ = ["CSV_HEADERS", "JPEG_COMMENT", "JSON_HEAD", "NPZ_EXTRA", "NPZ_TAIL", "PNG_CHUNK", "SHEET_PREFIX", "SOFTWARE", "is_own", "is_replaceable"]
+__all__ = [
+    "CSV_HEADERS",
+    "JPEG_COMMENT",
+    "JSON_HEAD",
+    "NPZ_EXTRA",
+    "NPZ_TAIL",
+    "PNG_CHUNK",
+    "SHEET_PREFIX",
+    "SOFTWARE",
+    "is_own",
+    "is_replaceable",
+]
 
 SOFTWARE = "ramp_fast"
 """The ``Software`` entry of every PNG this package writes, by which it is told from a photograph."""

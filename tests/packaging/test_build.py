@@ -37,6 +37,7 @@ def test_without_a_compiler_the_wheel_is_pure_python(tmp_path: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"ramp_fast/__init__.py", "ramp_fast/py.typed", "ramp_fast/_C.pyi", "ramp_fast/kernels/norm.py"} <= {*names}
+    assert {f"ramp_fast/report/page/{name}" for name in ("index.html", "report.css", "report.js")} <= {*names}
     assert not any(name.startswith(("kernels/", "csrc/", "tests/")) for name in names)
 
 

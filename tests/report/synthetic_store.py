@@ -11,7 +11,12 @@ import numpy as np
 from ramp_fast.results.map_writer import MapWriter, images_digest
 from ramp_fast.results.maps import ImageLine, Plan
 
-NASTY = ('"quoted" & \'single\'', "<script>alert(1)</script>", "naïve 猫 ελ", "a\\b</script><img src=x onerror=alert(2)>")
+NASTY = (
+    "\"quoted\" & 'single'",
+    "<script>alert(1)</script>",
+    "naïve 猫 ελ",
+    "a\\b</script><img src=x onerror=alert(2)>",
+)
 """Names of classes and of images that must stay text."""
 
 

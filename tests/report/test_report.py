@@ -136,7 +136,8 @@ class TestPictures:
         np.testing.assert_allclose(whole, maps.reshape(2, 3, 6, 2, 5, 2).mean((3, 5)), atol=1e-6)
 
     @pytest.mark.parametrize(
-        ("size", "expected"), [((224, 224), (96, 96)), ((300, 100), (96, 32)), ((32, 48), (32, 48)), ((9600, 3), (96, 1))]
+        ("size", "expected"),
+        [((224, 224), (96, 96)), ((300, 100), (96, 32)), ((32, 48), (32, 48)), ((9600, 3), (96, 1))],
     )
     def test_sizes(self, size: tuple[int, int], expected: tuple[int, int]) -> None:
         assert pictures.fitting(*size, 96) == expected
@@ -267,7 +268,9 @@ class TestFolder:
 
     @pytest.mark.parametrize("name", ["mine.txt", ".git/config", "data/notes.js", "pictures/mine.jpg"])
     @pytest.mark.parametrize("with_report", [False, True])
-    def test_other_files_are_kept(self, store: Path, report: Path, tmp_path: Path, name: str, with_report: bool) -> None:
+    def test_other_files_are_kept(
+        self, store: Path, report: Path, tmp_path: Path, name: str, with_report: bool
+    ) -> None:
         out = tmp_path / "out"
         if with_report:
             shutil.copytree(report, out)
@@ -308,7 +311,7 @@ class TestFolder:
             raise error
 
         monkeypatch.setattr(writing._Writer, "_put", fail)
-        with pytest.raises((KeyboardInterrupt, StoreError), match="No space left|^$"):
+        with pytest.raises((KeyboardInterrupt, StoreError), match=r"No space left|^$"):
             write_report(open_maps(store), out)
         assert contents(out) == contents(report)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]

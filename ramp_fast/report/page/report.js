@@ -256,7 +256,7 @@ const ramp_fast = (() => {
     lines.sort((a, b) => compare(value(a.line), value(b.line), sign) || a.place - b.place);
     const pages = Math.max(1, Math.ceil(lines.length / CLASSES_PAGE));
     const shown = lines.slice(classes.page * CLASSES_PAGE, (classes.page + 1) * CLASSES_PAGE);
-    document.querySelectorAll("#classes-table th button").forEach((button, k) => {
+    document.querySelectorAll("#classes-table thead button").forEach((button, k) => {
       const sorted = k === classes.sort;
       button.parentElement.setAttribute("aria-sort", sorted ? (classes.down ? "descending" : "ascending") : "none");
       button.textContent = classHeads[k][0] + (sorted ? (classes.down ? " ↓" : " ↑") : "");
