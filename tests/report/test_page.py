@@ -472,6 +472,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("view", ["overview", "gallery"])
 def test_first_view_of_fifty_thousand(opened: Callable[..., Page], large: Path, view: str) -> None:
     opened()  # so that the browser has started
@@ -485,6 +486,7 @@ def test_first_view_of_fifty_thousand(opened: Callable[..., Page], large: Path, 
     assert len(page.files) < 20
 
 
+@pytest.mark.slow
 def test_searching_fifty_thousand(opened: Callable[..., Page], large: Path) -> None:
     page = opened("gallery", large)
     page.page.get_by_label("Image name").fill("_0004321")
@@ -499,5 +501,6 @@ def test_searching_fifty_thousand(opened: Callable[..., Page], large: Path) -> N
     assert len(page.names()) == PER_PAGE
 
 
+@pytest.mark.slow
 def test_files_of_fifty_thousand(large: Path) -> None:
     assert len(list(large.rglob("*"))) < 5000
