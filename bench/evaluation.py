@@ -1,102 +1,279 @@
-"""Methods and metrics on trained networks and photographs: writes docs/evaluation.md, its table and its figures.
+"""Rules and methods on trained networks and photographs: what docs/evaluation.md says.
 
-    RAMP_FAST_MODELS=FOLDER python bench/evaluation.py [--networks vit resnet50] [--out docs]
+    RAMP_FAST_MODELS=FOLDER RAMP_FAST_TINY_IMAGENET=FOLDER python bench/evaluation.py --work FOLDER
+    python bench/evaluation.py --page    # the tables of docs/evaluation.md alone
 
-FOLDER holds ``load.py`` with ``vit_small_tin200()`` (ViT-S/14, 112 px, Tiny ImageNet) and ``resnet50()`` (ImageNet), as
-for the tests marked ``models``. The photographs are the twenty ImageNet images of PyPI's ``foolbox`` 3.3.4. Some
-fifty minutes on two cores. Results of a network are kept in bench/results/evaluation/; the page is made from those.
+``RAMP_FAST_MODELS`` holds ``load.py`` with ``vit_small_tin200()`` (ViT-S/14, 112 px, Tiny ImageNet) and ``resnet50()``
+(ImageNet), as for the tests marked ``models``; EfficientNet-Lite0 comes with the ``demo`` extra.
+``RAMP_FAST_TINY_IMAGENET`` holds Tiny ImageNet's ``wnids.txt`` and ``val/`` with boxes.
+
+Values of every photograph are kept in the folder of ``--work``, a file for each network, half, group of metrics and
+row; what is there is not computed again, so that a run may be stopped. Means, errors and paired differences go into
+bench/results/evaluation/, and from there between the marks of the page.
+
+Photographs at positions of a multiple of 5 in ``val_annotations.txt`` are never taken. Of the others, in an order drawn
+once, those are taken that the network classifies correctly; they go to halves A and B in turn. Whatever is chosen
+(``--search``) is chosen on A.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import math
 import os
-import platform
+import random
+import re
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cnn_candidates
+import numpy as np
 import torch
-from PIL import Image
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
-from torchvision import transforms
 
-from ramp_fast.data import boxes_to_masks
+from ramp_fast import Engine, rules
+from ramp_fast.data import Preprocessing, read_image
 from ramp_fast.evaluation import Evaluation, evaluate
+from ramp_fast.models import load_model
 
-# Steps and draws are few, so that it takes minutes: the errors of a dozen images are larger than theirs.
-METRICS = {
-    "gae": "gae",
-    "abpc": "abpc:granularity=patch:{patch},steps={steps}",
-    "insertion": "insertion:granularity=patch:{patch},steps={steps}",
-    "irof": "irof:granularity=superpixel:{segments}",
-    "road": "road:percentages=(10, 30, 50, 70, 90)",
-    "faithfulness": "faithfulness_correlation:granularity=patch:{patch},subset_size=16,samples={subsets}",
-    "sensitivity": "max_sensitivity:samples=2",
-    "random logit": "random_logit",
-    "randomisation": "parameter_randomisation:stages=4",
-    "mass in box": "relevance_mass_accuracy",
-    "pointing game": "pointing_game",
-    "sparseness": "sparseness",
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results" / "evaluation"
+PAGE = ROOT / "docs" / "evaluation.md"
+HALVES = ("B", "A")
+SMALL = 0.5  # boxes that cover less of the picture say something about localisation
+COMPARED = ("ramp", "abslrp")  # rows that others are subtracted from
+FORM = "form: "  # before the names of candidates among rows
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, and how much of everything.
+
+    Attributes
+    ----------
+    half : int
+        Photographs of each half.
+    chunk : int
+        Photographs that are computed and kept together.
+    photographs : dict of group of metrics to int
+        How many of each half are taken where it is not all of them.
+    costly : int
+        The same for methods that take many passes of the model.
+    batch : int
+        Images that go through the network together.
+    """
+
+    title: str
+    load: Callable[[ModuleType], tuple[nn.Module, Preprocessing]]
+    half: int
+    chunk: int
+    patch: int
+    steps: int
+    photographs: Mapping[str, int]
+    costly: int
+    batch: int
+
+
+def _vit(loader: ModuleType) -> tuple[nn.Module, Preprocessing]:
+    usual = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    return loader.vit_small_tin200(), _preprocessing(112, **usual)
+
+
+def _resnet(loader: ModuleType) -> tuple[nn.Module, Preprocessing]:
+    return loader.resnet50(), _preprocessing(224, mean=loader.RESNET50_MEAN, std=loader.RESNET50_STD)
+
+
+def _lite0(loader: ModuleType) -> tuple[nn.Module, Preprocessing]:
+    loaded = load_model("demo")
+    config = loaded.preprocessing.config
+    return loaded.model, _preprocessing(224, mean=config["mean"], std=config["std"])
+
+
+def _preprocessing(size: int, **normalization: Any) -> Preprocessing:
+    """The whole photograph: Tiny ImageNet's are squares."""
+    shape = {"input_size": (3, size, size), "interpolation": "bicubic", "crop_pct": 1.0}
+    return Preprocessing({**shape, **normalization})
+
+
+NETWORKS = {
+    "vit": Network(
+        **{"title": "ViT-S/14, Tiny ImageNet, 112 px", "load": _vit, "half": 256, "chunk": 64, "patch": 14, "steps": 4},
+        **{"photographs": {"pixels": 64, "checks": 32}, "costly": 64, "batch": 64},
+    ),
+    "resnet50": Network(
+        **{"title": "ResNet-50, ImageNet, 224 px", "load": _resnet, "half": 104, "chunk": 52, "patch": 28, "steps": 4},
+        **{"photographs": {"pixels": 24, "checks": 16}, "costly": 24, "batch": 8},
+    ),
+    "lite0": Network(
+        **{"title": "EfficientNet-Lite0, ImageNet, 224 px", "load": _lite0, "half": 104, "chunk": 52, "patch": 28},
+        **{"steps": 4, "photographs": {"pixels": 24, "checks": 16}, "costly": 24, "batch": 8},
+    ),
 }
-METHODS = {
-    "abslrp": "abslrp",
-    "abslrp-release": "abslrp-release",
-    "input x gradient": "ixg",
-    "integrated gradients": "ig:steps={steps}",
-    "SmoothGrad": "smoothgrad:samples={noises}",
+
+METRICS: dict[str, dict[str, str]] = {
+    "main": {
+        "srg": "abpc:granularity=patch:{patch},steps={steps}",
+        "mass": "relevance_mass_accuracy",
+        "mass at 20 %": "relevance_mass_accuracy:area=0.2",
+        "pointing": "pointing_game",
+        "rank": "relevance_rank_accuracy",
+        "mosaic": "grid_pointing_game",
+    },
+    "pixels": {"srg of pixels": "abpc:granularity=pixel,steps={steps}"},
+    "checks": {"random logit": "random_logit", "randomisation": "parameter_randomisation:stages=4"},
+}
+# Of the photographs with small boxes alone.
+LOCALISATION = ("mass", "mass at 20 %", "pointing", "rank")
+# Areas under the two curves of "srg". Masking the least important first is insertion, read from its end.
+CURVES = {"deletion": "morf", "insertion": "lerf"}
+FALLING = ("deletion", *METRICS["checks"])
+
+ROWS = {
+    **{name: name for name in ("ramp", "abslrp", "attnlrp", "reslrp", "cp-lrp", "abslrp-release")},
     "Grad-CAM": "gradcam",
-    "occlusion": "occlusion:window={window},stride={window}",
-    "rollout": "rollout",
     "random": "random",
+    "input x gradient": "ixg",
+    **{name: name for name in ("lrp-epsilon", "lrp-gamma", "lrp-zplus", "epsilon-plus-flat")},
+    "epsilon-alpha2-beta1-flat": "epsilon-alpha2-beta1-flat",
+    "ramp, T = 1": "ramp:temperature=1",
+    "integrated gradients": "ig:steps=16",
+    "SmoothGrad": "smoothgrad:samples=8",
+    "occlusion": "occlusion:window={patch},stride={patch}",
+    "rollout": "rollout",
+    **{name: name for name in ("epsilon-plus", "epsilon-alpha2-beta1", "epsilon-gamma-box", "lrp-alpha2-beta1")},
+    **{name: name for name in ("excitation-backprop", "guided-backprop", "deconvnet", "gradient")},
 }
-# Where the objects are, drawn by hand on the crops: left, top, right, bottom as shares of the side. Two photographs (a
-# drum, a rug) are filled by theirs and have none.
-BOXES: list[list[tuple[float, float, float, float]]] = [
-    [(0.2, 0.05, 0.6, 0.95)],
-    [(0, 0, 1, 0.35), (0.24, 0.32, 0.72, 1), (0.72, 0.48, 1, 0.95), (0, 0.5, 0.24, 0.8)],
-    [(0.33, 0.5, 0.63, 1), (0.77, 0.4, 1, 0.98)],
-    [(0.03, 0.22, 0.48, 0.75), (0.38, 0.5, 0.9, 1)],
-    [
-        *((0.38, 0, 0.63, 0.25), (0.77, 0.22, 1, 0.48), (0, 0.32, 0.14, 0.5), (0.16, 0.36, 0.37, 0.57)),
-        *((0.4, 0.31, 0.63, 0.54), (0.08, 0.56, 0.27, 0.8), (0.3, 0.58, 0.5, 0.76), (0.66, 0.52, 0.83, 0.71)),
-        (0.38, 0.84, 0.57, 1),
-    ],
-    [(0.12, 0.02, 0.85, 0.28), (0.78, 0.14, 1, 0.3)],
-    [(0.17, 0.22, 0.87, 0.7)],
-    [(0, 0.25, 1, 0.82)],
-    [(0, 0.57, 0.43, 0.95), (0.53, 0.37, 1, 0.9)],
-    [(0, 0.1, 1, 0.97)],
-    [],
-    [(0, 0.1, 1, 0.8)],
-    [],
-    [(0, 0.07, 0.93, 1)],
-    [(0.32, 0.3, 0.5, 0.6), (0.9, 0.33, 1, 0.6)],
-    [(0, 0.13, 0.32, 0.78), (0.46, 0.08, 0.7, 0.5), (0.4, 0.35, 0.68, 1)],
-    [(0, 0, 0.87, 0.85)],
-    [(0, 0.2, 1, 0.73)],
-    [(0.22, 0.02, 0.85, 0.97)],
-    [(0.13, 0.23, 0.88, 0.85)],
-]
-# What a pass costs decides how many there are, and which methods run.
-NETWORKS: dict[str, dict[str, Any]] = {
-    "vit": {
-        "title": "ViT-S/14, Tiny ImageNet (200 classes), 112 px, the first twelve photographs",
-        **{"size": 112, "photographs": 12, "without": ()},
-        **{"patch": 14, "window": 28, "steps": 8, "segments": 16, "subsets": 16, "noises": 4},
-    },
-    "resnet50": {
-        "title": "ResNet-50, ImageNet, 224 px, the first eight photographs",
-        **{"size": 224, "photographs": 8, "without": ("SmoothGrad", "occlusion", "rollout")},
-        **{"patch": 28, "window": 56, "steps": 8, "segments": 16, "subsets": 16, "noises": 4},
-    },
+COSTLY = ("integrated gradients", "SmoothGrad", "occlusion")
+# Rules of attention are LRP-0 in networks without it; the rectified gradients are the gradient in one without ReLU.
+LEFT_OUT = {
+    "vit": ("guided-backprop", "deconvnet"),
+    "resnet50": ("attnlrp", "cp-lrp", "rollout", "occlusion", "SmoothGrad", "ramp, T = 1"),
+    "lite0": ("attnlrp", "cp-lrp", "rollout", "occlusion", "SmoothGrad", "ramp, T = 1"),
 }
 
 
-def networks(folder: str) -> ModuleType:
+@dataclass(frozen=True)
+class Photographs:
+    """Of one half: what :func:`ramp_fast.evaluation.evaluate` takes, and their names."""
+
+    images: Tensor
+    target: Tensor
+    masks: Tensor
+    names: list[str]
+
+    def part(self, start: int, stop: int) -> Photographs:
+        here = slice(start, stop)
+        return Photographs(self.images[here], self.target[here], self.masks[here], self.names[here])
+
+
+class Bench:
+    """A network with its photographs, and the folder that keeps what was computed."""
+
+    def __init__(self, name: str, loader: ModuleType, data: Path, work: Path) -> None:
+        self.name, self.about, self.work = name, NETWORKS[name], work / name
+        self.model, self.preprocessing = self.about.load(loader)
+        self.engine = Engine(self.model)
+        self.halves = self._photographs(data)
+
+    def _photographs(self, data: Path) -> dict[str, Photographs]:
+        kept = self.work / "photographs.json"
+        lines = (data / "val" / "val_annotations.txt").read_text().splitlines()
+        annotations = [line.split() for line in lines]
+        ids = (data / "wnids.txt").read_text().split()  # the classes of the ViT are in the file's order
+        classes = ids if self.name == "vit" else ImageNetInfo("imagenet-1k").label_names()
+        if kept.exists():
+            chosen = json.loads(kept.read_text())
+        else:
+            chosen = self._chosen(data, annotations, classes)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(chosen))
+        self.accuracy: list[int] = chosen["right of"]
+
+        def half(which: int) -> Photographs:
+            positions = chosen["positions"][which::2]
+            found = [self._read(data, annotations[p], classes) for p in positions]
+            images, targets, masks = zip(*found, strict=True)
+            names = [annotations[p][0] for p in positions]
+            return Photographs(torch.stack(images), torch.tensor(targets), torch.stack(masks), names)
+
+        return {"A": half(0), "B": half(1)}
+
+    def _chosen(self, data: Path, annotations: list[list[str]], classes: list[str]) -> dict[str, Any]:
+        allowed = [p for p in range(len(annotations)) if p % 5 and (p + 1) % 5]  # whether counted from 0 or from 1
+        random.Random(0).shuffle(allowed)
+        right: list[int] = []
+        seen = 0
+        while len(right) < 2 * self.about.half:
+            positions = allowed[seen : seen + 32]
+            images, targets, _ = zip(*(self._read(data, annotations[p], classes) for p in positions), strict=True)
+            predicted = self.engine.logits(torch.stack(images)).argmax(1)
+            right += [p for p, hit in zip(positions, predicted == torch.tensor(targets), strict=True) if hit]
+            seen += len(positions)
+        return {"positions": right[: 2 * self.about.half], "right of": [len(right), seen]}
+
+    def _read(self, data: Path, annotation: list[str], classes: list[str]) -> tuple[Tensor, int, Tensor]:
+        """Image, class and mask of one line of the annotations."""
+        name, wordnet, *box = annotation
+        picture = read_image(str(data / "val" / "images" / name))
+        left, top, right, bottom = (int(edge) for edge in box)
+        mask = np.zeros((picture.height, picture.width), bool)
+        mask[top : bottom + 1, left : right + 1] = True
+        return self.preprocessing(picture), classes.index(wordnet), self.preprocessing.mask(mask)
+
+    def files(self, half: str, group: str, label: str) -> list[Path]:
+        """What is kept of a row, in order."""
+        name = re.sub("[^a-z0-9.]+", "-", label.lower())
+        return sorted((self.work / half / group / name).glob("*.json"))
+
+    def run(self, half: str, group: str, label: str, start: int, stop: int) -> None:
+        """Values of one row for some photographs, unless they are there."""
+        name = re.sub("[^a-z0-9.]+", "-", label.lower())
+        file = self.work / half / group / name / f"{start:04}-{stop:04}.json"
+        if file.exists():
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        about, taken = self.about, self.halves[half].part(start, stop)
+        metrics = {name: spec.format(patch=about.patch, steps=about.steps) for name, spec in METRICS[group].items()}
+        data = (taken.images, taken.target, taken.masks)
+        batch = stop - start if group == "checks" else about.batch  # which randomises the network once for all
+        began = time.perf_counter(), time.process_time()
+        result = evaluate(self.engine, data, metrics, {label: self.method(label)}, batch_size=batch)
+        for why in result.failures.values():
+            print(f"FAILED {self.name}: {why}", file=sys.stderr)
+        replace(result, names=taken.names).save(file)
+        wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
+        told = f"{self.name} {half} {group} {label} {start}-{stop}: {wall:.0f} s, {cpu:.0f} s of the processor"
+        print(told, file=sys.stderr, flush=True)
+
+    def method(self, label: str) -> Any:
+        """What ``evaluate`` takes for a row."""
+        if label.startswith(FORM):
+            return Engine(self.model, cnn_candidates.CANDIDATES[label.removeprefix(FORM)])
+        if label == "epsilon-gamma-box":
+            normal = self.preprocessing.config
+            ends = [[(end - m) / s for m, s in zip(normal["mean"], normal["std"], strict=True)] for end in (0, 1)]
+            layers = {"conv": rules.Gamma(), "linear": rules.Epsilon()}
+            return Engine(self.model, rules.Composite(layers, first={"conv": rules.ZBox(*ends)}, stabilizer=1e-6))
+        return ROWS[label].format(patch=self.about.patch)
+
+    def boxes(self) -> dict[str, float]:
+        """The share of the picture that each photograph's box covers."""
+        return {
+            name: float(mask.float().mean())
+            for half in self.halves.values()
+            for name, mask in zip(half.names, half.masks, strict=True)
+        }
+
+
+def load(folder: str) -> ModuleType:
     """The folder's ``load.py``."""
     spec = importlib.util.spec_from_file_location("load", Path(folder) / "load.py")
     assert spec is not None
@@ -106,113 +283,193 @@ def networks(folder: str) -> ModuleType:
     return module
 
 
-def network(name: str, loader: ModuleType) -> tuple[nn.Module, Tensor]:
-    """A trained network and the photographs as it wants them."""
-    if name == "vit":
-        model, mean, std = loader.vit_small_tin200(), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    else:
-        model, mean, std = loader.resnet50(), loader.RESNET50_MEAN, loader.RESNET50_STD
-    size = NETWORKS[name]["size"]
-    prepare = transforms.Compose(
-        [
-            transforms.Resize(size * 8 // 7, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ]
-    )
-    package = importlib.util.find_spec("foolbox")
-    if package is None or package.origin is None:
-        sys.exit("the photographs are in foolbox: pip install foolbox==3.3.4")
-    files = sorted((Path(package.origin).parent / "data").glob("imagenet_*.jpg"))
-    return model, torch.stack([prepare(Image.open(f).convert("RGB")) for f in files])
+def compute(bench: Bench, rows: list[str], groups: list[str], halves: list[str], most: int | None) -> None:
+    """Rows of a network, group by group and part by part, so that all rows have the same photographs at any time."""
+    about = bench.about
+    for group in groups:
+        for half in halves:
+            count = min(about.photographs.get(group, about.half), most or about.half)
+            chunk = count if group == "checks" else about.chunk
+            for start in range(0, count, chunk):
+                for label in rows:
+                    stop = min(start + chunk, count, about.costly if label in COSTLY else count)
+                    if label not in LEFT_OUT[bench.name] and start < stop:
+                        bench.run(half, group, label, start, stop)
 
 
-def masks(size: int) -> Tensor:
-    """The boxes as masks, ``[20, 1, H, W]``."""
-    shares = [torch.tensor(boxes, dtype=torch.float64).view(-1, 4) for boxes in BOXES]
-    return boxes_to_masks([(size * edges).round() for edges in shares], size, size)
+Values = dict[tuple[str, str], float]
+"""Of one row and column: by half, and by photograph, the first one of a mosaic."""
 
 
-def run(name: str, loader: ModuleType) -> Evaluation:
-    """All metrics of all methods for one network."""
-    model, images = network(name, loader)
-    about = NETWORKS[name]
-    methods = {label: spec.format(**about) for label, spec in METHODS.items() if label not in about["without"]}
-    metrics = {label: spec.format(**about) for label, spec in METRICS.items()}
-    started = time.perf_counter()
-    count = about["photographs"]
-    where = masks(about["size"])
-    result = evaluate(
-        model,
-        [(images[i : i + 4], None, where[i : i + 4]) for i in range(0, count, 4)],
-        metrics,
-        methods,
-        batch_size=20,
-        explain="predicted",
-        progress=lambda n: print(f"{name}: {n} images, {time.perf_counter() - started:.0f} s", file=sys.stderr),
-    )
-    for pair, why in result.failures.items():
-        print(f"FAILED {pair}: {why}", file=sys.stderr)
-    return result
+def values(bench: Bench, label: str) -> dict[str, Values]:
+    """What was computed for a row, by column."""
+    boxes = bench.boxes()
+    found: dict[str, Values] = {}
+    for group in METRICS:
+        for half in sorted(bench.halves):
+            for file in bench.files(half, group, label):
+                loaded = Evaluation.load(file)
+                for metric, result in loaded.results.get(label, {}).items():
+                    size = loaded.metrics[metric]["group"]
+                    columns = {metric: result.values[result.name]}
+                    if metric == "srg":
+                        columns |= {name: _area(result.values[curve]) for name, curve in CURVES.items()}
+                    for column, numbers in columns.items():
+                        for name, value in zip(loaded.names[::size], numbers.tolist(), strict=True):
+                            if not math.isnan(value) and (column not in LOCALISATION or boxes[name] < SMALL):
+                                found.setdefault(column, {})[half, name] = value
+    return found
 
 
-def page(results: dict[str, Evaluation]) -> str:
-    """docs/evaluation.md."""
-    covered = float(torch.stack([m.float().mean() for m, boxes in zip(masks(224), BOXES, strict=True) if boxes]).mean())
-    torch_version = torch.__version__.split("+")[0]
-    lines = [
-        "# Methods and metrics on trained networks",
-        "",
-        "Photographs of ImageNet (the twenty in PyPI's `foolbox`), the predicted class explained; means over images "
-        "± their standard errors (GAE: over groups of four). ↑ higher is better, ↓ lower is better. Made by",
-        "",
-        "    pip install '.[evaluate]' foolbox torchvision",
-        "    RAMP_FAST_MODELS=FOLDER python bench/evaluation.py",
-        "",
-        f"on {platform.machine()}, {os.cpu_count()} cores, PyTorch {torch_version}. They are few: differences "
-        "of less than two standard errors mean nothing. Boxes of the objects were drawn by hand; they cover "
-        f"{100 * covered:.0f} % of a picture on average, which is what a random map has in them. GAE is 0 where "
-        "faithfulness and robustness add up to nothing positive, or contrastiveness is not: a few groups say little "
-        "of a method.",
-    ]
-    for name, result in results.items():
-        lines += ["", f"## {NETWORKS[name]['title']}", "", result.markdown(), ""]
-        lines += [f"![curves of {name}](images/evaluation-{name}.svg)"]
-        took: dict[str, float] = {}
-        for pair, seconds in result.seconds.items():
-            method = pair.split(" / ")[0]
-            took[method] = took.get(method, 0.0) + seconds
-        lines += ["", "Seconds for all metrics: " + ", ".join(f"{m} {s:.0f}" for m, s in took.items()) + "."]
-    settings = [f"* {label}: `{spec}`" for label, spec in (*METRICS.items(), *METHODS.items()) if label != spec]
-    names = ("patch", "window", "steps", "segments", "subsets", "noises")
-    lines += ["", "## Settings", "", *settings, ""]
-    lines += ["| | " + " | ".join(f"`{{{n}}}`" for n in names) + " |", "|---" * (len(names) + 1) + "|"]
-    for name in results:
-        title = NETWORKS[name]["title"].split(",")[0]
-        lines += [f"| {title} | " + " | ".join(str(NETWORKS[name][n]) for n in names) + " |"]
-    lines += [""]
-    return "\n".join(lines)
+def _area(curve: Tensor) -> Tensor:
+    return torch.trapezoid(curve, dx=1 / (curve.shape[1] - 1), dim=1)
+
+
+def mean(numbers: list[float]) -> list[float] | None:
+    """Mean, its standard error, and of how many."""
+    if len(numbers) < 2:
+        return None
+    found = torch.tensor(numbers, dtype=torch.float64)
+    return [round(float(found.mean()), 5), round(float(found.std()) / math.sqrt(len(numbers)), 5), len(numbers)]
+
+
+def summary(bench: Bench, labels: list[str]) -> dict[str, Any]:
+    """Means, and means of paired differences to the rows of ``COMPARED``; of both halves and of each."""
+    rows = {label: found for label in labels if (found := values(bench, label))}
+    made: dict[str, Any] = {}
+    for label, found in rows.items():
+        made[label] = {}
+        for column, numbers in found.items():
+            cell: dict[str, Any] = {}
+            for halves in ("AB", "A", "B"):
+                here = {key: value for key, value in numbers.items() if key[0] in halves}
+                cell[halves] = {"mean": mean(list(here.values()))}
+                for other in (*COMPARED, *(["Grad-CAM"] if bench.name != "vit" else [])):
+                    theirs = rows.get(other, {}).get(column, {})
+                    if other != label:
+                        cell[halves][other] = mean([v - theirs[k] for k, v in here.items() if k in theirs])
+            made[label][column] = cell
+    return made
+
+
+def record(bench: Bench) -> dict[str, Any]:
+    """What bench/results/evaluation keeps of a network."""
+    about, boxes = bench.about, bench.boxes()
+    forms = [FORM + label for label in cnn_candidates.CANDIDATES]
+    return {
+        "network": about.title,
+        "torch": torch.__version__.split("+")[0],
+        "photographs": {half: len(taken.names) for half, taken in bench.halves.items()},
+        "classified correctly": bench.accuracy,
+        "boxes below half": sum(share < SMALL for share in boxes.values()),
+        "mean share of these boxes": round(float(np.mean([s for s in boxes.values() if s < SMALL])), 4),
+        "metrics": {
+            name: spec.format(patch=about.patch, steps=about.steps)
+            for specs in METRICS.values()
+            for name, spec in specs.items()
+        },
+        "methods": {label: spec.format(patch=about.patch) for label, spec in ROWS.items() if label != spec},
+        "rows": summary(bench, [label for label in ROWS if label not in LEFT_OUT[bench.name]]),
+        "forms": summary(bench, [*COMPARED, "Grad-CAM", *forms]) if bench.name != "vit" else {},
+    }
+
+
+def number(value: float, signed: bool = False) -> str:
+    """Three digits behind the point, and no zero before it."""
+    text = f"{value:+.3f}" if signed else f"{value:.3f}"
+    return re.sub(r"(?<![0-9])0\.", ".", text).replace("-", "−")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(line)} |" for line in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:], ""])
+
+
+def shown(
+    kept: dict[str, Any],
+    columns: tuple[str, ...],
+    *,
+    rows: str = "rows",
+    halves: str = "AB",
+    against: str | None = None,
+) -> str:
+    """A table of means, or of differences to a row; the best mean of a column is bold."""
+    found = kept[rows]
+    columns = tuple(c for c in columns if any(c in row for row in found.values()))
+    what = "mean" if against is None else against
+
+    def cell(label: str, column: str) -> list[float] | None:
+        row = found[label].get(column)
+        return row[halves].get(what) if row else None
+
+    order = sorted(found, key=lambda label: -(found[label]["srg"][halves]["mean"] or [-1])[0])
+    best = {}
+    for column in columns:
+        means = [m[0] for label in found if (m := cell(label, column))]
+        best[column] = (min if column in FALLING else max)(means) if means else None
+    lines = []
+    for label in order:
+        cells = []
+        for column in columns:
+            m = cell(label, column)
+            text = "–" if m is None else f"{number(m[0], against is not None)} ± {number(m[1])}"
+            cells.append(f"**{text}**" if m and against is None and m[0] == best[column] else text)
+        counted = cell(label, columns[0])
+        if label != against and counted is not None:
+            lines.append([label.removeprefix(FORM), *cells, str(counted[2])])
+    arrows = [f"{c} {'↓' if c in FALLING else '↑'}" for c in columns]
+    return table(["row", *arrows, "photographs"], lines)
+
+
+MAIN = ("srg", "insertion", "deletion", *LOCALISATION, "mosaic")
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "means": lambda kept: shown(kept, MAIN),
+    "against-ramp": lambda kept: shown(kept, ("srg", *LOCALISATION, "mosaic"), against="ramp"),
+    "checks": lambda kept: shown(kept, (*METRICS["pixels"], *METRICS["checks"])),
+    "forms": lambda kept: shown(kept, ("srg", *LOCALISATION, "mosaic"), rows="forms", halves="A"),
+    "chosen": lambda kept: shown(kept, ("srg", *LOCALISATION, "mosaic"), rows="forms", halves="B"),
+    "chosen-against-abslrp": lambda kept: shown(
+        kept, ("srg", *LOCALISATION, "mosaic"), rows="forms", halves="B", against="abslrp"
+    ),
+}
+_BLOCK = re.compile(
+    r"(<!-- bench/evaluation\.py: (\w+)/([\w-]+) -->\n)(.*?)(<!-- bench/evaluation\.py: end -->)", re.DOTALL
+)
+
+
+def render(text: str, results: Path = RESULTS) -> str:
+    """A page with its tables as the results have them."""
+
+    def made(block: re.Match[str]) -> str:
+        kept = json.loads((results / f"{block[2]}.json").read_text(encoding="utf-8"))
+        return block[1] + TABLES[block[3]](kept) + block[5]
+
+    return _BLOCK.sub(made, text)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder for the values of photographs, outside the repository")
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--groups", nargs="*", default=list(METRICS), choices=list(METRICS))
+    parser.add_argument("--halves", nargs="*", default=list(HALVES), choices=list(HALVES))
+    parser.add_argument("--search", nargs="*", choices=list(cnn_candidates.CANDIDATES), help="these forms, no rows")
+    parser.add_argument("--count", type=int, help="at most so many photographs of a half")
+    parser.add_argument("--page", action="store_true", help="compute nothing")
     arguments = parser.parse_args()
-    kept = Path(__file__).parent / "results" / "evaluation"
-    if arguments.networks:
-        folder = os.environ.get("RAMP_FAST_MODELS")
-        if not folder:
-            sys.exit("RAMP_FAST_MODELS names no folder with load.py")
-        loader = networks(folder)
-        kept.mkdir(parents=True, exist_ok=True)
+    if not arguments.page:
+        folders = [os.environ.get(name) for name in ("RAMP_FAST_MODELS", "RAMP_FAST_TINY_IMAGENET")]
+        if not all(folders) or arguments.work is None:
+            parser.error("computing takes --work and the folders RAMP_FAST_MODELS and RAMP_FAST_TINY_IMAGENET")
+        loader = load(str(folders[0]))
+        RESULTS.mkdir(parents=True, exist_ok=True)
         for name in arguments.networks:
-            run(name, loader).save(kept / f"{name}.json")
-    results = {name: Evaluation.load(kept / f"{name}.json") for name in NETWORKS if (kept / f"{name}.json").exists()}
-    for name, result in results.items():
-        result.plot("curves", ["abpc", "insertion"]).savefig(arguments.out / "images" / f"evaluation-{name}.svg")
-    (arguments.out / "evaluation.md").write_text(page(results), encoding="utf-8")
+            bench = Bench(name, loader, Path(str(folders[1])), arguments.work)
+            rows = arguments.rows if arguments.search is None else [FORM + label for label in arguments.search]
+            compute(bench, rows, arguments.groups, arguments.halves, arguments.count)
+            (RESULTS / f"{name}.json").write_text(json.dumps(record(bench), indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

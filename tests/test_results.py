@@ -116,3 +116,33 @@ def test_this_machine(results_io: ModuleType) -> None:
     assert found["name"] == "here"
     assert found["processor"]
     assert found["cores"] >= 1
+
+
+def test_the_page_of_evaluations_is_what_the_results_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    monkeypatch.syspath_prepend(str(BENCH))
+    evaluation = importlib.import_module("evaluation")
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert evaluation.render(text) == text
+    networks = {name for _, name, *_ in evaluation._BLOCK.findall(text)}
+    assert networks == set(evaluation.NETWORKS)
+
+    shutil.copytree(evaluation.RESULTS, tmp_path / "results")
+    file = tmp_path / "results" / "vit.json"
+    kept = json.loads(file.read_text())
+    kept["rows"]["abslrp"]["srg"]["AB"]["mean"] = [0.98765, 0.00123, 17]
+    file.write_text(json.dumps(kept))
+    changed = evaluation.render(text, tmp_path / "results")
+    assert "**.988 ± .001**" in changed
+    assert changed != text
+
+
+def test_values_of_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    evaluation = importlib.import_module("evaluation")
+    assert evaluation.mean([1.0]) is None
+    assert evaluation.mean([1.0, 2.0, 6.0]) == [3.0, round((14 / 2 / 3) ** 0.5, 5), 3]
+    assert evaluation.number(0.1234) == ".123"
+    assert evaluation.number(-0.0504, signed=True) == "−.050"
+    assert evaluation.number(0.25, signed=True) == "+.250"
+    assert evaluation.number(10.5) == "10.500"

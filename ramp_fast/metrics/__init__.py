@@ -23,6 +23,7 @@ from ramp_fast.metrics.faithfulness import (
 )
 from ramp_fast.metrics.gae import GAE
 from ramp_fast.metrics.localisation import (
+    GridPointingGame,
     PointingGame,
     RelevanceMassAccuracy,
     RelevanceRankAccuracy,
@@ -45,6 +46,7 @@ __all__ = [
     "Deletion",
     "EffectiveComplexity",
     "FaithfulnessCorrelation",
+    "GridPointingGame",
     "Infidelity",
     "Insertion",
     "Masking",

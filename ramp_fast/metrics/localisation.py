@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ramp_fast._checks import positive
+from ramp_fast._checks import is_number, positive
 from ramp_fast.data import boxes_to_masks
 from ramp_fast.errors import InputError
 from ramp_fast.explainer import Model
@@ -20,6 +20,7 @@ from ramp_fast.metrics._maps import Sign, checked_sign, with_sign
 from ramp_fast.metrics.base import Metric, MetricInputs
 
 __all__ = [
+    "GridPointingGame",
     "PointingGame",
     "RelevanceMassAccuracy",
     "RelevanceRankAccuracy",
@@ -132,21 +133,45 @@ class RelevanceMassAccuracy(_Localisation):
         As for :class:`Metric`; nothing is random here.
     sign : {"positive", "absolute", "signed"}
         What of the map counts.
+    area : float or None
+        Mass at equal area: only this share of an image's pixels counts, those of largest values, in (0, 1]. A map of a
+        few points and a blurred one are then asked about the same number of pixels, as
+        :class:`RelevanceRankAccuracy` does without the values. Of pixels that share the last place each counts in
+        part. None: all pixels.
 
     Notes
     -----
-    Quantus takes maps as they are, as ``sign="signed"`` does. With entries of both signs the denominator may be close
-    to zero and the value any number, which is why the paper asks for maps without negative entries.
+    Quantus takes maps as they are, as ``sign="signed"`` does, and has no ``area``. With entries of both signs the
+    denominator may be close to zero and the value any number, which is why the paper asks for maps without negative
+    entries.
     """
 
     name = "relevance_mass_accuracy"
 
-    def __init__(self, model: Model, *, sign: Sign = "positive", seed: int = 0, batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        sign: Sign = "positive",
+        area: float | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> None:
         super().__init__(model, sign=sign, seed=seed, batch_size=batch_size)
+        if area is not None and not (is_number(area) and 0 < area <= 1):
+            raise InputError(f"{self.name}: area must be a share of the pixels in (0, 1], or None; got {area!r}")
+        self.area = area
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "area": self.area}
 
     def _located(self, scores: Tensor, masks: Tensor) -> Tensor:
-        inside = scores.masked_fill(~masks.squeeze(1), 0)
-        return inside.flatten(1).sum(1) / scores.flatten(1).sum(1)
+        scores, masks = scores.flatten(1), masks.flatten(1)
+        if self.area is not None:
+            pixels = scores.shape[1]
+            count = torch.full((scores.shape[0],), max(1, math.floor(self.area * pixels + 1e-9)), device=scores.device)
+            scores = scores * _share_taken(scores, count)
+        return scores.masked_fill(~masks, 0).sum(1) / scores.sum(1)
 
 
 class RelevanceRankAccuracy(_Localisation):
@@ -228,12 +253,80 @@ class TopKIntersection(_Localisation):
         return share / masks.double().mean(1) if self.concept_influence else share
 
 
+class GridPointingGame(Metric):
+    """How much of a map lies on the right photograph of a mosaic: Böhle, Fritz, Schiele, CVPR 2021, arXiv 2104.00032.
+
+    ``side ** 2`` images that follow each other make one mosaic, row by row, each at ``1 / side`` of its size (means
+    over squares of pixels), and every one's class is explained on it. A tile's value is ``sum of R on the tile / sum of
+    R``, R the positive part of the map summed over channels. In [0, 1]; higher is better; ``1 / side ** 2`` for a
+    random map.
+
+    Parameters
+    ----------
+    model, seed, batch_size
+        As for :class:`Metric`; nothing is random here.
+    side : int
+        Tiles along each side. ``update`` takes multiples of ``side ** 2`` images, whose height and width ``side``
+        divides.
+
+    Notes
+    -----
+    Values are, for each mosaic, grid_pointing_game (the mean over its tiles) and tiles ``[side ** 2]``; a tile is NaN
+    where another tile has its class, or where nothing of its map is positive. The paper enlarges the model's input to
+    the size of the mosaic, which takes a model of any size of images, and chooses photographs that the model is sure
+    of: give such photographs, of classes in turn.
+    """
+
+    name = "grid_pointing_game"
+    higher_is_better = True
+    uses_maps = False
+
+    def __init__(self, model: Model, *, side: int = 2, seed: int = 0, batch_size: int | None = None) -> None:
+        super().__init__(model, seed=seed, batch_size=batch_size)
+        positive(self.name, "side", side, least=2)
+        self.side = side
+        self.group = side * side  # type: ignore[misc]  # of this metric alone
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "side": self.side}
+
+    def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
+        images, side, count = sample.images, self.side, self.group
+        height, width = images.shape[-2:]
+        if height % side or width % side:
+            raise InputError(
+                f"{self.name}: height and width must be multiples of side = {side} to tile a mosaic, got "
+                f"{height} x {width}"
+            )
+        if (self._classes or sample.logits.shape[1]) < 2:
+            raise InputError(f"{self.name}: the model has a single class: there is no other one on a mosaic")
+        classes = sample.target.view(-1, count)
+        mosaics = _tiled(F.avg_pool2d(images, side).unflatten(0, (-1, side, side)))
+        maps = sample.attribute(mosaics.repeat_interleave(count, 0), classes.flatten())
+        found = with_sign(maps.sum(1).double(), "positive")
+        tiles = F.avg_pool2d(found.unsqueeze(1), (height // side, width // side)).view(-1, count, count)
+        own = tiles.diagonal(dim1=1, dim2=2) / tiles.sum(2)
+        repeated = (classes.unsqueeze(1) == classes.unsqueeze(2)).sum(2) > 1
+        own = own.masked_fill(repeated, torch.nan)
+        return {self.name: own.nanmean(1), "tiles": own}
+
+
+def _tiled(tiles: Tensor) -> Tensor:
+    """``[G, rows, columns, C, h, w]`` as images ``[G, C, rows h, columns w]``."""
+    return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
 def _largest_on(scores: Tensor, masks: Tensor, count: Tensor) -> Tensor:
-    """How many of each image's ``count [N]`` pixels of largest scores ``[N, D]`` are in its mask ``[N, D]``.
+    """How many of each image's ``count [N]`` pixels of largest scores ``[N, D]`` are in its mask ``[N, D]``."""
+    return (_share_taken(scores, count) * masks).sum(1)
+
+
+def _share_taken(scores: Tensor, count: Tensor) -> Tensor:
+    """1 for each image's ``count [N]`` pixels of largest scores ``[N, D]``, 0 for the others, float64.
 
     Those that share the last place count in part, so that the order in which a device sorts equals does not matter.
     """
     last = scores.sort(1, descending=True).values.gather(1, (count - 1).unsqueeze(1))
     above, level = scores > last, scores == last
     open_places = (count - above.sum(1)).double() / level.sum(1)
-    return (above & masks).sum(1) + open_places * (level & masks).sum(1)
+    return above + open_places.unsqueeze(1) * level

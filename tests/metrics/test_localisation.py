@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ramp_fast import InputError
 from ramp_fast.metrics import (
+    GridPointingGame,
     Metric,
     PointingGame,
     RelevanceMassAccuracy,
@@ -51,6 +52,7 @@ def metrics(model: nn.Module, **settings: Any) -> list[Metric]:
     return [
         PointingGame(model, tolerance=1, **settings),
         RelevanceMassAccuracy(model, **settings),
+        RelevanceMassAccuracy(model, area=0.15, **settings),
         RelevanceRankAccuracy(model, **settings),
         TopKIntersection(model, k=40, **settings),
     ]
@@ -69,7 +71,8 @@ def test_maps_that_point_at_the_object_and_beside_it(model: nn.Module) -> None:
 
 def test_definitions(model: nn.Module) -> None:
     maps, masks = random_maps(6), random_masks(6)
-    found = {m.name: values(m, maps, masks) for m in metrics(model)}
+    found = {m.name: values(m, maps, masks) for m in metrics(model) if getattr(m, "area", None) is None}
+    at_area = values(RelevanceMassAccuracy(model, area=0.15), maps, masks)
     signed = values(RelevanceMassAccuracy(model, sign="signed"), maps, masks)
     absolute = values(TopKIntersection(model, k=40, sign="absolute"), maps, masks)
     influence = values(TopKIntersection(model, k=40, concept_influence=True), maps, masks)
@@ -87,6 +90,10 @@ def test_definitions(model: nn.Module) -> None:
         mass = found["relevance_mass_accuracy"][image].item()
         assert mass == pytest.approx(positive[mask].sum() / positive.sum(), abs=1e-9)
         assert 0 <= mass <= 1
+        kept = np.zeros_like(positive)
+        kept[order[: int(0.15 * PIXELS)]] = positive[order[: int(0.15 * PIXELS)]]
+        assert at_area[image].item() == pytest.approx(kept[mask].sum() / kept.sum(), abs=1e-9)
+        assert at_area[image].item() != pytest.approx(mass, abs=1e-3)
         assert signed[image].item() == pytest.approx(r[mask].sum() / r.sum(), rel=1e-9)
 
 
@@ -114,6 +121,7 @@ def test_ties_count_as_if_broken_by_chance(model: nn.Module) -> None:
     for metric in (
         PointingGame(model),
         RelevanceMassAccuracy(model),
+        RelevanceMassAccuracy(model, area=0.3),
         RelevanceRankAccuracy(model),
         TopKIntersection(model, k=7),
     ):
@@ -123,6 +131,8 @@ def test_ties_count_as_if_broken_by_chance(model: nn.Module) -> None:
     maps[0, 0, 0, :3], maps[0, 0, 1, :4] = 5, 3
     mask[0, 0, 0], mask[0, 1, 0] = True, True
     assert values(TopKIntersection(model, k=5), maps, mask).item() == pytest.approx((1 + 2 / 4) / 5)
+    at_area = RelevanceMassAccuracy(model, area=5 / PIXELS)
+    assert values(at_area, maps, mask).item() == pytest.approx((5 + 3 * 2 / 4) / (3 * 5 + 2 * 3))
 
 
 def test_results_do_not_depend_on_batches(model: nn.Module) -> None:
@@ -142,6 +152,69 @@ def test_an_empty_mask_has_no_value(model: nn.Module) -> None:
         assert metric.compute().count == 2
     nothing_positive = -maps.abs()
     assert values(RelevanceMassAccuracy(model), nothing_positive, masks).isnan().all()
+
+
+def mosaics(model: nn.Module, side: int, target: Tensor, batch_size: int | None = None) -> dict[str, Tensor]:
+    """Of maps that are the mosaic itself, times the class explained and with its sign turned at every other pixel."""
+
+    def method(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        return images * (target - 1).view(-1, 1, 1, 1)
+
+    images = torch.randn(target.shape[0], 3, HEIGHT, WIDTH, generator=generator(4))
+    return GridPointingGame(model, side=side, batch_size=batch_size).update(images, target, method)
+
+
+@pytest.mark.parametrize("side", [2, 4])
+def test_the_grid_pointing_game(model: nn.Module, side: int) -> None:
+    count = 2 * side**2
+    # class 1 has a map of zeros; class 3 and 0 are on the first mosaic twice where there are more than four tiles
+    target = torch.arange(count) % 4
+    target[4:8] = torch.tensor([2, 0, 2, 3])
+    found = mosaics(model, side, target)
+    images = torch.randn(count, 3, HEIGHT, WIDTH, generator=generator(4)).double().numpy()
+    height, width = HEIGHT // side, WIDTH // side
+    expected = np.full((2, side**2), np.nan)
+    for group in range(2):
+        first = group * side**2
+        mosaic = np.zeros((3, HEIGHT, WIDTH))
+        for tile in range(side**2):
+            row, column = divmod(tile, side)
+            for i in range(height):
+                for j in range(width):
+                    square = images[first + tile, :, i * side : (i + 1) * side, j * side : (j + 1) * side]
+                    mosaic[:, row * height + i, column * width + j] = square.mean((1, 2))
+        classes = target[first : first + side**2].tolist()
+        for tile, label in enumerate(classes):
+            row, column = divmod(tile, side)
+            positive = np.maximum((mosaic * (label - 1)).sum(0), 0)
+            if classes.count(label) == 1 and positive.sum() > 0:
+                here = positive[row * height : (row + 1) * height, column * width : (column + 1) * width]
+                expected[group, tile] = here.sum() / positive.sum()
+    assert np.allclose(found["tiles"].numpy(), expected, atol=1e-6, equal_nan=True)
+    if side == 2:
+        assert np.isfinite(expected).sum() == 3 + 2
+        assert np.allclose(found["grid_pointing_game"].numpy(), np.nanmean(expected, 1), atol=1e-6)
+    else:
+        assert found["grid_pointing_game"].isnan().all()
+    pieces = mosaics(model, side, target, batch_size=3)
+    assert torch.equal(pieces["tiles"].nan_to_num(-1), found["tiles"].nan_to_num(-1))
+
+
+def test_a_map_of_the_right_tile_wins_the_grid_pointing_game(model: nn.Module) -> None:
+    def method(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        maps = -torch.ones(images.shape[0], 1, HEIGHT, WIDTH)
+        for number, label in enumerate(target.tolist()):
+            row, column = divmod(label, 2)
+            maps[number, :, row * 8 : row * 8 + 8, column * 10 : column * 10 + 10] = 1
+        return maps
+
+    metric = GridPointingGame(model)
+    for start in (0, 4):
+        metric.update(torch.zeros(4, 3, HEIGHT, WIDTH), torch.tensor([0, 1, 2, 3]) ^ (start // 4), method)
+    assert metric.compute().values["grid_pointing_game"].tolist() == [1.0, 0.0]
+    single = nn.Sequential(nn.Flatten(), nn.Linear(3 * PIXELS, 1)).eval()
+    with pytest.raises(InputError, match="a single class"):
+        GridPointingGame(single).update(torch.zeros(4, 3, HEIGHT, WIDTH), 0, method)
 
 
 def test_boxes() -> None:
@@ -170,6 +243,14 @@ def test_what_does_not_fit(model: nn.Module) -> None:
         (lambda: values(TopKIntersection(model), maps, masks), "top_k_intersection: images of 16 x 20 .* k = 1000"),
         (lambda: TopKIntersection(model, k=0), "top_k_intersection: k must be a positive integer, got 0"),
         (lambda: TopKIntersection(model, concept_influence=1), "concept_influence must be True or False"),  # type: ignore[arg-type]
+        (
+            lambda: RelevanceMassAccuracy(model, area=0),
+            r"area must be a share of the pixels in \(0, 1\], or None; got 0",
+        ),
+        (lambda: RelevanceMassAccuracy(model, area=20), "area must be a share of the pixels"),
+        (lambda: GridPointingGame(model, side=1), "grid_pointing_game: side must be an integer of at least 2, got 1"),
+        (lambda: mosaics(model, 3, torch.zeros(9, dtype=torch.long)), "multiples of side = 3 .* got 16 x 20"),
+        (lambda: mosaics(model, 2, torch.zeros(6, dtype=torch.long)), "groups of 4, got 6"),
         (lambda: PointingGame(model, tolerance=-1), "pointing_game: tolerance must be"),
         (lambda: PointingGame(model, tolerance=math.inf), "pointing_game: tolerance must be"),
         (lambda: RelevanceRankAccuracy(model, sign="negative"), "relevance_rank_accuracy: sign must be one of"),  # type: ignore[arg-type]
@@ -187,6 +268,7 @@ def test_what_does_not_fit(model: nn.Module) -> None:
     for metric, setting in (
         (TopKIntersection, {"k": 3}),
         (TopKIntersection, {"concept_influence": True}),
+        (RelevanceMassAccuracy, {"area": 0.5}),
         (PointingGame, {"tolerance": 1}),
         (PointingGame, {"sign": "absolute"}),
     ):
