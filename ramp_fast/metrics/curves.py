@@ -214,7 +214,7 @@ class ABPC(Shares):
 
     ``abpc = area(lerf) - area(morf)`` in [-1, 1] for probabilities; 0 for a random map, higher is better. Schulz et al.
     2020, arXiv 2001.00396 (section 4.3), and Blücher et al. 2024, arXiv 2401.06654. ``morf`` and ``lerf`` ``[S + 1]``
-    are the curves; both cost the model 2 (S + 1) passes.
+    are the curves; both together cost the model 2 S passes.
 
     Parameters
     ----------
@@ -231,11 +231,14 @@ class ABPC(Shares):
         return {**super().axis(), "curves": ["morf", "lerf"]}
 
     def measure(self, sample: MetricInputs, **options: Any) -> dict[str, Tensor]:
-        features = self.features(sample)
-        morf, lerf = (
-            self.curve(sample, features.shares(self.steps + 1, descending=descending), self.steps + 1)
-            for descending in (True, False)
-        )
+        features, steps = self.features(sample), self.steps
+        # Both curves begin with the whole image, whose logits are there, and end with the baseline, which goes through
+        # the model once. Step 0 masks nothing: without it the next one is the first.
+        whole = self.watched(sample, sample.logits, sample.target).unsqueeze(1)
+        falling, rising = (features.shares(steps + 1, descending=descending) - 1 for descending in (True, False))
+        morf = torch.cat([whole, self.curve(sample, falling, steps)], 1)
+        between = self.curve(sample, rising, steps - 1) if steps > 1 else whole[:, :0]
+        lerf = torch.cat([whole, between, morf[:, -1:]], 1)
         return {self.name: area(lerf) - area(morf), "morf": morf, "lerf": lerf}
 
 

@@ -540,3 +540,22 @@ def test_what_does_not_fit(model: nn.Module, images: Tensor, maps: Tensor) -> No
     ):
         with pytest.raises(InputError, match=problem):
             call()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_both_ends_of_abpc_are_computed_once(images: Tensor, maps: Tensor, steps: int, granularity: str) -> None:
+    model, passed = classifier(HEIGHT, WIDTH), []
+    common: dict[str, object] = {"steps": steps, "granularity": granularity, "batch_size": 4}
+    curves = {
+        name: Deletion(model, **common).update(images, TARGET, None, maps=sign * maps)["curve"]  # type: ignore[arg-type]
+        for name, sign in (("morf", 1), ("lerf", -1))
+    }
+    metric = ABPC(model, **common)  # type: ignore[arg-type]
+    metric.update(images, TARGET, None, maps=maps)
+    model.register_forward_pre_hook(lambda _, inputs: passed.append(inputs[0].shape[0]))
+    found = metric.update(images, TARGET, None, maps=maps)
+    assert sum(passed) == len(images) * 2 * steps
+    for name, curve in curves.items():
+        assert found[name].shape == curve.shape
+        torch.testing.assert_close(found[name], curve, **EXACT)
