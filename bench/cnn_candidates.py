@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ramp_fast.gemm import LinearOp
+from ramp_fast.ops._common import divide
 from ramp_fast.rules import Composite, Epsilon, Flat, Gamma, LayerRule, SameSign, WSquare, ZPlus
+from ramp_fast.rules.layer_rules import Layer, LayerContext, LayerPullback
 from ramp_fast.rules.ramp import RampHead
 
 _ZPLUS = ZPlus(0.0, zero_bias=True)
@@ -24,6 +28,51 @@ class Form(Composite):
         return (logits / self.temperature).masked_fill(positive > 0, float("-inf")).softmax(-1)
 
 
+@dataclass(frozen=True)
+class SteadyHead(LayerRule):
+    """:class:`RampHead` with the signed part divided by ``sum |p v|``.
+
+    ``sum p v`` is the class's logit less the others' mean: where the class explained is not the predicted one it is
+    negative, and dividing by it turns the map around. With ``by_softmax`` the positive evidence of the others is
+    weighted as the seed weighs them, and not by ``1 / |logit|``.
+
+    Parameters
+    ----------
+    share : float
+    by_softmax : bool
+    """
+
+    share: float = 0.3
+    by_softmax: bool = False
+
+    def pack(self, layer: Layer) -> LayerPullback:
+        """As :meth:`LayerRule.pack`."""
+        whole, positive = layer.transposed(layer.weight), layer.transposed(layer.weight.clamp_min(0))
+        return _SteadyHead(whole, positive, self)
+
+
+class _SteadyHead(LayerPullback):
+    kernel = "head"
+
+    def __init__(self, whole: LinearOp, positive: LinearOp, rule: SteadyHead) -> None:
+        super().__init__(whole, positive)
+        self.rule = rule
+
+    def __call__(self, at: LayerContext) -> Tensor:
+        c, p, z = at.coefficients(), at.x, at.z
+        whole, positive = self.functions
+        z = z.expand(c.shape)
+        others = -c.clamp_max(0) if self.rule.by_softmax else divide(torch.ones_like(z), z.abs()) * (c < 0)
+
+        def unit(function: LinearOp, s: Tensor) -> Tensor:
+            v = at.transposed(function, s).to(z.dtype)
+            total = (p * v).abs().flatten(2).sum(-1)
+            return divide(v, total.view(*total.shape, *[1] * (v.dim() - 2)).expand_as(v))
+
+        evidence = unit(positive, c.clamp_min(0)) - unit(positive, others)
+        return self.rule.share * unit(whole, c) + (1 - self.rule.share) * evidence
+
+
 def form(
     conv: LayerRule = _ZPLUS, first: LayerRule | None = None, head: LayerRule | None = None, **options: Any
 ) -> Form:
@@ -33,13 +82,21 @@ def form(
 
 CANDIDATES = {
     "head a = 0": form(head=RampHead(0.0)),
-    "head a = 0.6": form(head=RampHead(0.6)),
-    "head LRP-0": form(head=Epsilon(0.0)),
-    "T = 3": form(temperature=3.0),
     "first layer same sign": form(first=SameSign()),
-    "first layer w2": form(first=WSquare(0.0, zero_bias=True)),
+    "head a = 0, first layer same sign": form(head=RampHead(0.0), first=SameSign()),
+    "steady head": form(head=SteadyHead()),
+    "steady head a = 0.6": form(head=SteadyHead(0.6)),
+    "steady head a = 0.15": form(head=SteadyHead(0.15)),
+    "steady head, biases take": form(head=SteadyHead(), conv=ZPlus(0.0)),
+    "steady head a = 0.6, biases take": form(head=SteadyHead(0.6), conv=ZPlus(0.0)),
+    "steady head a = 0.15, biases take": form(head=SteadyHead(0.15), conv=ZPlus(0.0)),
+    "head LRP-0, biases take": form(head=Epsilon(0.0), conv=ZPlus(0.0)),
+    "steady head by softmax": form(head=SteadyHead(by_softmax=True)),
+    "steady head, first layer same sign": form(head=SteadyHead(), first=SameSign()),
+    "head LRP-0": form(head=Epsilon(0.0)),
     "convolutions same sign": form(conv=SameSign()),
     "convolutions gamma 1": form(conv=Gamma(1.0, 0.0, zero_bias=True)),
-    "convolutions gamma 0.25": form(conv=Gamma(0.25, 0.0, zero_bias=True)),
+    "T = 3": form(temperature=3.0),
+    "first layer w2": form(first=WSquare(0.0, zero_bias=True)),
     "biases take": form(conv=ZPlus(0.0)),
 }

@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -264,6 +265,7 @@ class Bench:
             return Engine(self.model, rules.Composite(layers, first={"conv": rules.ZBox(*ends)}, stabilizer=1e-6))
         return ROWS[label].format(patch=self.about.patch)
 
+    @cached_property
     def boxes(self) -> dict[str, float]:
         """The share of the picture that each photograph's box covers."""
         return {
@@ -303,7 +305,7 @@ Values = dict[tuple[str, str], float]
 
 def values(bench: Bench, label: str) -> dict[str, Values]:
     """What was computed for a row, by column."""
-    boxes = bench.boxes()
+    boxes = bench.boxes
     found: dict[str, Values] = {}
     for group in METRICS:
         for half in sorted(bench.halves):
@@ -354,7 +356,7 @@ def summary(bench: Bench, labels: list[str]) -> dict[str, Any]:
 
 def record(bench: Bench) -> dict[str, Any]:
     """What bench/results/evaluation keeps of a network."""
-    about, boxes = bench.about, bench.boxes()
+    about, boxes = bench.about, bench.boxes
     forms = [FORM + label for label in cnn_candidates.CANDIDATES]
     return {
         "network": about.title,
@@ -422,15 +424,17 @@ def shown(
 
 
 MAIN = ("srg", "insertion", "deletion", *LOCALISATION, "mosaic")
+PAIRED = ("srg", *LOCALISATION, "mosaic")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "means": lambda kept: shown(kept, MAIN),
-    "against-ramp": lambda kept: shown(kept, ("srg", *LOCALISATION, "mosaic"), against="ramp"),
-    "checks": lambda kept: shown(kept, (*METRICS["pixels"], *METRICS["checks"])),
-    "forms": lambda kept: shown(kept, ("srg", *LOCALISATION, "mosaic"), rows="forms", halves="A"),
-    "chosen": lambda kept: shown(kept, ("srg", *LOCALISATION, "mosaic"), rows="forms", halves="B"),
-    "chosen-against-abslrp": lambda kept: shown(
-        kept, ("srg", *LOCALISATION, "mosaic"), rows="forms", halves="B", against="abslrp"
-    ),
+    "means": partial(shown, columns=MAIN),
+    "against-ramp": partial(shown, columns=PAIRED, against="ramp"),
+    "checks": partial(shown, columns=(*METRICS["pixels"], *METRICS["checks"])),
+    "forms": partial(shown, columns=PAIRED, rows="forms", halves="A"),
+    "forms-against-ramp": partial(shown, columns=PAIRED, rows="forms", halves="A", against="ramp"),
+    "chosen": partial(shown, columns=PAIRED, rows="forms", halves="B"),
+    "chosen-against-ramp": partial(shown, columns=PAIRED, rows="forms", halves="B", against="ramp"),
+    "chosen-against-abslrp": partial(shown, columns=PAIRED, rows="forms", halves="B", against="abslrp"),
+    "chosen-against-gradcam": partial(shown, columns=PAIRED, rows="forms", halves="B", against="Grad-CAM"),
 }
 _BLOCK = re.compile(
     r"(<!-- bench/evaluation\.py: (\w+)/([\w-]+) -->\n)(.*?)(<!-- bench/evaluation\.py: end -->)", re.DOTALL
