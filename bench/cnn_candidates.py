@@ -29,32 +29,33 @@ class Form(Composite):
 
 
 @dataclass(frozen=True)
-class SteadyHead(LayerRule):
-    """:class:`RampHead` with the signed part divided by ``sum |p v|``.
-
-    ``sum p v`` is the class's logit less the others' mean: where the class explained is not the predicted one it is
-    negative, and dividing by it turns the map around. With ``by_softmax`` the positive evidence of the others is
-    weighted as the seed weighs them, and not by ``1 / |logit|``.
+class OtherHead(LayerRule):
+    """:class:`RampHead` in other forms.
 
     Parameters
     ----------
     share : float
+    signed : bool
+        Divide by ``sum p v`` and not by ``sum |p v|``, as ``ramp`` did at first. It is the class's logit less the
+        others' mean: where the class explained is not the predicted one it is negative, and turns the map around.
     by_softmax : bool
+        Weight the positive evidence of the others as the seed weighs them, and not by ``1 / |logit|``.
     """
 
     share: float = 0.3
+    signed: bool = False
     by_softmax: bool = False
 
     def pack(self, layer: Layer) -> LayerPullback:
         """As :meth:`LayerRule.pack`."""
         whole, positive = layer.transposed(layer.weight), layer.transposed(layer.weight.clamp_min(0))
-        return _SteadyHead(whole, positive, self)
+        return _OtherHead(whole, positive, self)
 
 
-class _SteadyHead(LayerPullback):
+class _OtherHead(LayerPullback):
     kernel = "head"
 
-    def __init__(self, whole: LinearOp, positive: LinearOp, rule: SteadyHead) -> None:
+    def __init__(self, whole: LinearOp, positive: LinearOp, rule: OtherHead) -> None:
         super().__init__(whole, positive)
         self.rule = rule
 
@@ -66,7 +67,8 @@ class _SteadyHead(LayerPullback):
 
         def unit(function: LinearOp, s: Tensor) -> Tensor:
             v = at.transposed(function, s).to(z.dtype)
-            total = (p * v).abs().flatten(2).sum(-1)
+            shares = p * v if self.rule.signed else (p * v).abs()
+            total = shares.flatten(2).sum(-1)
             return divide(v, total.view(*total.shape, *[1] * (v.dim() - 2)).expand_as(v))
 
         evidence = unit(positive, c.clamp_min(0)) - unit(positive, others)
@@ -80,23 +82,26 @@ def form(
     return Form({"conv": conv, "linear": head or RampHead()}, first=first or Flat(0.0), **options)
 
 
+_TURNING = OtherHead(signed=True)
+
 CANDIDATES = {
-    "head a = 0": form(head=RampHead(0.0)),
-    "first layer same sign": form(first=SameSign()),
-    "head a = 0, first layer same sign": form(head=RampHead(0.0), first=SameSign()),
-    "steady head": form(head=SteadyHead()),
-    "steady head a = 0.6": form(head=SteadyHead(0.6)),
-    "steady head a = 0.15": form(head=SteadyHead(0.15)),
-    "steady head, biases take": form(head=SteadyHead(), conv=ZPlus(0.0)),
-    "steady head a = 0.6, biases take": form(head=SteadyHead(0.6), conv=ZPlus(0.0)),
-    "steady head a = 0.15, biases take": form(head=SteadyHead(0.15), conv=ZPlus(0.0)),
-    "head LRP-0, biases take": form(head=Epsilon(0.0), conv=ZPlus(0.0)),
-    "steady head by softmax": form(head=SteadyHead(by_softmax=True)),
-    "steady head, first layer same sign": form(head=SteadyHead(), first=SameSign()),
+    "turning head": form(head=_TURNING),
+    "turning head, first layer same sign": form(head=_TURNING, first=SameSign()),
+    "turning head, convolutions same sign": form(head=_TURNING, conv=SameSign()),
+    "turning head, convolutions gamma 1": form(head=_TURNING, conv=Gamma(1.0, 0.0, zero_bias=True)),
+    "a = 0": form(head=RampHead(0.0)),
+    "a = 0.15": form(head=RampHead(0.15)),
+    "a = 0.3": form(head=RampHead(0.3)),
+    "a = 0.3, others by softmax": form(head=OtherHead(by_softmax=True)),
+    "a = 0.3, first layer same sign": form(head=RampHead(0.3), first=SameSign()),
+    "a = 0.15, biases take": form(head=RampHead(0.15), conv=ZPlus(0.0)),
+    "a = 0.3, biases take": form(head=RampHead(0.3), conv=ZPlus(0.0)),
+    "biases take": form(conv=ZPlus(0.0)),
     "head LRP-0": form(head=Epsilon(0.0)),
+    "head LRP-0, biases take": form(head=Epsilon(0.0), conv=ZPlus(0.0)),
+    "first layer same sign": form(first=SameSign()),
+    "first layer w2": form(first=WSquare(0.0, zero_bias=True)),
     "convolutions same sign": form(conv=SameSign()),
     "convolutions gamma 1": form(conv=Gamma(1.0, 0.0, zero_bias=True)),
     "T = 3": form(temperature=3.0),
-    "first layer w2": form(first=WSquare(0.0, zero_bias=True)),
-    "biases take": form(conv=ZPlus(0.0)),
 }

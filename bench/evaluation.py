@@ -472,7 +472,9 @@ def main() -> None:
             bench = Bench(name, loader, Path(str(folders[1])), arguments.work)
             rows = arguments.rows if arguments.search is None else [FORM + label for label in arguments.search]
             compute(bench, rows, arguments.groups, arguments.halves, arguments.count)
-            (RESULTS / f"{name}.json").write_text(json.dumps(record(bench), indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(record(bench), indent=1)
+            text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # a line each
+            (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

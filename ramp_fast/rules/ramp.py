@@ -94,16 +94,19 @@ class _Convolutions(_Form):
 class RampHead(LayerRule):
     """The last layer of a convolutional network, at pooled features ``p`` that are not negative.
 
-    From coefficients ``c`` at the logits, with ``N(v) = v / sum(p v)`` and ``u_j = 1 / |logit_j|`` where ``c_j < 0``::
+    From coefficients ``c`` at the logits, with ``N(v) = v / sum |p v|`` and ``u_j = 1 / |logit_j|`` where ``c_j < 0``::
 
         c_p = share N(W^T c) + (1 - share) (N(W+^T c+) - N(W+^T u))
+
+    (The sum of ``p v`` itself is the class's logit less the others' mean, which is negative for most classes that are
+    not predicted: it would turn their maps around.)
 
     Parameters
     ----------
     share : float
     """
 
-    share: float = 0.3
+    share: float = 0.6
 
     def __post_init__(self) -> None:
         fraction("RampHead", "share", self.share)
@@ -130,7 +133,7 @@ class _Head(LayerPullback):
 
         def unit(function: LinearOp, s: Tensor) -> Tensor:
             v = at.transposed(function, s).to(z.dtype)
-            total = (p * v).flatten(2).sum(-1)
+            total = (p * v).abs().flatten(2).sum(-1)
             return divide(v, total.view(*total.shape, *[1] * (v.dim() - 2)).expand_as(v))
 
         evidence = unit(positive, c.clamp_min(0)) - unit(positive, others)
