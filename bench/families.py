@@ -222,6 +222,8 @@ def work(
 
 
 def _described(error: Exception) -> str:
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return f"more than {MEMORY >> 30} GiB of memory"
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"error: {type(error).__name__}: {_first_line(error)} ({Path(place.filename).name}:{place.lineno})"
 
