@@ -263,9 +263,9 @@ class Engine(Explainer):
 
         Notes
         -----
-        With ``layers``, ``condition`` or ``check_conservation`` nothing is fused across the modules that are named, all
-        tokens of the last blocks are computed, and on CPUs images go through one by one: maps are those of a plain call
-        but for rounding, and take longer.
+        With ``layers`` or ``condition`` nothing is fused across the modules that are named, and all tokens of the last
+        blocks are computed: maps are those of a plain call but for rounding, and take longer. With these or with
+        ``check_conservation`` images go through one by one on CPUs.
         """
         one_of("contrast", contrast, CONTRASTS)
         one_of("normalize", normalize, NORMALIZATIONS)

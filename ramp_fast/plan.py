@@ -70,7 +70,6 @@ class Plan:
                 continue
             self.steps.append(Step(node, operation, node in carries))
         _refuse(refused)
-        self.heads = _heads(graph)
         self.fan_out = {n for n in carries if sum(u.sources.count(n) for u in users[n] if u in carries) > 1}
         self.observed = set(graph.observed.values())
         self._schedule()
@@ -184,21 +183,6 @@ def _refuse(refused: list[tuple[Node, UnsupportedModelError]]) -> None:
     lines = [f"{message} ({', '.join(dict.fromkeys(names))})" for message, names in modules.items()]
     operations = [(node.kind, node.module) for node, _ in refused]
     raise UnsupportedModelError("; ".join(lines), operations)
-
-
-def _heads(graph: Graph) -> set[Node]:
-    """The last layers with weights: where relevance of several classes meets first."""
-    heads: set[Node] = set()
-    seen = {graph.output}
-    stack = [graph.output]
-    while stack:
-        node = stack.pop()
-        if node.kind in g.WEIGHTED:
-            heads.add(node)
-            continue
-        stack.extend(n for n in node.sources if n not in seen)
-        seen.update(node.sources)
-    return heads
 
 
 def _static_constants(graph: Graph) -> set[Node]:

@@ -331,12 +331,8 @@ def recognize_group_norms(graph: Graph) -> None:
         bias = _flat_constant(summand, [channels], norm.name, before)
         eps = norm.params.eps
         grouped = copied(last)
-        grouped.name, grouped.module, grouped.operands, grouped.kwargs = (
-            f"{norm.name}_groups",
-            norm.module,
-            [source],
-            {},
-        )
+        grouped.name, grouped.module = f"{norm.name}_groups", norm.module
+        grouped.operands, grouped.kwargs = [source], {}
         grouped.kind, grouped.target = g.GROUP_NORM, aten.group_norm.default
         grouped.args = (source, groups, weight, bias, eps)
         grouped.params = p.GroupNorm(weight, bias, eps, groups)

@@ -81,8 +81,9 @@ def open_source(
     else:
         raise InputError(f"{root}: no archives of the layout {kind!r} in this folder ({', '.join(ARCHIVE_SUFFIXES)})")
     if not records:
-        first = f" ({problems[0].path}: {problems[0].message})" if problems else ""
-        raise InputError(f"{root}: no images in this folder, read as {kind!r}{first}")
+        others = [problem for problem in problems if problem.path != str(root)]
+        first = f" ({others[0].path}: {others[0].message})" if others else ""
+        raise InputError(f"{root}: no images in it, read as {kind!r}{first}")
     if layout != "flat" or labels is not None:
         records = _labelled(root, kind, records, labels, problems)
     if groups is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ramp_fast.engine import Engine
 from ramp_fast.errors import InputError
 from ramp_fast.explainer import CONTRASTS
+from ramp_fast.explainer import Attribution as Found
 from ramp_fast.rules import LayerRule, Rule
 from ramp_fast.runtime.targets import NORMALIZATIONS
 
@@ -279,16 +280,30 @@ class LRP(_Method):
             An argument is not as described.
         """
         images, classes = self._checked(inputs, target, additional_forward_args)
-        found = self.engine.attribute(
-            images, classes, "none", "none", batch_size=internal_batch_size, check_conservation=verbose
-        )
-        if verbose:
-            print(found.conservation)
+        found, explained = self._found(images, classes, internal_batch_size, verbose)
         maps = found.maps.to(images)
         result = (maps,) if isinstance(inputs, tuple) else maps
         if not return_convergence_delta:
             return result
-        return result, self.compute_convergence_delta(maps, _explained(found.logits, classes))
+        return result, self.compute_convergence_delta(maps, explained)
+
+    def _found(
+        self,
+        images: Tensor,
+        classes: int | Tensor,
+        batch_size: int | None,
+        verbose: bool,
+        layers: Sequence[str] = (),
+    ) -> tuple[Found, Tensor]:
+        """What the engine finds, in the scale of the logits, and the logits that are explained ``[N]``."""
+        found = self.engine.attribute(
+            images, classes, "none", "none", batch_size=batch_size, layers=layers, check_conservation=verbose
+        )
+        if verbose:
+            print(found.conservation)
+        if isinstance(classes, int):
+            return found, found.logits[:, classes]
+        return found, found.logits.gather(1, classes.to(found.logits.device, torch.long).view(-1, 1)).squeeze(1)
 
     def has_convergence_delta(self) -> bool:
         """True."""
@@ -372,29 +387,12 @@ class LayerLRP(LRP):
         if attribute_to_layer_input:
             raise InputError("attribute_to_layer_input: name the layer before it; its output is the input of this one")
         images, classes = self._checked(inputs, target, additional_forward_args)
-        found = self.engine.attribute(
-            images,
-            classes,
-            "none",
-            "none",
-            batch_size=internal_batch_size,
-            layers=self._names,
-            check_conservation=verbose,
-        )
-        if verbose:
-            print(found.conservation)
+        found, explained = self._found(images, classes, internal_batch_size, verbose, self._names)
         relevance = [found.layers[name].to(images) for name in self._names]
-        deltas = [self.compute_convergence_delta(r, _explained(found.logits, classes)) for r in relevance]
+        deltas = [self.compute_convergence_delta(r, explained) for r in relevance]
         if not self._several:
             return (relevance[0], deltas[0]) if return_convergence_delta else relevance[0]
         return (relevance, deltas) if return_convergence_delta else relevance
-
-
-def _explained(logits: Tensor, classes: int | Tensor) -> Tensor:
-    """The logits that were explained, ``[N]``."""
-    if isinstance(classes, int):
-        return logits[:, classes]
-    return logits.gather(1, classes.to(logits.device, torch.long).view(-1, 1)).squeeze(1)
 
 
 def _classes(target: Any, count: int) -> int | Tensor:

@@ -47,6 +47,8 @@ class Fusion:
         Of a weighted layer: relevance can only reach positive entries of its input, so that W+ is enough.
     divided : bool
         Of pools that take a largest entry: ``c`` goes to it, not ``z c``.
+    adds_classes : bool
+        Of a weighted layer: none is behind it, so that relevance of several classes is added here first.
     """
 
     fused_norm: Node | None = None
@@ -58,6 +60,7 @@ class Fusion:
     branch: Node | None = None
     positive_input: bool = False
     divided: bool = True
+    adds_classes: bool = False
 
 
 def fused_into(node: Node) -> str:

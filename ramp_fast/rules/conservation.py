@@ -94,13 +94,6 @@ class Conservation:
         first, *others = (part.c for part in parts)
         return Contribution(sum(others, first))
 
-    def without_rounding(self, part: Any, axis: BatchAxis) -> Any:
-        """Relevance below a last layer with weights, where contributions of several classes have been added.
-
-        It is zero where these cancel but for rounding, as far as that can be told.
-        """
-        return part
-
     def exact(self, x: Tensor, part: Any, axis: BatchAxis) -> Any:
         """``part`` with everything that is known of its scale applied, so that it can be put beside others."""
         return part

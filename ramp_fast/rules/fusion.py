@@ -45,12 +45,14 @@ class _Search:
         self.graph, self.options = graph, options
         self.users, self.carriers = graph.users(), graph.carriers()
         self.residual = any(n.kind == g.ADD and len(n.sources) == 2 for n in graph.nodes)
+        self.heads = _heads(graph)
 
     def fusion(self, node: Node) -> Fusion:
         found = Fusion()
         if node.kind in g.WEIGHTED:
             found.positive_input = self._positive(node.operands[0])
             found.fused_norm = self._norm_below(node)
+            found.adds_classes = node in self.heads
             if node in self._convolutions:
                 found.fused_batch_norm, total = self._convolutions[node]
                 last = total or found.fused_batch_norm
@@ -157,6 +159,21 @@ class _Search:
 
 
 _NEVER_NEGATIVE = frozenset({"relu", "sigmoid", "hardsigmoid", "abs", "square", "exp", "softplus", "sqrt", "rsqrt"})
+
+
+def _heads(graph: Graph) -> set[Node]:
+    """The last layers with weights: where relevance of several classes meets first."""
+    heads: set[Node] = set()
+    seen = {graph.output}
+    stack = [graph.output]
+    while stack:
+        node = stack.pop()
+        if node.kind in g.WEIGHTED:
+            heads.add(node)
+            continue
+        stack.extend(n for n in node.sources if n not in seen)
+        seen.update(node.sources)
+    return heads
 
 
 def never_negative(node: Node) -> bool:

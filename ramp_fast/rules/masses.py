@@ -204,9 +204,7 @@ class Masses(Conservation):
         return ops.scale_to(part.target, actual)
 
     def without_rounding(self, part: Massed, axis: BatchAxis) -> Massed:
-        """As :meth:`ramp_fast.rules.Conservation.without_rounding`: D is zero where N is a multiple of P but for
-        rounding.
-        """
+        """D is zero where N is a multiple of P but for rounding, as far as that can be told."""
         if not self.contrast:
             return part
         rows = self.rows(part.c, axis)

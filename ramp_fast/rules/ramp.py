@@ -118,8 +118,6 @@ class RampHead(LayerRule):
 
 class _Head(LayerPullback):
     kernel = "head"
-    reads_input = True
-    reads_output = True
 
     def __init__(self, whole: LinearOp, positive: LinearOp, share: float) -> None:
         super().__init__(whole, positive)

@@ -67,7 +67,7 @@ def _mask(name: str, kept: Any, shape: tuple[int, ...]) -> Tensor:
         raise InputError(
             f"condition: what is kept of {name!r} must be a channel, a list of channels or a boolean mask, got {kept!r}"
         )
-    axis = channel_axis(shape)
+    axis = _channel_axis(shape)
     if any(c >= shape[axis] for c in channels):
         raise InputError(f"condition: {name!r} has {shape[axis]} channels, from 0; got {max(channels)}")
     mask = torch.zeros(shape)
@@ -75,6 +75,6 @@ def _mask(name: str, kept: Any, shape: tuple[int, ...]) -> Tensor:
     return mask
 
 
-def channel_axis(shape: tuple[int, ...]) -> int:
+def _channel_axis(shape: tuple[int, ...]) -> int:
     """Where channels are in one sample: first in ``[C, H, W]``, last in ``[tokens, C]``."""
     return len(shape) - 1 if len(shape) == 2 else 0

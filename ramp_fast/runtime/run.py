@@ -106,9 +106,7 @@ def pull_back(plan: Plan, forward: Forward, c: Tensor, contrast: bool, inspectio
                 if inspection is not None:
                     inspection.left(step, flows, values, conservation)
             for flow in flows:
-                contribution = rule.leave(node, flow.contribution)
-                if node in plan.heads:
-                    contribution = conservation.without_rounding(contribution, flow.node.batch)
+                contribution = rule.leave(operation, flow, conservation)
                 if flow.part is None:
                     pending.setdefault(flow.node, []).append(contribution)
                 else:

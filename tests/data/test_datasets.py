@@ -401,7 +401,7 @@ class TestOpening:
             open_(picture(tmp_path / "a.png"))
         (tmp_path / "empty").mkdir()
         for layout in ("auto", "flat", "folders"):
-            with pytest.raises(InputError, match="no images in this folder"):
+            with pytest.raises(InputError, match="empty: no images in it, read as"):
                 open_(tmp_path / "empty", layout, class_names=ClassNames(2))
 
     def test_a_limit_takes_of_every_class(self, tmp_path: Path) -> None:
