@@ -151,13 +151,15 @@ ROWS = {
     "rollout": "rollout",
     **{name: name for name in ("epsilon-plus", "epsilon-alpha2-beta1", "epsilon-gamma-box", "lrp-alpha2-beta1")},
     **{name: name for name in ("excitation-backprop", "guided-backprop", "deconvnet", "gradient")},
+    **{name: name for name in ("lrp-undivided", "beta-smooth")},
 }
 COSTLY = ("integrated gradients", "SmoothGrad", "occlusion")
-# Rules of attention are LRP-0 in networks without it; the rectified gradients are the gradient in one without ReLU.
+# Rules of attention are LRP-0 in networks without it; the rectified gradients are the gradient in one without ReLU;
+# lrp-undivided refuses attention.
 LEFT_OUT = {
-    "vit": ("guided-backprop", "deconvnet"),
-    "resnet50": ("attnlrp", "cp-lrp", "rollout", "occlusion", "SmoothGrad", "ramp, T = 1"),
-    "lite0": ("attnlrp", "cp-lrp", "rollout", "occlusion", "SmoothGrad", "ramp, T = 1"),
+    "vit": ("guided-backprop", "deconvnet", "beta-smooth", "lrp-undivided"),
+    "resnet50": ("attnlrp", "cp-lrp", "rollout", "ramp, T = 1"),
+    "lite0": ("attnlrp", "cp-lrp", "rollout", "ramp, T = 1"),
 }
 
 
@@ -354,10 +356,12 @@ def summary(bench: Bench, labels: list[str]) -> dict[str, Any]:
     return made
 
 
-def record(bench: Bench) -> dict[str, Any]:
-    """What bench/results/evaluation keeps of a network."""
+def record(bench: Bench, earlier: dict[str, Any]) -> dict[str, Any]:
+    """What bench/results/evaluation keeps of a network; forms that are not in the folder stay as they were."""
     about, boxes = bench.about, bench.boxes
-    forms = [FORM + label for label in cnn_candidates.CANDIDATES]
+    labels = [FORM + label for label in cnn_candidates.CANDIDATES]
+    searched = any(bench.files(half, group, label) for half in HALVES for group in METRICS for label in labels)
+    forms = summary(bench, [*COMPARED, "Grad-CAM", *labels]) if searched else earlier.get("forms", {})
     return {
         "network": about.title,
         "torch": torch.__version__.split("+")[0],
@@ -372,7 +376,7 @@ def record(bench: Bench) -> dict[str, Any]:
         },
         "methods": {label: spec.format(patch=about.patch) for label, spec in ROWS.items() if label != spec},
         "rows": summary(bench, [label for label in ROWS if label not in LEFT_OUT[bench.name]]),
-        "forms": summary(bench, [*COMPARED, "Grad-CAM", *forms]) if bench.name != "vit" else {},
+        "forms": forms,
     }
 
 
@@ -472,9 +476,11 @@ def main() -> None:
             bench = Bench(name, loader, Path(str(folders[1])), arguments.work)
             rows = arguments.rows if arguments.search is None else [FORM + label for label in arguments.search]
             compute(bench, rows, arguments.groups, arguments.halves, arguments.count)
-            text = json.dumps(record(bench), indent=1)
+            file = RESULTS / f"{name}.json"
+            earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            text = json.dumps(record(bench, earlier), indent=1)
             text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # a line each
-            (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            file.write_text(text + "\n", encoding="utf-8")
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

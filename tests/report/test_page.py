@@ -96,8 +96,16 @@ class Page:
     def count(self, expected: str) -> None:
         playwright.expect(self.page.locator("#gallery-count")).to_have_text(expected)
 
-    def focused(self) -> str:
-        return str(self.page.evaluate("document.activeElement.querySelector('.name')?.textContent ?? ''"))
+    def has_focus(self, name: str) -> None:
+        """Wait until the cell of this image has the focus."""
+        playwright.expect(self.page.locator(":focus .name")).to_have_text(name)
+
+    def open_image(self, place: int) -> Any:
+        """Open the image of a cell, and wait for its dialog: what it shows is read from a file."""
+        self.page.locator("#cells .cell").nth(place).click()
+        dialog = self.page.locator("#image")
+        playwright.expect(dialog).to_be_visible()
+        return dialog
 
 
 @pytest.fixture
@@ -249,7 +257,7 @@ class TestGallery:
         page.page.get_by_label("Image name").fill(name)
         page.count("1 of 129 images")
         assert page.names() == [name]
-        page.page.locator("#cells .cell").click()
+        page.open_image(0)
         playwright.expect(page.page.locator("#image-name")).to_have_text(name)
         assert page.page.locator("img, script:not([src]), b").count() == 0
 
@@ -274,9 +282,9 @@ class TestKeyboard:
         page.count("129 of 129 images")
         for _ in range(40):
             press("Tab")
-            if page.focused():
+            if page.page.locator(":focus .name").count():
                 break
-        assert page.focused() == names[0]
+        page.has_focus(names[0])
         outline = page.page.evaluate(
             "(style => style.outlineStyle + ' ' + style.outlineWidth)(getComputedStyle(document.activeElement))"
         )
@@ -289,22 +297,22 @@ class TestKeyboard:
         for key, by in (("ArrowRight", 1), ("ArrowDown", across), ("ArrowLeft", -1), ("ArrowUp", -across)):
             press(key)
             place += by
-            assert page.focused() == names[place], key
+            page.has_focus(names[place])
         press("ArrowLeft")
-        assert page.focused() == names[0]
+        page.has_focus(names[0])
         press("End")
-        assert page.focused() == names[PER_PAGE - 1]
+        page.has_focus(names[PER_PAGE - 1])
         press("ArrowRight")
         page.named()
-        assert page.focused() == names[PER_PAGE]
+        page.has_focus(names[PER_PAGE])
         press("PageDown")
         page.named()
-        assert page.focused() == names[2 * PER_PAGE]
+        page.has_focus(names[2 * PER_PAGE])
         press("PageUp")
         press("Home")
         press("ArrowUp")
         page.named()
-        assert page.focused() == names[PER_PAGE - across]
+        page.has_focus(names[PER_PAGE - across])
 
     def test_one_image(self, opened: Callable[..., Page], numbers: dict[str, np.ndarray]) -> None:
         page = opened("gallery")
@@ -326,7 +334,7 @@ class TestKeyboard:
         press("Escape")
         playwright.expect(page.page.locator("#image")).to_be_hidden()
         page.named()
-        assert page.focused() == names[PER_PAGE]  # also on the page that it is on
+        page.has_focus(names[PER_PAGE])  # also on the page that it is on
 
     def test_what_an_image_shows(
         self, opened: Callable[..., Page], report: Path, numbers: dict[str, np.ndarray]
@@ -334,8 +342,7 @@ class TestKeyboard:
         page = opened("gallery")
         maps = open_maps(report.parent / "a <b>store")
         wrong = int(np.flatnonzero(numbers["label"] != numbers["predicted"])[0])
-        page.page.locator("#cells .cell").nth(wrong).click()
-        dialog = page.page.locator("#image")
+        dialog = page.open_image(wrong)
         one = maps[str(numbers["name"][wrong])]
         kinds = maps.plan.classes
         assert dialog.locator("#image-verdict").inner_text() == (
@@ -367,7 +374,7 @@ def test_photographs_below_maps(browser: Any, opened: Callable[..., Page], tmp_p
     assert first.locator("span").evaluate_all("all => all.map(e => e.className.split(' ')[0])") == ["photo", "map"]
     page.page.get_by_label("Picture").select_option("photograph")
     assert first.locator("span").evaluate_all("all => all.map(e => e.className.split(' ')[0])") == ["photo"]
-    page.page.locator("#cells .cell").first.click()
+    page.open_image(0)
     slider = page.page.locator("#image").get_by_role("slider")
     seen = "e => [...e.querySelectorAll('span')].map(s => getComputedStyle(s).opacity)"
     overlay = page.page.locator("#image figure .stack").nth(1)
@@ -411,7 +418,7 @@ CONTRASTS = """() => {
 def test_contrast(opened: Callable[..., Page], scheme: str) -> None:
     """Every text has 4.5 to 1 against what is behind it (WCAG 2.2, AA), every field's focus is seen."""
     page = opened("gallery", color_scheme=scheme)
-    page.page.locator("#cells .cell").first.click()
+    page.open_image(0)
     ground, contrasts = page.page.evaluate(CONTRASTS)
     assert (ground < 60) == (scheme == "dark")
     assert len(contrasts) > 100
@@ -451,8 +458,7 @@ def test_from_a_web_server(browser: Any, report: Path) -> None:
         origin = f"http://127.0.0.1:{server.server_port}/"
         page.page.goto(f"{origin}#gallery")
         page.named()
-        page.page.locator("#cells .cell").first.click()
-        playwright.expect(page.page.locator("#image")).to_be_visible()
+        page.open_image(0)
         page.settle()
         assert page.complaints == []
         assert all(url.startswith((origin, "data:")) for url in page.urls)
