@@ -8,8 +8,9 @@
 ``RAMP_FAST_TINY_IMAGENET`` holds Tiny ImageNet's ``wnids.txt`` and ``val/`` with boxes.
 
 Values of every photograph are kept in the folder of ``--work``, a file for each network, half, group of metrics and
-row; what is there is not computed again, so that a run may be stopped. Means, errors and paired differences go into
-bench/results/evaluation/, and from there between the marks of the page.
+row, and at the end in bench/results/evaluation/NETWORK.npz; what is in one of the two is not computed again, so that a
+run may be stopped. Means, errors and paired differences go into bench/results/evaluation/NETWORK.json, and from there
+between the marks of the page.
 
 Photographs at positions of a multiple of 5 in ``val_annotations.txt`` are never taken. Of the others, in an order drawn
 once, those are taken that the network classifies correctly; they go to halves A and B in turn. Whatever is chosen
@@ -48,7 +49,8 @@ from ramp_fast.models import load_model
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "evaluation"
 PAGE = ROOT / "docs" / "evaluation.md"
-HALVES = ("B", "A")
+SIDES = ("A", "B")  # as they are kept
+HALVES = ("B", "A")  # as they are computed
 SMALL = 0.5  # boxes that cover less of the picture say something about localisation
 COMPARED = ("ramp", "abslrp")  # rows that others are subtracted from
 FORM = "form: "  # before the names of candidates among rows
@@ -178,13 +180,29 @@ class Photographs:
 
 
 class Bench:
-    """A network with its photographs, and the folder that keeps what was computed."""
+    """A network with its photographs, and what was computed for them.
+
+    Attributes
+    ----------
+    kept : dict of str to array
+        ``positions`` of the photographs in the file of annotations, of halves A and B in turn, ``drawn`` for them; and
+        for a row ``ROW/COLUMN``, values, and ``ROW/GROUP``, whether the group was computed: ``[half, photograph]``.
+    """
 
     def __init__(self, name: str, loader: ModuleType, data: Path, work: Path) -> None:
         self.name, self.about, self.work = name, NETWORKS[name], work / name
+        self.kept: dict[str, np.ndarray] = {}
+        if self.archive.exists():
+            with np.load(self.archive) as arrays:
+                self.kept = dict(arrays)
         self.model, self.preprocessing = self.about.load(loader)
         self.engine = Engine(self.model)
         self.halves = self._photographs(data)
+
+    @property
+    def archive(self) -> Path:
+        """Where values are kept in the repository."""
+        return RESULTS / f"{self.name}.npz"
 
     def _photographs(self, data: Path) -> dict[str, Photographs]:
         kept = self.work / "photographs.json"
@@ -192,16 +210,18 @@ class Bench:
         annotations = [line.split() for line in lines]
         ids = (data / "wnids.txt").read_text().split()  # the classes of the ViT are in the file's order
         classes = ids if self.name == "vit" else ImageNetInfo("imagenet-1k").label_names()
-        if kept.exists():
-            chosen = json.loads(kept.read_text())
-        else:
-            chosen = self._chosen(data, annotations, classes)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(chosen))
-        self.accuracy: list[int] = chosen["right of"]
+        if not self.kept:
+            if kept.exists():
+                chosen = json.loads(kept.read_text())
+            else:
+                chosen = self._chosen(data, annotations, classes)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(chosen))
+            self.kept["positions"] = np.array(chosen["positions"], np.int32)
+            self.kept["drawn"] = np.array(chosen["right of"], np.int32)
 
         def half(which: int) -> Photographs:
-            positions = chosen["positions"][which::2]
+            positions = self.kept["positions"][which::2].tolist()
             found = [self._read(data, annotations[p], classes) for p in positions]
             images, targets, masks = zip(*found, strict=True)
             names = [annotations[p][0] for p in positions]
@@ -240,7 +260,8 @@ class Bench:
         """Values of one row for some photographs, unless they are there."""
         name = re.sub("[^a-z0-9.]+", "-", label.lower())
         file = self.work / half / group / name / f"{start:04}-{stop:04}.json"
-        if file.exists():
+        done = self.kept.get(f"{label}/{group}")
+        if file.exists() or (done is not None and done[SIDES.index(half), start:stop].all()):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         about, taken = self.about, self.halves[half].part(start, stop)
@@ -301,6 +322,34 @@ def compute(bench: Bench, rows: list[str], groups: list[str], halves: list[str],
                         bench.run(half, group, label, start, stop)
 
 
+def keep(bench: Bench, labels: list[str]) -> None:
+    """Take values out of the folder into the archive."""
+    for label in labels:
+        for group in METRICS:
+            for which, half in enumerate(SIDES):
+                place = {name: k for k, name in enumerate(bench.halves[half].names)}
+                for file in bench.files(half, group, label):
+                    loaded = Evaluation.load(file)
+                    at = [place[name] for name in loaded.names]
+                    if label not in loaded.results:
+                        continue  # it failed
+                    for metric, result in loaded.results[label].items():
+                        size = loaded.metrics[metric]["group"]
+                        columns = {metric: result.values[result.name]}
+                        if metric == "srg":
+                            columns |= {name: _area(result.values[curve]) for name, curve in CURVES.items()}
+                        for column, numbers in columns.items():
+                            _array(bench, f"{label}/{column}", np.float32(np.nan))[which, at[::size]] = numbers.numpy()
+                    _array(bench, f"{label}/{group}", np.False_)[which, at] = True
+    unfinished = bench.archive.with_suffix(".unfinished.npz")
+    np.savez_compressed(unfinished, **dict(sorted(bench.kept.items())))
+    unfinished.replace(bench.archive)
+
+
+def _array(bench: Bench, name: str, empty: np.generic) -> np.ndarray:
+    return bench.kept.setdefault(name, np.full((len(SIDES), bench.about.half), empty))
+
+
 Values = dict[tuple[str, str], float]
 """Of one row and column: by half, and by photograph, the first one of a mosaic."""
 
@@ -309,19 +358,14 @@ def values(bench: Bench, label: str) -> dict[str, Values]:
     """What was computed for a row, by column."""
     boxes = bench.boxes
     found: dict[str, Values] = {}
-    for group in METRICS:
-        for half in sorted(bench.halves):
-            for file in bench.files(half, group, label):
-                loaded = Evaluation.load(file)
-                for metric, result in loaded.results.get(label, {}).items():
-                    size = loaded.metrics[metric]["group"]
-                    columns = {metric: result.values[result.name]}
-                    if metric == "srg":
-                        columns |= {name: _area(result.values[curve]) for name, curve in CURVES.items()}
-                    for column, numbers in columns.items():
-                        for name, value in zip(loaded.names[::size], numbers.tolist(), strict=True):
-                            if not math.isnan(value) and (column not in LOCALISATION or boxes[name] < SMALL):
-                                found.setdefault(column, {})[half, name] = value
+    for column in (*CURVES, *(metric for metrics in METRICS.values() for metric in metrics)):
+        array = bench.kept.get(f"{label}/{column}")
+        if array is None:
+            continue
+        for half, numbers in zip(SIDES, array.tolist(), strict=True):
+            for name, value in zip(bench.halves[half].names, numbers, strict=True):
+                if not math.isnan(value) and (column not in LOCALISATION or boxes[name] < SMALL):
+                    found.setdefault(column, {})[half, name] = value
     return found
 
 
@@ -357,16 +401,16 @@ def summary(bench: Bench, labels: list[str]) -> dict[str, Any]:
 
 
 def record(bench: Bench, earlier: dict[str, Any]) -> dict[str, Any]:
-    """What bench/results/evaluation keeps of a network; forms that are not in the folder stay as they were."""
+    """What bench/results/evaluation keeps of a network; where no form was computed they stay as they were."""
     about, boxes = bench.about, bench.boxes
     labels = [FORM + label for label in cnn_candidates.CANDIDATES]
-    searched = any(bench.files(half, group, label) for half in HALVES for group in METRICS for label in labels)
+    searched = any(f"{label}/{group}" in bench.kept for group in METRICS for label in labels)
     forms = summary(bench, [*COMPARED, "Grad-CAM", *labels]) if searched else earlier.get("forms", {})
     return {
         "network": about.title,
         "torch": torch.__version__.split("+")[0],
         "photographs": {half: len(taken.names) for half, taken in bench.halves.items()},
-        "classified correctly": bench.accuracy,
+        "classified correctly": bench.kept["drawn"].tolist(),
         "boxes below half": sum(share < SMALL for share in boxes.values()),
         "mean share of these boxes": round(float(np.mean([s for s in boxes.values() if s < SMALL])), 4),
         "metrics": {
@@ -476,6 +520,7 @@ def main() -> None:
             bench = Bench(name, loader, Path(str(folders[1])), arguments.work)
             rows = arguments.rows if arguments.search is None else [FORM + label for label in arguments.search]
             compute(bench, rows, arguments.groups, arguments.halves, arguments.count)
+            keep(bench, [*ROWS, *(FORM + label for label in cnn_candidates.CANDIDATES)])
             file = RESULTS / f"{name}.json"
             earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
             text = json.dumps(record(bench, earlier), indent=1)
