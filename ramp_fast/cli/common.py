@@ -54,10 +54,10 @@ def key_value(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{key}={printable(str(error))}") from error
 
 
-def add_model_options(run: argparse.ArgumentParser) -> None:
-    """Which model, with which weights and preprocessing: what :func:`load` reads."""
+def add_model_options(run: argparse.ArgumentParser, default: str | None = "demo") -> None:
+    """Which model, with which weights and preprocessing: what :func:`load` reads, which takes None for "demo"."""
     model = run.add_argument_group("model")
-    model.add_argument("--model", default="demo", metavar="NAME", help="timm's name, or 'demo' (default)")
+    model.add_argument("--model", default=default, metavar="NAME", help="timm's name, or 'demo' (default)")
     model.add_argument("--checkpoint", metavar="FILE", help="weights: safetensors, or a state dict by torch.save")
     model.add_argument("--num-classes", type=count(1), metavar="N", help="classes of the checkpoint")
     model.add_argument("--class-names", metavar="FILE", help="text file, one name per line (default: ImageNet's)")
@@ -82,7 +82,7 @@ def load(arguments: argparse.Namespace) -> LoadedModel:
         if name == "":  # which pathlib takes for the current folder
             raise InputError(f"{option} has an empty name")
     return load_model(
-        arguments.model,
+        "demo" if arguments.model is None else arguments.model,
         arguments.checkpoint,
         num_classes=arguments.num_classes,
         class_names=arguments.class_names,
@@ -152,6 +152,21 @@ def model_settings(loaded: LoadedModel) -> dict[str, object]:
         "class_names": loaded.class_names.digest(),
         "preprocessing": loaded.preprocessing.settings(),
     }
+
+
+def state_settings(loaded: LoadedModel) -> dict[str, object]:
+    """The same, with what its weights are themselves: what a store of maps keeps of a model."""
+    from ramp_fast.pipeline.planning import weights_digest
+
+    return {**model_settings(loaded), "state_sha256": weights_digest(loaded.model)}
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """The type of I/N."""
+    number, _, count_ = text.partition("/")
+    if not (number.isdecimal() and count_.isdecimal() and 1 <= int(number) <= int(count_)):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not I/N with I from 1 to N")
+    return int(number), int(count_)
 
 
 def add_source_options(data: argparse._ArgumentGroup) -> None:

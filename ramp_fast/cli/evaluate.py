@@ -23,6 +23,7 @@ from ramp_fast.cli.common import (
     complain,
     count,
     load,
+    part_of,
     say,
     say_line,
     shows_bar,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 METHODS = ("abslrp", "ixg", "random")
 METRICS = ("gae", "deletion", "insertion")
+STORED_METRICS = ("deletion", "insertion")
+"""Of stored maps, of which GAE would need others."""
 
 FILES = ("evaluation.json", "table.csv", "values.csv")
 PLOTS = ("bars.png", "curves.png")
@@ -62,9 +65,14 @@ def add_command(commands: Any) -> None:
         metavar="SOURCE",
         help="photographs: a folder, .tar, .zip or .parquet (default: those of the demonstration)",
     )
+    run.add_argument(
+        "--maps",
+        metavar="STORE",
+        help="evaluate the maps that `ramp-fast run` has stored, of its model and images",
+    )
     run.add_argument("--out", metavar="DIR", help="folder for the results, made when missing")
     run.add_argument("--list", action="store_true", help="show the metrics and methods there are, and stop")
-    add_model_options(run)
+    add_model_options(run, default=None)
 
     what = run.add_argument_group("evaluation")
     what.add_argument(
@@ -75,7 +83,6 @@ def add_command(commands: Any) -> None:
     )
     what.add_argument(
         "--explain",
-        default="label",
         choices=["label", "predicted"],
         help="explain the class that the data say (default), where they do, or the predicted one",
     )
@@ -87,8 +94,14 @@ def add_command(commands: Any) -> None:
     how = run.add_argument_group("running")
     how.add_argument("--batch-size", type=count(1), default=16, metavar="N", help="default: 16")
     add_running_options(how)
+    how.add_argument(
+        "--shards",
+        type=part_of,
+        metavar="I/N",
+        help="with --maps: do the I-th of N parts (from 1), beside others; without it values are put together",
+    )
     how.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True, help="write plots (default)")
-    run.set_defaults(run=_evaluate, kept="what was evaluated before is in evaluation.json")
+    run.set_defaults(run=_evaluate, kept="what was evaluated before is kept")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -107,6 +120,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     check_writable(arguments.out)
     for name in FILES + (PLOTS if arguments.plots else ()):
         check_free(Path(arguments.out) / name)  # hours later would be late
+    if arguments.maps is not None:
+        return _evaluate_maps(arguments, started)
+    if arguments.shards is not None:
+        raise InputError("--shards is for the maps of a store: --maps STORE")
     device = chosen_device(arguments.device)
     loaded = load(arguments)
     from ramp_fast.data import open_data
@@ -126,7 +143,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             arguments.method or METHODS,
             seed=arguments.seed,
             batch_size=arguments.batch_size,
-            explain=arguments.explain,
+            explain=arguments.explain or "label",
         )
         try:
             _run(run, data, arguments)
@@ -141,6 +158,26 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     say(str(result), sys.stdout)
     say_line(_summary(result, len(data.problems), arguments.out, time.perf_counter() - started), sys.stdout)
     return FAILED if result.failures or data.problems or not result.images else OK
+
+
+def _evaluate_maps(arguments: argparse.Namespace, started: float) -> int:
+    from ramp_fast.cli.evaluate_maps import evaluate_store, unfinished
+
+    result = evaluate_store(arguments, arguments.metric or STORED_METRICS, _with_engine, arguments.workers)
+    missing = unfinished(arguments.maps)
+    seconds = time.perf_counter() - started
+    if result is None:
+        part = "{}/{}".format(*arguments.shards)
+        say_line(
+            f"{arguments.out}: part {part} is finished; without --shards all parts are put together ({seconds:.1f} s)",
+            sys.stdout,
+        )
+        return FAILED if missing else OK
+    if result.images:
+        _write(result, arguments)
+        say(str(result), sys.stdout)
+    say_line(_summary(result, 0, arguments.out, seconds), sys.stdout)
+    return FAILED if missing or not result.images else OK
 
 
 def _with_engine(model: torch.nn.Module, device: torch.device, shape: tuple[int, int, int]) -> Model:

@@ -9,7 +9,6 @@ import warnings
 from typing import TYPE_CHECKING
 
 from ramp_fast.cli.common import OK, complain, count, say_line, shows_bar
-from ramp_fast.cli.run import open_source_of
 from ramp_fast.errors import RampFastError
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _source(arguments: argparse.Namespace, store: StoredMaps) -> tuple[Source | None, str]:
     """The source of the photographs, or why there is none."""
-    from ramp_fast.pipeline.planning import check_source
+    from ramp_fast.pipeline.planning import check_source, source_of
 
     if not arguments.photographs:
         return None, "The report was made without photographs (--no-photographs)."
@@ -105,7 +104,7 @@ def _source(arguments: argparse.Namespace, store: StoredMaps) -> tuple[Source | 
     try:
         if path is None:
             raise RampFastError("the store does not say where its images lie")
-        source = open_source_of(store.plan.request, path)
+        source = source_of(store.plan.request, path)
         check_source(store.plan, store.images, source, arguments.store)
     except RampFastError as error:
         if arguments.source is not None:

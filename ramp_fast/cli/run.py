@@ -26,12 +26,13 @@ from ramp_fast.cli.common import (
     complain,
     count,
     load,
-    model_settings,
+    part_of,
     rule_settings,
     say,
     say_line,
     shows_bar,
     source_options,
+    state_settings,
 )
 from ramp_fast.errors import InputError
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from ramp_fast.results.map_writer import MapWriter
     from ramp_fast.results.maps import ImageLine, Plan
 
-__all__ = ["add_command", "add_decoding_options", "job_for", "make_engine", "open_source_of"]
+__all__ = ["add_command", "add_decoding_options", "job_for", "make_engine"]
 
 NAMED_FAILURES = 20
 """How many failures the summary names; ``failures.csv`` has all."""
@@ -106,7 +107,7 @@ def add_command(commands: Any) -> None:
     add_decoding_options(how)
     how.add_argument(
         "--shards",
-        type=_part,
+        type=part_of,
         metavar="I/N",
         help="do the I-th of N parts (from 1), beside other runs on the same store: on other devices or machines",
     )
@@ -122,14 +123,6 @@ def add_command(commands: Any) -> None:
     run.set_defaults(run=_run, kept="finished shards are kept, the same command goes on from there")
 
 
-def _part(text: str) -> tuple[int, int]:
-    """The type of I/N."""
-    number, _, count_ = text.partition("/")
-    if not (number.isdecimal() and count_.isdecimal() and 1 <= int(number) <= int(count_)):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not I/N with I from 1 to N")
-    return int(number), int(count_)
-
-
 def add_decoding_options(how: argparse._ArgumentGroup) -> None:
     """Batches, devices, processes."""
     how.add_argument(
@@ -139,7 +132,7 @@ def add_decoding_options(how: argparse._ArgumentGroup) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ramp_fast.pipeline.planning import check_request, check_source
+    from ramp_fast.pipeline.planning import check_request, check_source, source_of
     from ramp_fast.results.map_writer import MapWriter
     from ramp_fast.results.maps import read_images
 
@@ -151,7 +144,7 @@ def _run(arguments: argparse.Namespace) -> int:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         if store.plan is not None:
             check_request(store.plan, request, arguments.out)
-        source = open_source_of(request, arguments.source)
+        source = source_of(request, arguments.source)
         plan, loaded = _planned(store, arguments, request, source)
         images = read_images(arguments.out)
         other = check_source(plan, images, source, arguments.out)
@@ -199,7 +192,7 @@ def _on_ray(arguments: argparse.Namespace, plan: Plan, todo: Sequence[int]) -> T
 
 def _part_on_ray(arguments: argparse.Namespace, part: tuple[int, int], shards: Iterator[int]) -> None:
     """What a worker on a cluster does."""
-    from ramp_fast.pipeline.planning import check_source
+    from ramp_fast.pipeline.planning import check_source, source_of
     from ramp_fast.results.map_writer import MapWriter
     from ramp_fast.results.maps import read_images
 
@@ -209,7 +202,7 @@ def _part_on_ray(arguments: argparse.Namespace, part: tuple[int, int], shards: I
         plan = store.plan
         assert plan is not None
         images = read_images(arguments.out)
-        source = open_source_of(request, arguments.source)
+        source = source_of(request, arguments.source)
         check_source(plan, images, source, arguments.out)
         loaded = load(arguments)
         _check_loaded(plan, arguments, loaded)
@@ -286,14 +279,6 @@ def _file_digest(option: str, path: str | None) -> str | None:
         raise InputError(f"{option} {path}: cannot be read: {reason(error)}") from error
 
 
-def open_source_of(request: Mapping[str, Any], path: str) -> Source:
-    """The source of a request, at a path that may be another one than it was asked for with."""
-    from ramp_fast.data import open_source
-
-    options = {name: request[name] for name in ("layout", "split", "limit")}
-    return open_source(path, labels=request["paths"]["labels"], targets=request["class_of"], **options)
-
-
 def _make_plan(
     store: MapWriter, arguments: argparse.Namespace, request: dict[str, Any], loaded: LoadedModel, source: Source
 ) -> Plan:
@@ -310,7 +295,7 @@ def _make_plan(
     targets = Targets.parse(arguments.targets, len(loaded.class_names))
     plan, images = make_plan(
         request,
-        _settings(loaded),
+        state_settings(loaded),
         loaded,
         source,
         _labels(arguments, source, loaded, needed=targets.needs_labels()),
@@ -334,16 +319,10 @@ def _labels(arguments: argparse.Namespace, source: Source, loaded: LoadedModel, 
         return None
 
 
-def _settings(loaded: LoadedModel) -> dict[str, object]:
-    from ramp_fast.pipeline.planning import weights_digest
-
-    return {**model_settings(loaded), "state_sha256": weights_digest(loaded.model)}
-
-
 def _check_loaded(plan: Plan, arguments: argparse.Namespace, loaded: LoadedModel) -> None:
     from ramp_fast.pipeline.planning import check_settings
 
-    check_settings(plan, _settings(loaded), arguments.out)
+    check_settings(plan, state_settings(loaded), arguments.out)
 
 
 def _check_contents(store: MapWriter, source: Source, images: Sequence[int], out: str) -> None:
@@ -374,8 +353,7 @@ def _check_contents(store: MapWriter, source: Source, images: Sequence[int], out
 def _unfinished(store: MapWriter, retry: bool) -> list[int]:
     assert store.plan is not None
     finished = store.stored.finished()
-    number, count_ = store.part or (1, 1)
-    own = range(number - 1, store.plan.shards, count_)
+    own = store.own_shards(store.plan.shards)
     return [shard for shard in own if shard not in finished or (retry and store.failed(shard))]
 
 
@@ -536,8 +514,7 @@ def _about_run(job: Job, started: str) -> dict[str, Any]:
 def _finished_images(store: MapWriter) -> int:
     """Those of this run's shards, with what failed."""
     assert store.plan is not None
-    number, count_ = store.part or (1, 1)
-    return sum(len(store.plan.range(shard)) for shard in range(number - 1, store.plan.shards, count_))
+    return sum(len(store.plan.range(shard)) for shard in store.own_shards(store.plan.shards))
 
 
 def _finish(

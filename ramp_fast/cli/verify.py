@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ramp_fast.cli.common import FAILED, OK, complain, count, say_line
-from ramp_fast.cli.run import add_decoding_options, job_for, open_source_of
+from ramp_fast.cli.run import add_decoding_options, job_for
 
 if TYPE_CHECKING:
     from ramp_fast.results.map_writer import MapWriter
@@ -85,11 +85,11 @@ def _compare(arguments: argparse.Namespace, store: MapWriter, plan: Plan, chosen
     """Attribute images once more: the largest relative distance of a map, and how many are others."""
     import numpy as np
 
-    from ramp_fast.pipeline.planning import check_source
+    from ramp_fast.pipeline.planning import check_source, source_of
     from ramp_fast.results.maps import decoded, read_images
 
     request = plan.request
-    source = open_source_of(request, arguments.source or request["paths"]["source"])
+    source = source_of(request, arguments.source or request["paths"]["source"])
     images = read_images(store.folder)
     check_source(plan, images, source, arguments.store)
     labels = [-1 if image.label is None else image.label for image in images]

@@ -86,7 +86,7 @@ class Evaluator:
         positive("Evaluator", "first_image", first_image, least=0)
         self.explain, self.strict = explain, strict
         self._templates = {
-            label: _metric(spec, model, seed, batch_size) for label, spec in labelled(metrics, "metric").items()
+            label: made_metric(spec, model, seed, batch_size) for label, spec in labelled(metrics, "metric").items()
         }
         self._noticed: list[str] = []  # of the model, by any of the metrics: said once
         given = labelled(methods, "method")
@@ -152,19 +152,16 @@ class Evaluator:
             method: {label: m.compute() for label, m in metrics.items() if m.images_seen}
             for method, metrics in self._metrics.items()
         }
-        described = {
-            label: {
-                "higher_is_better": m.higher_is_better,
-                "settings": m.settings(),
-                "group": m.group,
-                "axis": m.axis(),
-            }
-            for label, m in self._templates.items()
-        }
         left_out = {label: waiting[0].shape[0] for label, waiting in self._waiting.items() if waiting[0].shape[0]}
         names = self._names if len(self._names) >= self._images else []
         return Evaluation(
-            results, described, dict(self._failures), list(names), self._images, left_out, dict(self._seconds)
+            results,
+            described(self._templates),
+            dict(self._failures),
+            list(names),
+            self._images,
+            left_out,
+            dict(self._seconds),
         )
 
     @property
@@ -363,7 +360,27 @@ def labelled(given: Any, what: str) -> dict[str, Any]:
     return dict(zip(labels, given, strict=True))
 
 
-def _metric(spec: str | Metric, model: Model, seed: int, batch_size: int | None) -> Metric:
+def described(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
+    """What an :class:`Evaluation` says of metrics."""
+    return {
+        label: {
+            "higher_is_better": metric.higher_is_better,
+            "settings": metric.settings(),
+            "group": metric.group,
+            "axis": metric.axis(),
+        }
+        for label, metric in metrics.items()
+    }
+
+
+def made_metric(spec: str | Metric, model: Model, seed: int, batch_size: int | None) -> Metric:
+    """A metric by its name with settings, or as it is given.
+
+    Raises
+    ------
+    InputError
+        It is neither, or one of another model.
+    """
     if isinstance(spec, Metric):
         if spec.model is not module_of(model):
             raise InputError(f"the metric {spec.name} is one of another model")

@@ -72,13 +72,15 @@ class Evaluation:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table: a row for each method and metric, with mean, standard error and count."""
+        """The table: a row for each method and metric, with mean, its standard error and 95 % interval, and count."""
         return [
             {
                 "method": method,
                 "metric": metric,
                 "mean": result.mean,
                 "standard_error": result.standard_error,
+                "low_95": result.confidence_interval[0],
+                "high_95": result.confidence_interval[1],
                 "count": result.count,
                 "higher_is_better": self.metrics[metric]["higher_is_better"],
             }

@@ -456,6 +456,7 @@ class Sufficiency(Metric):
 
     name = "sufficiency"
     higher_is_better = True
+    compares_images = True
 
     def __init__(
         self,

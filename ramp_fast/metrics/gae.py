@@ -86,6 +86,7 @@ class GAE(Metric):
     name = "gae"
     higher_is_better = True
     uses_maps = False
+    asks_method = True
     group = TILES
 
     def __init__(

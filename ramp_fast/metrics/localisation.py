@@ -280,6 +280,7 @@ class GridPointingGame(Metric):
     name = "grid_pointing_game"
     higher_is_better = True
     uses_maps = False
+    asks_method = True
 
     def __init__(self, model: Model, *, side: int = 2, seed: int = 0, batch_size: int | None = None) -> None:
         super().__init__(model, seed=seed, batch_size=batch_size)

@@ -19,6 +19,7 @@ class _Randomisation(Metric):
     """Compares maps with those of something else."""
 
     higher_is_better = False
+    asks_method = True
 
     def __init__(
         self, model: Model, similarity: str, *, sign: Sign, seed: int = 0, batch_size: int | None = None

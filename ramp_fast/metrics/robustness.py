@@ -18,6 +18,7 @@ class _Sensitivity(Metric):
     """Relative changes of maps under noise, ``[N, samples]``, and what a subclass makes of them."""
 
     higher_is_better = False
+    asks_method = True
 
     def __init__(
         self,

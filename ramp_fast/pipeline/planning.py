@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ramp_fast.data.locations import WholeFile
 from ramp_fast.data.records import Source
+from ramp_fast.data.sources import open_source
 from ramp_fast.errors import InputError
 from ramp_fast.results.map_writer import images_digest
 from ramp_fast.results.maps import ImageLine, Plan
@@ -22,10 +23,25 @@ if TYPE_CHECKING:
     from ramp_fast.models import LoadedModel
     from ramp_fast.pipeline.targets import Targets
 
-__all__ = ["check_request", "check_settings", "check_source", "image_lines", "make_plan", "weights_digest"]
+__all__ = [
+    "check_request",
+    "check_settings",
+    "check_source",
+    "differences",
+    "image_lines",
+    "make_plan",
+    "source_of",
+    "weights_digest",
+]
 
 PATHS = "paths"
 """The entry of a request that says where things lay, and decides nothing."""
+
+
+def source_of(request: Mapping[str, Any], path: str) -> Source:
+    """The source of a request, at a path that may be another one than it was asked for with."""
+    options = {name: request[name] for name in ("layout", "split", "limit")}
+    return open_source(path, labels=request[PATHS]["labels"], targets=request["class_of"], **options)
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -129,7 +145,7 @@ def check_request(plan: Plan, request: Mapping[str, Any], folder: str) -> None:
     StoreError
         It says what differs.
     """
-    _refuse_differences(plan.request, request, folder)
+    _refuse(differences(plan.request, request), folder)
 
 
 def check_settings(plan: Plan, settings: Mapping[str, Any], folder: str) -> None:
@@ -140,18 +156,27 @@ def check_settings(plan: Plan, settings: Mapping[str, Any], folder: str) -> None
     StoreError
         It says what differs.
     """
-    _refuse_differences(plan.settings, settings, folder)
+    _refuse(differences(plan.settings, settings), folder)
 
 
-def _refuse_differences(there: Mapping[str, Any], here: Mapping[str, Any], folder: str) -> None:
-    here = _plain(here)
-    found = [
-        f"{name} is {_shown(there.get(name))} there and {_shown(here.get(name))} here"
-        for name in sorted({*there, *here})
-        if name != PATHS and there.get(name) != here.get(name)
-    ]
+def _refuse(found: Sequence[str], folder: str) -> None:
     if found:
         raise StoreError(f"{folder} holds maps of another run: {'; '.join(found)}; choose another --out")
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """In which entries what a plan says and what is asked for are not the same, in words; where things lie is none."""
+    here = _plain(here)
+    found: list[str] = []
+    for name in sorted({*there, *here}):
+        before, now = there.get(name), here.get(name)
+        if name == PATHS or before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += [f"{name}.{inner}" for inner in differences(before, now)]
+        else:
+            found.append(f"{name} is {_shown(before)} there and {_shown(now)} here")
+    return found
 
 
 def check_source(plan: Plan, images: Sequence[ImageLine], source: Source, folder: str) -> list[int]:

@@ -20,6 +20,7 @@ from ramp_fast.data.decoders import Decoded, Decoders
 from ramp_fast.data.locations import Location
 from ramp_fast.errors import RampFastError
 from ramp_fast.pipeline.encoding import encode
+from ramp_fast.pipeline.normalising import Normaliser
 from ramp_fast.pipeline.targets import Engine, Targets
 from ramp_fast.results.map_writer import MapWriter, ShardWriter
 from ramp_fast.results.maps import Plan
@@ -134,8 +135,7 @@ class Job:
         self.labels: npt.NDArray[np.int32] = np.asarray(labels, np.int32)
         self.device, self.targets, self.contrast, self.normalize = device, targets, contrast, normalize
         self.on_failure = on_failure
-        self._mean = torch.tensor([float(v) for v in mean], device=device).view(-1, 1, 1)
-        self._std = torch.tensor([float(v) for v in std], device=device).view(-1, 1, 1)
+        self.normalised = Normaliser(mean, std, device)
         self._together = decoders.batch_size  # images that go through the engine at a time: fewer where memory is short
         self.tally = Tally()
 
@@ -252,15 +252,6 @@ class Job:
         found = self.engine.attribute(images, target=target, contrast=self.contrast, normalize=self.normalize)
         values, scale, finite = encode(found.maps, self.plan.dtype, self.plan.channels)
         return _Explained(values, scale, finite, found.target, found.logits.to(torch.float32))
-
-    def normalised(self, pixels: Tensor) -> Tensor:
-        """Images as the model takes them: uint8 ``[B, H, W, 3]`` -> float32 ``[B, 3, H, W]`` on the device.
-
-        With the operations of timm's transform, in their order: the same bits.
-        """
-        pixels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        images = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return images.div_(255).sub_(self._mean).div_(self._std)
 
     def _make_room(self) -> None:
         """Give back what the device's memory holds for larger batches."""

@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -19,8 +18,6 @@ from ramp_fast._files import reason
 from ramp_fast.results.maps import (
     FAILURES,
     IMAGES,
-    JOURNAL,
-    JOURNALS,
     MAPS,
     PLAN,
     RUNS,
@@ -28,23 +25,13 @@ from ramp_fast.results.maps import (
     JournalLine,
     Plan,
     StoredMaps,
-    read_journal,
-    read_journals,
 )
-from ramp_fast.results.store import StoreError, check_writable, fingerprint, remove_leftovers, temporary_name
+from ramp_fast.results.shard_folder import BusyError, ShardFolder, reported, sync_folder, write_whole
+from ramp_fast.results.store import StoreError, fingerprint, temporary_name
 from ramp_fast.results.tables import csv_text
 from ramp_fast.results.zarr_files import ArraySpec, group_document, shard_index
 
 __all__ = ["BusyError", "MapWriter", "ShardWriter", "images_digest"]
-
-LOCKS = "locks"
-"""Files that processes lock; nothing is in them that matters."""
-
-_OWN = frozenset({PLAN, IMAGES, MAPS, FAILURES, RUNS, LOCKS})
-
-
-class BusyError(StoreError):
-    """Another run is writing the store."""
 
 
 def images_digest(images: Sequence[ImageLine]) -> str:
@@ -62,100 +49,50 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-class MapWriter:
-    """The store that a run writes; a context manager, which holds its lock.
+class MapWriter(ShardFolder):
+    """The store that a run writes; see :class:`ramp_fast.results.shard_folder.ShardFolder`."""
 
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        Made when missing.
-    part : (int, int), optional
-        (I, N): this run does the I-th of N parts (from 1), beside others, also on other machines. Each has a journal of
-        its own. Without it there may be no other run.
+    what = "store of maps"
+    plan_name = PLAN
+    own = frozenset({PLAN, IMAGES, MAPS, FAILURES, RUNS})
+    plan: Plan | None = None
 
-    Raises
-    ------
-    BusyError
-        Another run is writing it.
-    StoreError
-        It cannot be written to, or holds something else.
-    """
+    def places(self) -> Iterable[Path]:
+        return self.folder, self.folder / MAPS, *(self.folder / MAPS).glob("*/")
 
-    def __init__(self, folder: str | Path, part: tuple[int, int] | None = None) -> None:
-        self.folder, self.part = Path(folder), part
-        check_writable(folder)
-        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-        foreign = [name for name in names if name not in _OWN and not Path(name).match(JOURNALS)]
-        if PLAN not in names and foreign:
-            raise StoreError(f"{folder} holds other files ({foreign[0]}) and no store of maps: choose another --out")
-        self._locks: list[IO[str]] = []
-        self._journal_path = self.folder / (JOURNAL if part is None else f"journal-{part[0]}-of-{part[1]}.jsonl")
-        self.plan: Plan | None = None
-        try:
-            self._locks.append(_locked(self.folder / LOCKS / "run", shared=part is not None))
-            if part is not None:
-                self._locks.append(_locked(self.folder / LOCKS / f"{part[0]}-of-{part[1]}"))
-            for path in [self._journal_path] if part is not None else sorted(self.folder.glob(JOURNALS)):
-                _cut(path, read_journal(path)[1])
-            for place in (self.folder, self.folder / MAPS, *(self.folder / MAPS).glob("*/")):
-                remove_leftovers(place)
-            self.look()
-        except BaseException:
-            self.close()
-            raise
+    def _enter(self) -> None:
+        self.look()
 
     def look(self) -> Plan | None:
         """Read the plan, if there is one, and the journals: other parts may have written them."""
-        self._journal = read_journals(self.folder)
+        self.read_journals()
         if (self.folder / PLAN).exists():
             self.plan = Plan.read(self.folder)
             if _digest(self.folder / IMAGES) != self.plan.images_digest:
                 raise StoreError(f"{self.folder / IMAGES}: damaged: its hash is not the one in {PLAN}")
         return self.plan
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait until no other part is in here: while a plan is made, or what concerns all parts is written."""
-        with _locked(self.folder / LOCKS / "plan", wait=True):
-            yield
-
-    def __enter__(self) -> MapWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let others write it."""
-        for lock in self._locks:
-            lock.close()  # the lock goes with it; the file stays, for removing it would race with another run
-        self._locks = []
-
     def create(self, plan: Plan, images: Sequence[ImageLine]) -> None:
         """Write a plan; it comes last, so that a store with a plan has all that belongs to it."""
         maps = self.folder / MAPS
         lines = "".join(image.text() for image in images)
-        with _reported(self.folder):
-            _write_whole(self.folder / IMAGES, lines.encode())
+        with reported(self.folder):
+            write_whole(self.folder / IMAGES, lines.encode())
             attributes = {
                 "software": "ramp_fast",
                 "relevance": "maps * scale",
                 "names": f"../{IMAGES}, in this order",
             }
-            _write_whole(maps / "zarr.json", group_document(attributes).encode())
+            write_whole(maps / "zarr.json", group_document(attributes).encode())
             for spec in plan.arrays.values():
                 document = spec.document(plan.count, plan.shard_size)
-                _write_whole(maps / spec.name / "zarr.json", document.encode())
-            _write_whole(self.folder / PLAN, (json.dumps(plan.document(), indent=1) + "\n").encode())
+                write_whole(maps / spec.name / "zarr.json", document.encode())
+            write_whole(self.folder / PLAN, (json.dumps(plan.document(), indent=1) + "\n").encode())
         self.plan = plan
 
     def failed(self, shard: int) -> Mapping[int, str]:
         """Images of a finished shard that failed, by place within it."""
         return self._journal[shard].failed
-
-    def turn(self, shard: int) -> int:
-        """How often a shard has been finished before."""
-        return self._journal[shard].turn + 1 if shard in self._journal else 0
 
     def writer(self, shard: int) -> ShardWriter:
         """What writes a shard."""
@@ -175,8 +112,8 @@ class MapWriter:
             with contextlib.suppress(OSError):
                 if path.read_bytes() == data:
                     return
-            with _reported(self.folder):
-                _write_whole(path, data)
+            with reported(self.folder):
+                write_whole(path, data)
 
     @staticmethod
     def _shown(name: str) -> str:
@@ -184,27 +121,8 @@ class MapWriter:
 
     def append_run(self, about: Mapping[str, Any]) -> None:
         """Add a line to ``runs.jsonl``."""
-        with _reported(self.folder), open(self.folder / RUNS, "a", encoding="utf-8") as file:
+        with reported(self.folder), open(self.folder / RUNS, "a", encoding="utf-8") as file:
             file.write(json.dumps(about) + "\n")
-
-    def commit(self, line: JournalLine) -> None:
-        """Name a finished shard in the journal, for good."""
-        path = self._journal_path
-        with _reported(self.folder):
-            created = not path.exists()
-            with open(path, "ab") as file:
-                before = file.tell()
-                try:
-                    file.write(line.text().encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-                except BaseException:
-                    with contextlib.suppress(OSError):
-                        os.truncate(path, before)
-                    raise
-            if created:
-                _sync_folder(self.folder)
-        self._journal[line.shard] = line
 
 
 class ShardWriter:
@@ -244,7 +162,7 @@ class ShardWriter:
         if bad:
             values = values.copy()
             values[bad] = self._maps.fill
-        with _reported(self.store.folder):
+        with reported(self.store.folder):
             if self._file is None:
                 self._file = open(self._path, "xb")  # noqa: SIM115  # closed by finish or abandon
             data = values.reshape(-1).view(np.uint8).data
@@ -266,19 +184,19 @@ class ShardWriter:
         assert self._written == len(self._images)
         folder = self.store.folder / MAPS
         index = shard_index(self._plan.shard_size, self._written, self._maps.item_bytes)
-        with _reported(self.store.folder):
+        with reported(self.store.folder):
             self._digest.update(index)
             self._file.write(index)
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._path, folder / self._maps.file(self.shard))
-            _sync_folder(folder / self._maps.name)
+            sync_folder(folder / self._maps.name)
             digests = {self._maps.name: self._digest.hexdigest()}
             for name, array in self._rest.items():
                 data = array.tobytes()
                 digests[name] = hashlib.sha256(data).hexdigest()
-                _write_whole(folder / self._specs[name].file(self.shard), data)
+                write_whole(folder / self._specs[name].file(self.shard), data)
         self.store.commit(JournalLine(self.shard, digests, self._failed, self.store.turn(self.shard)))
         return self._failed
 
@@ -307,76 +225,3 @@ def check_file(path: Path, spec: ArraySpec, plan: Plan, shard: int, digest: str)
     if size != wanted:
         return f"damaged: {size} bytes, not {wanted}"
     return None if found.hexdigest() == digest else "damaged: its SHA-256 is not the journal's"
-
-
-@contextmanager
-def _reported(folder: Path) -> Iterator[None]:
-    """Say what cannot be written as an error of this package."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            f"cannot write to {folder}: {reason(error)}; what is finished is kept, the same command goes on from there"
-        ) from error
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """A file that has its name only when all of it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / temporary_name()
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    if os.name == "nt":  # where folders cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _cut(path: Path, whole: int) -> None:
-    """Remove the torn end of a journal, so that the next line begins as one."""
-    with contextlib.suppress(FileNotFoundError):
-        if path.stat().st_size > whole:
-            os.truncate(path, whole)
-
-
-def _locked(path: Path, *, shared: bool = False, wait: bool = False) -> IO[str]:
-    """An open file that no other process has locked; the lock goes with the process, however it ends."""
-    try:
-        path.parent.mkdir(exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  # it stays open while the lock is held
-    except OSError as error:
-        raise StoreError(f"cannot write to {path.parent}: {reason(error)}") from error
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return file
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-        file.seek(0)
-        who = file.read(200).strip()
-        file.close()
-        store = path.parent.parent
-        raise BusyError(f"{store} is being written by another run ({who or 'unknown'}): wait for it") from error
-    except OSError:  # a file system without locks: shards are written whole all the same
-        return file
-    if not shared and not wait:
-        file.truncate(0)
-        file.write(f"process {os.getpid()}")
-        file.flush()
-    return file

@@ -45,6 +45,7 @@ SHEET_PREFIX = "report-"
 JSON_HEAD = '{"software": "' + SOFTWARE + '"'
 
 CSV_HEADERS = (
+    "method,metric,mean,standard_error,low_95,high_95,count,higher_is_better",
     "method,metric,mean,standard_error,count,higher_is_better",
     "method,metric,entry,image,value",
 )

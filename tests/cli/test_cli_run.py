@@ -477,3 +477,102 @@ def test_killed_at_random_moments(command: Callable[..., list[str]], tmp_path: P
                 kills += 1
         assert contents(out) == contents("whole")
         stores += 1
+
+
+class TestEvaluateMaps:
+    """``ramp-fast evaluate --maps`` of what the run has stored."""
+
+    @pytest.fixture
+    def evaluate(self, run: Callable[..., int], tmp_path: Path) -> Callable[..., int]:
+        assert run() == 0
+        fixed = ("--maps", tmp_path / "s", "--out", tmp_path / "e", "--metric", "deletion:steps=2", "--no-plots")
+        return lambda *more: cli.main([str(a) for a in ("evaluate", *fixed, "--workers", 0, *more)])
+
+    def test_model_and_images_are_the_stores(
+        self, evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        capsys.readouterr()
+        assert evaluate() == 0
+        out = capsys.readouterr().out
+        assert "abslrp" in out
+        assert f"{tmp_path}/e: 9 images (" in out
+        header, row = (tmp_path / "e" / "table.csv").read_text().splitlines()
+        found = dict(zip(header.split(","), row.replace('"', "").split(","), strict=True))
+        assert found["count"] == "9"
+        assert float(found["low_95"]) < float(found["mean"]) < float(found["high_95"])
+        assert len((tmp_path / "e" / "values.csv").read_text().splitlines()) == 10
+        before = (tmp_path / "e" / "evaluation.json").read_bytes()
+        assert evaluate() == 0
+        assert (tmp_path / "e" / "evaluation.json").read_bytes() == before
+
+    def test_parts(self, evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for part in ("2/2", "1/2"):
+            assert evaluate("--shards", part) == 0
+            assert f"part {part} is finished; without --shards all parts are put together" in capsys.readouterr().out
+        assert not (tmp_path / "e" / "table.csv").exists()
+        assert evaluate() == 0
+        assert (tmp_path / "e" / "table.csv").exists()
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (("--metric", "gae"), "gae needs maps of other images, classes or models"),
+            (("--method", "ixg"), "--method and --maps are two ways"),
+            (("--explain", "label"), "--explain: the maps of a store are those of the classes it was made for"),
+            (("--limit", 3), "--limit: the plan of the store says how its source is read"),
+            (("--layout", "flat"), "--layout: the plan of the store says"),
+            (
+                ("--mean", 0.1, 0.2, 0.3),
+                "another model: preprocessing.mean is [0.5, 0.5, 0.5] there and [0.1, 0.2, 0.3] here",
+            ),
+            (("--maps", "nowhere"), "nowhere: no such folder"),
+            (("--data", "."), "the source has changed since the plan"),
+        ],
+    )
+    def test_what_is_refused(
+        self,
+        evaluate: Callable[..., int],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        more: tuple[Any, ...],
+        message: str,
+    ) -> None:
+        (tmp_path / "other" / "0").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "other" / "0" / "a.png")
+        monkeypatch.chdir(tmp_path / "other")
+        assert evaluate(*more) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "e" / "values").exists()
+
+    def test_other_weights(
+        self,
+        evaluate: Callable[..., int],
+        checkpoint: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        state = safetensors.torch.load_file(checkpoint)
+        moved = tmp_path / "moved.safetensors"
+        safetensors.torch.save_file(state, moved)
+        assert evaluate("--checkpoint", moved) == 0
+        state["head.bias"] += 1
+        safetensors.torch.save_file(state, moved)
+        assert evaluate("--checkpoint", moved) == 2
+        said = capsys.readouterr().err
+        assert "holds maps of another model: state_sha256 is" in said
+        assert "weights is" in said
+
+    def test_an_unfinished_store(
+        self, evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        journal = tmp_path / "s" / "journal.jsonl"
+        journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:1]))
+        assert evaluate() == 2
+        said = capsys.readouterr()
+        assert "2 of 3 shards have no maps yet and are not evaluated" in said.err
+        assert f"{tmp_path}/e: 4 images (" in said.out
+
+    def test_shards_need_a_store(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["evaluate", "--out", str(tmp_path / "e"), "--shards", "1/2", "--no-plots"]) == 2
+        assert "--shards is for the maps of a store" in capsys.readouterr().err

@@ -404,3 +404,30 @@ def test_specs() -> None:
         parse_spec("road:3")
     with pytest.raises(InputError, match="nested too deeply"):
         parse_spec("road:noise=" + "-" * 20000 + "1")
+
+
+@pytest.mark.parametrize(
+    ("count", "quantile"),  # of Student's distribution with count - 1 degrees of freedom, from tables
+    [(2, 12.706), (3, 4.303), (4, 3.182), (6, 2.571), (11, 2.228), (31, 2.042), (1001, 1.962), (10**6, 1.95997)],
+)
+def test_confidence_interval(count: int, quantile: float) -> None:
+    values = torch.cat([torch.zeros(count // 2), torch.ones(count - count // 2), torch.full((3,), torch.nan)]).double()
+    result = Result("m", {"m": values})
+    low, high = result.confidence_interval
+    assert (low + high) / 2 == pytest.approx(result.mean)
+    assert (high - low) / 2 == pytest.approx(quantile * result.standard_error, rel=1.5e-3)
+
+
+def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
+    draw = torch.Generator().manual_seed(0)
+    inside = 0
+    for _ in range(2000):
+        low, high = Result("m", {"m": torch.randn(8, generator=draw).double() + 3}).confidence_interval
+        inside += low < 3 < high
+    assert 0.935 < inside / 2000 < 0.965
+
+
+def test_one_value_has_no_interval() -> None:
+    low, high = Result("m", {"m": torch.ones(1)}).confidence_interval
+    assert math.isnan(low)
+    assert math.isnan(high)
