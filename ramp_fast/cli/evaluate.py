@@ -101,7 +101,7 @@ def add_command(commands: Any) -> None:
         help="with --maps: do the I-th of N parts (from 1), beside others; without it values are put together",
     )
     how.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True, help="write plots (default)")
-    run.set_defaults(run=_evaluate, kept="what was evaluated before is kept")
+    run.set_defaults(run=_evaluate, kept="what was evaluated before is in evaluation.json")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -163,6 +163,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _evaluate_maps(arguments: argparse.Namespace, started: float) -> int:
     from ramp_fast.cli.evaluate_maps import evaluate_store, unfinished
 
+    arguments.kept = "finished shards are kept, the same command goes on from there"
     result = evaluate_store(arguments, arguments.metric or STORED_METRICS, _with_engine, arguments.workers)
     missing = unfinished(arguments.maps)
     seconds = time.perf_counter() - started

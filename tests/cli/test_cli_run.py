@@ -573,6 +573,16 @@ class TestEvaluateMaps:
         assert "2 of 3 shards have no maps yet and are not evaluated" in said.err
         assert f"{tmp_path}/e: 4 images (" in said.out
 
+    def test_interrupted(
+        self, evaluate: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("ramp_fast.metrics.Deletion.measure", stop)
+        assert evaluate() == 130
+        assert "finished shards are kept, the same command goes on" in capsys.readouterr().err
+
     def test_shards_need_a_store(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["evaluate", "--out", str(tmp_path / "e"), "--shards", "1/2", "--no-plots"]) == 2
         assert "--shards is for the maps of a store" in capsys.readouterr().err
