@@ -453,6 +453,8 @@ def shown(
     """A table of means, or of differences to a row; the best mean of a column is bold."""
     found = kept[rows]
     columns = tuple(c for c in columns if any(c in row for row in found.values()))
+    if not columns:
+        return "Not computed yet.\n"
     what = "mean" if against is None else against
 
     def cell(label: str, column: str) -> list[float] | None:
