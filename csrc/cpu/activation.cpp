@@ -41,13 +41,18 @@ RF_INLINE float logistic(float x) {
 // (1 + tanh(u)) / 2 is the logistic function of 2 u, u = sqrt(2 / pi) (x + 0.044715 x^3).
 constexpr float kTanhScale = 1.5957691216057308f, kTanhCubic = 0.044715f;
 
+// The slope of GELU is 1 from here on. In the products below infinity, or the square of a large number, would
+// meet a zero, and give NaN.
+constexpr float kSaturated = 30.0f;
+
 RF_INLINE void gelu_erf(const float* __restrict x, int64_t n, float* __restrict y, float* __restrict factor) {
     RF_SIMD
     for (int64_t i = 0; i < n; ++i) {
         const float cumulative = normal_cumulative(x[i]);
-        const float density = 0.39894228040143268f * exponential(-0.5f * x[i] * x[i]);
+        const float z = x[i] > kSaturated ? kSaturated : x[i];
+        const float density = 0.39894228040143268f * exponential(-0.5f * z * z);
         const float value = x[i] * cumulative;
-        const float slope = 2.0f * (cumulative + x[i] * density);
+        const float slope = 2.0f * (cumulative + z * density);
         y[i] = value;
         factor[i] = value > 0.0f ? slope : 0.0f;
     }
@@ -57,11 +62,12 @@ RF_INLINE void gelu_tanh(const float* __restrict x, int64_t n, float* __restrict
                          float* __restrict factor) {
     RF_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        const float square = x[i] * x[i];
-        const float cumulative = logistic(kTanhScale * x[i] * (1.0f + kTanhCubic * square));
+        const float cumulative = logistic(kTanhScale * x[i] * (1.0f + kTanhCubic * (x[i] * x[i])));
+        const float z = x[i] > kSaturated ? kSaturated : x[i];
+        const float square = z * z;
         const float inner_slope = kTanhScale * (1.0f + 3.0f * kTanhCubic * square);
         const float value = x[i] * cumulative;
-        const float slope = 2.0f * (cumulative + x[i] * cumulative * (1.0f - cumulative) * inner_slope);
+        const float slope = 2.0f * (cumulative + z * cumulative * (1.0f - cumulative) * inner_slope);
         y[i] = value;
         factor[i] = value > 0.0f ? slope : 0.0f;
     }

@@ -11,6 +11,9 @@ from torch import Tensor, get_num_threads
 from ramp_fast.ops._common import C, compute_dtype
 from ramp_fast.ops._registry import operator
 
+# The slope of GELU is 1 from here on. In its formula infinity, or the square of a large number, would meet a zero.
+_SATURATED = 30.0
+
 
 def _with_factor(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     dtype = args[-1]
@@ -37,16 +40,17 @@ def gelu_factor(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tenso
         ``2 [y > 0] gelu'(x)``.
     """
     u = x.to(compute_dtype(x)).contiguous()
+    z = u.clamp(max=_SATURATED)
     if tanh_approx:
         inner = math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)
         tanh = inner.tanh()
         y = 0.5 * u * (1 + tanh)
-        inner_slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * u**2)
-        slope = 0.5 * (1 + tanh) + 0.5 * u * (1 - tanh**2) * inner_slope
+        inner_slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z**2)
+        slope = 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh**2) * inner_slope
     else:
         cumulative = 0.5 * (1 + torch.erf(u / math.sqrt(2)))
         y = u * cumulative
-        slope = cumulative + u * torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
+        slope = cumulative + z * torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
     factor = torch.where(y > 0, 2 * slope, torch.zeros_like(slope))
     return y.to(x.dtype), factor.to(dtype)
 

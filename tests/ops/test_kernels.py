@@ -355,6 +355,18 @@ def test_activations_beyond_numbers(variant: str, function: str) -> None:
         assert bool((highest == torch.inf).all())
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tanh_approx", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slope_of_gelu_at_large_numbers(variant: str, tanh_approx: bool, dtype: torch.dtype) -> None:
+    """It is 1, also where squares overflow, and at infinity; nothing is sent to what is below zero, or to NaN."""
+    choose(variant)
+    x = torch.tensor([20, 40, 1e13, 1e20, 3e38, torch.inf, -1e20, -3e38, -torch.inf, torch.nan], dtype=dtype)
+    factor = ops.gelu_factor(x.repeat_interleave(40), tanh_approx, torch.float32)[1].view(-1, 40)
+    assert bool((factor[:6] == 2).all())
+    assert not factor[6:].any()
+
+
 def test_shares_of_no_function() -> None:
     with pytest.raises(ValueError, match=r"'tanh'.*gelu, gelu_tanh, silu"):
         ops.activation_share(torch.zeros(3), "tanh", torch.float32)
