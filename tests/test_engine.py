@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import multiprocessing
 import os
 import pickle
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from small_models import CLASSES, FAMILIES, SIZE, images, resnet, vgg, vit
 from torch import Tensor, nn
 
-from ramp_fast import Engine, InputError, UnsupportedModelError
+from ramp_fast import Attribution, Engine, InputError, UnsupportedModelError
 from ramp_fast.plan import Plan
 from ramp_fast.rules import AbsLRP, RelativeStabilizer
 from ramp_fast.runtime import groups, run, targets
@@ -993,14 +994,15 @@ class Returns(nn.Module):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda x: x, "logits.*batch.*classes"),
+        (lambda x: x, r"logits.*batch.*classes.*returns one score for each class.*pixels, \.mean"),
         (lambda x: (x.mean((2, 3)), x.sum((2, 3))), "one tensor.*2"),
-        (lambda x: x.mean((1, 2, 3)), "logits"),
+        (lambda x: [{"boxes": x[0, 0][x[0, 0] > 0], "scores": x[0] if x.sum() > 0 else -x[0]}], "one tensor.*2 values"),
+        (lambda x: x.mean((1, 2, 3)), r"logits.*returns \['batch'\].*returns one score for each class\.$"),
         (lambda x: x.reshape(-1, 16), "logits|samples|batch"),
         (lambda x: x.flatten(1) - x.flatten(1).mean(0), "mixes the samples|batch"),
         (lambda x: x.flatten(1) if x.sum() > 0 else -x.flatten(1), r"by values of its tensors \(line \d+ of test_en"),
     ],
-    ids=["image", "two tensors", "no classes", "samples split", "samples mixed", "control flow"],
+    ids=["image", "two tensors", "boxes", "no classes", "samples split", "samples mixed", "control flow"],
 )
 def test_models_that_are_no_classifiers(function: Callable[[Tensor], Any], words: str) -> None:
     with pytest.raises(UnsupportedModelError, match=words):
@@ -1020,6 +1022,14 @@ HEADS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda y: (y.log_softmax(1) + (2 * y).log_softmax(1)) / 2,
     "stack": lambda y: torch.stack([y.log_softmax(1), (2 * y).log_softmax(1)]).mean(0),
     "log of mean": lambda y: torch.log(0.5 * y.softmax(1) + 0.5 * (2 * y).softmax(1)),
+    "log of sum()": lambda y: (sum(z.softmax(1) for z in (y, 2 * y)) / 2).log(),
+    "log of mean and more": lambda y: (torch.stack([y.softmax(1), (2 * y).softmax(1)]).mean(0) + 1e-8).log(),
+    "log2 of what is limited": lambda y: ((y.softmax(1) + (2 * y).softmax(1)) / 2).clamp_min(1e-8).log2(),
+    "log of weighted mean": lambda y: (
+        (torch.stack([y, 2 * y]).softmax(2) * torch.tensor([[[0.3]], [[0.7]]])).sum(0).log()
+    ),
+    "logsumexp": lambda y: torch.stack([y.log_softmax(1), (2 * y).log_softmax(1)]).logsumexp(0) - math.log(2),
+    "logaddexp": lambda y: torch.logaddexp(y.log_softmax(1), (2 * y).log_softmax(1)),
     "logarithms of single probabilities": nn.functional.logsigmoid,
 }
 
@@ -1033,6 +1043,38 @@ def test_means_of_log_probabilities_are_refused_or_signed(name: str) -> None:
     a = Engine(model, "lrp-epsilon", precision="float32").attribute(images())
     torch.testing.assert_close(a.logits, model(images()).detach())
     assert float(a.maps.abs().amax()) == 1.0
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda y: y - y.logsumexp(1, keepdim=True),
+        lambda y: y - y.logsumexp(-1)[:, None],
+        lambda y: y.sub(y.logsumexp((1,)).unsqueeze(1)),
+    ],
+    ids=["kept", "indexed", "unsqueezed"],
+)
+@pytest.mark.parametrize("rule", ["abslrp", "attnlrp"])
+def test_a_log_softmax_that_is_written_out(written: Callable[[Tensor], Tensor], rule: str) -> None:
+    """It is left out as log_softmax is: scores are explained."""
+
+    def attribution(head: Callable[[Tensor], Tensor]) -> Attribution:
+        model = Returns(lambda x: head(x.mean(3).flatten(1))).eval()
+        return Engine(model, rule, precision="float64").attribute(images().double(), 3)
+
+    a, expected = attribution(written), attribution(lambda y: y.log_softmax(1))
+    torch.testing.assert_close(a.logits, expected.logits)
+    torch.testing.assert_close(a.maps, expected.maps)
+
+
+def test_sums_that_are_no_log_softmax() -> None:
+    """Of other scores, or over all classes and images: as it is written."""
+    model = Returns(lambda x: (y := x.mean(3).flatten(1)) - (2 * y).logsumexp(1, keepdim=True)).eval()
+    a = Engine(model, "lrp-epsilon", precision="float32").attribute(images())
+    torch.testing.assert_close(a.logits, model(images()).detach())
+    model = Returns(lambda x: (y := x.mean(3).flatten(1)) - y.logsumexp(0, keepdim=True)).eval()
+    with pytest.raises(UnsupportedModelError, match="batch"):
+        Engine(model, input_shape=(3, SIZE, SIZE))
 
 
 def test_means_of_probabilities_are_explained() -> None:

@@ -79,7 +79,8 @@ class Exported(NamedTuple):
 
 def _graph(exported: Exported, strict: bool) -> Graph:
     program = exported.program
-    _check_outputs(program)
+    returned = program.graph.output_node().args[0]
+    _check_outputs([n.meta.get("val") if isinstance(n, fx.Node) else n for n in returned])
     try:
         graph, batch_symbol = translate(program, strict)
     except NeedsFunctionalForm:
@@ -206,9 +207,8 @@ def _logits(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     return [r for r in _results(model, images.clone()) if isinstance(r, torch.Tensor)]
 
 
-def _check_outputs(program: torch.export.ExportedProgram) -> None:
-    """One tensor of logits, which depends on the images."""
-    values = [n.meta.get("val") if isinstance(n, fx.Node) else n for n in program.graph.output_node().args[0]]
+def _check_outputs(values: list[Any]) -> None:
+    """One tensor of logits."""
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
     if len(tensors) != 1 or len([v for v in values if v is not None]) != 1:
         kinds = ", ".join("a tensor" if isinstance(v, torch.Tensor) else type(v).__name__ for v in values) or "nothing"
@@ -219,9 +219,10 @@ def _check_outputs(program: torch.export.ExportedProgram) -> None:
     (logits,) = tensors
     if logits.dim() != 2:
         sizes = ["batch" if not isinstance(s, int) else s for s in logits.shape]
+        of_pixels = ", for example the mean of the scores of all pixels, .mean((2, 3))" if logits.dim() == 4 else ""
         raise UnsupportedModelError(
             f"the model must return logits of shape [batch, classes]; it returns {sizes}. "
-            "Wrap it in a module that returns the logits alone."
+            f"Wrap it in a module that returns one score for each class{of_pixels}."
         )
     if not logits.is_floating_point():
         raise UnsupportedModelError(
@@ -308,12 +309,7 @@ def _export_one(
         raise UnsupportedModelError(
             f"{name} runs on {EXAMPLE_BATCH} images and not on one: it must take batches of any size"
         ) from error
-    if any(not isinstance(r, torch.Tensor | int | float | None) for r in results):
-        kinds = ", ".join(type(r).__name__ for r in results)
-        raise UnsupportedModelError(
-            f"the model must return exactly one tensor, the logits; it returns {kinds}. "
-            "Wrap it in a module that returns the logits alone."
-        ) from failure
+    _check_outputs(results)  # a detector's boxes are a better reason than how it finds them
     if isinstance(failure, GuardOnDataDependentSymNode):
         raise UnsupportedModelError(
             f"the forward pass of {name} decides by values of its tensors{_place(failure)}: control flow that depends "

@@ -32,44 +32,59 @@ def canonicalize(graph: Graph, passes: Iterable[Callable[[Graph], None]]) -> Gra
 
 
 def refuse_log_probabilities(graph: Graph) -> None:
-    """Refuse a model that returns a sum or mean of log-probabilities, for rules that send nothing to negative summands.
+    """Refuse a model that averages classifiers in log space, for rules that send nothing to negative values.
 
-    (Those of one softmax have been left out: the scores below are explained.)
+    (A log_softmax at the end has been left out: the scores below are explained.)
 
     Raises
     ------
     UnsupportedModelError
     """
-    if _never_positive(graph.output):
+    if _log_probabilities(graph.output):
         raise UnsupportedModelError(
-            "the model returns sums or means of log-probabilities. None of these is positive, and this rule gives "
-            "relevance to positive summands only: every map would be zero. Let the model return the sum or mean of the "
-            'scores below the log_softmax, or take a signed rule, such as "lrp-epsilon"'
+            "the model returns log-probabilities in another form than the log_softmax of scores: logarithms of single "
+            "probabilities or of their sums or means, or multiples, sums, means or logsumexps of log-probabilities. No "
+            "log-probability is positive, and this rule gives relevance to positive values only: maps would be zero or "
+            "of the wrong sign. Let the model return the sum or mean of the scores below its softmax, or take a signed "
+            'rule, such as "lrp-epsilon"'
         )
 
 
-def _never_positive(node: Node) -> bool:
-    """Whether a value is the logarithm of probabilities, or made of such by positive sums."""
-    if node.kind == g.SHIFT or (node.kind == g.ACTIVATION and node.params.function == "log_sigmoid"):
+def _log_probabilities(node: Node) -> bool:
+    """Whether a value is the logarithm of probabilities but for a constant, or made of such by positive sums."""
+    if node.kind == g.SHIFT:
         return True
-    if node.kind == g.ACTIVATION and node.params.function == "log":
-        return _probability(node.operands[0])
-    return _averages(node) and all(_never_positive(n) for n in node.operands)
+    if node.kind == g.ACTIVATION:
+        function = node.params.function
+        if function in _LOGARITHMS:
+            return _probability(node.operands[0])
+        return function == "log_sigmoid" or (function in _LIMITS and _log_probabilities(node.operands[0]))
+    sums = _averages(node) or (node.kind == g.REDUCTION and node.target is aten.logsumexp.default)
+    return sums and all(_log_probabilities(n) for n in node.sources)
 
 
 def _probability(node: Node) -> bool:
-    """Whether a value is a probability, or a mean of some."""
-    if node.kind == g.SOFTMAX or (node.kind == g.ACTIVATION and node.params.function == "sigmoid"):
+    """Whether a value is a probability, a sum or mean of some, or those and a constant."""
+    if node.kind == g.SOFTMAX:
         return True
-    return _averages(node) and all(_probability(n) for n in node.operands)
+    if node.kind == g.ACTIVATION:
+        function = node.params.function
+        return function == "sigmoid" or (function in _LIMITS and _probability(node.operands[0]))
+    weighted = node.kind == g.SCALE and isinstance(node.params.factor, Node)  # of a logarithm, so they are positive
+    return (weighted or _averages(node)) and all(_probability(n) for n in node.sources)
+
+
+_LOGARITHMS = frozenset({"log", "log2", "log10"})
+_LIMITS = frozenset({"clamp", "clamp_min", "clamp_max"})
 
 
 def _averages(node: Node) -> bool:
-    """Whether a value is made of its operands by moving and adding them, and by positive numbers."""
+    """Whether a value is made of its operands by moving and adding them, by positive numbers and added constants."""
     if node.kind == g.SCALE:
         return isinstance(node.params.factor, (int, float)) and node.params.factor > 0
     if node.kind == g.ADD:
-        return len(node.operands) == 2 and node.params.signs == (1, 1) and not any(n.constant for n in node.operands)
+        operands = zip((node.params.first, node.params.second), node.params.signs, strict=True)
+        return all(sign > 0 for operand, sign in operands if isinstance(operand, Node) and not operand.constant)
     moves = node.kind == g.REARRANGE and node.params.how != "vjp"
     return bool(node.operands) and (moves or (node.kind == g.LINEAR_POOL and node.params.how in ("mean", "sum")))
 

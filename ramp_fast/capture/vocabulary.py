@@ -504,8 +504,27 @@ def _add(node: Node, b: Bound) -> InSteps | None:
         sign = -1 if "sub" in name else 1
         return in_steps(lambda u, v, alpha: u + v * alpha if sign > 0 else u - v * alpha, first, second, b["alpha"])
     signs = (-1, 1) if "rsub" in name else (1, -1) if "sub" in name else (1, 1)
+    dim = _shift_axis(first, second) if signs == (1, -1) else None
+    if dim is not None:
+        _call(node, torch.ops.aten.log_softmax.int, first, dim)
+        _set(node, g.SHIFT, [first], dim=dim)
+        return None
     _set(node, g.ADD, [n for n in (first, second) if isinstance(n, Node)], first=first, second=second, signs=signs)
     return None
+
+
+def _shift_axis(x: Any, total: Any) -> int | None:
+    """The axis of a log_softmax written out, ``x - x.logsumexp(dim, keepdim=True)``; None of anything else."""
+    if not (_variable(x) and _variable(total)):
+        return None
+    shape = total.example
+    if total.kind == g.REARRANGE and total.params.how == "reshape":  # an axis that was left out is put back
+        total = total.operands[0]
+    if total.kind != g.REDUCTION or total.target is not torch.ops.aten.logsumexp.default or total.operands[0] is not x:
+        return None
+    dims = _axes(total.args[1], len(x.example))
+    kept = tuple(1 if d in dims else n for d, n in enumerate(x.example))
+    return dims[0] if len(dims) == 1 and shape == kept else None
 
 
 @handles("mul.Tensor", "mul.Scalar")
