@@ -8,7 +8,7 @@ needs no second definition, and a ``kind`` with ``operands`` and ``params``, whi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -181,12 +181,14 @@ class Node:
         """Operands that carry relevance."""
         return [n for n in self.operands if not n.constant]
 
-    def references(self) -> Iterator[Node]:
+    def references(self) -> list[Node]:
         """Every node this one reads, constants and sizes included (may repeat)."""
-        yield from nodes_in((self.args, self.kwargs, self.operands, self.params))
+        return nodes_in((self.args, self.kwargs, self.operands, self.params))
 
     def replace(self, old: Node, new: Node) -> None:
         """Read ``new`` wherever this node reads ``old``."""
+        if old not in self.references():
+            return
 
         def swap(value: Node) -> Node:
             return new if value is old else value
@@ -222,18 +224,24 @@ def map_nodes(function: Callable[[Node], Any], value: Any) -> Any:
     return value
 
 
-def nodes_in(value: Any) -> Iterator[Node]:
-    if isinstance(value, Node):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for v in value:
-            yield from nodes_in(v)
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from nodes_in(v)
-    elif isinstance(value, Params):
-        for f in fields(value):
-            yield from nodes_in(getattr(value, f.name))
+def nodes_in(value: Any) -> list[Node]:
+    """The nodes inside nested tuples, lists, dicts and parameters, in order (may repeat)."""
+    found: list[Node] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Node]) -> None:
+    # Passes ask this of every node again and again: no generators, no `fields`.
+    for v in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(v, Node):
+            found.append(v)
+        elif isinstance(v, (tuple, list)):
+            _collect(v, found)
+        elif isinstance(v, dict):
+            _collect(tuple(v.values()), found)
+        elif isinstance(v, Params):
+            _collect(tuple(vars(v).values()), found)
 
 
 @dataclass

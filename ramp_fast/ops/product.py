@@ -111,20 +111,33 @@ def _pack_pairs(weight: Tensor) -> Tensor:
     return tiles.reshape(panels, steps, 2, _TILE, _PAIR * _TILE)
 
 
+# Weights that are packed at a time: intermediate results stay in a core's cache.
+_PACKED_AT_A_TIME = 1 << 16
+
+
 def _pack_slices(weight: Tensor) -> Tensor:
     width, depth = weight.shape
-    most = weight.abs().amax(1) if depth else weight.new_zeros(width)
-    scales = most.clamp_min(_SMALLEST) / _LARGEST
-    integers = (weight.double() / scales.double().unsqueeze(1)).round().nan_to_num(0, 0, 0)  # NaN is in the scale
-    scales = torch.where(scales.isfinite(), scales, torch.nan)
-    step = _QUAD * _TILE
-    centred = F.pad(integers, (0, -depth % step, 0, -width % _TILE)).int() + _CENTRE
-    slices = torch.stack([(centred >> shift & 255).sub(128).to(torch.int8) for shift in _SHIFTS])
-    panels, steps = centred.shape[0] // _TILE, centred.shape[1] // step
-    tiles = slices.view(len(_SHIFTS), panels, _TILE, steps, _TILE, _QUAD).permute(1, 3, 0, 4, 2, 5)
+    steps, panels = -(-depth // (_QUAD * _TILE)), -(-width // _TILE)
     packed = torch.zeros((panels, len(_SHIFTS) * steps + 1, _TILE, _TILE), dtype=torch.int32)
-    packed[:, :-1] = tiles.contiguous().view(torch.int32).view(panels, len(_SHIFTS) * steps, _TILE, _TILE)
-    packed[:, -1, 0] = F.pad(scales, (0, -width % _TILE)).view(torch.int32).view(panels, _TILE)
+    tiles = packed[:, :-1].view(panels, steps, len(_SHIFTS), _TILE, _TILE)  # quads by outputs
+    scales = packed[:, -1, 0].view(torch.float32)
+    together = max(1, _PACKED_AT_A_TIME // max(1, steps * _QUAD * _TILE * _TILE))
+    for first in range(0, panels, together):
+        last = min(first + together, panels)
+        rows = weight[first * _TILE : last * _TILE]
+        most = rows.abs().amax(1) if depth else rows.new_zeros(rows.shape[0])
+        scale = most.clamp_min(_SMALLEST) / _LARGEST
+        integers = (rows.double() / scale.double().unsqueeze(1)).round_().nan_to_num_(0, 0, 0)  # NaN is in the scale
+        scale = torch.where(scale.isfinite(), scale, torch.nan)
+        centred = torch.full(((last - first) * _TILE, steps * _QUAD * _TILE), _CENTRE, dtype=torch.int32)
+        centred[: rows.shape[0], :depth] += integers.int()
+        # 128 less in every byte: slices, the lowest first, and a byte that is nothing's
+        slices = centred.bitwise_xor_(_CENTRE).view(torch.int8).view(-1, 4)
+        for i, shift in enumerate(_SHIFTS):
+            apart = slices[:, shift // 8].clone(memory_format=torch.contiguous_format)
+            quads = apart.view(torch.int32).view(last - first, _TILE, steps, _TILE)
+            tiles[first:last, :, i].copy_(quads.permute(0, 2, 3, 1))
+        scales[first:last].copy_(F.pad(scale, (0, -rows.shape[0] % _TILE)).view(-1, _TILE))
     return packed
 
 
