@@ -288,13 +288,16 @@ def memory(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def same(one: Path, other: Path) -> list[str]:
-    """Files that differ between two stores, but for what says when they were written."""
-    skipped = {"run", "plan", "runs.jsonl"}  # locks, and times
+    """Files that differ between two stores, but for what says when they were written, and by which part of a run."""
+    skipped = {"runs.jsonl"}
     files = {
         str(path.relative_to(root))
         for root in (one, other)
         for path in root.rglob("*")
-        if path.is_file() and path.name not in skipped
+        if path.is_file()
+        and path.name not in skipped
+        and path.parent.name != "locks"
+        and not path.match("journal-*-of-*.jsonl")
     }
     return [
         name
@@ -303,20 +306,61 @@ def same(one: Path, other: Path) -> list[str]:
     ]
 
 
+def kill(process: subprocess.Popen[bytes], draw: random.Random, on_ray: bool) -> str:
+    """SIGKILL to a run with the processes that decode, to it alone, or under Ray to a worker; returns which.
+
+    Returns when none of its processes is left, or under Ray, where the others go on without the worker, when the run
+    has ended.
+    """
+    own = children(process.pid)
+    workers = [number for number in own if _begins(number, b"ray::")]
+    if workers and draw.random() < 0.5:
+        os.kill(draw.choice(workers), signal.SIGKILL)
+        assert process.wait() in (0, 2)
+        return "worker"
+    which = "run"
+    if not on_ray and draw.random() < 0.5:
+        os.killpg(process.pid, signal.SIGKILL)
+        which = "run and decoders"
+    else:
+        process.kill()
+    process.wait()
+    until = time.monotonic() + 120
+    while any(_begins(number, b"") for number in own):
+        assert time.monotonic() < until, "processes of a killed run do not end"
+        time.sleep(0.1)
+    return which
+
+
+def _begins(process: int, name: bytes) -> bool:
+    """Whether a process is there and its command line begins so."""
+    try:
+        said = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return bool(said) and said.startswith(name)
+
+
 def kills(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     folder = photographs(work / "images", arguments.images, (64, 48))
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
-    more = ("--shard-size", 32, "--batch-size", 8)
+    more: tuple[Any, ...] = ("--shard-size", 32, "--batch-size", 8)
+    if arguments.ray:  # the bytes of the run that was not killed are those of one without Ray
+        subprocess.run(
+            small_run(work, folder, work / "plain", *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        more += ("--ray",)
     started = time.perf_counter()
     subprocess.run(small_run(work, folder, work / "whole", *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     whole = time.perf_counter() - started
     done = int(open_maps(work / "whole").done.sum())
     assert done == arguments.images, f"{done} of {arguments.images} images have a map"
     draw = random.Random(arguments.seed)
-    killed = runs = 0
+    killed: dict[str, int] = {}
+    runs = 0
     stores: list[list[str]] = []
     shards: list[int] = []  # finished when it was killed
-    while killed < arguments.times and time.perf_counter() - started < arguments.seconds:
+    while sum(killed.values()) < arguments.times and time.perf_counter() - started < arguments.seconds:
         out = work / f"killed-{len(stores)}"
         for _ in range(200):
             runs += 1
@@ -328,19 +372,17 @@ def kills(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             try:
                 status = process.wait(moment)
             except subprocess.TimeoutExpired:
-                if draw.random() < 0.5:
-                    os.killpg(process.pid, signal.SIGKILL)  # with the processes that decode
-                else:
-                    process.kill()
-                process.wait()
-                killed += 1
+                found = kill(process, draw, arguments.ray)
+                killed[found] = killed.get(found, 0) + 1
                 shards.append(len(read_journals(out)))
                 continue
             assert status in (0, 2), status
             break
-        stores.append(same(work / "whole", out))
+        stores.append(same(work / ("plain" if arguments.ray else "whole"), out))
     return {
-        "kills": killed,
+        "kills": sum(killed.values()),
+        "of": killed,
+        "seconds_of_a_run": round(whole, 1),
         "runs": runs,
         "stores": len(stores),
         "differences": [d for d in stores if d],
@@ -468,6 +510,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--times", type=int, default=40)
+    parser.add_argument("--ray", action="store_true", help="kills: of runs on a Ray cluster of this machine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=3600.0, help="memory, kills: stop after so long")
     arguments = parser.parse_args(argv)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ramp_fast.runtime import host_copies
+
 __all__ = ["Normaliser"]
 
 
@@ -28,6 +30,6 @@ class Normaliser:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 ``[B, H, W, 3]`` -> float32 ``[B, 3, H, W]`` on the device."""
-        pixels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        pixels = host_copies.to_device(pixels, self.device).permute(0, 3, 1, 2)  # as bytes: a quarter of the way
         images = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         return images.div_(255).sub_(self._mean).div_(self._std)

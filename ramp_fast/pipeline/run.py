@@ -24,6 +24,7 @@ from ramp_fast.pipeline.normalising import Normaliser
 from ramp_fast.pipeline.targets import Engine, Targets
 from ramp_fast.results.map_writer import MapWriter, ShardWriter
 from ramp_fast.results.maps import Plan
+from ramp_fast.runtime.host_copies import Results, to_host
 
 __all__ = ["Job", "Tally"]
 
@@ -75,17 +76,6 @@ class _Piece:
     shard: int
     images: range
     last: bool
-
-
-@dataclass(frozen=True)
-class _Explained:
-    """What is computed of a batch, perhaps on a device still."""
-
-    values: Tensor
-    scale: Tensor
-    finite: Tensor
-    target: Tensor
-    logits: Tensor
 
 
 class Job:
@@ -162,7 +152,7 @@ class Job:
         writer = _Writer(self.store, tally, max(2, _QUEUED_BYTES // batch_bytes))
         try:
             decoded = self.decoders.batches(self._located(shards, ahead))
-            waiting: tuple[_Piece, Decoded, _Explained] | None = None
+            waiting: tuple[_Piece, Decoded, Results] | None = None
             while (batch := self._timed("reading", lambda: next(decoded, None))) is not None:
                 piece = ahead.popleft()
                 tally.decoding += batch.seconds
@@ -223,11 +213,12 @@ class Job:
         finally:
             setattr(self.tally, what, getattr(self.tally, what) + time.perf_counter() - started)
 
-    def _explain(self, piece: _Piece, batch: Decoded) -> _Explained:
+    def _explain(self, piece: _Piece, batch: Decoded) -> Results:
         return self._explained(batch.pixels, self.labels[piece.images.start : piece.images.stop])
 
-    def _explained(self, pixels: npt.NDArray[np.uint8], labels: npt.NDArray[np.int32]) -> _Explained:
-        parts: list[_Explained] = []
+    def _explained(self, pixels: npt.NDArray[np.uint8], labels: npt.NDArray[np.int32]) -> Results:
+        """Values, scale, whether they are finite, targets and logits, on their way to the host."""
+        parts: list[tuple[Tensor, ...]] = []
         start = 0
         while start < len(pixels):
             here = slice(start, start + self._together)
@@ -241,17 +232,15 @@ class Job:
                 start += self._together
                 continue
             self._make_room()
-        if len(parts) == 1:
-            return parts[0]
-        names = ("values", "scale", "finite", "target", "logits")
-        return _Explained(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        whole = parts[0] if len(parts) == 1 else tuple(torch.cat(some) for some in zip(*parts, strict=True))
+        return to_host(whole, self.device)
 
-    def _part(self, pixels: npt.NDArray[np.uint8], labels: npt.NDArray[np.int32]) -> _Explained:
+    def _part(self, pixels: npt.NDArray[np.uint8], labels: npt.NDArray[np.int32]) -> tuple[Tensor, ...]:
         images = self.normalised(torch.from_numpy(pixels))
         target = self.targets.of(self.engine, images, labels.tolist())
         found = self.engine.attribute(images, target=target, contrast=self.contrast, normalize=self.normalize)
         values, scale, finite = encode(found.maps, self.plan.dtype, self.plan.channels)
-        return _Explained(values, scale, finite, found.target, found.logits.to(torch.float32))
+        return values, scale, finite, found.target.to(torch.int32), found.logits.to(torch.float32)
 
     def _make_room(self) -> None:
         """Give back what the device's memory holds for larger batches."""
@@ -261,7 +250,7 @@ class Job:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _hand_over(self, writer: _Writer, piece: _Piece, batch: Decoded, explained: _Explained) -> None:
+    def _hand_over(self, writer: _Writer, piece: _Piece, batch: Decoded, explained: Results) -> None:
         labels = self.labels[piece.images.start : piece.images.stop]
         arrays, failed = self._timed("computing", lambda: self._arrays(batch, explained, labels))
         self.tally.images += len(piece.images)
@@ -272,17 +261,17 @@ class Job:
         self._timed("writing", lambda: writer.put(piece.shard, arrays, failed, piece.last))
 
     def _arrays(
-        self, batch: Decoded, explained: _Explained, labels: npt.NDArray[np.int32]
+        self, batch: Decoded, explained: Results, labels: npt.NDArray[np.int32]
     ) -> tuple[dict[str, npt.NDArray[Any]], dict[int, str]]:
         """The arrays of a store for a batch, and why images of it failed."""
-        logits = explained.logits.cpu().numpy()
-        finite = explained.finite.cpu().numpy() & np.isfinite(logits).all(1)
+        values, scale, sound, target, logits = (tensor.numpy() for tensor in explained.wait())
+        finite = sound & np.isfinite(logits).all(1)
         failed = {int(place): "the map or the logits are not finite" for place in np.flatnonzero(~finite)}
         failed.update(batch.failures)
         arrays = {
-            "maps": explained.values.cpu().numpy(),
-            "scale": explained.scale.cpu().numpy(),
-            "target": explained.target.to(torch.int32).cpu().numpy(),
+            "maps": values,
+            "scale": scale,
+            "target": target,
             "logits": logits,
             "label": labels,
             "source_crc32": batch.checksums,

@@ -51,6 +51,29 @@ def batches(
     return (run(*(t.to(device, _dtype(i, t, dtype)).contiguous() for i, t in enumerate(batch))) for batch in given)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of host memory on a device, for its current stream; a GPU goes on computing meanwhile.
+
+    The tensor itself may be written to as soon as this returns.
+    """
+    if not _overlaps(device, tensor.device):
+        return tensor.to(device)
+    computing = cuda.current_stream(device)
+    (moved,), arrived = _send((tensor,), device, tensor.dtype, _streams(device)[0], computing)
+    computing.wait_event(arrived)
+    return moved
+
+
+def to_host(tensors: Batch, device: torch.device) -> Results:
+    """Start copying what the current stream of a device has been told to compute; ``wait()`` returns it.
+
+    What that stream is told afterwards is not waited for.
+    """
+    if not _overlaps(device, torch.device("cpu")):
+        return Results(tuple(tensor.cpu() for tensor in tensors), None)
+    return _fetch(tensors, _streams(device)[1], cuda.current_stream(device))
+
+
 def _overlaps(device: torch.device, output_device: torch.device) -> bool:
     return device.type == "cuda" and output_device.type == "cpu"
 
@@ -80,7 +103,7 @@ def _overlapped(
     computing = cuda.current_stream(device)
     h2d, d2h = _streams(device)
     waiting = iter(given)
-    in_flight: _Results | None = None
+    in_flight: Results | None = None
     next_batch = next(waiting, None)
     sent = None if next_batch is None else _send(next_batch, device, dtype, h2d, computing)
     while sent is not None:
@@ -117,18 +140,20 @@ def _send(batch: Batch, device: torch.device, dtype: torch.dtype, h2d: Any, comp
 
 
 @dataclass
-class _Results:
+class Results:
     """On their way into host memory."""
 
     values: Batch
-    complete: Any  # the event
+    complete: Any  # the event; None where they are there
 
     def wait(self) -> Batch:
-        self.complete.synchronize()
+        """They, complete."""
+        if self.complete is not None:
+            self.complete.synchronize()
         return self.values
 
 
-def _fetch(results: Batch, d2h: Any, computing: Any) -> _Results:
+def _fetch(results: Batch, d2h: Any, computing: Any) -> Results:
     """Start copying to host memory what is computed by now."""
     d2h.wait_event(computing.record_event())
     values: list[Tensor] = []
@@ -138,4 +163,4 @@ def _fetch(results: Batch, d2h: Any, computing: Any) -> _Results:
             _copy(value, result)
         result.record_stream(d2h)
         values.append(value)
-    return _Results(tuple(values), d2h.record_event())
+    return Results(tuple(values), d2h.record_event())

@@ -25,6 +25,7 @@ from ramp_fast.pipeline.encoding import encode
 from ramp_fast.pipeline.targets import Targets
 from ramp_fast.results import StoreError, open_maps
 from ramp_fast.results.map_writer import ShardWriter
+from ramp_fast.runtime import host_copies
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +270,19 @@ def test_killed_with_its_processes_or_alone(folder: Path, whole: Path, tmp_path:
         assert finished() < 3
     run(folder, out)
     assert contents(out) == contents(whole)
+
+
+def test_images_go_to_the_device_as_bytes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of what float32 would be; the copy itself is of runtime.host_copies, tested there."""
+    sent: list[tuple[torch.dtype, torch.Size]] = []
+    copy = host_copies.to_device
+
+    def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        sent.append((tensor.dtype, tensor.shape))
+        return copy(tensor, device)
+
+    monkeypatch.setattr(host_copies, "to_device", to_device)
+    run(folder, tmp_path / "store")
+    assert {dtype for dtype, _ in sent} == {torch.uint8}
+    assert all(shape[1:] == (stub_run.SIZE, stub_run.SIZE, 3) for _, shape in sent)
+    assert sum(shape[0] for _, shape in sent) == len(open_maps(tmp_path / "store"))

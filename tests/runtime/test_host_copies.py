@@ -260,3 +260,46 @@ def test_on_a_device() -> None:
         assert here.maps.device.type == "cpu"
         assert torch.equal(here.maps, there.maps.cpu())
         assert torch.equal(here.logits, there.logits.cpu())
+
+
+@pytest.mark.parametrize("seed", [None, *range(8)])
+def test_bytes_to_the_device_and_results_to_the_host(monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
+    """As a run over a data set copies: from memory that is written to again, results while the next batch computes."""
+    device = simulated(monkeypatch, seed)
+    locked: list[tuple[torch.Size, torch.dtype]] = []
+    in_page_locked = transfer._page_locked
+
+    def page_locked(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        locked.append((shape, dtype))
+        return in_page_locked(shape, dtype)
+
+    monkeypatch.setattr(transfer, "_page_locked", page_locked)
+    monkeypatch.setattr(torch, "empty", device.allocate)
+    ring = new(2, 3, dtype=torch.uint8)
+    given = [torch.tensor([[k, k + 1, k + 2], [k + 3, k + 4, k + 5]], dtype=torch.uint8) for k in range(5)]
+    waiting, found = None, []
+    for batch in given:
+        ring.copy_(batch)
+        moved = transfer.to_device(ring, CPU)
+        assert moved.dtype == torch.uint8
+        ring.fill_(99)
+        result = device.allocate(2, 3)
+        base, source = device.base(result), device.base(moved)
+        device.computing.enqueue(lambda base=base, source=source: base.copy_(source.float() * 2))
+        fetched = transfer.to_host((result,), CPU)
+        del moved, result, base, source
+        if waiting is not None:
+            found.append(waiting.wait()[0].clone())
+        waiting = fetched
+    assert waiting is not None
+    found.append(waiting.wait()[0].clone())
+    for batch, got in zip(given, found, strict=True):
+        assert torch.equal(got, batch.float() * 2)
+    assert locked == [(torch.Size([2, 3]), torch.uint8), (torch.Size([2, 3]), torch.float32)] * 5
+
+
+def test_without_a_gpu_there_is_nothing_to_wait_for() -> None:
+    tensor = torch.arange(4, dtype=torch.uint8)
+    assert transfer.to_device(tensor, CPU) is tensor
+    (found,) = transfer.to_host((tensor,), CPU).wait()
+    assert found is tensor
