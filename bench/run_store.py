@@ -306,7 +306,42 @@ def same(one: Path, other: Path) -> list[str]:
     ]
 
 
-def kill(process: subprocess.Popen[bytes], draw: random.Random, on_ray: bool) -> str:
+class Forked:
+    """A command in a copy of this process, which has imported all that it needs: it is killed at its work."""
+
+    def __init__(self, call: Sequence[str]) -> None:
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(nowhere, stream)
+            from ramp_fast import cli
+
+            os._exit(cli.main(call[call.index("run") :]))
+
+    def wait(self, seconds: float = float("inf")) -> int:
+        until = time.monotonic() + seconds
+        while True:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("run", seconds)
+            time.sleep(0.002)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def started(call: Sequence[str], on_ray: bool) -> Any:
+    """A run as a process, and the first of a group: under Ray of an interpreter of its own."""
+    if not on_ray:
+        return Forked(call)
+    return subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def kill(process: Any, draw: random.Random, on_ray: bool) -> str:
     """SIGKILL to a run with the processes that decode, to it alone, or under Ray to a worker; returns which.
 
     Returns when none of its processes is left, or under Ray, where the others go on without the worker, when the run
@@ -345,14 +380,13 @@ def kills(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     folder = photographs(work / "images", arguments.images, (64, 48))
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
     more: tuple[Any, ...] = ("--shard-size", 32, "--batch-size", 8)
-    if arguments.ray:  # the bytes of the run that was not killed are those of one without Ray
-        subprocess.run(
-            small_run(work, folder, work / "plain", *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+    torch.set_num_threads(1)  # copies of this process have one thread
+    if arguments.ray:  # the bytes are those of a run without Ray
+        started(small_run(work, folder, work / "plain", *more), False).wait()
         more += ("--ray",)
-    started = time.perf_counter()
-    subprocess.run(small_run(work, folder, work / "whole", *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    whole = time.perf_counter() - started
+    begun = time.perf_counter()
+    started(small_run(work, folder, work / "whole", *more), arguments.ray).wait()
+    whole = time.perf_counter() - begun
     done = int(open_maps(work / "whole").done.sum())
     assert done == arguments.images, f"{done} of {arguments.images} images have a map"
     draw = random.Random(arguments.seed)
@@ -360,14 +394,12 @@ def kills(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     runs = 0
     stores: list[list[str]] = []
     shards: list[int] = []  # finished when it was killed
-    while sum(killed.values()) < arguments.times and time.perf_counter() - started < arguments.seconds:
+    while sum(killed.values()) < arguments.times and time.perf_counter() - begun < arguments.seconds:
         out = work / f"killed-{len(stores)}"
         for _ in range(200):
             runs += 1
             call = small_run(work, folder, out, *more)
-            process = subprocess.Popen(
-                call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-            )
+            process = started(call, arguments.ray)
             moment = draw.uniform(0.1, 1.1) * whole
             try:
                 status = process.wait(moment)
