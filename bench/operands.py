@@ -125,7 +125,7 @@ def operands(
         "scale_by": lambda: (c_hidden(), hidden()),
         "ratio": lambda: (c_hidden(), hidden(), hidden().bfloat16(), 1e-6),
         "gate": lambda: (c_hidden(), hidden()),
-        "gelu_factor": lambda: (hidden(), False, torch.bfloat16),
+        "activation_factor": lambda: (hidden(), "gelu", torch.bfloat16),
         "activation_share": lambda: (hidden(), "gelu", torch.bfloat16),
         "affine_factor": affine,
         "max_pool_pullback": max_pool,

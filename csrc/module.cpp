@@ -18,7 +18,9 @@ PYBIND11_MODULE(_C, m) {
           "Fill the kernels' scratch with NaN before every use (for tests).");
     rf::register_activation(m);
     rf::register_attention(m);
+    rf::register_by_channel(m);
     rf::register_checksum(m);
+    rf::register_depthwise(m);
     rf::register_junction(m);
     rf::register_linear(m);
     rf::register_masking(m);

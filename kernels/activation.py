@@ -1,10 +1,11 @@
 """Activations and BatchNorm with the factor of their pull-back, in one pass.
 
-    gelu_factor:       y = gelu(x),         factor = 2 [y > 0] gelu'(x)
+    activation_factor: y = f(x),            factor = [y > 0] (sign(x) f'(x) + f'(|x|))
     activation_share:  y = f(x),            factor = f(x) / x
     affine_factor:     y = gain x + shift,  factor = sign(x) gain + |gain|
 
-Followed by a ReLU the last cuts y to [0, cap] and multiplies the factor by 2 [y > 0].
+Followed by a ReLU the last cuts y to [0, cap] and multiplies the factor by 2 [y > 0]. The first multiplies it by
+``|gain| (1 + sign(x - shift))`` where x is a BatchNorm's output.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ramp_fast.ops.activation import number_of
+from ramp_fast.ops.activation import SHARES, laid_out, number_of
 
 BLOCK = 1024
 WARPS = 4
@@ -27,31 +28,53 @@ INVERSE_ROOT_TWO_PI: tl.constexpr = tl.constexpr(1 / math.sqrt(2 * math.pi))
 
 
 @triton.jit
-def gelu_factor_kernel(
+def activation_factor_kernel(
     x_ptr,  # [elements]
+    gain_ptr,  # [CHANNELS], innermost in x
+    shift_ptr,  # [CHANNELS]
     y_ptr,  # [elements]
     factor_ptr,  # [elements]
     elements,
-    TANH: tl.constexpr,
+    FUNCTION: tl.constexpr,  # its place in ops.activation.FUNCTIONS
+    FACTOR: tl.constexpr,  # whether there is one
+    CHANNELS: tl.constexpr,  # 0: no gain
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < elements
     u = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    if TANH:
+    # Of functions whose slope is even nothing is left below zero, and half at zero.
+    even = tl.where(u > 0, 2.0, tl.where(u == 0, 1.0, 0.0))
+    if FUNCTION == 0:
+        share = 0.5 * (1 + tl.erf(u * ROOT_HALF))
+        density = INVERSE_ROOT_TWO_PI * tl.exp(-0.5 * u * u)
+    elif FUNCTION == 1:
         # (1 + tanh(z)) / 2 is the logistic function of 2 z, which does not cancel for negative z.
         z = ROOT_TWO_OVER_PI * (u + 0.044715 * u * u * u)
-        cumulative = 1 / (1 + tl.exp(-2 * z))
-        density = 2 * cumulative * (1 - cumulative) * ROOT_TWO_OVER_PI * (1 + 0.134145 * u * u)
+        share = 1 / (1 + tl.exp(-2 * z))
+        density = 2 * share * (1 - share) * ROOT_TWO_OVER_PI * (1 + 0.134145 * u * u)
+    elif FUNCTION == 2 or FUNCTION == 4:
+        share = 1 / (1 + tl.exp(-u))
+        density = share / (1 + tl.exp(u))
     else:
-        cumulative = 0.5 * (1 + tl.erf(u * ROOT_HALF))
-        density = INVERSE_ROOT_TWO_PI * tl.exp(-0.5 * u * u)
-    y = u * cumulative
-    # Where the density has vanished u may be infinite: 0, not NaN.
-    slope = cumulative + tl.where(density > 0, u * density, 0.0)
-    factor = tl.where(y > 0, 2 * slope, 0.0)
+        share = tl.minimum(tl.maximum(u + 3, 0.0), 6.0) / 6
+        share = tl.where(u != u, u, share)
+        density = tl.where(tl.abs(u) < 3, 1 / 6, 0.0)
+    if FUNCTION < 4:
+        y = u * share
+        # Where the density has vanished u may be infinite: 0, not NaN.
+        factor = tl.where(y > 0, 2 * (share + tl.where(density > 0, u * density, 0.0)), 0.0)
+    else:
+        y = share
+        factor = even * density
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(factor_ptr + place, factor.to(factor_ptr.dtype.element_ty), mask=inside)
+    if FACTOR:
+        if CHANNELS > 0:
+            channel = place % CHANNELS
+            shift = tl.load(shift_ptr + channel).to(tl.float32)
+            side = tl.where(u > shift, 2.0, tl.where(u == shift, 1.0, 0.0))
+            factor *= tl.abs(tl.load(gain_ptr + channel).to(tl.float32)) * side
+        tl.store(factor_ptr + place, factor.to(factor_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -60,7 +83,7 @@ def activation_share_kernel(
     y_ptr,  # [elements]
     factor_ptr,  # [elements]
     elements,
-    FUNCTION: tl.constexpr,  # its place in ops.activation.FUNCTIONS
+    FUNCTION: tl.constexpr,  # its place in ops.activation.SHARES
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -71,8 +94,11 @@ def activation_share_kernel(
     elif FUNCTION == 1:
         z = ROOT_TWO_OVER_PI * (u + 0.044715 * u * u * u)
         share = 1 / (1 + tl.exp(-2 * z))
-    else:
+    elif FUNCTION == 2:
         share = 1 / (1 + tl.exp(-u))
+    else:
+        share = tl.minimum(tl.maximum(u + 3, 0.0), 6.0) / 6
+        share = tl.where(u != u, u, share)
     factor = tl.where(u == 0, 0.0, share)
     tl.store(y_ptr + place, (u * share).to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(factor_ptr + place, factor.to(factor_ptr.dtype.element_ty), mask=inside)
@@ -106,14 +132,23 @@ def affine_factor_kernel(
     tl.store(factor_ptr + place, factor.to(factor_ptr.dtype.element_ty), mask=inside)
 
 
-def gelu_factor(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``ramp_fast::gelu_factor`` for x of any shape."""
-    x = x.contiguous()
-    y, factor = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+def activation_factor(
+    x: Tensor, function: str, dtype: torch.dtype | None, gain: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``ramp_fast::activation_factor`` for x of any shape, with a gain [B, C, H, W]."""
+    number = number_of(function)
+    x = laid_out(x, gain)
+    y, factor = torch.empty_like(x), x.new_empty(0) if dtype is None else torch.empty_like(x, dtype=dtype)
     if x.numel():
+        size, offset = (x if t is None else t.contiguous() for t in (gain, shift))
         with torch.cuda.device_of(x):
-            gelu_factor_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-                *(x, y, factor, x.numel()), TANH=tanh_approx, BLOCK=BLOCK, num_warps=WARPS
+            activation_factor_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+                *(x, size, offset, y, factor, x.numel()),
+                FUNCTION=number,
+                FACTOR=dtype is not None,
+                CHANNELS=0 if gain is None else x.shape[1],
+                BLOCK=BLOCK,
+                num_warps=WARPS,
             )
     return y, factor
 
@@ -122,7 +157,7 @@ def activation_share(x: Tensor, function: str, dtype: torch.dtype) -> tuple[Tens
     """``ramp_fast::activation_share`` for x of any shape."""
     x = x.contiguous()
     y, factor = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
-    number = number_of(function)
+    number = number_of(function, SHARES)
     if x.numel():
         with torch.cuda.device_of(x):
             activation_share_kernel[(triton.cdiv(x.numel(), BLOCK),)](

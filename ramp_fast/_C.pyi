@@ -32,7 +32,32 @@ def centring(
     threads: _Threads,
     /,
 ) -> None: ...
+def activation_factor(
+    x: Tensor,
+    function: int,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    y: Tensor,
+    factor: Tensor | None,
+    threads: _Threads,
+    /,
+) -> None: ...
 def activation_share(x: Tensor, function: int, y: Tensor, factor: Tensor, threads: _Threads, /) -> None: ...
+def depthwise(
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    size: Sequence[int],
+    transposed: bool,
+    relu: bool,
+    out: Tensor,
+    threads: _Threads,
+    /,
+) -> None: ...
 def affine_factor(
     x: Tensor,
     gain: Tensor,

@@ -300,7 +300,7 @@ def test_values_are_dropped_once_nobody_needs_them() -> None:
 
 def test_the_plan_prints_operations_modules_shapes_kernels_and_bytes() -> None:
     text = str(Engine(small_vit(), input_shape=(3, 32, 32)).plan)
-    for part in ("attention", "blocks.1.mlp.fc1", "batchx17x96", "linear_pullback", "gelu_factor", "KB"):
+    for part in ("attention", "blocks.1.mlp.fc1", "batchx17x96", "linear_pullback", "activation_factor", "KB"):
         assert part in text
 
 

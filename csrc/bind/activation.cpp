@@ -1,30 +1,45 @@
-// Bindings: gelu_factor, activation_share, affine_factor.
+// Bindings: activation_factor, activation_share, affine_factor.
 #include "bind/bind.h"
 #include "cpu/dispatch.h"
 
 namespace rf {
 namespace {
 
-void gelu_factor(py::handle x_, bool tanh_approx, py::handle y_, py::handle factor_, int threads) {
-    const TensorView x(x_, "x"), y(y_, "y"), factor(factor_, "factor");
-    if (x.dtype() == DType::f64) fail("gelu_factor computes in float32: x must be float32 or bfloat16");
-    GeluArgs args{};
+void activation_factor(py::handle x_, int function, py::handle gain_, py::handle shift_, py::handle y_,
+                       py::handle factor_, int threads) {
+    const TensorView x(x_, "x"), y(y_, "y");
+    const auto factor = optional_view(factor_, "factor");
+    const auto gain = optional_view(gain_, "gain"), shift = optional_view(shift_, "shift");
+    if (x.dtype() == DType::f64) fail("activation_factor computes in float32: x must be float32 or bfloat16");
+    if (function < 0 || function > static_cast<int>(Activation::hardsigmoid))
+        fail("there is no such function");
+    if (gain.has_value() != shift.has_value()) fail("gain and shift belong together");
+    FactorArgs args{};
     y.same_shape(x);
-    factor.same_shape(x);
+    if (factor) factor->same_shape(x).contiguous();
+    if (gain) {
+        if (x.ndim() < 1) fail(x.describe() + " has no channels");
+        if (gain->dtype() != DType::f32 || shift->dtype() != DType::f32)
+            fail("gain and shift must be float32");
+        args.channels = gain->contiguous().shaped({x.size(-1)}).size(0);
+        shift->contiguous().shaped({args.channels});
+    }
     args.inner = x.numel();
-    args.tanh_approx = tanh_approx;
+    args.function = static_cast<Activation>(function);
     args.x = x.contiguous().operand();
     args.y = y.contiguous().operand();
-    args.factor = factor.contiguous().operand();
+    args.factor = operand_or_null(factor);
+    args.gain = operand_or_null(gain);
+    args.shift = operand_or_null(shift);
     args.threads = threads;
     py::gil_scoped_release release;
-    RF_CALL(gelu_factor, args);
+    RF_CALL(activation_factor, args);
 }
 
 void activation_share(py::handle x_, int function, py::handle y_, py::handle factor_, int threads) {
     const TensorView x(x_, "x"), y(y_, "y"), factor(factor_, "factor");
     if (x.dtype() == DType::f64) fail("activation_share computes in float32: x must be float32 or bfloat16");
-    if (function < 0 || function > static_cast<int>(Activation::silu)) fail("there is no such function");
+    if (function < 0 || function > static_cast<int>(Activation::hardswish)) fail("there is no such function");
     y.same_shape(x);
     factor.same_shape(x);
     ShareArgs args{};
@@ -68,7 +83,7 @@ void affine_factor(py::handle x_, py::handle gain_, py::handle shift_, bool relu
 }  // namespace
 
 void register_activation(py::module_& m) {
-    m.def("gelu_factor", &gelu_factor);
+    m.def("activation_factor", &activation_factor);
     m.def("activation_share", &activation_share);
     m.def("affine_factor", &affine_factor);
 }

@@ -15,8 +15,10 @@ namespace rf {
 // have arguments more, between the two, which a function in ramp_fast/ops passes.
 void register_activation(py::module_& m);
 void register_attention(py::module_& m);
+void register_by_channel(py::module_& m);
 void register_checksum(py::module_& m);
 void register_cuda(py::module_& m);  // where RF_HAVE_CUDA
+void register_depthwise(py::module_& m);
 void register_junction(py::module_& m);
 void register_linear(py::module_& m);
 void register_masking(py::module_& m);

@@ -5,9 +5,6 @@
 namespace rf {
 namespace {
 
-// The kernel takes all channels of a pixel in one block.
-constexpr std::int64_t kMostChannels = 512;
-
 void select_phases(py::handle acc_, py::handle x_, std::int64_t top, std::int64_t left, py::handle out_,
                    int threads) {
     const TensorView acc(acc_, "acc"), x(x_, "x"), out(out_, "out");
@@ -29,8 +26,6 @@ void select_phases(py::handle acc_, py::handle x_, std::int64_t top, std::int64_
     const auto fits = [](std::int64_t first, std::int64_t size, std::int64_t stride, std::int64_t cells) {
         return first >= 0 && stride > 0 && first <= cells - (size + stride - 1) / stride;
     };
-    if (args.channels > kMostChannels)
-        fail(x.describe() + " has more than " + std::to_string(kMostChannels) + " channels");
     if (acc.size(6) != 2 || !fits(top, args.height, args.stride[0], args.rows) ||
         !fits(left, args.width, args.stride[1], args.columns))
         fail(x.describe() + " from cell " + std::to_string(top) + ", " + std::to_string(left) +

@@ -1,5 +1,5 @@
-// GELU and BatchNorm with the factors of their pull-backs, in one pass.
-#include "cpu/block.h"
+// Activations and BatchNorm with the factors of their pull-backs, in one pass.
+#include "cpu/channels.h"
 
 namespace rf::RF_ISA {
 namespace {
@@ -73,22 +73,127 @@ RF_INLINE void gelu_tanh(const float* __restrict x, int64_t n, float* __restrict
     }
 }
 
-void gelu_chunk(int64_t index, const void* context, void*) {
-    const GeluArgs& args = *static_cast<const GeluArgs*>(context);
+RF_INLINE void silu(const float* __restrict x, int64_t n, float* __restrict y, float* __restrict factor) {
+    RF_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        const float falling = exponential(-x[i]), rising = 1.0f / (1.0f + falling);
+        const float share = x[i] < -87.0f ? 0.0f : rising;
+        // Where nothing is left of it x may be infinite.
+        const float rest = x[i] < 87.0f ? x[i] * falling * share : 0.0f;
+        const float slope = 2.0f * share * (1.0f + rest);
+        y[i] = x[i] * share;
+        factor[i] = x[i] > 0.0f ? slope : 0.0f;
+    }
+}
+
+RF_INLINE void hardswish(const float* __restrict x, int64_t n, float* __restrict y,
+                         float* __restrict factor) {
+    RF_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        const float raised = x[i] + 3.0f;
+        const float cut = raised < 0.0f ? 0.0f : (raised > 6.0f ? 6.0f : raised);
+        const float slope = x[i] < 3.0f ? x[i] * (2.0f / 3.0f) + 1.0f : 2.0f;
+        y[i] = x[i] * cut * (1.0f / 6.0f);
+        factor[i] = x[i] > 0.0f ? slope : 0.0f;
+    }
+}
+
+// Slopes at x and -x are the same: nothing is left below zero, and half of it at zero.
+RF_INLINE float twice_above(float x) {
+    return x > 0.0f ? 2.0f : (x == 0.0f ? 1.0f : 0.0f);
+}
+
+RF_INLINE void sigmoid(const float* __restrict x, int64_t n, float* __restrict y, float* __restrict factor) {
+    RF_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        const float value = logistic(x[i]);
+        y[i] = value;
+        factor[i] = twice_above(x[i]) * value * logistic(-x[i]);
+    }
+}
+
+RF_INLINE void hardsigmoid(const float* __restrict x, int64_t n, float* __restrict y,
+                           float* __restrict factor) {
+    RF_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        const float raised = x[i] + 3.0f;
+        const float cut = raised < 0.0f ? 0.0f : (raised > 6.0f ? 6.0f : raised);
+        y[i] = cut * (1.0f / 6.0f);
+        factor[i] = x[i] < 3.0f ? twice_above(x[i]) * (1.0f / 6.0f) : 0.0f;
+    }
+}
+
+template <Activation function>
+RF_INLINE void factor_span(const float* __restrict x, int64_t n, float* __restrict y,
+                           float* __restrict factor) {
+    if constexpr (function == Activation::gelu)
+        gelu_erf(x, n, y, factor);
+    else if constexpr (function == Activation::gelu_tanh)
+        gelu_tanh(x, n, y, factor);
+    else if constexpr (function == Activation::silu)
+        silu(x, n, y, factor);
+    else if constexpr (function == Activation::hardswish)
+        hardswish(x, n, y, factor);
+    else if constexpr (function == Activation::sigmoid)
+        sigmoid(x, n, y, factor);
+    else
+        hardsigmoid(x, n, y, factor);
+}
+
+struct Factor {
+    const FactorArgs& args;
+    Channels<float> channels;  // with gain and shift
+};
+
+template <Activation function>
+void factor_chunk(int64_t index, const void* context, void*) {
+    const Factor& job = *static_cast<const Factor*>(context);
+    const FactorArgs& args = job.args;
     const int64_t end = min64((index + 1) * kChunk, args.inner);
-    float in[kBlock], y_buffer[kBlock], factor_buffer[kBlock];
+    float in[kBlock], y_buffer[kBlock], factor_buffer[kBlock], affine[kBlock];
     for (int64_t start = index * kChunk; start < end; start += kBlock) {
         const int64_t n = min64(kBlock, end - start);
         const float* x = load(args.x, start, n, in);
-        float* y = target(args.y, start, y_buffer);
-        float* factor = target(args.factor, start, factor_buffer);
-        if (args.tanh_approx)
-            gelu_tanh(x, n, y, factor);
-        else
-            gelu_erf(x, n, y, factor);
+        float* factor = args.factor.data ? target(args.factor, start, factor_buffer) : factor_buffer;
+        factor_span<function>(x, n, target(args.y, start, y_buffer), factor);
         commit(args.y, start, n, y_buffer);
+        if (!args.factor.data) continue;
+        if (args.gain.data) {
+            const int64_t channel = job.channels.at(start);
+            affine_factors(x, job.channels.size + channel, job.channels.shift + channel, n, false, affine);
+            RF_SIMD
+            for (int64_t i = 0; i < n; ++i) factor[i] *= affine[i];
+        }
         commit(args.factor, start, n, factor_buffer);
     }
+}
+
+Task factor_task(Activation function) {
+    switch (function) {
+        case Activation::gelu:
+            return factor_chunk<Activation::gelu>;
+        case Activation::gelu_tanh:
+            return factor_chunk<Activation::gelu_tanh>;
+        case Activation::silu:
+            return factor_chunk<Activation::silu>;
+        case Activation::hardswish:
+            return factor_chunk<Activation::hardswish>;
+        case Activation::sigmoid:
+            return factor_chunk<Activation::sigmoid>;
+        default:
+            return factor_chunk<Activation::hardsigmoid>;
+    }
+}
+
+// f(x) / x
+template <Activation function>
+RF_INLINE float share_of(float x) {
+    if constexpr (function == Activation::gelu) return normal_cumulative(x);
+    if constexpr (function == Activation::silu) return logistic(x);
+    if constexpr (function == Activation::gelu_tanh)
+        return logistic(kTanhScale * x * (1.0f + kTanhCubic * x * x));
+    const float raised = x + 3.0f;
+    return (raised < 0.0f ? 0.0f : (raised > 6.0f ? 6.0f : raised)) * (1.0f / 6.0f);
 }
 
 template <Activation function>
@@ -96,10 +201,7 @@ RF_INLINE void share_span(const float* __restrict x, int64_t n, float* __restric
                           float* __restrict factor) {
     RF_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        const float share = function == Activation::gelu ? normal_cumulative(x[i])
-                            : function == Activation::silu
-                                ? logistic(x[i])
-                                : logistic(kTanhScale * x[i] * (1.0f + kTanhCubic * x[i] * x[i]));
+        const float share = share_of<function>(x[i]);
         y[i] = x[i] * share;
         factor[i] = x[i] == 0.0f ? 0.0f : share;
     }
@@ -195,14 +297,19 @@ void affine_factor(const AffineArgs& args) {
     }
 }
 
-void gelu_factor(const GeluArgs& args) {
-    parallel_for(ceil_div(args.inner, kChunk), args.inner, args.threads, gelu_chunk, &args, 0);
+void activation_factor(const FactorArgs& args) {
+    Partials numbers(args.gain.data ? channel_numbers(args.channels) : 0);
+    Factor job{args, {}};
+    if (args.gain.data)
+        job.channels = fill(args.gain, args.shift, args.channels, reinterpret_cast<float*>(numbers.data()));
+    parallel_for(ceil_div(args.inner, kChunk), args.inner, args.threads, factor_task(args.function), &job, 0);
 }
 
 void activation_share(const ShareArgs& args) {
-    const Task task = args.function == Activation::gelu   ? share_chunk<Activation::gelu>
-                      : args.function == Activation::silu ? share_chunk<Activation::silu>
-                                                          : share_chunk<Activation::gelu_tanh>;
+    const Task task = args.function == Activation::gelu        ? share_chunk<Activation::gelu>
+                      : args.function == Activation::gelu_tanh ? share_chunk<Activation::gelu_tanh>
+                      : args.function == Activation::silu      ? share_chunk<Activation::silu>
+                                                               : share_chunk<Activation::hardswish>;
     parallel_for(ceil_div(args.inner, kChunk), args.inner, args.threads, task, &args, 0);
 }
 

@@ -231,17 +231,19 @@ struct AdvanceCopiesArgs {
     int threads;
 };
 
-// y = gelu(x), factor = 2 [y > 0] gelu'(x); float arithmetic only
-struct GeluArgs {
-    std::int64_t inner;
-    bool tanh_approx;
-    Operand x, y, factor;
+enum class Activation : std::uint8_t { gelu, gelu_tanh, silu, hardswish, sigmoid, hardsigmoid };
+
+// y = f(x), factor = [y > 0] (sign(x) f'(x) + f'(|x|)); float arithmetic only. With gain and shift x is a
+// BatchNorm of something by channel, the innermost axis, and the factor |g| (1 + sign(x - h)) times that.
+struct FactorArgs {
+    std::int64_t inner, channels;
+    Activation function;
+    Operand x, y, factor;  // the last may be absent
+    Operand gain, shift;   // [channels]
     int threads;
 };
 
-// y = f(x), factor = f(x) / x, 0 where x is 0; float arithmetic only
-enum class Activation : std::uint8_t { gelu, gelu_tanh, silu };
-
+// y = f(x), factor = f(x) / x, 0 where x is 0; float arithmetic only. Not of the sigmoids.
 struct ShareArgs {
     std::int64_t inner;
     Activation function;
@@ -259,6 +261,46 @@ struct AffineArgs {
     Operand gain, shift;  // [channels], float
     int threads;
 };
+
+// The pull-back of z = a b, b one number by channel, the innermost axis: with g = 2 [a b > 0] c
+//   c_a = |b| g, its mass, c_b = sum_rows |a| g
+struct MulArgs {
+    std::int64_t num_maps, batch, rows, channels;
+    bool contrast;
+    Operand c, c_a;  // [T, B, rows, channels]
+    Operand a;       // [B, rows, channels]
+    Operand b;       // [B, channels]
+    Operand c_b;     // [T, B, channels]
+    Operand mass;    // [T, B]
+    int threads;
+};
+
+// The pull-back of a sum over rows, out = 2 [x > 0] c, and its mass.
+struct SpreadArgs {
+    std::int64_t num_maps, batch, rows, channels;
+    bool contrast;
+    Operand c;     // [T, B, channels]
+    Operand x;     // [B, rows, channels]
+    Operand out;   // [T, B, rows, channels]
+    Operand mass;  // [T, B]
+    int threads;
+};
+
+// A depthwise convolution of images whose channels are innermost, or with `transposed` its transpose, of
+// every map: out = sum of weight * source over the window. With x the weight is the first half where x > 0,
+// the second where x < 0, and nothing where it is 0. Float arithmetic only.
+struct DepthwiseArgs {
+    std::int64_t num_maps, batch, channels;
+    std::int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
+    bool transposed, relu;
+    Operand source;  // [T, B, in_size, channels]
+    Operand weight;  // [1 or 2, kernel, channels], float
+    Operand bias;    // [channels], float, or absent
+    Operand x;       // [B, out_size, channels], or absent
+    Operand out;     // [T, B, out_size, channels]
+    int threads;
+};
+constexpr std::int64_t kMostTaps = 32;  // of a window along an axis
 
 // c_s = (sign(s) softmax(s) + softmax(|s|)) c, rows of `width` scores; -inf is masked: excluded, gives 0
 struct SoftmaxArgs {
@@ -325,10 +367,13 @@ struct ChecksumArgs {
     void linear_pullback(const LinearArgs&);               \
     void scale_by(const ScaleArgs&);                       \
     void ratio(const RatioArgs&);                          \
-    void gelu_factor(const GeluArgs&);                     \
+    void activation_factor(const FactorArgs&);             \
     void activation_share(const ShareArgs&);               \
     void affine_factor(const AffineArgs&);                 \
     void softmax_pullback(const SoftmaxArgs&);             \
+    void depthwise(const DepthwiseArgs&);                  \
+    void mul_pullback(const MulArgs&);                     \
+    void spread(const SpreadArgs&);                        \
     void attention_pullback(const AttentionArgs&);         \
     void attention_gradient(const AttentionGradientArgs&); \
     }

@@ -6,13 +6,14 @@
 namespace rf::RF_ISA {
 namespace {
 
-// One line of one sample of the input, for all maps. Channels are few, mostly the 3 of an image.
+// One line of one sample of the input, for all maps: as many pixels at once as fit into a block, or as many
+// channels of one pixel.
 template <class F, class Stored>
 void select_line(int64_t index, const void* context, void*) {
     const SelectPhasesArgs& args = *static_cast<const SelectPhasesArgs*>(context);
     const int64_t channels = args.channels, b = index / args.height, y = index % args.height;
     const int64_t cell = args.stride[0] * args.stride[1] * 2 * channels;  // of acc
-    const int64_t block = kBlock / channels;                              // of inputs
+    const int64_t block = channels < kBlock ? kBlock / channels : 1;      // of pixels
     F in[kBlock];
     for (int64_t t = 0; t < args.num_maps; ++t) {
         const int64_t sample = t * args.batch + b;
@@ -23,19 +24,24 @@ void select_line(int64_t index, const void* context, void*) {
         Stored* const out =
             static_cast<Stored*>(args.out.data) + (sample * args.height + y) * args.width * channels;
         const int64_t phases = args.stride[1];
-        for (int64_t start = 0; start < args.width; start += block) {
-            const int64_t n = min64(block, args.width - start), at = start * channels;
-            const F* x = load(args.x, (b * args.height + y) * args.width * channels + at, n * channels, in);
-            int64_t column = args.left + start / phases, phase = start % phases;
-            for (int64_t i = 0; i < n * channels; i += channels) {
-                const Stored* const from = line + column * cell + phase * 2 * channels;
-                for (int64_t k = 0; k < channels; ++k)
-                    out[at + i + k] = x[i + k] > F(0)   ? from[k]
-                                      : x[i + k] < F(0) ? from[channels + k]
-                                                        : Stored(0);
-                if (++phase == phases) {
-                    phase = 0;
-                    ++column;
+        for (int64_t first = 0; first < channels; first += kBlock) {
+            const int64_t some = min64(kBlock, channels - first);
+            for (int64_t start = 0; start < args.width; start += block) {
+                const int64_t n = min64(block, args.width - start), at = start * channels + first;
+                const F* x = load(args.x, (b * args.height + y) * args.width * channels + at,
+                                  some < channels ? some : n * channels, in);
+                int64_t column = args.left + start / phases, phase = start % phases;
+                for (int64_t i = 0; i < n * channels; i += channels) {
+                    const Stored* const from = line + column * cell + phase * 2 * channels + first;
+                    RF_SIMD
+                    for (int64_t k = 0; k < some; ++k)
+                        out[at + i + k] = x[i + k] > F(0)   ? from[k]
+                                          : x[i + k] < F(0) ? from[channels + k]
+                                                            : Stored(0);
+                    if (++phase == phases) {
+                        phase = 0;
+                        ++column;
+                    }
                 }
             }
         }

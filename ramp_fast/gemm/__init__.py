@@ -5,6 +5,8 @@ from __future__ import annotations
 from ramp_fast.gemm.convolution import (
     ConvForward,
     ConvPullback,
+    DepthwiseForward,
+    DepthwisePullback,
     Geometry,
     PatchForward,
     PatchPullback,
@@ -21,6 +23,8 @@ from ramp_fast.gemm.precision import Precision, cpu_has_bf16, exact_float32, pre
 __all__ = [
     "ConvForward",
     "ConvPullback",
+    "DepthwiseForward",
+    "DepthwisePullback",
     "Geometry",
     "LinearOp",
     "Matrix",

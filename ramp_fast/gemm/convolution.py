@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ramp_fast import ops
 from ramp_fast.gemm import private_operators
-from ramp_fast.gemm.matrix import Matrix, Selection, negative_part, positive_part
+from ramp_fast.gemm.matrix import FEW_ROWS, Matrix, Selection, negative_part, positive_part
 from ramp_fast.gemm.precision import Precision
+from ramp_fast.ops.depthwise import MOST_TAPS
 from ramp_fast.params import Conv
 
 
@@ -30,6 +31,22 @@ class Geometry:
     def of(cls, params: Conv) -> Geometry:
         """That of a node."""
         return cls(params.stride, params.padding, params.dilation, params.groups)
+
+    def depthwise(self, weight: Tensor) -> bool:
+        """Whether every channel of images is convolved by itself, by the kernel that does that on CPUs."""
+        return (
+            weight.dim() == 4
+            and weight.shape[:2] == (self.groups, 1)
+            and self.groups > 1
+            and max(weight.shape[2:]) <= MOST_TAPS
+            and weight.dtype != torch.float64
+            and ops.cpu_kernels(weight.device)
+        )
+
+    def outputs(self, kernel: Sequence[int], size: Sequence[int]) -> list[int]:
+        """Height and width of what a convolution of images of ``size`` gives."""
+        axes = zip(size, self.padding, self.dilation, kernel, self.stride, strict=True)
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in axes]
 
     def pixels(self, weight: Tensor) -> bool:
         """Whether the windows are single pixels."""
@@ -116,7 +133,7 @@ class PixelForward:
         self.stride, self.relu = stride, relu
         self._largest = _largest(weight, bias)
         self.matrix = Matrix(weight.flatten(1), bias)
-        self.kernel, self.nbytes = self.matrix.kernel, self.matrix.nbytes
+        self.kernel, self.nbytes, self.independent = self.matrix.kernel, self.matrix.nbytes, self.matrix.independent
 
     @functools.cached_property
     def reach(self) -> tuple[float, float]:
@@ -139,18 +156,83 @@ def _largest(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return growth, growth.new_zeros(()) if bias is None else bias.abs().amax()
 
 
+class DepthwiseForward:
+    """A convolution of every channel by itself. Options and arguments as for :class:`ConvForward`."""
+
+    kernel = "depthwise"
+    independent = True
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool = False) -> None:
+        self.bias, self.geometry, self.relu = bias, geometry, relu
+        self._largest = _largest(weight, bias)
+        self.weight = weight.permute(1, 2, 3, 0).contiguous()
+        self.nbytes = weight.numel() * weight.element_size()
+
+    @functools.cached_property
+    def reach(self) -> tuple[float, float]:
+        """As :attr:`ConvForward.reach`."""
+        growth, offset = (float(t) for t in self._largest)
+        return growth, offset
+
+    def __call__(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        g = self.geometry
+        size = g.outputs(self.weight.shape[1:3], x.shape[2:])
+        rows = x.permute(0, 2, 3, 1).unsqueeze(0)
+        own = self.relu and addend is None
+        where = g.stride, g.padding, g.dilation, size
+        y = ops.depthwise(rows, self.weight, self.bias, None, *where, False, own)[0].permute(0, 3, 1, 2)
+        if addend is not None:
+            y += addend
+        return y.relu_() if self.relu and not own else y
+
+
+class DepthwisePullback:
+    """Its transpose, of W+ where the input is positive and of W- where it is negative.
+
+    Parameters
+    ----------
+    weight : Tensor [C, 1, kh, kw]
+    geometry : Geometry
+    size : tuple of int
+        Of the convolution's input.
+    positive_input : bool
+        Whether there is nothing but W+.
+    """
+
+    kernel = "depthwise"
+
+    def __init__(self, weight: Tensor, geometry: Geometry, size: tuple[int, ...], positive_input: bool) -> None:
+        self.geometry, self.size, self.positive_input = geometry, list(size), positive_input
+        halves = [positive_part(weight)] if positive_input else [positive_part(weight), negative_part(weight)]
+        # Sums are in float32; weights of bfloat16 are numbers of it.
+        self.weight = torch.cat(halves, 1).permute(1, 2, 3, 0).to(torch.float32).contiguous()
+        self.nbytes = self.weight.numel() * self.weight.element_size()
+
+    def __call__(self, c: Tensor, x: Tensor | None) -> Tensor:
+        """``c`` ``[T, B, C, h, w]`` at ``x`` ``[B, C, H, W]``, which is read only where it has both signs."""
+        g = self.geometry
+        rows = None if x is None or self.positive_input else x.permute(0, 2, 3, 1)
+        where = g.stride, g.padding, g.dilation, self.size
+        out = ops.depthwise(c.permute(0, 1, 3, 4, 2), self.weight, None, rows, *where, True, False)
+        return out.permute(0, 1, 4, 2, 3)
+
+
 # Of float32 and single pixels on CPUs: from here on a product on tiles takes two thirds of the time of oneDNN's
 # convolution, and below, or of bfloat16, not less (bench/LOG.md, "pointwise convolutions").
 _PIXEL_CHANNELS = 128
 
 
 def convolution(
-    weight: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool = False
-) -> PixelForward | ConvForward:
-    """:class:`ConvForward`, or what is faster."""
-    pixels = geometry.pixels(weight) and weight.dtype == torch.float32
+    weight: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool = False, size: Sequence[int] = ()
+) -> PixelForward | ConvForward | DepthwiseForward:
+    """:class:`ConvForward`, or what is faster for images that it makes ``size`` large."""
+    if geometry.depthwise(weight) and weight.dtype == torch.float32:
+        return DepthwiseForward(weight, bias, geometry, relu)
+    pixels = geometry.pixels(weight)
+    few = pixels and weight.device.type == "cpu" and 0 < math.prod(size) < FEW_ROWS and len(size) == 2
+    pixels = pixels and weight.dtype == torch.float32
     enough = weight.shape[1] >= _PIXEL_CHANNELS or weight.device.type != "cpu"
-    if pixels and enough and ops.multiplies(weight.flatten(1)):
+    if few or (pixels and enough and ops.multiplies(weight.flatten(1))):
         return PixelForward(weight, bias, geometry.stride, relu)
     return ConvForward(weight, bias, geometry, relu)
 
@@ -225,13 +307,16 @@ class ConvPullback:
         spatial = weight.shape[2:]
         plain = all(s == 1 for s in geometry.stride) and weight.dim() == 4
         inner = [d * (k - 1) - p for d, k, p in zip(geometry.dilation, spatial, geometry.padding, strict=True)]
-        self.direct: PixelForward | ConvForward | None = None
+        self.independent = False
+        self.direct: PixelForward | ConvForward | DepthwiseForward | None = None
         self.apart = geometry.pixels(weight) and not plain
         if self.apart or (plain and all(p >= 0 for p in inner)):
             # With stride one the transpose is a convolution with the flipped, transposed weight; of single pixels with
             # any stride, which then lie apart.
             turned = weight.unflatten(0, (geometry.groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
-            self.direct = convolution(turned, None, Geometry([1, 1], inner, geometry.dilation, geometry.groups))
+            plain_geometry = Geometry([1, 1], inner, geometry.dilation, geometry.groups)
+            self.direct = convolution(turned, None, plain_geometry, size=() if self.apart else size)
+            self.independent = getattr(self.direct, "independent", False)
             self.kernel = self.direct.kernel
         else:
             self.weight = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
@@ -241,17 +326,15 @@ class ConvPullback:
             reach = [
                 (o - 1) * s - 2 * p + d * (k - 1) + 1
                 for o, s, p, d, k in zip(
-                    self._outputs(spatial), geometry.stride, geometry.padding, geometry.dilation, spatial, strict=True
+                    geometry.outputs(spatial, size),
+                    geometry.stride,
+                    geometry.padding,
+                    geometry.dilation,
+                    spatial,
+                    strict=True,
                 )
             ]
             self.output_padding = [have - r for have, r in zip(size, reach, strict=True)]
-
-    def _outputs(self, spatial: Any) -> list[int]:
-        g = self.geometry
-        return [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, p, d, k, s in zip(self.size, g.padding, g.dilation, spatial, g.stride, strict=True)
-        ]
 
     def __call__(self, c: Tensor) -> Tensor:
         if self.direct is not None:

@@ -23,23 +23,30 @@ from ramp_fast import ops
 from ramp_fast.gemm import private_operators
 
 # oneDNN multiplies a row by another routine where it is alone; from two rows on results were equal to the last bit.
-_FEW_ROWS = 8
+FEW_ROWS = 8
 
 
 def by_sample(function: Callable[..., Tensor], rows: int, operands: tuple[Tensor, ...], axis: int) -> Tensor:
     """``function(*operands)``, where samples along ``axis`` do not show in each other's results.
 
-    On CPUs a sample at a time where each has so few rows that library products would notice the others.
+    On CPUs a sample at a time where each has so few rows that library products would notice the others, and the
+    function does not say that it is ``independent``.
     """
     x = operands[0]
-    if x.device.type != "cpu" or rows >= _FEW_ROWS or x.shape[axis] == 1:
+    if x.device.type != "cpu" or rows >= FEW_ROWS or x.shape[axis] == 1 or getattr(function, "independent", False):
         return function(*operands)
     samples = zip(*(t.split(1, axis) for t in operands), strict=True)
     return torch.cat([function(*sample) for sample in samples], axis)
 
 
 class Matrix:
-    """``x @ weight.T + bias`` over the last axis; ``weight`` is ``[out, in]``. See the module for what runs it."""
+    """``x @ weight.T + bias`` over the last axis; ``weight`` is ``[out, in]``. See the module for what runs it.
+
+    Attributes
+    ----------
+    independent : bool
+        Whether the bits of a row do not depend on how many there are.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.bias = bias
@@ -58,12 +65,18 @@ class Matrix:
         else:
             self.weight = weight
             self.kernel = f"aten-{dtype}"
+        self.independent = self.tiles is not None or (self.packed and not ops.has_tiles())
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.tiles is not None:
             return ops.product(x, self.tiles, self.bias, self.width)
         if self.packed and x.numel():
-            return private_operators.linear(x, self.weight, self.bias)
+            rows = x.numel() // x.shape[-1]
+            if rows >= FEW_ROWS or not self.independent:
+                return private_operators.linear(x, self.weight, self.bias)
+            # As many as it takes; what they hold does not matter.
+            padded = F.pad(x.reshape(rows, -1), (0, 0, 0, FEW_ROWS - rows))
+            return private_operators.linear(padded, self.weight, self.bias)[:rows].view(*x.shape[:-1], self.width)
         return F.linear(x, self.weight.to_dense() if self.weight.is_mkldnn else self.weight, self.bias)
 
 

@@ -15,8 +15,10 @@ import torch
 from ramp_fast.errors import BackendError
 from ramp_fast.ops import _registry
 from ramp_fast.ops._registry import BACKENDS, forced_backend, set_backend, unavailable
-from ramp_fast.ops.activation import activation_share, affine_factor, gelu_factor
+from ramp_fast.ops.activation import activation_factor, activation_share, affine_factor
 from ramp_fast.ops.attention import attention_gradient, attention_pullback
+from ramp_fast.ops.by_channel import mul_pullback, spread
+from ramp_fast.ops.depthwise import depthwise
 from ramp_fast.ops.junction import junction, merge_junction, residual_pullback
 from ramp_fast.ops.linear import linear_norm_pullback, linear_pullback, pack_panels
 from ramp_fast.ops.masking import copies_in_turn, mask_steps, masked_copies
@@ -31,6 +33,7 @@ from ramp_fast.ops.softmax import softmax_pullback
 __all__ = [
     "BACKENDS",
     "INT8_DEPTH",
+    "activation_factor",
     "activation_share",
     "affine_factor",
     "affine_pullback",
@@ -40,9 +43,9 @@ __all__ = [
     "copies_in_turn",
     "cpu_isas",
     "cpu_kernels",
+    "depthwise",
     "forced_backend",
     "gate",
-    "gelu_factor",
     "has_tiles",
     "junction",
     "linear_norm_pullback",
@@ -53,6 +56,7 @@ __all__ = [
     "max_pool_pullback",
     "merge",
     "merge_junction",
+    "mul_pullback",
     "multiplies",
     "norm_gradient",
     "norm_pullback",
@@ -70,6 +74,7 @@ __all__ = [
     "set_cpu_isa",
     "share",
     "softmax_pullback",
+    "spread",
     "unavailable",
     "unpool",
 ]

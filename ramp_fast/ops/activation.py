@@ -1,4 +1,4 @@
-"""Activations and BatchNorm: ``gelu_factor``, ``activation_share``, ``affine_factor``. They compute in float32."""
+"""Activations and BatchNorm: ``activation_factor``, ``activation_share``, ``affine_factor``. All in float32."""
 
 from __future__ import annotations
 
@@ -8,78 +8,135 @@ from typing import Any
 import torch
 from torch import Tensor, get_num_threads
 
-from ramp_fast.ops._common import C, compute_dtype
+from ramp_fast.ops._common import C, affine_factor_from, compute_dtype
 from ramp_fast.ops._registry import operator
 
-# The slope of GELU is 1 from here on. In its formula infinity, or the square of a large number, would meet a zero.
-_SATURATED = 30.0
+# Slopes are 1 from here on. In their formulas infinity, or the square of a large number, would meet a zero.
+_SATURATED = 100.0
+
+# The functions of activation_factor; kernels have their numbers. activation_share has the first four, which are 0 at 0.
+FUNCTIONS = ("gelu", "gelu_tanh", "silu", "hardswish", "sigmoid", "hardsigmoid")
+SHARES = FUNCTIONS[:4]
 
 
-def _with_factor(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    dtype = args[-1]
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape, dtype=dtype, device=x.device)
+def number_of(function: str, functions: tuple[str, ...] = FUNCTIONS) -> int:
+    if function not in functions:
+        raise ValueError(f"unknown function {function!r}; supported: {', '.join(functions)}")
+    return functions.index(function)
 
 
-@operator(outputs=_with_factor, float64=False, triton="activation:gelu_factor")
-def gelu_factor(x: Tensor, tanh_approx: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """GELU and the factor of its pull-back in one pass.
+def _channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def laid_out(x: Tensor, gain: Tensor | None) -> Tensor:
+    """``x`` contiguous, or channels last: images that are so already, and images with a gain."""
+    last = _channels_last(x) or (x.ndim == 4 and gain is not None)
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _with_factor(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Outputs for an ``x`` as :func:`laid_out` has it."""
+    return torch.empty_like(x), x.new_empty(0) if dtype is None else torch.empty_like(x, dtype=dtype)
+
+
+def _activation_outputs(
+    x: Tensor, function: str, dtype: torch.dtype | None, gain: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _with_factor(laid_out(x, gain), dtype)
+
+
+def _activation_factor_cpu(
+    x: Tensor, function: str, dtype: torch.dtype | None, gain: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    number = number_of(function)
+    if gain is not None and x.ndim != 4:  # no channels that are innermost
+        raise ValueError(f"with a gain x must be [B, C, H, W], got {list(x.shape)}")
+    x = laid_out(x, gain)
+    y, factor = _with_factor(x, dtype)
+    last = gain is not None or not x.is_contiguous()
+    rows = [t.permute(0, 2, 3, 1) if last and t.ndim == 4 else t for t in (x, y, factor)]
+    size, offset = (None if t is None else t.float().contiguous() for t in (gain, shift))
+    C.activation_factor(rows[0], number, size, offset, rows[1], None if dtype is None else rows[2], get_num_threads())
+    return y, factor
+
+
+def _slope(u: Tensor, function: str) -> tuple[Tensor, Tensor]:
+    """``f(u)`` and ``f'(u)``."""
+    z = u.clamp(max=_SATURATED)
+    if function == "gelu":
+        cumulative = 0.5 * (1 + torch.erf(u / math.sqrt(2)))
+        return u * cumulative, cumulative + z * torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
+    if function == "gelu_tanh":
+        tanh = (math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)).tanh()
+        inner_slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z**2)
+        return 0.5 * u * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh**2) * inner_slope
+    if function in ("silu", "sigmoid"):
+        rising, falling = torch.sigmoid(u), torch.sigmoid(-u)
+        return (u * rising, rising * (1 + z * falling)) if function == "silu" else (rising, rising * falling)
+    rising, inside = (u + 3).clamp(0, 6) / 6, (u.abs() < 3).to(u.dtype) / 6
+    return (u * rising, rising + z * inside) if function == "hardswish" else (rising, inside)
+
+
+@operator(outputs=_activation_outputs, float64=False, cpu=_activation_factor_cpu, triton="activation:activation_factor")
+def activation_factor(
+    x: Tensor,
+    function: str,
+    dtype: torch.dtype | None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """An activation and the factor of its pull-back in one pass.
 
     Parameters
     ----------
     x : Tensor
-    tanh_approx : bool
-        The tanh approximation instead of the error function.
-    dtype : torch.dtype
-        What the factor is stored in.
+        Channels-last memory of images is kept.
+    function : {"gelu", "gelu_tanh", "silu", "hardswish", "sigmoid", "hardsigmoid"}
+    dtype : torch.dtype or None
+        What the factor is stored in. None: there is none.
+    gain, shift : Tensor [C], optional
+        x ``[B, C, H, W]`` is ``gain z + shift``, a BatchNorm's output: pulled back through both. Memory of the outputs
+        is channels last.
 
     Returns
     -------
     y : Tensor
-        ``gelu(x)`` in the dtype of x.
+        ``f(x)`` in the dtype of x.
     factor : Tensor
-        ``2 [y > 0] gelu'(x)``.
+        ``[y > 0] (sign(x) f'(x) + f'(|x|))``, with a gain times ``|gain| (1 + sign(x - shift))``; without a dtype [0].
     """
-    u = x.to(compute_dtype(x)).contiguous()
-    z = u.clamp(max=_SATURATED)
-    if tanh_approx:
-        inner = math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)
-        tanh = inner.tanh()
-        y = 0.5 * u * (1 + tanh)
-        inner_slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z**2)
-        slope = 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh**2) * inner_slope
-    else:
-        cumulative = 0.5 * (1 + torch.erf(u / math.sqrt(2)))
-        y = u * cumulative
-        slope = cumulative + z * torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
-    factor = torch.where(y > 0, 2 * slope, torch.zeros_like(slope))
-    return y.to(x.dtype), factor.to(dtype)
-
-
-# The functions of activation_share; kernels have their numbers.
-FUNCTIONS = ("gelu", "gelu_tanh", "silu")
-
-
-def number_of(function: str) -> int:
-    if function not in FUNCTIONS:
-        raise ValueError(f"unknown function {function!r}; supported: {', '.join(FUNCTIONS)}")
-    return FUNCTIONS.index(function)
+    number_of(function)
+    u = x.to(compute_dtype(x))
+    y, slope = _slope(u, function)
+    factor = u.sign() * slope + _slope(u.abs(), function)[1]
+    factor = torch.where(y > 0, factor, torch.zeros_like(factor))
+    if gain is not None and shift is not None:
+        shape = (-1, 1, 1)
+        factor = factor * affine_factor_from(u, gain.to(u.dtype).view(shape), shift.to(u.dtype).view(shape), False)
+    out, kept = _with_factor(laid_out(x, gain), dtype)
+    return out.copy_(y), kept if dtype is None else kept.copy_(factor)
 
 
 def _activation_share_cpu(x: Tensor, function: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     y, factor = _with_factor(x, dtype)
-    C.activation_share(x, number_of(function), y, factor, get_num_threads())
+    C.activation_share(x, number_of(function, SHARES), y, factor, get_num_threads())
     return y, factor
 
 
-@operator(outputs=_with_factor, float64=False, cpu=_activation_share_cpu, triton="activation:activation_share")
+def _share_outputs(x: Tensor, function: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _with_factor(x.contiguous(), dtype)
+
+
+@operator(outputs=_share_outputs, float64=False, cpu=_activation_share_cpu, triton="activation:activation_share")
 def activation_share(x: Tensor, function: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """An activation and the factor ``f(x) / x``, by which relevance ``R = x c`` is handed on as it is.
 
     Parameters
     ----------
     x : Tensor
-    function : {"gelu", "gelu_tanh", "silu"}
+    function : {"gelu", "gelu_tanh", "silu", "hardswish"}
     dtype : torch.dtype
         What the factor is stored in.
 
@@ -88,16 +145,16 @@ def activation_share(x: Tensor, function: str, dtype: torch.dtype) -> tuple[Tens
     y : Tensor
         ``f(x)`` in the dtype of x.
     factor : Tensor
-        ``f(x) / x``: the normal distribution's cumulative function, its tanh approximation, or the logistic function;
-        0 where x is 0.
+        ``f(x) / x``: the normal distribution's cumulative function, its tanh approximation, the logistic function, or
+        the hard one; 0 where x is 0.
     """
     u = x.to(compute_dtype(x)).contiguous()
-    if number_of(function) == 0:
+    if number_of(function, SHARES) == 0:
         factor = 0.5 * (1 + torch.erf(u / math.sqrt(2)))
     elif function == "gelu_tanh":
         factor = torch.sigmoid(math.sqrt(8 / math.pi) * (u + 0.044715 * u**3))  # (1 + tanh z) / 2 of 2 z
     else:
-        factor = torch.sigmoid(u)
+        factor = torch.sigmoid(u) if function == "silu" else (u + 3).clamp(0, 6) / 6
     y = u * factor
     return y.to(x.dtype), torch.where(u == 0, torch.zeros_like(factor), factor).to(dtype)
 

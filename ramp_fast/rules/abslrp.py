@@ -195,7 +195,7 @@ class AbsLRP(Rule):
         """Whether relevance of non-positive outputs of ``node`` is dropped by its own pull-back."""
         if node.kind == g.ATTENTION or (node.kind in (g.MATMUL, g.BILINEAR) and node.params.role == "attend"):
             return self.gates_attention
-        return node.kind in (g.ACTIVATION, g.SELECT_TOKENS)
+        return node.kind in (g.ACTIVATION, g.SELECT_TOKENS, g.MUL)
 
 
 TABLE: dict[str, type[Operation]] = {

@@ -34,7 +34,7 @@ class Fusion:
         Of a linear layer: the LayerNorm whose output it alone reads. The layer's step pulls back through both.
     fused_batch_norm, fused_add : Node or None
         Of a convolution: the BatchNorm that its step computes as well, and what is added to that, where the sum is a
-        residual sum.
+        residual sum. Of an activation: the BatchNorm below, which its step pulls back as well.
     fused_relu : Node or None
         Of a sum, a BatchNorm, or a convolution that computes either: the ReLU that is computed with it.
     fused_into : Node or None
@@ -69,10 +69,17 @@ def fused_into(node: Node) -> str:
 
 
 class Values:
-    """Values of nodes during one run; constants resolve to what was prepared for this precision."""
+    """Values of nodes during one run; constants resolve to what was prepared for this precision.
 
-    def __init__(self, constants: dict[Node, Any]) -> None:
+    Attributes
+    ----------
+    pulled_back : bool
+        Whether a pull-back follows; otherwise operations need to keep nothing for it.
+    """
+
+    def __init__(self, constants: dict[Node, Any], pulled_back: bool = True) -> None:
         self._constants = constants
+        self.pulled_back = pulled_back
         self._values: dict[Node, Any] = {}
         self._bounds: dict[Node, float] = {}
 

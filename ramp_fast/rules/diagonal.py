@@ -15,6 +15,7 @@ from ramp_fast import ops
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
 from ramp_fast.ops._common import divide
+from ramp_fast.ops.activation import FUNCTIONS
 from ramp_fast.rules.base import Flow, Fusion, Operation, ReadsInput, Values, fused_into, gate, reduce_to
 from ramp_fast.rules.gradients import gradient
 from ramp_fast.rules.masses import Massed, Masses
@@ -66,23 +67,37 @@ class FusedRelu(Operation):
 
 
 class Activation(_Diagonal):
-    """``c_x = [f(x) > 0] (sign(x) f'(x) + f'(|x|)) c``."""
+    """``c_x = [f(x) > 0] (sign(x) f'(x) + f'(|x|)) c``, and on through the BatchNorm below where that is fused."""
 
     def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
         super().__init__(node, precision, fusion, rule)
-        if node.params.function == "gelu":
-            self.forward_kernel = "gelu_factor"
+        tanh = node.kwargs.get("approximate", "none") == "tanh"
+        function = "gelu_tanh" if tanh else node.params.function
+        self.function = function if function in FUNCTIONS else None
+        self.gain: Tensor | None = None
+        self.shift: Tensor | None = None
+        if self.function is not None:
+            self.forward_kernel = "activation_factor"
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        norm = self.fusion.fused_batch_norm
+        if norm is not None:
+            self.gain, self.shift = (t.to(self.precision.accumulate) for t in affine(norm.params, constants))
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         x = values[self.node.operands[0]]
         dtype = self.precision.pullback
-        if self.node.params.function == "gelu":
-            tanh = self.node.kwargs.get("approximate", "none") == "tanh"
-            y, factor = ops.gelu_factor(x, tanh, dtype)
-            return y, factor
+        if self.function is not None:
+            kept = dtype if values.pulled_back else None
+            return ops.activation_factor(x, self.function, kept, self.gain, self.shift)
         name = self.node.params.function
         y, factor = smooth_factor(name, lambda u: values.call_at(self.node, self.node.operands[0], u), x)
         return y, factor.to(dtype)
+
+    def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
+        norm = self.fusion.fused_batch_norm
+        for flow in super().pullback(parts, values, kept, conservation):
+            yield flow if norm is None else Flow(norm.operands[0], flow.contribution)
 
 
 # Functions whose slope at -x is that at x: nothing is left of it below zero, where a computed difference would leave

@@ -10,6 +10,7 @@ from functools import cached_property
 from ramp_fast import graph as g
 from ramp_fast.gemm import Geometry, Precision, fuses_convolutions
 from ramp_fast.graph import Graph, Node
+from ramp_fast.ops.activation import FUNCTIONS
 from ramp_fast.rules.base import Fusion
 from ramp_fast.rules.junctions import plain_sum
 
@@ -71,9 +72,12 @@ class _Search:
             for conv, (norm, total) in self._convolutions.items():
                 if node in (norm, total):
                     found.fused_into = conv
-                    found.pulled_back_in = total if node is norm else None
+                    found.pulled_back_in = (total or self._activation_above(norm)) if node is norm else None
         elif node.kind == g.ACTIVATION:
             found.fused_into = node.operands[0] if self._is_fused_relu(node) else None
+            norm = node.operands[0]
+            if any(n is norm for n, _ in self._convolutions.values()) and self._activation_above(norm) is node:
+                found.fused_batch_norm = norm
         elif node.kind in (g.MAX_POOL, g.MAX_REDUCTION):
             form = self.options.maxpool
             found.divided = self.residual if form == "auto" else form == "divided"
@@ -81,6 +85,12 @@ class _Search:
 
     def _relu_above(self, node: Node) -> Node | None:
         return next((u for u in self.users[node] if self._is_fused_relu(u)), None)
+
+    def _activation_above(self, norm: Node) -> Node | None:
+        """The activation whose pull-back does that of ``norm``, which a convolution computes, as well."""
+        above = self.users[norm]
+        fuses = len(above) == 1 and above[0].kind == g.ACTIVATION and above[0].params.function in FUNCTIONS
+        return above[0] if fuses else None
 
     def _norm_below(self, linear: Node) -> Node | None:
         """The LayerNorm whose pull-back the step of ``linear`` does as well."""

@@ -189,6 +189,10 @@ class Mul(Operation):
         part = self.merged(parts, values, conservation)
         first, second = self.node.operands
         a, b = values[first], values[second]
+        gate_of = self._by_channel(a, b)
+        if gate_of is not None:
+            yield from self._gated(part, values, conservation, gate_of)
+            return
         c = 2 * gate(part.c, a * b)
         flows = []
         for operand, x, other in ((first, a, b), (second, b, a)):
@@ -197,6 +201,25 @@ class Mul(Operation):
         targets = share(part.target, [m for _, _, m in flows], self.rule.shares)
         for (node, own, actual), target in zip(flows, targets, strict=True):
             yield Flow(node, Massed(own, target, actual))
+
+    def _by_channel(self, a: Tensor, b: Tensor) -> Node | None:
+        """The operand that is one number for a channel of images, which the other is."""
+        first, second = self.node.operands
+        batches = [n.batch for n in (first, second)]
+        if not (a.dim() == b.dim() == 4 and a.shape[:2] == b.shape[:2] and ops.cpu_kernels(a.device)):
+            return None
+        if first.constant or second.constant or not all(n.leading and n.inner == 1 for n in batches):
+            return None
+        single = [n for n, x in ((first, a), (second, b)) if x.shape[2:].numel() == 1]
+        return single[0] if len(single) == 1 else None
+
+    def _gated(self, part: Massed, values: Values, conservation: Masses, by_channel: Node) -> Iterator[Flow]:
+        images = next(n for n in self.node.operands if n is not by_channel)
+        c_a, c_b, mass = conservation.product(part, values[images], values[by_channel])
+        own = conservation.mass(values[by_channel], c_b, by_channel.batch)
+        targets = share(part.target, [mass, own], self.rule.shares)
+        yield Flow(images, Massed(c_a, targets[0], mass))
+        yield Flow(by_channel, Massed(c_b.to(part.c.dtype), targets[1], own))
 
 
 class Matmul(Operation):

@@ -175,6 +175,17 @@ class Masses(Conservation):
         pulled = ops.affine_pullback(c, x, gain, shift, relu, n_scale)
         return Massed(self.channels_first(pulled, y), part.target, centred=True)
 
+    def product(self, part: Massed, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """:func:`ramp_fast.ops.mul_pullback` of ``a`` ``[B, C, H, W]`` and ``b`` ``[B, C, 1, 1]``, in their shapes."""
+        c, x = self.channels_last(part.c, 1), self.channels_last(a, 0)
+        c_a, c_b, mass = ops.mul_pullback(c, x, b.flatten(1), self.contrast)
+        return self.channels_first(c_a, a), c_b.view(*c_b.shape, 1, 1), mass
+
+    def spread(self, c: Tensor, target: Tensor, x: Tensor) -> Massed:
+        """:func:`ramp_fast.ops.spread` of ``c`` ``[T, B, C]`` over the pixels of images ``x`` ``[B, C, H, W]``."""
+        c, mass = ops.spread(c, self.channels_last(x, 0), self.contrast)
+        return Massed(self.channels_first(c, x), target, mass)
+
     def channels_last(self, t: Tensor, lead: int) -> Tensor:
         """``[..., B * tiles, C, H, W]`` as ``[..., B, tiles * H * W, C]`` behind ``lead`` axes."""
         return t.movedim(lead + 1, -1).reshape(*t.shape[:lead], self.batch, -1, t.shape[lead + 1])

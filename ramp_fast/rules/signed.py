@@ -24,6 +24,7 @@ from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.gemm import LinearOp, Precision
 from ramp_fast.graph import Graph, Node, only_user
 from ramp_fast.ops._common import divide
+from ramp_fast.ops.activation import SHARES
 from ramp_fast.rules import attention
 from ramp_fast.rules.base import Flow, Fusion, Operation, Values, reduce_to, vjp
 from ramp_fast.rules.conservation import Contribution, Relevance
@@ -396,7 +397,7 @@ class PassOn(Step):
     def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
         super().__init__(node, precision, fusion, rule)
         self.function = None  # one that an operator has both of
-        if node.kind == g.ACTIVATION and node.params.function in ("gelu", "silu"):
+        if node.kind == g.ACTIVATION and node.params.function in SHARES:
             tanh = node.kwargs.get("approximate", "none") == "tanh"
             self.function = "gelu_tanh" if tanh else node.params.function
             self.forward_kernel = "activation_share"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from typing import Generic as GenericType
 
 import torch
 from torch import Tensor
 
-from ramp_fast import gemm, params
+from ramp_fast import gemm, ops, params
 from ramp_fast import graph as g
 from ramp_fast.graph import Node
 from ramp_fast.rules.base import Flow, Operation, Values, selected
@@ -93,7 +93,7 @@ class Weighted(Operation, GenericType[Pullback]):
         operands = [self.node.operands[0], *([] if self.fusion.fused_add is None else [self.fusion.fused_add])]
         forward: Callable[..., Tensor] = self.forward_map
         hides = isinstance(forward, gemm.ConvForward) and self.fusion.fused_relu is not None
-        if isinstance(forward, (gemm.ConvForward, gemm.PixelForward)) and not hides:
+        if isinstance(forward, (gemm.ConvForward, gemm.PixelForward, gemm.DepthwiseForward)) and not hides:
             known = [values.known_bound(n) for n in operands]
             if None not in known:
                 self._bounded(forward, operands, values, values.bound)
@@ -107,7 +107,7 @@ class Weighted(Operation, GenericType[Pullback]):
 
     def _bounded(
         self,
-        forward: gemm.ConvForward | gemm.PixelForward,
+        forward: gemm.ConvForward | gemm.PixelForward | gemm.DepthwiseForward,
         operands: list[Node],
         values: Values,
         bound: Callable[[Node], float],
@@ -180,10 +180,13 @@ class Linear(Weighted["gemm.Matrix | gemm.Selection"]):
             yield Flow(source, Massed(pulled, part.target, actual))
 
 
-class Conv(Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.SubpixelSelection"]):
-    def pack(
-        self, constants: dict[Node, Any]
-    ) -> tuple[gemm.LinearOp, gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelection | gemm.SubpixelSelection]:
+_ConvPullback: TypeAlias = (
+    gemm.PatchPullback | gemm.ConvPullback | gemm.DepthwisePullback | gemm.PatchSelection | gemm.SubpixelSelection
+)
+
+
+class Conv(Weighted[_ConvPullback]):
+    def pack(self, constants: dict[Node, Any]) -> tuple[gemm.LinearOp, _ConvPullback]:
         weight, bias = self.effective(constants)
         p = self.node.params
         geometry = gemm.Geometry.of(p)
@@ -196,7 +199,9 @@ class Conv(Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelectio
         else:
             norm = self.fusion.fused_batch_norm
             folded = (weight, bias) if norm is None else _fold(weight, bias, norm.params, constants)
-            forward = gemm.convolution(*folded, geometry, self.fusion.fused_relu is not None)
+            forward = gemm.convolution(*folded, geometry, self.fusion.fused_relu is not None, self.node.example[2:])
+        if geometry.depthwise(doubled):
+            return forward, gemm.DepthwisePullback(doubled, geometry, size, self.fusion.positive_input)
         if not self.fusion.positive_input:
             if tiles:
                 return forward, gemm.PatchSelection(doubled)
@@ -231,14 +236,27 @@ class Conv(Weighted["gemm.PatchPullback | gemm.ConvPullback | gemm.PatchSelectio
         if isinstance(self.pullback_map, gemm.PatchSelection):
             yield Flow(source, Massed(self.pullback_map(c, values[source]), part.target))
             return
+        if isinstance(self.pullback_map, gemm.DepthwisePullback):
+            x = None if self.fusion.positive_input else values[source]
+            yield Flow(source, Massed(self.pullback_map(c, x), part.target))
+            return
         if isinstance(self.pullback_map, gemm.SubpixelSelection):
             acc = self.by_sample(self.pullback_map, 1, c)
             yield Flow(source, Massed(self.pullback_map.select(acc, values[source]), part.target))
             return
         pull = self.pullback_map
-        acc = self.by_sample(lambda part: pull(part.flatten(0, 1)).unflatten(0, part.shape[:2]), 1, c)
-        if not self.fusion.positive_input:
-            groups = self.node.params.groups
+
+        def pulled(part: Tensor) -> Tensor:
+            images: Tensor = pull(part.flatten(0, 1))
+            return images.view(*part.shape[:2], *images.shape[1:])
+
+        acc = pulled(c) if getattr(pull, "independent", False) else self.by_sample(pulled, 1, c)
+        groups = self.node.params.groups
+        if not self.fusion.positive_input and groups == 1 and acc.dim() == 5 and ops.cpu_kernels(acc.device):
+            # One cell of one phase for every pixel: the two halves of the channels.
+            cells = acc.permute(0, 1, 3, 4, 2).unflatten(-1, (1, 1, 2, -1))
+            acc = ops.select_phases(cells, values[source].permute(0, 2, 3, 1), 0, 0).permute(0, 1, 4, 2, 3)
+        elif not self.fusion.positive_input:
             halves = acc.unflatten(2, (groups, 2, -1))
             positive, negative = (halves[:, :, :, i].flatten(2, 3) for i in (0, 1))
             acc = selected(positive, negative, values[source])

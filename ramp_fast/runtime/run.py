@@ -138,7 +138,7 @@ def _forward(plan: Plan, images: Tensor, kept: dict[Node, Any] | None, keep_all:
 
     ``keep_all``: of all nodes.
     """
-    values = Values(plan.constants)
+    values = Values(plan.constants, pulled_back=kept is not None)
     values[plan.graph.input] = images
     for step in plan.steps:
         node = step.node

@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_models import FAMILIES, images
 from timm.models.resnet import Bottleneck, ResNet
+from torch import Tensor
 
 from ramp_fast import Engine, gemm, ops
 from ramp_fast.rules.base import Values
@@ -33,7 +34,8 @@ def test_the_head_sees_one_sample_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
         return plain(self, x)
 
     monkeypatch.setattr(gemm.Matrix, "__call__", watched)
-    Engine(FAMILIES["vit"](), precision="float32", micro_batch=4).attribute(images(4), 3)
+    # Of float64, whose products do not say that rows do not see each other.
+    Engine(FAMILIES["vit"](), precision="float64", micro_batch=4).attribute(images(4), 3)
     heads = [shape for shape in seen if len(shape) == 2]  # class token only
     assert heads
     assert all(shape[0] == 1 for shape in heads)
@@ -183,3 +185,50 @@ def test_bounds_are_known_and_not_measured(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Values, "measure", lambda self, node: measured.append(node.kind) or measure(self, node))
     engine.attribute(images)
     assert measured == ["input"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(10, 48), (1000, 2 * 768)])
+def test_rows_do_not_see_how_many_they_are(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    matrix = gemm.Matrix(torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype))
+    x = torch.randn(20, shape[1]).to(dtype)
+    whole = matrix(x)
+    if matrix.independent:
+        for count in (1, 2, 3, 7, 8, 13):
+            assert torch.equal(matrix(x[:count]), whole[:count])
+    else:
+        assert not matrix.packed or ops.has_tiles()
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 4), (1, 7)])
+@pytest.mark.parametrize("stride", [[1, 1], [2, 2], [1, 3]])
+@pytest.mark.parametrize("positive_input", [False, True])
+def test_depthwise_convolutions_and_their_transposes(
+    kernel: tuple[int, int], stride: list[int], positive_input: bool
+) -> None:
+    torch.manual_seed(0)
+    channels, size = 37, (13, 12)
+    geometry = gemm.Geometry(stride, [kernel[0] // 2, kernel[1] // 2], [1, 1], channels)
+    weight, bias = torch.randn(channels, 1, *kernel), torch.randn(channels)
+    x = torch.randn(3, channels, *size)
+    where = stride, geometry.padding, 1, channels
+    assert geometry.depthwise(weight)
+    for relu in (False, True):
+        expected = torch.nn.functional.conv2d(x, weight, bias, *where)
+        forward = gemm.convolution(weight, bias, geometry, relu)
+        assert isinstance(forward, gemm.DepthwiseForward)
+        addend = torch.randn_like(expected)
+        for plus in (None, addend):
+            sum_ = expected if plus is None else expected + plus
+            torch.testing.assert_close(forward(x, plus), sum_.relu() if relu else sum_)
+    c = torch.randn(2, *expected.shape)
+
+    def pulled(w: Tensor) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        y = torch.nn.functional.conv2d(leaf, w, None, *where)
+        return torch.stack([torch.autograd.grad(y, leaf, side, retain_graph=True)[0] for side in c])
+
+    upper, lower = pulled(weight.clamp_min(0)), pulled(weight.neg().clamp_min(0))
+    found = gemm.DepthwisePullback(weight, geometry, size, positive_input)(c, None if positive_input else x)
+    torch.testing.assert_close(found, upper if positive_input else torch.where(x > 0, upper, lower))

@@ -16,7 +16,7 @@ from ramp_fast import ops
 from ramp_fast.ops import _registry
 from ramp_fast.ops._common import affine_factor_from, mass_equation, rescale_equation
 from ramp_fast.ops._registry import equation
-from ramp_fast.ops.activation import FUNCTIONS
+from ramp_fast.ops.activation import FUNCTIONS, SHARES
 from ramp_fast.ops.linear import unpack_panels
 from ramp_fast.ops.product import unpack_tiles
 
@@ -49,7 +49,7 @@ DTYPES = [
 
 
 # Their factor is stored in c_dtype; arithmetic is that of x.
-FACTORS = ("gelu_factor", "activation_share", "affine_factor")
+FACTORS = ("activation_factor", "activation_share", "affine_factor")
 
 
 # Of coefficients of bfloat16 they multiply bfloat16, where the processor does.
@@ -363,19 +363,36 @@ def _n_scaled_magnitude(c: Tensor, n_scale: Tensor | None) -> Tensor:
     return _rescale_magnitude(c, torch.cat((torch.ones_like(n_scale), n_scale)), True)
 
 
-def _gelu(o: Options) -> tuple[Any, ...]:
-    return 3 * Draw(o).sample(*o.inner), o.contrast, o.c_dtype
+def _activation_factor(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    x = 3 * d.sample(*o.inner)
+    function = FUNCTIONS[(o.seed + o.contrast) % len(FUNCTIONS)]
+    if "hard" in function:  # a slope changes at 3
+        x = torch.where((x.abs() - 3).abs() < 1e-2, torch.ones_like(x), x)
+    if x.ndim != 4 or o.contrast:
+        return x, function, o.c_dtype, None, None
+    gain, shift = _channels_of(x, d, o)
+    return x, function, o.c_dtype, gain, shift
+
+
+def _activation_magnitude(x: Tensor, function: str, _: Any, gain: Tensor | None, shift: Any) -> tuple[Tensor, ...]:
+    slope = 2 + 2 * x.abs()
+    return 1 + x.abs(), slope if gain is None else 2 * slope * gain.abs().view(-1, 1, 1)
 
 
 def _activation_share(o: Options) -> tuple[Any, ...]:
-    return 3 * Draw(o).sample(*o.inner), FUNCTIONS[o.seed % len(FUNCTIONS)], o.c_dtype
+    return 3 * Draw(o).sample(*o.inner), SHARES[o.seed % len(SHARES)], o.c_dtype
+
+
+def _channels_of(x: Tensor, d: Draw, o: Options) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if o.x_dtype == torch.float64 else torch.float32
+    return d.normal(x.shape[1], dtype=dtype), d.normal(x.shape[1], dtype=dtype)
 
 
 def _affine(o: Options) -> tuple[Any, ...]:
     d = Draw(o)
     x = d.sample(*(o.inner or (3,)))
-    dtype = torch.float64 if o.x_dtype == torch.float64 else torch.float32
-    gain, shift = d.normal(x.shape[1], dtype=dtype), d.normal(x.shape[1], dtype=dtype)
+    gain, shift = _channels_of(x, d, o)
     # outputs within rounding of zero would gate differently in float32
     y = x.double() * gain.double().view(-1, *[1] * (x.ndim - 2)) + shift.double().view(-1, *[1] * (x.ndim - 2))
     x = torch.where(y.abs() < 1e-4, torch.ones_like(x), x)
@@ -486,6 +503,69 @@ def _select_phases(o: Options) -> tuple[Any, ...]:
     height, width = (95, 128) if math.prod(o.inner) > 30_000 else (5, 8)
     cells = 1 + -(-height // 2), 1 + -(-width // 3)
     return d.coefficient(*cells, 2, 3, 2, channels), d.sample(height, width, channels), 1, 0
+
+
+def _by_channel(o: Options) -> tuple[int, int]:
+    """Rows and channels: one block of channels and more, and several tasks."""
+    return math.prod(o.rows), 1 + math.prod(o.inner) % 600
+
+
+def _mul(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    rows, channels = _by_channel(o)
+    return d.coefficient(rows, channels), d.sample(rows, channels), d.sample(channels), o.contrast
+
+
+def _mul_magnitude(c: Tensor, a: Tensor, b: Tensor, contrast: bool) -> tuple[Tensor, ...]:
+    sides = 2 * c.abs()
+    own = sides * b.abs().unsqueeze(1)
+    return own, (sides * a.abs()).sum(2), _mass_of(a, own, contrast)
+
+
+def _spread(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    rows, channels = _by_channel(o)
+    return d.coefficient(channels), d.sample(rows, channels), o.contrast
+
+
+def _spread_magnitude(c: Tensor, x: Tensor, contrast: bool) -> tuple[Tensor, ...]:
+    own = 2 * c.abs().unsqueeze(2).expand(-1, -1, x.shape[1], -1)
+    return own, _mass_of(x, own, contrast)
+
+
+def _mass_of(x: Tensor, c: Tensor, contrast: bool) -> Tensor:
+    """Magnitude of the masses of coefficients of magnitude ``c``."""
+    mass = (x.abs() * c).flatten(2).sum(-1)
+    half = len(c) // 2
+    return torch.cat([mass[:half], mass[:half] + mass[half:]]) if contrast else mass
+
+
+def _depthwise(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    # channels around a vector and four of them; windows of 3 x 5 and of 2 x 2, a stride that leaves lines over
+    channels = 1 + math.prod(o.inner) % 77
+    kernel, stride, padding, dilation = (((3, 5), [2, 1], [1, 2], [1, 1]), ((2, 2), [1, 3], [0, 1], [2, 1]))[o.seed % 2]
+    large, transposed = (10, 8), bool(o.seed // 2 % 2)
+    small = [
+        (n + 2 * p - e * (k - 1) - 1) // s + 1
+        for n, p, e, k, s in zip(large, padding, dilation, kernel, stride, strict=True)
+    ]
+    source, size = (small, [*large]) if transposed else (large, small)
+    dtype = torch.float64 if o.x_dtype == torch.float64 else torch.float32
+    c = d.coefficient(*source, channels)
+    x = d.sample(*size, channels) if o.contrast else None
+    weight = d.normal(2 if o.contrast else 1, *kernel, channels, dtype=dtype)
+    bias = None if o.contrast else d.normal(channels, dtype=dtype)
+    return c, weight, bias, x, stride, padding, dilation, size, transposed, o.seed % 3 == 1
+
+
+def _depthwise_magnitude(
+    c: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor | None, *where: Any
+) -> tuple[Tensor, ...]:
+    both = equation("depthwise")(
+        c.abs(), weight.abs().sum(0, keepdim=True), None if bias is None else bias.abs(), None, *where
+    )
+    return (both,)
 
 
 def _max_pool(o: Options) -> tuple[Any, ...]:
@@ -621,7 +701,10 @@ CASES = {
         Case("residual_pullback", _residual, _residual_magnitude),
         Case("unpool", _unpool, _unpool_magnitude),
         Case("select_phases", _select_phases, _exact),
-        Case("gelu_factor", _gelu, lambda x, tanh, _: (x.abs(), 2 + 2 * x.abs())),
+        Case("mul_pullback", _mul, _mul_magnitude),
+        Case("spread", _spread, _spread_magnitude),
+        Case("depthwise", _depthwise, _depthwise_magnitude),
+        Case("activation_factor", _activation_factor, _activation_magnitude),
         Case("activation_share", _activation_share, lambda x, *_: (x.abs(), torch.ones_like(x))),
         Case("affine_factor", _affine, _affine_magnitude),
         Case("max_pool_pullback", _max_pool, _max_pool_magnitude),

@@ -37,7 +37,7 @@ from ramp_fast.kernels import (
 )
 from ramp_fast.kernels.common import offered
 from ramp_fast.kernels.norm import norm_gradient_kernel, norm_pullback_kernel
-from ramp_fast.ops.activation import FUNCTIONS
+from ramp_fast.ops.activation import FUNCTIONS, SHARES
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -139,15 +139,22 @@ def _sources() -> Iterator[Source]:
         PAIR | {"BLOCK": scaling.BLOCK},
         one_config(scaling.WARPS),
     )
-    for tanh in (False, True):
+    for (number, function), channels in itertools.product(enumerate(FUNCTIONS), (0, 96)):
+        pointers = {
+            "x_ptr": "*fp32",
+            "gain_ptr": "*fp32",
+            "shift_ptr": "*fp32",
+            "y_ptr": "*fp32",
+            "factor_ptr": "*bf16",
+        }
         yield Source(
-            f"gelu_factor{', tanh' * tanh}",
-            activation.gelu_factor_kernel,
-            {"x_ptr": "*fp32", "y_ptr": "*fp32", "factor_ptr": "*bf16", "elements": "i32"},
-            {"TANH": tanh, "BLOCK": activation.BLOCK},
+            f"activation_factor, {function}{', gain' * bool(channels)}",
+            activation.activation_factor_kernel,
+            pointers | {"elements": "i32"},
+            {"FUNCTION": number, "FACTOR": True, "CHANNELS": channels, "BLOCK": activation.BLOCK},
             one_config(activation.WARPS),
         )
-    for number, function in enumerate(FUNCTIONS):
+    for number, function in enumerate(SHARES):
         yield Source(
             f"activation_share, {function}",
             activation.activation_share_kernel,
@@ -389,13 +396,13 @@ def compile_kernel(source: Source, config: triton.Config, capability: int, ones:
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK (spills) and SHARED of a cubin, from the cuobjdump in Triton's wheel."""
+    """REG, STACK (spills) and SHARES of a cubin, from the cuobjdump in Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", text)}
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARES):(\d+)", text)}
 
 
 def _table(reports: list[Report]) -> Iterator[str]:

@@ -72,7 +72,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "scale_by": ELEMENTWISE,
     "ratio": ELEMENTWISE,
     "gate": ELEMENTWISE,
-    "gelu_factor": ELEMENTWISE,
+    "activation_factor": [*ELEMENTWISE, *({"batch": 2, "inner": (3, 4, 5), "seed": seed} for seed in range(6))],
     "activation_share": ELEMENTWISE,
     "affine_factor": [*ELEMENTWISE[1:4], {"batch": 2, "inner": (3, 4, 5)}, {"batch": 3, "inner": (17, 31, 3)}],
     "max_pool_pullback": MAX_POOL,

@@ -285,7 +285,7 @@ def test_outputs_that_kernels_would_overrun_are_refused() -> None:
     with pytest.raises(ValueError, match="written as float32 or float64"):
         extension.mass(x, c, False, torch.empty(1, 1, dtype=torch.bfloat16), 1)
     with pytest.raises(ValueError, match="do not fit together"):
-        extension.gelu_factor(x, False, torch.empty(1, 3, 0), torch.empty(1, 3), 1)
+        extension.activation_factor(x, 0, None, None, torch.empty(1, 3, 0), torch.empty(1, 3), 1)
     with pytest.raises(ValueError, match="do not fit together"):
         extension.affine_factor(x, c[0, 0], c[0, 0], False, 0.0, False, torch.empty(1, 3), torch.empty(1, 3, 0), 1)
 

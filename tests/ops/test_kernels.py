@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import CASES, Options, as_tuple, check_case, odd_options, poison_memory
 from hypothesis import HealthCheck, given, settings
 from strategies import options
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ramp_fast import ops
 from ramp_fast.ops import _registry
+from ramp_fast.ops.activation import FUNCTIONS, SHARES
 
 VARIANTS = ["reference", *ops.cpu_isas()]
 
@@ -90,7 +92,11 @@ def test_output_dtypes(backend: str) -> None:
     assert output_dtypes("linear_pullback", bf16, f32) == [bf16]
     assert output_dtypes("linear_norm_pullback", bf16, f32) == [f32, f32]
     assert output_dtypes("linear_norm_pullback", f64, f64) == [f64, f64]
-    assert output_dtypes("gelu_factor", bf16, f32) == [f32, bf16]
+    assert output_dtypes("activation_factor", bf16, f32) == [f32, bf16]
+    assert output_dtypes("depthwise", bf16, f32) == [bf16]
+    assert output_dtypes("mul_pullback", bf16, f32) == [bf16, f32, f32]
+    assert output_dtypes("mul_pullback", f64, f64) == [f64, f64, f64]
+    assert output_dtypes("spread", bf16, f32) == [bf16, f32]
     assert output_dtypes("activation_share", bf16, f32) == [f32, bf16]
     assert output_dtypes("affine_factor", bf16, f32) == [f32, bf16]
     assert output_dtypes("affine_pullback", bf16, f32) == [bf16]
@@ -305,32 +311,46 @@ def test_norm_gradient_is_that_of_autograd_and_hides_no_nan(variant: str) -> Non
     assert torch.equal(marred[:, 1:], actual[:, 1:])
 
 
+EXACT = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+}
+RANGE = torch.cat([torch.linspace(-12, 12, 20_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 1e4, -1e4])])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("tanh_approx", [False, True])
-def test_gelu_over_its_range(variant: str, tanh_approx: bool) -> None:
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_factors_over_the_range(variant: str, function: str) -> None:
     choose(variant)
-    x = torch.cat([torch.linspace(-12, 12, 20_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 1e4, -1e4])])
-    y, factor = ops.gelu_factor(x, tanh_approx, torch.float32)
-    wide = x.double().requires_grad_()
-    exact = torch.nn.functional.gelu(wide, approximate="tanh" if tanh_approx else "none")
-    (slope,) = torch.autograd.grad(exact.sum(), wide)
-    assert_close("gelu_factor", 0, y, exact.detach(), x.double().abs(), torch.float32)
-    gate = exact.detach() > 0
-    assert_close("gelu_factor", 1, factor, 2 * gate * slope, 2 + 2 * x.double().abs().clamp_max(12), torch.float32)
+    x = RANGE[(RANGE.abs() - 3).abs() > 1e-6] if "hard" in function else RANGE  # their slopes jump there
+    y, factor = ops.activation_factor(x, function, torch.float32)
+
+    def exact(u: Tensor) -> tuple[Tensor, Tensor]:
+        wide = u.double().requires_grad_()
+        value = EXACT[function](wide)
+        return value.detach(), torch.autograd.grad(value.sum(), wide)[0]
+
+    value, slope = exact(x)
+    assert_close("activation_factor", 0, y, value, 1 + x.double().abs(), torch.float32)
+    expected = (value > 0) * (x.double().sign() * slope + exact(x.abs())[1])
+    assert_close("activation_factor", 1, factor, expected, 2 + 2 * x.double().abs().clamp_max(12), torch.float32)
+    without, empty = ops.activation_factor(x, function, None)
+    assert torch.equal(without, y)
+    assert empty.numel() == 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("function", ["gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("function", SHARES)
 def test_shares_over_the_range(variant: str, function: str) -> None:
     choose(variant)
-    x = torch.cat([torch.linspace(-12, 12, 20_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 1e4, -1e4])])
+    x = RANGE
     y, factor = ops.activation_share(x, function, torch.float32)
     wide = x.double()
-    exact = {
-        "gelu": torch.nn.functional.gelu,
-        "gelu_tanh": lambda u: torch.nn.functional.gelu(u, approximate="tanh"),
-        "silu": torch.nn.functional.silu,
-    }[function](wide)
+    exact = EXACT[function](wide)
     assert_close("activation_share", 0, y, exact, wide.abs(), torch.float32)
     share = (exact / wide).masked_fill(wide == 0, 0)
     assert_close("activation_share", 1, factor, share, torch.ones_like(wide), torch.float32)
@@ -339,16 +359,13 @@ def test_shares_over_the_range(variant: str, function: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("function", ["gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("function", SHARES)
 def test_activations_beyond_numbers(variant: str, function: str) -> None:
     """Minus infinity times nothing is NaN, as PyTorch has it; the largest negative numbers have nothing left."""
     choose(variant)
     x = torch.tensor([-torch.inf, torch.nan, -3e38, -1e30, torch.inf]).repeat_interleave(40)
-    results = [ops.activation_share(x, function, torch.float32)[0]]
-    if function != "silu":
-        results.append(ops.gelu_factor(x, function == "gelu_tanh", torch.float32)[0])
-    for y in results:
-        lowest, nan, *large, highest = y.view(5, 40)
+    for operator in (ops.activation_share, ops.activation_factor):
+        lowest, nan, *large, highest = operator(x, function, torch.float32)[0].view(5, 40)
         assert bool(lowest.isnan().all())
         assert bool(nan.isnan().all())
         assert not any(bool(part.any()) for part in large)
@@ -356,20 +373,36 @@ def test_activations_beyond_numbers(variant: str, function: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("tanh_approx", [False, True])
+@pytest.mark.parametrize("function", SHARES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_slope_of_gelu_at_large_numbers(variant: str, tanh_approx: bool, dtype: torch.dtype) -> None:
+def test_slopes_at_large_numbers(variant: str, function: str, dtype: torch.dtype) -> None:
     """It is 1, also where squares overflow, and at infinity; nothing is sent to what is below zero, or to NaN."""
     choose(variant)
     x = torch.tensor([20, 40, 1e13, 1e20, 3e38, torch.inf, -1e20, -3e38, -torch.inf, torch.nan], dtype=dtype)
-    factor = ops.gelu_factor(x.repeat_interleave(40), tanh_approx, torch.float32)[1].view(-1, 40)
+    factor = ops.activation_factor(x.repeat_interleave(40), function, torch.float32)[1].view(-1, 40)
     assert bool((factor[:6] == 2).all())
     assert not factor[6:].any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("function", ["sigmoid", "hardsigmoid"])
+def test_sigmoids_beyond_numbers(variant: str, function: str) -> None:
+    choose(variant)
+    x = torch.tensor([-torch.inf, torch.nan, -3e38, torch.inf]).repeat_interleave(40)
+    lowest, nan, large, highest = ops.activation_factor(x, function, torch.float32)[0].view(4, 40)
+    assert not lowest.any()
+    assert bool(nan.isnan().all())
+    assert not large.any()
+    assert bool((highest == 1).all())
 
 
 def test_shares_of_no_function() -> None:
     with pytest.raises(ValueError, match=r"'tanh'.*gelu, gelu_tanh, silu"):
         ops.activation_share(torch.zeros(3), "tanh", torch.float32)
+    with pytest.raises(ValueError, match="'sigmoid'"):  # which is not 0 at 0
+        ops.activation_share(torch.zeros(3), "sigmoid", torch.float32)
+    with pytest.raises(ValueError, match=r"'tanh'.*hardswish"):
+        ops.activation_factor(torch.zeros(3), "tanh", torch.float32)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from triton_processes import SHARED, Process, output, start
 
-from ramp_fast.ops.activation import FUNCTIONS
+from ramp_fast.ops.activation import FUNCTIONS, SHARES
 
 pytest.importorskip("triton", reason="triton exists for Linux on x86_64 and aarch64 only")
 
@@ -62,9 +62,8 @@ def test_compiles(triton: dict[str, Process]) -> None:
         "rescale_parts",
         "scale_by",
         "ratio",
-        "gelu_factor",
-        "gelu_factor, tanh",
-        *(f"activation_share, {function}" for function in FUNCTIONS),
+        *(f"activation_factor, {function}{gain}" for function in FUNCTIONS for gain in ("", ", gain")),
+        *(f"activation_share, {function}" for function in SHARES),
         "affine_factor",
         "softmax_pullback",
         "max_pool_pullback",

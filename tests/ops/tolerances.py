@@ -75,8 +75,16 @@ COMPUTE = {
     ("select_phases", torch.float32): 0.0,
     ("select_phases", torch.float64): 0.0,
     # rational erf (3e-7 near its clamp at 4), exp with 1e-7, argument squares up to 100 half-units
-    ("gelu_factor", torch.float32): 6e-7,
-    ("gelu_factor", torch.float64): 1e-15,
+    ("activation_factor", torch.float32): 6e-7,
+    ("activation_factor", torch.float64): 1e-15,
+    # two products; sums in blocks, in double from there on
+    ("mul_pullback", torch.float32): 4e-6,
+    ("mul_pullback", torch.float64): 1e-14,
+    ("spread", torch.float32): 4e-6,
+    ("spread", torch.float64): 1e-14,
+    # up to 15 terms and a bias
+    ("depthwise", torch.float32): 2e-6,
+    ("depthwise", torch.float64): 4e-15,
     # the same without the slope
     ("activation_share", torch.float32): 6e-7,
     ("activation_share", torch.float64): 1e-15,
