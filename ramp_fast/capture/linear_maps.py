@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,39 @@ class _Slot:
     """The place of an argument that is given at run time: 0 is the operand, the others are constants."""
 
     index: int
+
+
+class Term(NamedTuple):
+    """A summand of the transpose of a linear map: ``weight * c[..., places]``.
+
+    Attributes
+    ----------
+    places : Tensor [D] or None
+        A permutation of the last axis, None where all stay.
+    weight : Tensor
+        Broadcasts to the operand of the map.
+    swaps : bool
+        Whether it swaps neighbours: 1, 0, 3, 2, and so on.
+    """
+
+    places: Tensor | None
+    weight: Tensor
+    swaps: bool = False
+
+    def moved(self, c: Tensor) -> Tensor:
+        """``c[..., places]``."""
+        if self.places is None:
+            return c
+        pair = _PAIRS.get(c.element_size())
+        if self.swaps and pair is not None and c.is_contiguous():
+            # Several times as fast as an index: the halves of an integer change places.
+            pairs, bits = c.view(pair), 8 * c.element_size()
+            return (pairs << bits).bitwise_or_((pairs >> bits).bitwise_and_((1 << bits) - 1)).view(c.dtype)
+        return c.index_select(-1, self.places)
+
+
+# Integers of two numbers, by the bytes of a number.
+_PAIRS = {2: torch.int32, 4: torch.int64}
 
 
 class Call:
@@ -56,6 +89,10 @@ class Call:
     def absolute(self, x: Tensor, *constants: Any) -> Tensor:
         """The same map with the absolute value of every entry of its matrix."""
         return self(x, *(c.abs() if isinstance(c, Tensor) and c.is_floating_point() else c for c in constants))
+
+    def terms(self, x: Tensor, *constants: Any) -> list[Term] | None:
+        """As :meth:`LinearMap.terms`: nothing is known of a single operation."""
+        return None
 
 
 class Resampling(Call):
@@ -125,6 +162,74 @@ class LinearMap:
             values[node] = node.target(*args, **kwargs)
         result: Tensor = values[self.steps[-1]]
         return result
+
+    def terms(self, x: Tensor, *constants: Any) -> list[Term] | None:
+        """The transpose for operands like ``x`` as a sum of products with permutations of the last axis.
+
+        None where the map is no such sum. Only the shape, dtype and device of ``x`` are read.
+        """
+        known: dict[Node, Any] = dict(zip(self.constants, constants, strict=True))
+        # For every entry the one of x that it comes from and what that is multiplied by, for every summand.
+        here = torch.arange(x.numel(), device=x.device).view(x.shape)
+        summands: dict[Node, list[tuple[Tensor, Tensor]]] = {self.root: [(here, torch.ones_like(x))]}
+        for node in self.steps:
+            found = _summands(node, known, summands)
+            if found is None:
+                return None
+            summands[node] = found
+        several = [_term(places, weight, x) for places, weight in summands[self.steps[-1]]]
+        return None if None in several else several  # type: ignore[return-value]  # none of them is None
+
+
+def _summands(
+    node: Node, known: dict[Node, Any], summands: dict[Node, list[tuple[Tensor, Tensor]]]
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Of a step of a linear map, from those of what it reads; None where a step is not a move, a factor or a sum."""
+    if node.kind == g.ADD:
+        if node.kwargs or any(n not in summands or n.example != node.example for n in node.operands):
+            return None
+        return [
+            (at, sign * w) for n, sign in zip(node.operands, node.params.signs, strict=True) for at, w in summands[n]
+        ]
+    if any(n not in summands for n in node.operands) or (node.kind == g.REARRANGE and _computes(node)):
+        return None
+    several = [summands[n] for n in node.operands]
+    if len({len(own) for own in several}) != 1:
+        return None
+
+    def call(number: int, part: int) -> Any:
+        values = {**known, **{n: own[number][part] for n, own in zip(node.operands, several, strict=True)}}
+        return node.target(*g.map_nodes(values.__getitem__, node.args), **g.map_nodes(values.__getitem__, node.kwargs))
+
+    numbers = range(len(several[0]))
+    if node.kind == g.SCALE:
+        return [(several[0][i][0], call(i, 1)) for i in numbers]
+    return [(call(i, 0), call(i, 1)) for i in numbers]
+
+
+def _computes(node: Node) -> bool:
+    """Whether a move also pads or masks."""
+    return node.params.how == "vjp" or bool(node.params.pads or node.params.masks)
+
+
+def _term(places: Tensor, weight: Tensor, x: Tensor) -> Term | None:
+    """A summand of the map as one of its transpose, if it permutes the last axis."""
+    if places.shape != x.shape or weight.shape != x.shape or not x.numel():
+        return None
+    width = x.shape[-1]
+    rows = places.reshape(-1, width)
+    own = rows - torch.arange(len(rows), device=x.device).unsqueeze(1) * width
+    stay = torch.arange(width, device=x.device)
+    back = own[0].argsort()
+    if not (torch.equal(own, own[:1].expand_as(own)) and torch.equal(own[0][back], stay)):
+        return None
+    weight = weight[..., back]
+    for axis in range(weight.dim()):  # those along which it is the same
+        first = weight.narrow(axis, 0, 1)
+        if torch.equal(first.expand_as(weight), weight):
+            weight = first
+    swaps = width % 2 == 0 and torch.equal(back, stay ^ 1)
+    return Term(None if torch.equal(back, stay) else back, weight.contiguous(), swaps)
 
 
 def _absolute(value: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ramp_fast import ops
+from ramp_fast.capture.linear_maps import Term
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
 from ramp_fast.rules.base import Flow, Fusion, Operation, ReadsInput, Values, vjp
@@ -135,17 +136,31 @@ def _pair(value: Any) -> tuple[int, int]:
 class LinearMap(ReadsInput):
     """A linear function with weights of both signs: ``c_x = sign(x) L^T c + |L|^T c``."""
 
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        self._terms: dict[torch.Size, list[Term] | None] = {}  # by the shape of the operand
+
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
         source = self.node.operands[0]
         x = values[source]
-        function = self.node.target
+        function: Any = self.node.target
         wide = part.c.to(self.precision.accumulate)
         constants = [values[n] for n in self.node.args[1:]]
         constants = [t.to(wide.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in constants]
-        signed = vjp(lambda u: function(u, *constants), tuple(x.shape), wide)
-        absolute = vjp(lambda u: function.absolute(u, *constants), tuple(x.shape), wide)  # type: ignore[attr-defined]
-        yield Flow(source, Massed((x.sign() * signed + absolute).to(part.c.dtype), part.target))
+        if x.shape not in self._terms:
+            self._terms[x.shape] = function.terms(x.to(wide.dtype), *constants)
+        terms = self._terms[x.shape]
+        if terms is None:
+            signed = vjp(lambda u: function(u, *constants), tuple(x.shape), wide)
+            absolute = vjp(lambda u: function.absolute(u, *constants), tuple(x.shape), wide)
+            pulled = x.sign() * signed + absolute
+        else:
+            pulled = torch.zeros((), dtype=wide.dtype, device=wide.device)
+            sign = x.sign().to(wide.dtype)
+            for term in terms:
+                c = term.moved(part.c).to(wide.dtype)
+                pulled = torch.addcmul(pulled, c, torch.addcmul(term.weight.abs(), sign, term.weight))
+        yield Flow(source, Massed(pulled.to(part.c.dtype), part.target))
 
 
 class _AtPoint(ReadsInput):
