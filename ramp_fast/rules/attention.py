@@ -16,7 +16,7 @@ from ramp_fast.gemm import Precision
 from ramp_fast.gemm.private_operators import flash_attends, flash_attention
 from ramp_fast.graph import Node
 from ramp_fast.rules.base import Flow, Fusion, Operation, ReadsInput, Values, gate, stacked_view
-from ramp_fast.rules.junctions import MASK_BELOW, only_masks, pull_product
+from ramp_fast.rules.junctions import MASK_BELOW, only_masks, pull_product, split_sum
 from ramp_fast.rules.masses import Massed, Masses, share
 
 
@@ -58,7 +58,12 @@ class Forward(Operation):
 
     def prepare(self, constants: dict[Node, Any]) -> None:
         mask = constants.get(self.node.params.mask)
-        self.only_masks = None if mask is None or mask.dtype == torch.bool else only_masks(mask)
+        self.only_masks: bool | None = None
+        self.hides = True
+        if mask is not None and mask.dtype != torch.bool:
+            self.only_masks = only_masks(mask)
+            # Where nothing is masked no score is infinite, and no row is without a weight.
+            self.hides = bool((mask < MASK_BELOW).any())
 
     @property
     def fused(self) -> bool:
@@ -99,12 +104,13 @@ class Forward(Operation):
         mask = values[p.mask]
         if mask.dtype == torch.bool:
             return scores.masked_fill(~mask, float("-inf")), None
+        # A mask adds nothing to what it leaves: no junction.
+        plain = only_masks(mask) if self.only_masks is None else self.only_masks
+        if not self.hides:
+            return scores, None if plain else mask.to(wide)
         hidden = mask < MASK_BELOW
         scores = scores.masked_fill(hidden, float("-inf"))
-        if only_masks(mask) if self.only_masks is None else self.only_masks:
-            # A mask adds nothing to what it leaves: no junction.
-            return scores, None
-        return scores, mask.masked_fill(hidden, 0.0).to(wide)
+        return scores, None if plain else mask.masked_fill(hidden, 0.0).to(wide)
 
 
 class Attention(Forward):
@@ -179,7 +185,9 @@ class Attention(Forward):
         query = q * p.scale
         plain, bias = self.scores(query, k, values)
         scores = plain if bias is None else plain + bias
-        weights = torch.nan_to_num(scores.softmax(-1))
+        weights = scores.softmax(-1)
+        if self.hides:
+            weights = torch.nan_to_num(weights)
 
         c_a = c @ (2 * gemm.positive_part(v)).to(dtype).mT
         c_v = self._fold(2 * gate(weights.to(dtype).mT @ c, v), heads)
@@ -198,12 +206,10 @@ class Attention(Forward):
         """Sum the coefficients of a key or value head over the query heads that share it."""
         return c if c.shape[2] == heads else c.unflatten(2, (heads, -1)).sum(3)
 
-    @staticmethod
     def _take_bias(
-        c: Tensor, plain: Tensor, bias: Tensor, axis: g.BatchAxis, conservation: Masses
+        self, c: Tensor, plain: Tensor, bias: Tensor, axis: g.BatchAxis, conservation: Masses
     ) -> tuple[Tensor, list[Tensor]]:
         """The junction ``S = Q K^T + bias``: coefficients of the product, and the masses of both."""
-        finite = plain.masked_fill(plain.isinf(), 0.0)
-        own = 2 * gate(c, finite)
-        taken = 2 * gate(c, bias)
-        return own, [conservation.mass(finite, own, axis), conservation.mass(bias.expand_as(plain), taken, axis)]
+        finite = plain.masked_fill(plain.isinf(), 0.0) if self.hides else plain
+        own, _, *masses = split_sum(c, finite, bias.expand_as(plain), axis, conservation)
+        return own, masses

@@ -45,6 +45,8 @@ class Fusion:
         Of a residual sum: the operand that is not the shortcut.
     positive_input : bool
         Of a weighted layer: relevance can only reach positive entries of its input, so that W+ is enough.
+    positive_operand : bool
+        Of a product of two tensors: one of them is never negative, so that positive terms are all there are.
     divided : bool
         Of pools that take a largest entry: ``c`` goes to it, not ``z c``.
     adds_classes : bool
@@ -59,6 +61,7 @@ class Fusion:
     pulled_back_in: Node | None = None
     branch: Node | None = None
     positive_input: bool = False
+    positive_operand: bool = False
     divided: bool = True
     adds_classes: bool = False
 

@@ -78,6 +78,8 @@ class _Search:
             norm = node.operands[0]
             if any(n is norm for n, _ in self._convolutions.values()) and self._activation_above(norm) is node:
                 found.fused_batch_norm = norm
+        elif node.kind == g.MATMUL:
+            found.positive_operand = any(never_negative(n) for n in node.operands)
         elif node.kind in (g.MAX_POOL, g.MAX_REDUCTION):
             form = self.options.maxpool
             found.divided = self.residual if form == "auto" else form == "divided"

@@ -154,24 +154,41 @@ class Add(Operation):
             # A mask adds nothing to what it leaves: no junction.
             yield Flow(self.node.sources[0], Massed(part.c, part.target))
             return
-        flows: list[tuple[Node | None, Tensor, Tensor]] = []
-        for operand, sign in zip((p.first, p.second), p.signs, strict=True):
+        operands: list[Any] = [p.first, p.second]
+        tensors = []
+        for operand in operands:
             x = values[operand]
             if not isinstance(x, Tensor):
                 x = part.c.new_full((), float(x))  # without a copy from the host
             elif constant is not None:
                 x = x.masked_fill(x < MASK_BELOW if x is constant else x.isinf(), 0.0)
-            full = x.expand(part.c.shape[1:])
-            c = 2 * gate(part.c, full * sign)
-            if isinstance(operand, Node) and not operand.constant:
-                c = reduce_to(c, x.shape)
-                flows.append((operand, c, conservation.mass(x, c, operand.batch)))
-            else:
-                flows.append((None, c, conservation.mass(full, c, self.node.batch)))
-        targets = share(part.target, [m for _, _, m in flows], shares)
-        for (node, c, actual), target in zip(flows, targets, strict=True):
-            if node is not None:
-                yield Flow(node, Massed(c, target, actual))
+            tensors.append(x)
+        whole = part.c.shape[1:]
+        carries = [isinstance(operand, Node) and not operand.constant for operand in operands]
+        if all(x.is_floating_point() and (x.shape == whole or not c) for x, c in zip(tensors, carries, strict=True)):
+            a, b = ((x if sign > 0 else -x).expand(whole) for x, sign in zip(tensors, p.signs, strict=True))
+            first, second, *masses = split_sum(part.c, a, b, self.node.batch, conservation)
+            pulled = [first, second]
+        else:
+            pulled, masses = [], []
+            for operand, x, sign, carrier in zip(operands, tensors, p.signs, carries, strict=True):
+                c = 2 * gate(part.c, x.expand(whole) * sign)
+                c, axis = (reduce_to(c, x.shape), operand.batch) if carrier else (c, self.node.batch)
+                pulled.append(c)
+                masses.append(conservation.mass(x if carrier else x.expand(whole), c, axis))
+        targets = share(part.target, masses, shares)
+        for operand, carrier, c, target, actual in zip(operands, carries, pulled, targets, masses, strict=True):
+            if carrier:
+                yield Flow(operand, Massed(c, target, actual))
+
+
+def split_sum(
+    c: Tensor, a: Tensor, b: Tensor, axis: g.BatchAxis, conservation: Masses
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`ramp_fast.ops.junction` of ``a + b``, both of the sum's shape: coefficients and masses of both."""
+    rows = conservation.rows(c, axis)
+    c_a, c_b, m_a, m_b = ops.junction(rows.of(c, 1), rows.of(a, 0), rows.of(b, 0), conservation.contrast)
+    return rows.back(c_a, c), rows.back(c_b, c), m_a, m_b
 
 
 def only_masks(constant: Tensor) -> bool:
@@ -193,10 +210,13 @@ class Mul(Operation):
         if gate_of is not None:
             yield from self._gated(part, values, conservation, gate_of)
             return
-        c = 2 * gate(part.c, a * b)
+        rows = conservation.rows(part.c, self.node.batch)
+        chosen = 2 * (a * b > 0).to(torch.promote_types(a.dtype, torch.float32))
         flows = []
         for operand, x, other in ((first, a, b), (second, b, a)):
-            own = reduce_to(c * other.abs().to(c.dtype), x.shape)
+            factor = (chosen * other.abs()).expand(part.c.shape[1:])
+            own = rows.back(ops.scale_by(rows.of(part.c, 1), rows.of(factor, 0)), part.c)
+            own = reduce_to(own, x.shape)
             flows.append((operand, own, conservation.mass(x, own, operand.batch)))
         targets = share(part.target, [m for _, _, m in flows], self.rule.shares)
         for (node, own, actual), target in zip(flows, targets, strict=True):
@@ -245,6 +265,8 @@ class Matmul(Operation):
         first, second = self.node.operands
         a, b = values[first], values[second]
         only_positive = self.rule.gates_attention and self.node.params.role == "scores"
+        # Of an operand that is never negative W- is zero, and none of its own entries reads the other's W-.
+        only_positive = only_positive or self.fusion.positive_operand
         c_a = pull_product(c, b.mT, a, dtype, only_positive, lambda u, v: u @ v)
         c_b = pull_product(c, a.mT, b, dtype, only_positive, lambda u, v: v @ u)
         flows = [
