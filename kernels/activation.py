@@ -55,7 +55,7 @@ def activation_factor_kernel(
         density = 2 * share * (1 - share) * ROOT_TWO_OVER_PI * (1 + 0.134145 * u * u)
     elif FUNCTION == 2 or FUNCTION == 4:
         share = 1 / (1 + tl.exp(-u))
-        density = share / (1 + tl.exp(u))
+        density = share * (1 / (1 + tl.exp(u)))
     else:
         share = tl.minimum(tl.maximum(u + 3, 0.0), 6.0) / 6
         share = tl.where(u != u, u, share)
@@ -70,7 +70,9 @@ def activation_factor_kernel(
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
     if FACTOR:
         if CHANNELS > 0:
-            channel = place % CHANNELS
+            # In 32 bits: a remainder of 64 takes registers that are not there.
+            start = (tl.program_id(0).to(tl.int64) * BLOCK % CHANNELS).to(tl.int32)
+            channel = (start + tl.arange(0, BLOCK)) % CHANNELS
             shift = tl.load(shift_ptr + channel).to(tl.float32)
             side = tl.where(u > shift, 2.0, tl.where(u == shift, 1.0, 0.0))
             factor *= tl.abs(tl.load(gain_ptr + channel).to(tl.float32)) * side

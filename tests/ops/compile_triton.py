@@ -396,13 +396,13 @@ def compile_kernel(source: Source, config: triton.Config, capability: int, ones:
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK (spills) and SHARES of a cubin, from the cuobjdump in Triton's wheel."""
+    """REG, STACK (spills) and SHARED of a cubin, from the cuobjdump in Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARES):(\d+)", text)}
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", text)}
 
 
 def _table(reports: list[Report]) -> Iterator[str]:
