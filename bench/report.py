@@ -148,6 +148,40 @@ def breakdown(records: list[dict[str, Any]], model: str, machine: str = "zen5") 
     return table(["step", "ms", "floor", "share"], rows)
 
 
+def breadth(records: list[dict[str, Any]]) -> str:
+    """Every machine and family: maps against the forward and backward pass, the engine's logits against the forward."""
+    rows = []
+    for machine in sorted({record["machine"]["name"] for record in records}):
+        found = newest(records, machine)
+        models = dict.fromkeys(m[1] for name in found if (m := re.fullmatch(r"breadth/(\w+)/8/abslrp", name)))
+        ratios = []
+        for model in models:
+            key = f"breadth/{model}/8"
+            ours = found[f"{key}/abslrp"]
+            ratios.append(ours.row["ratio"])
+            own = [number(found[f"{key}/forward"].row["value"])]
+            for what in ("forward+backward", "logits", "abslrp", "attnlrp", "ramp"):
+                there = found.get(f"{key}/{what}")
+                mark = "" if there is None or there.record is ours.record else " †"
+                own.append("–" if there is None else number(there.row["ratio"]) + mark)
+            rows.append([title(records, machine), model, *own, measured(ours.record)])
+        if ratios:
+            mean = math.exp(statistics.fmean(map(math.log, ratios)))
+            rows.append([title(records, machine), "geometric mean", "", "", "", number(mean), "", "", ""])
+    head = [
+        "machine",
+        "model",
+        "forward, ms",
+        "forward + backward",
+        "logits",
+        "abslrp",
+        "attnlrp",
+        "ramp",
+        "date, commit",
+    ]
+    return table(head, rows)
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "networks": networks,
     "first-sight": first_sight,
