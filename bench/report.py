@@ -10,7 +10,9 @@ result of every machine.
 from __future__ import annotations
 
 import argparse
+import math
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -185,6 +187,7 @@ def breadth(records: list[dict[str, Any]]) -> str:
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "networks": networks,
     "first-sight": first_sight,
+    "breadth": breadth,
     **{f"throughput/{model}": partial(throughput, model=model) for model in MODELS},
     **{f"breakdown/{model}": partial(breakdown, model=model) for model in MODELS},
 }

@@ -27,7 +27,7 @@ from ramp_fast.gemm import Precision
 from ramp_fast.graph import Graph, Node
 from ramp_fast.ops._common import divide
 from ramp_fast.rules.attention import Attention, Softmax
-from ramp_fast.rules.base import Flow, Fusion, Operation
+from ramp_fast.rules.base import Flow, Fusion, Operation, Values
 from ramp_fast.rules.conservation import Conservation
 from ramp_fast.rules.diagonal import (
     Activation,
@@ -178,7 +178,7 @@ class AbsLRP(Rule):
             kind = Relu if fusion.fused_into is None else FusedRelu
         return kind(node, precision, fusion, self)
 
-    def leave(self, operation: Operation, flow: Flow, conservation: Masses) -> Massed:
+    def leave(self, operation: Operation, flow: Flow, values: Values, conservation: Masses) -> Massed:
         """As :meth:`ramp_fast.rules.Rule.leave`.
 
         With equal shares there is mass 1 below every operation but one that rearranges; below the last layers with
@@ -188,7 +188,7 @@ class AbsLRP(Rule):
         if self.shares == "equal" and operation.node.kind not in (g.REARRANGE, g.SPLIT, g.SPLIT_OUTPUT):
             contribution.target = unit_mass(contribution.target)
         if operation.fusion.adds_classes:
-            contribution = conservation.without_rounding(contribution, flow.node.batch)
+            contribution = conservation.without_rounding(contribution, values.get(flow.node), flow.node.batch)
         return contribution
 
     def gated_output(self, node: Node) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ramp_fast.capture.passes import STANDARD
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Graph, Node
-from ramp_fast.rules.base import Flow, Fusion, Operation
+from ramp_fast.rules.base import Flow, Fusion, Operation, Values
 from ramp_fast.rules.conservation import Conservation
 
 Pass = Callable[[Graph], None]
@@ -81,6 +81,6 @@ class Rule(ABC):
             The rule has no pull-back for this kind of operation.
         """
 
-    def leave(self, operation: Operation, flow: Flow, conservation: Any) -> Any:
+    def leave(self, operation: Operation, flow: Flow, values: Values, conservation: Any) -> Any:
         """The contribution of ``flow`` as it leaves an operation towards one of its operands."""
         return flow.contribution

@@ -106,7 +106,7 @@ def pull_back(plan: Plan, forward: Forward, c: Tensor, contrast: bool, inspectio
                 if inspection is not None:
                     inspection.left(step, flows, values, conservation)
             for flow in flows:
-                contribution = rule.leave(operation, flow, conservation)
+                contribution = rule.leave(operation, flow, values, conservation)
                 if flow.part is None:
                     pending.setdefault(flow.node, []).append(contribution)
                 else:

@@ -89,6 +89,7 @@ class Convolutions(nn.Module):
         self.group, self.line, self.head = nn.GroupNorm(2, 6), nn.Conv1d(6, 4, 3), nn.Linear(16, 5)
         nn.init.normal_(self.norm.weight)
         nn.init.normal_(self.norm.bias)
+        nn.init.constant_(self.line.bias, 0.5)  # so that several features are not zero
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(self.norm(self.stem(x)).relu())

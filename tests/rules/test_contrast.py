@@ -110,3 +110,21 @@ def test_relevance_that_is_lost_stays_lost(head: str, monkeypatch: pytest.Monkey
         count += len(maps)
         torch.testing.assert_close(maps, expected, rtol=1e-9, atol=1e-12)
     assert count
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "mixed"])
+def test_one_feature_tells_no_classes_apart(precision: str) -> None:
+    """Of one feature that is not zero every class has all relevance, whatever coefficients those that are zero have."""
+    torch.manual_seed(0)
+    first, head = nn.Linear(12, 16), nn.Linear(16, 5)
+    with torch.no_grad():
+        first.weight.abs_()
+        first.bias.fill_(-1e3)
+        first.bias[3] = 0.1
+        head.weight.abs_()
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), head).to(dtype).eval()
+    x = torch.rand(3, 3, 2, 2, dtype=dtype)
+    engine = Engine(model, precision=precision, input_shape=(3, 2, 2))
+    assert not engine.attribute(x, 1).maps.any()
+    assert engine.attribute(x, 1, "none").maps.abs().sum() > 0
