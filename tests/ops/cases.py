@@ -507,7 +507,7 @@ def _select_phases(o: Options) -> tuple[Any, ...]:
 
 def _by_channel(o: Options) -> tuple[int, int]:
     """Rows and channels: one block of channels and more, and several tasks."""
-    return math.prod(o.rows) % 211, 1 + math.prod(o.inner) % 600
+    return math.prod(o.rows) % 41, 1 + math.prod(o.inner) % 600
 
 
 def _mul(o: Options) -> tuple[Any, ...]:
