@@ -5,9 +5,8 @@
 The networks are small ones of every kind, with random weights; the definitions are those of
 ``tests/rules/modified_autograd.py``, and pytest is needed. In "float64" an error is the largest difference over the
 largest value of the map, in "mixed" the norm of the difference over the norm of the map, of the worse of two images.
-``--results NAME`` writes ``bench/results/NAME-COMMIT-errors.json``, of which ``bench/report.py`` makes the tables of
-docs/signed-rules.md. Seeds are random in "float64"; in "mixed" a map of one class, since sums of maps of opposite signs
-that cancel magnify rounding.
+``--results NAME`` writes ``bench/results/NAME-COMMIT-errors.json``. Seeds are random in "float64"; in "mixed" a map of
+one class, since sums of maps of opposite signs that cancel magnify rounding.
 """
 
 from __future__ import annotations
