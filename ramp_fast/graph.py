@@ -102,12 +102,17 @@ class BatchAxis:
         """Whether the tensor is already batch-major, so that ``reshape(batch, -1)`` separates the samples."""
         return self.axis == 0 and self.outer == 1
 
+    @property
+    def plain(self) -> bool:
+        """Whether the first axis is the samples, one entry for each."""
+        return self.leading and self.inner == 1
+
     def samples_first(self, t: torch.Tensor, batch: int, lead: int = 1) -> torch.Tensor:
         """``t`` ``[*lead, *shape]`` with its samples in the axis behind the leading ones.
 
         What shares the axis with the samples, as windows of an image may, has an axis of its own behind theirs.
         """
-        if self.leading and self.inner == 1:
+        if self.plain:
             return t
         at = lead + self.axis
         split: torch.Tensor = t.unflatten(at, (self.outer, batch, self.inner))
@@ -116,7 +121,7 @@ class BatchAxis:
 
     def samples_back(self, t: torch.Tensor, lead: int = 1) -> torch.Tensor:
         """The inverse of :meth:`samples_first`."""
-        if self.leading and self.inner == 1:
+        if self.plain:
             return t
         at = lead + self.axis
         if self.outer * self.inner == 1:

@@ -38,6 +38,12 @@ RF_INLINE float logistic(float x) {
     return x < -87.0f ? 0.0f : 1.0f / (1.0f + exponential(-x));
 }
 
+// (x + 3) / 6, from 0 to 1; NaN stays.
+RF_INLINE float hard_logistic(float x) {
+    const float raised = x + 3.0f;
+    return (raised < 0.0f ? 0.0f : (raised > 6.0f ? 6.0f : raised)) * (1.0f / 6.0f);
+}
+
 // (1 + tanh(u)) / 2 is the logistic function of 2 u, u = sqrt(2 / pi) (x + 0.044715 x^3).
 constexpr float kTanhScale = 1.5957691216057308f, kTanhCubic = 0.044715f;
 
@@ -90,10 +96,8 @@ RF_INLINE void hardswish(const float* __restrict x, int64_t n, float* __restrict
                          float* __restrict factor) {
     RF_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        const float raised = x[i] + 3.0f;
-        const float cut = raised < 0.0f ? 0.0f : (raised > 6.0f ? 6.0f : raised);
         const float slope = x[i] < 3.0f ? x[i] * (2.0f / 3.0f) + 1.0f : 2.0f;
-        y[i] = x[i] * cut * (1.0f / 6.0f);
+        y[i] = x[i] * hard_logistic(x[i]);
         factor[i] = x[i] > 0.0f ? slope : 0.0f;
     }
 }
@@ -116,9 +120,7 @@ RF_INLINE void hardsigmoid(const float* __restrict x, int64_t n, float* __restri
                            float* __restrict factor) {
     RF_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        const float raised = x[i] + 3.0f;
-        const float cut = raised < 0.0f ? 0.0f : (raised > 6.0f ? 6.0f : raised);
-        y[i] = cut * (1.0f / 6.0f);
+        y[i] = hard_logistic(x[i]);
         factor[i] = x[i] < 3.0f ? twice_above(x[i]) * (1.0f / 6.0f) : 0.0f;
     }
 }
@@ -192,8 +194,7 @@ RF_INLINE float share_of(float x) {
     if constexpr (function == Activation::silu) return logistic(x);
     if constexpr (function == Activation::gelu_tanh)
         return logistic(kTanhScale * x * (1.0f + kTanhCubic * x * x));
-    const float raised = x + 3.0f;
-    return (raised < 0.0f ? 0.0f : (raised > 6.0f ? 6.0f : raised)) * (1.0f / 6.0f);
+    return hard_logistic(x);
 }
 
 template <Activation function>

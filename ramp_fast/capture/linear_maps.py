@@ -51,7 +51,7 @@ class Term(NamedTuple):
         if self.places is None:
             return c
         pair = _PAIRS.get(c.element_size())
-        if self.swaps and pair is not None and c.is_contiguous():
+        if self.swaps and pair is not None and c.is_contiguous() and c.storage_offset() % 2 == 0:
             # Several times as fast as an index: the halves of an integer change places.
             pairs, bits = c.view(pair), 8 * c.element_size()
             return (pairs << bits).bitwise_or_((pairs >> bits).bitwise_and_((1 << bits) - 1)).view(c.dtype)

@@ -164,7 +164,7 @@ def _evaluate_maps(arguments: argparse.Namespace, started: float) -> int:
     from ramp_fast.cli.evaluate_maps import evaluate_store, unfinished
 
     arguments.kept = "finished shards are kept, the same command goes on from there"
-    result = evaluate_store(arguments, arguments.metric or STORED_METRICS, _with_engine, arguments.workers)
+    result = evaluate_store(arguments, arguments.metric or STORED_METRICS, _with_engine)
     missing = unfinished(arguments.maps)
     seconds = time.perf_counter() - started
     if result is None:

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_store", "unfinished"]
 
 
-def evaluate_store(
-    arguments: argparse.Namespace, metrics: Sequence[str], with_engine: Any, workers: int | None
-) -> Evaluation | None:
+def evaluate_store(arguments: argparse.Namespace, metrics: Sequence[str], with_engine: Any) -> Evaluation | None:
     """Evaluate what is missing; the result of all, or None for a part.
 
     Parameters
@@ -31,8 +29,6 @@ def evaluate_store(
     metrics : sequence of str
     with_engine : callable
         ``(model, device, input shape)`` -> what is evaluated: the model, or an engine of it.
-    workers : int, optional
-        Processes that decode.
 
     Raises
     ------
@@ -75,7 +71,7 @@ def evaluate_store(
                 part=arguments.shards,
                 seed=arguments.seed,
                 batch_size=arguments.batch_size,
-                workers=1 if workers is None else workers,
+                workers=1 if arguments.workers is None else arguments.workers,
                 progress=progress,
             )
 

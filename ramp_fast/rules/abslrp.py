@@ -188,7 +188,7 @@ class AbsLRP(Rule):
         if self.shares == "equal" and operation.node.kind not in (g.REARRANGE, g.SPLIT, g.SPLIT_OUTPUT):
             contribution.target = unit_mass(contribution.target)
         if operation.fusion.adds_classes:
-            contribution = conservation.without_rounding(contribution, values.get(flow.node), flow.node.batch)
+            contribution = conservation.without_rounding(contribution, values[flow.node], flow.node.batch)
         return contribution
 
     def gated_output(self, node: Node) -> bool:

@@ -96,10 +96,6 @@ class Values:
     def __setitem__(self, node: Node, value: Any) -> None:
         self._values[node] = value
 
-    def get(self, node: Node) -> Any:
-        """The value, or None where no step left asks for it."""
-        return self._values.get(node, self._constants.get(node))
-
     def drop(self, node: Node) -> None:
         self._values.pop(node, None)
 

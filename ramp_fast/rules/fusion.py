@@ -102,8 +102,7 @@ class _Search:
             and norm.kind == g.LAYER_NORM
             and norm.params.dims == 1
             and len(self.users[norm]) == 1
-            and norm.batch.leading
-            and norm.batch.inner == 1
+            and norm.batch.plain
             and not self._positive(norm)
         )
         return norm if fuses else None

@@ -228,7 +228,7 @@ class Mul(Operation):
         batches = [n.batch for n in (first, second)]
         if not (a.dim() == b.dim() == 4 and a.shape[:2] == b.shape[:2] and ops.cpu_kernels(a.device)):
             return None
-        if first.constant or second.constant or not all(n.leading and n.inner == 1 for n in batches):
+        if first.constant or second.constant or not all(batch.plain for batch in batches):
             return None
         single = [n for n, x in ((first, a), (second, b)) if x.shape[2:].numel() == 1]
         return single[0] if len(single) == 1 else None

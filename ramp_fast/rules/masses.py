@@ -214,17 +214,17 @@ class Masses(Conservation):
         actual = part.actual if part.actual is not None else self.mass(x, part.c, axis)
         return ops.scale_to(part.target, actual)
 
-    def without_rounding(self, part: Massed, x: Tensor | None, axis: BatchAxis) -> Massed:
+    def without_rounding(self, part: Massed, x: Tensor, axis: BatchAxis) -> Massed:
         """D is zero where N is a multiple of P but for rounding, as far as that can be told.
 
-        ``x``, where it is known, is what the coefficients are for: where it is zero they are no relevance.
+        ``x`` is what the coefficients are for: where it is zero they are no relevance.
         """
         if not self.contrast:
             return part
         rows = self.rows(part.c, axis)
         flat = rows.of(part.c, 1)
         wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        p, d = (wide if x is None else wide.masked_fill(rows.of(x, 0) == 0, 0)).chunk(2)
+        p, d = wide.masked_fill(rows.of(x, 0) == 0, 0).chunk(2)
         n, size = p - d, p.abs().sum(-1, keepdim=True)
         apart = (p - size / n.abs().sum(-1, keepdim=True) * n).abs().amax(-1)
         unit = torch.finfo(flat.dtype).eps

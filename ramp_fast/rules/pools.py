@@ -27,7 +27,8 @@ class LinearPool(ReadsInput):
         source = self.node.operands[0]
         x = values[source]
         p = self.node.params
-        if p.how == "mean" and sorted(p.dims) == [2, 3] and x.dim() == 4 and self._kernels(x):
+        of_pixels = p.how == "mean" and sorted(p.dims) == [2, 3] and x.dim() == 4
+        if of_pixels and source.batch.plain and ops.cpu_kernels(x.device):
             c = part.c.flatten(2) / math.prod(x.shape[2:])
             yield Flow(source, conservation.spread(c, part.target, x))
             return
@@ -44,10 +45,6 @@ class LinearPool(ReadsInput):
                     count *= x.shape[d]
                 c = c / count
         yield Flow(source, conservation.gate(Massed(c.expand(c.shape[0], *x.shape), part.target), x, source.batch))
-
-    def _kernels(self, x: Tensor) -> bool:
-        source = self.node.operands[0].batch
-        return source.leading and source.inner == 1 and ops.cpu_kernels(x.device)
 
 
 class MaxPool(Operation):

@@ -68,7 +68,8 @@ class Weighted(Operation, GenericType[Pullback]):
     def needs(self) -> list[Node]:
         if self.fusion.fused_norm is not None:
             return [self.fusion.fused_norm.operands[0]]
-        return [] if self.fusion.positive_input else [self.node.operands[0]]
+        # Where classes are added :meth:`Masses.without_rounding` asks where the input is zero.
+        return [] if self.fusion.positive_input and not self.fusion.adds_classes else [self.node.operands[0]]
 
     @property
     def weight_bytes(self) -> int:

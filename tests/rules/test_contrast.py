@@ -112,19 +112,39 @@ def test_relevance_that_is_lost_stays_lost(head: str, monkeypatch: pytest.Monkey
     assert count
 
 
+class OneFeature(nn.Module):
+    """Sixteen features, of which the fourth alone is not zero, at the end of a network of one of several kinds."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first = nn.Linear(12, 16) if how == "linear" else nn.Conv2d(3, 16, 1)
+        self.head = nn.Conv2d(16, 5, 1) if how == "convolution as head" else nn.Linear(16, 5)
+        with torch.no_grad():
+            self.first.weight.abs_()
+            self.first.bias.fill_(-1e3)
+            self.first.bias[3] = 0.1
+            self.head.weight.abs_()
+            self.head.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x.flatten(1) if self.how == "linear" else x))
+        if self.how == "mean":
+            x = x.mean((2, 3))
+        elif self.how == "maximum":
+            x = x.amax((2, 3))
+        elif self.how == "convolution as head":
+            return self.head(x).mean((2, 3))
+        return self.head(x)
+
+
 @pytest.mark.parametrize("precision", ["float64", "float32", "mixed"])
-def test_one_feature_tells_no_classes_apart(precision: str) -> None:
+@pytest.mark.parametrize("how", ["linear", "mean", "maximum", "convolution as head"])
+def test_one_feature_tells_no_classes_apart(how: str, precision: str) -> None:
     """Of one feature that is not zero every class has all relevance, whatever coefficients those that are zero have."""
     torch.manual_seed(0)
-    first, head = nn.Linear(12, 16), nn.Linear(16, 5)
-    with torch.no_grad():
-        first.weight.abs_()
-        first.bias.fill_(-1e3)
-        first.bias[3] = 0.1
-        head.weight.abs_()
     dtype = torch.float64 if precision == "float64" else torch.float32
-    model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), head).to(dtype).eval()
-    x = torch.rand(3, 3, 2, 2, dtype=dtype)
+    model, x = OneFeature(how).to(dtype).eval(), torch.rand(3, 3, 2, 2, dtype=dtype)
     engine = Engine(model, precision=precision, input_shape=(3, 2, 2))
     assert not engine.attribute(x, 1).maps.any()
     assert engine.attribute(x, 1, "none").maps.abs().sum() > 0
