@@ -134,9 +134,17 @@ def test_convolutions_compute_the_batch_norms_and_sums_behind_them(shortcut_firs
 
 
 @pytest.mark.parametrize("contrast", ["none", "others"])
-@pytest.mark.parametrize("shortcut_first", [False, True])
-def test_maps_are_those_of_separate_steps(shortcut_first: bool, contrast: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Residual(shortcut_first)
+@pytest.mark.parametrize(
+    ("shortcut_first", "activation"),
+    [
+        (True, nn.ReLU),
+        *((False, own) for own in (nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid)),
+    ],
+)
+def test_maps_are_those_of_separate_steps(
+    shortcut_first: bool, activation: type[nn.Module], contrast: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Residual(shortcut_first, activation)
     images = torch.randn(3, 3, 16, 16)
     images[0, :, :5] = 0
     apart = Engine(model, precision="float32", input_shape=(3, 16, 16))

@@ -73,8 +73,10 @@ def test_neighbours_are_swapped_to_the_bit(dtype: torch.dtype) -> None:
     node, known = map_of(neighbours)
     x = torch.randn(3, 4, 6, dtype=torch.float64)
     _, term = node.target.terms(x, *(known[n].double() if n in known else len(x) for n in node.args[1:]))
-    c = torch.tensor([1.0, -2.0, 0.0, -0.0, float("nan"), float("inf")], dtype=dtype).repeat(2, 3, 4, 1)
-    for own in (c, c.mT.contiguous().mT):
+    c = torch.randn(2, 3, 4, 6).to(dtype)  # every bit of them counts
+    c[0] = torch.tensor([1.0, -2.0, 0.0, -0.0, float("nan"), float("inf")], dtype=dtype)
+    from_an_odd_place = torch.cat([c.new_zeros(1), c.flatten()])[1:].view(c.shape)
+    for own in (c, c.mT.contiguous().mT, from_an_odd_place):
         moved = term.moved(own)
         assert torch.equal(moved.nan_to_num(7), own[..., [1, 0, 3, 2, 5, 4]].nan_to_num(7))
         assert torch.equal(moved.signbit(), own[..., [1, 0, 3, 2, 5, 4]].signbit())
