@@ -28,6 +28,7 @@ PYBIND11_MODULE(_C, m) {
     rf::register_max_pool(m);
     rf::register_norm(m);
     rf::register_phases(m);
+    rf::register_pieces(m);
     rf::register_product(m);
     rf::register_scaling(m);
     rf::register_softmax(m);

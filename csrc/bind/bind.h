@@ -26,6 +26,7 @@ void register_masses(py::module_& m);
 void register_max_pool(py::module_& m);
 void register_norm(py::module_& m);
 void register_phases(py::module_& m);
+void register_pieces(py::module_& m);
 void register_product(py::module_& m);
 void register_scaling(py::module_& m);
 void register_softmax(py::module_& m);

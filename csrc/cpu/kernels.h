@@ -21,6 +21,13 @@ constexpr std::int64_t item_size(DType dtype) {
     return dtype == DType::f64 ? 8 : dtype == DType::bf16 ? 2 : 4;
 }
 
+struct StridedOperand {
+    Operand operand;
+    // Of the axes before the last one, which is contiguous: [T, B, rows] or [T, B, H, rows], in elements; 0
+    // for T if there is none.
+    std::int64_t strides[4];
+};
+
 // mass, rescale, rescale_parts and merge:
 //   c = rescale(first, first_scale) + rescale(second, second_scale)      (absent parts are skipped)
 //   out = c, or with a mass = sum |a| |c|
@@ -286,6 +293,27 @@ struct SpreadArgs {
     int threads;
 };
 
+// Masses of pieces of the channels, `widths` of them one after the other.
+struct PieceMassArgs {
+    std::int64_t num_maps, batch, rows, channels, pieces;
+    bool contrast;
+    const std::int64_t* widths;  // [pieces], `channels` in all
+    Operand c;                   // [T, B, rows, channels]
+    Operand x;                   // [B, rows, channels]
+    Operand masses;              // [pieces, T, B]
+    int threads;
+};
+
+// out = the sum over pieces of rescale(piece, scale)
+struct MergePiecesArgs {
+    std::int64_t num_maps, batch, rows, channels, pieces;
+    bool contrast;
+    const StridedOperand* from;  // [pieces] of [T, B, rows, channels], channels dense
+    Operand scales;              // [pieces, T, B]
+    Operand out;                 // [T, B, rows, channels]
+    int threads;
+};
+
 // A depthwise convolution of images whose channels are innermost, or with `transposed` its transpose, of
 // every map: out = sum of weight * source over the window. With x the weight is the first half where x > 0,
 // the second where x < 0, and nothing where it is 0. Float arithmetic only.
@@ -308,11 +336,6 @@ struct SoftmaxArgs {
     Operand scores;  // [rows, width]
     Operand c, out;  // [T, rows, width]
     int threads;
-};
-
-struct StridedOperand {
-    Operand operand;
-    std::int64_t strides[4];  // of [T, B, H, rows], in elements; 0 for T if there is none; [D] is contiguous
 };
 
 // The pull-back of O = A V, A = softmax(S), S = scale Q K^T; g = [o > 0] c if gated, else c:
@@ -374,6 +397,8 @@ struct ChecksumArgs {
     void depthwise(const DepthwiseArgs&);                  \
     void mul_pullback(const MulArgs&);                     \
     void spread(const SpreadArgs&);                        \
+    void piece_masses(const PieceMassArgs&);               \
+    void merge_pieces(const MergePiecesArgs&);             \
     void attention_pullback(const AttentionArgs&);         \
     void attention_gradient(const AttentionGradientArgs&); \
     }

@@ -26,6 +26,7 @@ from ramp_fast.ops.masses import scale_to, share
 from ramp_fast.ops.max_pool import max_pool_pullback, unpool
 from ramp_fast.ops.norm import norm_gradient, norm_pullback
 from ramp_fast.ops.phases import select_phases
+from ramp_fast.ops.pieces import merge_pieces, piece_masses
 from ramp_fast.ops.product import INT8_DEPTH, has_tiles, multiplies, pack_tiles, product
 from ramp_fast.ops.scaling import affine_pullback, centring, gate, mass, merge, ratio, rescale, rescale_parts, scale_by
 from ramp_fast.ops.softmax import softmax_pullback
@@ -56,12 +57,14 @@ __all__ = [
     "max_pool_pullback",
     "merge",
     "merge_junction",
+    "merge_pieces",
     "mul_pullback",
     "multiplies",
     "norm_gradient",
     "norm_pullback",
     "pack_panels",
     "pack_tiles",
+    "piece_masses",
     "product",
     "ratio",
     "rescale",

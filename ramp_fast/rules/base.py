@@ -129,7 +129,8 @@ class Values:
         value: Tensor = self[node]
         largest = 0.0
         if value.numel():
-            low, high = torch.aminmax(value)
+            # As it lies in memory: of another order PyTorch would make a copy first.
+            low, high = torch.aminmax(value.permute(sorted(range(value.dim()), key=value.stride, reverse=True)))
             largest = float(torch.maximum(high, -low))
         self._bounds[node] = largest
         return largest

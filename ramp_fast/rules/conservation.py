@@ -102,6 +102,20 @@ class Conservation:
         """The relevance ``c`` of an operand ``x`` that was put together with others, cut out of an exact ``whole``."""
         return whole.moved(c)
 
+    def cut(
+        self, x: Tensor, part: Any, axis: BatchAxis, dim: int, lengths: Sequence[int] | None, axes: Sequence[BatchAxis]
+    ) -> list[Any]:
+        """The relevance of operands that were put together in ``x`` along ``dim``: concatenated, or else stacked.
+
+        ``lengths`` are theirs along it, None where they were stacked; ``axes`` where their samples are.
+        """
+        whole = self.exact(x, part, axis)
+        if lengths is None:
+            own, pieces = x.unbind(dim), whole.c.unbind(dim + 1)
+        else:
+            own, pieces = x.split(list(lengths), dim), whole.c.split(list(lengths), dim + 1)
+        return [self.piece(whole, *each) for each in zip(own, pieces, axes, strict=True)]
+
     def together(self, c: Tensor, parts: Iterable[Any]) -> Any:
         """The relevance ``c`` of a tensor that exact ``parts`` were cut out of."""
         return next(iter(parts)).moved(c)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,7 +46,7 @@ class _Search:
         self.graph, self.options = graph, options
         self.users, self.carriers = graph.users(), graph.carriers()
         self.residual = any(n.kind == g.ADD and len(n.sources) == 2 for n in graph.nodes)
-        self.heads = _heads(graph)
+        self.heads = _heads(graph, self.users, self.carriers)
 
     def fusion(self, node: Node) -> Fusion:
         found = Fusion()
@@ -172,18 +172,21 @@ class _Search:
 _NEVER_NEGATIVE = frozenset({"relu", "sigmoid", "hardsigmoid", "abs", "square", "exp", "softplus", "sqrt", "rsqrt"})
 
 
-def _heads(graph: Graph) -> set[Node]:
-    """The last layers with weights: where relevance of several classes meets first."""
+def _heads(graph: Graph, users: Mapping[Node, list[Node]], carriers: Collection[Node]) -> set[Node]:
+    """The layers with weights where relevance of several classes meets first.
+
+    What another such layer has pulled back is mixed already, also where a residual branch brings it to the shortcut.
+    """
     heads: set[Node] = set()
-    seen = {graph.output}
-    stack = [graph.output]
-    while stack:
-        node = stack.pop()
-        if node.kind in g.WEIGHTED:
-            heads.add(node)
+    mixed: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node not in carriers:
             continue
-        stack.extend(n for n in node.sources if n not in seen)
-        seen.update(node.sources)
+        readers = [user for user in users[node] if user in carriers and node in user.sources]
+        if any(user.kind in g.WEIGHTED or user in mixed for user in readers):
+            mixed.add(node)
+        elif node.kind in g.WEIGHTED:
+            heads.add(node)
     return heads
 
 

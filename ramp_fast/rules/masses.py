@@ -59,9 +59,8 @@ class Rows:
 
     def __init__(self, c: Tensor, axis: BatchAxis, batch: int) -> None:
         self.axis, self.batch = axis, batch
-        self.channels_last = (
-            axis.leading and c.dim() >= 4 and not c.is_contiguous() and c.movedim(-3, -1).is_contiguous()
-        )
+        # Also of some of the channels, which have to be copied: in the order in which they lie.
+        self.channels_last = axis.leading and c.dim() >= 4 and not c.is_contiguous() and c.stride(-3) == 1
 
     def of(self, t: Tensor, lead: int) -> Tensor:
         """``t`` with ``lead`` axes before those of the operation's output."""
@@ -117,6 +116,20 @@ class Masses(Conservation):
         """As :meth:`ramp_fast.rules.Conservation.piece`: it keeps the mass that it carries."""
         mass = self.mass(x, c, axis)
         return Massed(c, mass, mass)
+
+    def cut(
+        self, x: Tensor, part: Massed, axis: BatchAxis, dim: int, lengths: Sequence[int] | None, axes: Sequence[BatchAxis]
+    ) -> list[Massed]:
+        """As :meth:`ramp_fast.rules.Conservation.cut`: operands keep the mass that they carry."""
+        images, rows = _pixels(x, 0), _pixels(part.c, 1)
+        by_channel = lengths is not None and dim == 1 and axis.plain and images is not None and rows is not None
+        if not (by_channel and images.is_contiguous() and rows.is_contiguous() and ops.cpu_kernels(x.device)):
+            return super().cut(x, part, axis, dim, lengths, axes)
+        # Nothing is scaled or copied: who reads the pieces knows what they have and what they stand for.
+        masses = ops.piece_masses(rows, images, lengths, self.contrast)
+        scale, _ = ops.scale_to(part.target, masses.sum(0))
+        pieces = zip(part.c.split(list(lengths), 2), masses * scale, masses, strict=True)
+        return [Massed(c, target, actual) for c, target, actual in pieces]
 
     def together(self, c: Tensor, parts: Iterable[Massed]) -> Massed:
         """As :meth:`ramp_fast.rules.Conservation.together`: masses add."""
@@ -201,6 +214,9 @@ class Masses(Conservation):
             return parts[0]
         scaled = [(p.c, *self.scale(x, p, axis)) for p in parts]
         target = total([alive for _, _, alive in scaled])
+        together = self._merged_pieces([c for c, _, _ in scaled], [scale for _, scale, _ in scaled], axis)
+        if together is not None:
+            return Massed(together, target)
         (first, first_scale, _), (second, second_scale, _), *others = scaled
         rows = self.rows(first, axis)
         c = rows.back(ops.merge(rows.of(first, 1), first_scale, rows.of(second, 1), second_scale, self.contrast), first)
@@ -208,6 +224,19 @@ class Masses(Conservation):
             c = c + self.rescale(other, scale, axis)
         # Masses add; the sum's own mass is smaller where relevance of opposite signs met.
         return Massed(c, target)
+
+    def _merged_pieces(self, several: list[Tensor], scales: list[Tensor], axis: BatchAxis) -> Tensor | None:
+        """The scaled sum of more than two coefficients, or of slices; None where they are no images, channels last."""
+        like = several[0]
+        if like.dim() != 5 or not axis.plain or not ops.cpu_kernels(like.device):
+            return None
+        rows = [_pixels(c, 1) for c in several]
+        if None in rows or any(c.dtype != like.dtype for c in several):
+            return None
+        if len(rows) == 2 and all(c.is_contiguous() for c in rows):  # type: ignore[union-attr]  # none is None
+            return None
+        merged = ops.merge_pieces(rows, torch.stack(scales), self.contrast)
+        return self.channels_first(merged, like[0])
 
     def scale(self, x: Tensor, part: Massed, axis: BatchAxis) -> tuple[Tensor, Tensor]:
         """The factor that gives ``part`` its target mass, and the mass it then has (0 where it is all zero)."""
@@ -266,6 +295,13 @@ class Masses(Conservation):
     def _centring(self, c: Tensor, factor: Tensor | None = None, gate: bool = False) -> Tensor | None:
         """What N of ``factor * c`` (``[factor > 0] c``) has to be multiplied by, ``[T / 2, B]``; rows as of `Rows`."""
         return ops.centring(c, factor, gate=gate) if self.contrast else None
+
+
+def _pixels(t: Tensor, lead: int) -> Tensor | None:
+    """Images ``[..., C, H, W]`` behind ``lead + 1`` axes as ``[..., H W, C]``, if this is how they lie in memory."""
+    if t.dim() != lead + 4 or t.stride(-3) != 1 or t.stride(-2) != t.stride(-1) * t.shape[-1]:
+        return None
+    return t.movedim(-3, -1).flatten(-3, -2)
 
 
 def unit_mass(target: Tensor) -> Tensor:

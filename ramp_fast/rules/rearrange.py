@@ -107,24 +107,17 @@ class Join(Operation):
     def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         node = self.node
         part = self.merged(parts, values, conservation)
-        dim = node.params.dim + 1
-        several = len(node.sources) > 1
-        if several:
-            part = conservation.exact(values[node], part, node.batch)
-        if node.params.how == "stack":
-            pieces = list(part.c.unbind(dim))
-            own = list(values[node].unbind(dim - 1)) if several else []
+        dim = node.params.dim
+        lengths = [shape[dim] for shape in kept] if node.params.how == "cat" else None
+        if len(node.sources) > 1:
+            axes = [operand.batch for operand in node.operands]
+            found = conservation.cut(values[node], part, node.batch, dim, lengths, axes)
         else:
-            lengths = [s[dim - 1] for s in kept]
-            pieces = list(part.c.split(lengths, dim))
-            own = list(values[node].split(lengths, dim - 1)) if several else []
-        for i, operand in enumerate(node.operands):
-            if operand.constant:
-                continue
-            if not several:
-                yield Flow(operand, part.moved(pieces[i], copies=True))
-                continue
-            yield Flow(operand, conservation.piece(part, own[i], pieces[i], operand.batch))
+            pieces = part.c.unbind(dim + 1) if lengths is None else part.c.split(lengths, dim + 1)
+            found = [part.moved(piece, copies=True) for piece in pieces]
+        for operand, contribution in zip(node.operands, found, strict=True):
+            if not operand.constant:
+                yield Flow(operand, contribution)
 
 
 class Split(Operation):
