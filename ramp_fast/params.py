@@ -218,12 +218,15 @@ class LinearPool(Params):
         "vjp": some other linear function with weights that are not negative.
     dims : list of int or None
         Axes that are reduced, of means and sums.
+    window : tuple of int or None
+        Rows and columns, of an average pool of images whose windows lie side by side and cover all pixels.
     """
 
     how: str
     dims: list[int] | None = None
     keepdim: bool = False
     labels: Labels | None = None
+    window: tuple[int, int] | None = None
 
 
 @dataclass

@@ -1,7 +1,7 @@
 // The pull-back of max-pooling, channels innermost: the largest input of a window gets the window's
 // coefficient. Where windows tile the image it is found again, the first of equals (the coefficient is
 // multiplied by its value if not `divided`); for others `unpool` gets the indices.
-#include "cpu/block.h"
+#include "cpu/lanes.h"
 
 namespace rf::RF_ISA {
 namespace {
@@ -70,6 +70,33 @@ void pool_row(int64_t index, const void* context, void*) {
     }
 }
 
+using Numbers = std::int32_t __attribute__((vector_size(64), aligned(4), may_alias));
+
+// Rows and columns of windows: [top, bottom), [left, right).
+struct Windows {
+    int64_t top, bottom, left, right;
+};
+
+// Channels [first, last) of pixel `here`, which lies at `at` in the result and is seen by these windows.
+template <class V, class N, class F>
+RF_INLINE void unpool_span(const UnpoolArgs& args, const Windows& seen, int64_t b, int64_t sample,
+                           std::int32_t here, int64_t at, int64_t first, int64_t last) {
+    const int64_t windows = args.rows * args.columns;
+    const std::int32_t* const indices = static_cast<const std::int32_t*>(args.indices.data);
+    for (int64_t i = first; i < last; i += static_cast<int64_t>(sizeof(V) / sizeof(F))) {
+        V sum{};
+        for (int64_t row = seen.top; row < seen.bottom; ++row)
+            for (int64_t column = seen.left; column < seen.right; ++column) {
+                const int64_t window = row * args.columns + column;
+                const N winner =
+                    *reinterpret_cast<const N*>(indices + (b * windows + window) * args.channels + i);
+                const V c = read<V>(args.c, (sample * windows + window) * args.channels + i);
+                sum += winner == here ? c : V{};
+            }
+        write<V>(args.out, at + i, sum, false);
+    }
+}
+
 // One line of one sample of the input.
 template <class F>
 void unpool_line(int64_t index, const void* context, void*) {
@@ -84,33 +111,16 @@ void unpool_line(int64_t index, const void* context, void*) {
         return min64(windows, (at + args.padding[axis]) / args.stride[axis] + 1);
     };
     const int64_t top = from(0, y), bottom = to(0, y, args.rows);
-    const std::int32_t* const indices = static_cast<const std::int32_t*>(args.indices.data);
-    F in[kBlock], sum[kBlock];
+    constexpr bool vectors = sizeof(F) == sizeof(float);
+    const int64_t whole = vectors ? channels / kLanes * kLanes : 0;
     for (int64_t x = 0; x < args.width; ++x) {
-        const int64_t left = from(1, x), right = to(1, x, args.columns);
+        const Windows seen{top, bottom, from(1, x), to(1, x, args.columns)};
         const std::int32_t here = static_cast<std::int32_t>(y * args.width + x);
-        for (int64_t start = 0; start < channels; start += kBlock) {
-            const int64_t n = min64(kBlock, channels - start);
-            for (int64_t t = 0; t < args.num_maps; ++t) {
-                const int64_t sample = t * args.batch + b;
-                for (int64_t i = 0; i < n; ++i) sum[i] = F(0);
-                for (int64_t row = top; row < bottom; ++row)
-                    for (int64_t column = left; column < right; ++column) {
-                        const int64_t window = row * args.columns + column;
-                        const int64_t windows = args.rows * args.columns;
-                        const std::int32_t* __restrict winner =
-                            indices + (b * windows + window) * channels + start;
-                        const F* __restrict c =
-                            load(args.c, (sample * windows + window) * channels + start, n, in);
-                        RF_SIMD
-                        for (int64_t i = 0; i < n; ++i) sum[i] += winner[i] == here ? c[i] : F(0);
-                    }
-                const int64_t at = ((sample * args.height + y) * args.width + x) * channels + start;
-                F* __restrict out = target(args.out, at, sum);
-                if (out != sum)
-                    for (int64_t i = 0; i < n; ++i) out[i] = sum[i];
-                commit(args.out, at, n, sum);
-            }
+        for (int64_t t = 0; t < args.num_maps; ++t) {
+            const int64_t sample = t * args.batch + b;
+            const int64_t at = ((sample * args.height + y) * args.width + x) * channels;
+            if constexpr (vectors) unpool_span<Lanes, Numbers, F>(args, seen, b, sample, here, at, 0, whole);
+            unpool_span<F, std::int32_t, F>(args, seen, b, sample, here, at, whole, channels);
         }
     }
 }

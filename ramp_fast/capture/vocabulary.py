@@ -797,8 +797,19 @@ def _adaptive_pool(node: Node, b: Bound) -> None:
         _set(node, g.LINEAR_POOL, [source], how="vjp")
 
 
+@handles("avg_pool2d.default")
+def _average_pool(node: Node, b: Bound) -> None:
+    source = _image(b)
+    window = tuple(b["kernel_size"]) * (2 // len(b["kernel_size"]))
+    stride = tuple(b["stride"] or window)
+    beside = stride in (window, window[:1]) and not any(b["padding"]) and b["divisor_override"] is None
+    covers = len(source.shape) == 4 and all(
+        isinstance(n, int) and n % k == 0 for n, k in zip(source.shape[2:], window, strict=True)
+    )
+    _set(node, g.LINEAR_POOL, [source], how="vjp", window=window if beside and covers else None)
+
+
 @handles(
-    "avg_pool2d.default",
     "avg_pool1d.default",
     "upsample_bilinear2d.vec",
     "upsample_bilinear2d.default",

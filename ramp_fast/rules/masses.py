@@ -212,11 +212,11 @@ class Masses(Conservation):
         """Relevance from several readers adds; each part has its target mass first."""
         if len(parts) == 1:
             return parts[0]
+        together = self._merged_pieces(x, parts, axis)
+        if together is not None:
+            return together
         scaled = [(p.c, *self.scale(x, p, axis)) for p in parts]
         target = total([alive for _, _, alive in scaled])
-        together = self._merged_pieces([c for c, _, _ in scaled], [scale for _, scale, _ in scaled], axis)
-        if together is not None:
-            return Massed(together, target)
         (first, first_scale, _), (second, second_scale, _), *others = scaled
         rows = self.rows(first, axis)
         c = rows.back(ops.merge(rows.of(first, 1), first_scale, rows.of(second, 1), second_scale, self.contrast), first)
@@ -225,18 +225,18 @@ class Masses(Conservation):
         # Masses add; the sum's own mass is smaller where relevance of opposite signs met.
         return Massed(c, target)
 
-    def _merged_pieces(self, several: list[Tensor], scales: list[Tensor], axis: BatchAxis) -> Tensor | None:
-        """The scaled sum of more than two coefficients, or of slices; None where they are no images, channels last."""
-        like = several[0]
-        if like.dim() != 5 or not axis.plain or not ops.cpu_kernels(like.device):
+    def _merged_pieces(self, x: Tensor, parts: Sequence[Massed], axis: BatchAxis) -> Massed | None:
+        """:meth:`merge` of more than two, or of slices, in one pass; None where they are no images, channels last."""
+        if x.dim() != 4 or not axis.plain or not ops.cpu_kernels(x.device):
             return None
-        rows = [_pixels(c, 1) for c in several]
-        if None in rows or any(c.dtype != like.dtype for c in several):
+        rows = [_pixels(p.c, 1) for p in parts]
+        if None in rows or any(c.dtype != rows[0].dtype for c in rows):  # type: ignore[union-attr]  # none is None
             return None
-        if len(rows) == 2 and all(c.is_contiguous() for c in rows):  # type: ignore[union-attr]  # none is None
+        if len(rows) == 2 and all(c.is_contiguous() for c in rows):  # type: ignore[union-attr]
             return None
-        merged = ops.merge_pieces(rows, torch.stack(scales), self.contrast)
-        return self.channels_first(merged, like[0])
+        actual = [self.mass(x, p.c, axis) if p.actual is None else p.actual for p in parts]
+        scales, alive = ops.scale_to(torch.stack([p.target for p in parts]), torch.stack(actual))
+        return Massed(self.channels_first(ops.merge_pieces(rows, scales, self.contrast), x), alive.sum(0))
 
     def scale(self, x: Tensor, part: Massed, axis: BatchAxis) -> tuple[Tensor, Tensor]:
         """The factor that gives ``part`` its target mass, and the mass it then has (0 where it is all zero)."""

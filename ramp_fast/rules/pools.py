@@ -32,7 +32,9 @@ class LinearPool(ReadsInput):
             c = part.c.flatten(2) / math.prod(x.shape[2:])
             yield Flow(source, conservation.spread(c, part.target, x))
             return
-        if p.how == "vjp":
+        if p.window is not None:
+            c = _over_windows(part.c / math.prod(p.window), p.window)
+        elif p.how == "vjp":
             c = vjp(lambda u: values.call_at(self.node, source, u), tuple(x.shape), part.c)
         else:
             c = part.c
@@ -45,6 +47,15 @@ class LinearPool(ReadsInput):
                     count *= x.shape[d]
                 c = c / count
         yield Flow(source, conservation.gate(Massed(c.expand(c.shape[0], *x.shape), part.target), x, source.batch))
+
+
+def _over_windows(c: Tensor, window: tuple[int, int]) -> Tensor:
+    """``c`` ``[T, B, C, h, w]`` at every pixel of its window, channels last where they were."""
+    last = c.stride(2) == 1
+    rows = (c.movedim(2, -1) if last else c.unsqueeze(-1)).unsqueeze(-2).unsqueeze(-4)  # [T, B, (C,) h, 1, w, 1, C or 1]
+    spread = rows.expand(*rows.shape[:-4], window[0], rows.shape[-3], window[1], rows.shape[-1])
+    spread = spread.flatten(-5, -4).flatten(-3, -2)
+    return spread.movedim(-1, 2) if last else spread.squeeze(-1)
 
 
 class MaxPool(Operation):

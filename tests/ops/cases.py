@@ -175,8 +175,10 @@ def of_sample(args: tuple[Any, ...], name: str, first: int, last: int) -> tuple[
     for argument, value in zip(schema.arguments, args, strict=True):
         if argument.name in ("target", "actual"):
             parts.append(value[:, first:last])
-        elif argument.name == "masses":
-            parts.append([mass[:, first:last] for mass in value])
+        elif argument.name in ("masses", "pieces"):
+            parts.append([each[:, first:last] for each in value])
+        elif argument.name == "scales":
+            parts.append(value[:, :, first:last])
         elif not isinstance(value, Tensor) or argument.name in parameters:
             parts.append(value)
         else:
@@ -190,8 +192,8 @@ def of_sample(args: tuple[Any, ...], name: str, first: int, last: int) -> tuple[
 def batch_axes(name: str, outputs: int) -> list[int]:
     """The axis of samples of each output."""
     axes = [0 if name in (*FACTORS, "mask_steps", "product") else 1] * outputs
-    if name in ("attention_pullback", "share"):
-        axes[-1] = 2  # masses are [4, T, B]
+    if name in ("attention_pullback", "share", "piece_masses"):
+        axes[-1] = 2  # masses are [n, T, B]
     return axes
 
 
@@ -533,6 +535,32 @@ def _spread_magnitude(c: Tensor, x: Tensor, contrast: bool) -> tuple[Tensor, ...
     return own, _mass_of(x, own, contrast)
 
 
+def _piece_masses(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    rows, channels = _by_channel(o)
+    first = channels // 3
+    widths = [[channels], [first, channels - first], [first, 0, channels - first]][o.seed % 3]
+    return d.coefficient(rows, channels), d.sample(rows, channels), widths, o.contrast
+
+
+def _piece_masses_magnitude(c: Tensor, x: Tensor, widths: list[int], contrast: bool) -> tuple[Tensor, ...]:
+    pieces = zip(c.split(widths, -1), x.split(widths, -1), strict=True)
+    return (torch.stack([_uncancelled_mass(own, piece.abs(), contrast) for piece, own in pieces]),)
+
+
+def _merge_pieces(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    rows, channels = _by_channel(o)
+    whole = [d.coefficient(rows, channels + 4) for _ in range(1 + o.seed % 4)]
+    pieces = [c[..., 3:-1] if i != o.seed % 2 else c[..., 3:-1].contiguous() for i, c in enumerate(whole)]
+    return pieces, torch.stack([d.scale() for _ in pieces]), o.contrast
+
+
+def _merge_pieces_magnitude(pieces: list[Tensor], scales: Tensor, contrast: bool) -> tuple[Tensor, ...]:
+    several = zip(pieces, scales, strict=True)
+    return (torch.stack([_rescale_magnitude(c, scale, contrast) for c, scale in several]).sum(0),)
+
+
 def _mass_of(x: Tensor, c: Tensor, contrast: bool) -> Tensor:
     """Magnitude of the masses of coefficients of magnitude ``c``."""
     mass = (x.abs() * c).flatten(2).sum(-1)
@@ -703,6 +731,8 @@ CASES = {
         Case("select_phases", _select_phases, _exact),
         Case("mul_pullback", _mul, _mul_magnitude),
         Case("spread", _spread, _spread_magnitude),
+        Case("piece_masses", _piece_masses, _piece_masses_magnitude),
+        Case("merge_pieces", _merge_pieces, _merge_pieces_magnitude),
         Case("depthwise", _depthwise, _depthwise_magnitude),
         Case("activation_factor", _activation_factor, _activation_magnitude),
         Case("activation_share", _activation_share, lambda x, *_: (x.abs(), torch.ones_like(x))),

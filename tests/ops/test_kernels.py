@@ -97,6 +97,8 @@ def test_output_dtypes(backend: str) -> None:
     assert output_dtypes("mul_pullback", bf16, f32) == [bf16, f32, f32]
     assert output_dtypes("mul_pullback", f64, f64) == [f64, f64, f64]
     assert output_dtypes("spread", bf16, f32) == [bf16, f32]
+    assert output_dtypes("piece_masses", bf16, f32) == [f32]
+    assert output_dtypes("merge_pieces", bf16, f32) == [bf16]
     assert output_dtypes("activation_share", bf16, f32) == [f32, bf16]
     assert output_dtypes("affine_factor", bf16, f32) == [f32, bf16]
     assert output_dtypes("affine_pullback", bf16, f32) == [bf16]

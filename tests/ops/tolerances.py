@@ -82,6 +82,11 @@ COMPUTE = {
     ("mul_pullback", torch.float64): 1e-14,
     ("spread", torch.float32): 4e-6,
     ("spread", torch.float64): 1e-14,
+    ("piece_masses", torch.float32): 4e-6,
+    ("piece_masses", torch.float64): 1e-14,
+    # up to four terms of two products each
+    ("merge_pieces", torch.float32): 2e-6,
+    ("merge_pieces", torch.float64): 4e-15,
     # up to 15 terms and a bias
     ("depthwise", torch.float32): 2e-6,
     ("depthwise", torch.float64): 4e-15,
