@@ -118,7 +118,13 @@ class Masses(Conservation):
         return Massed(c, mass, mass)
 
     def cut(
-        self, x: Tensor, part: Massed, axis: BatchAxis, dim: int, lengths: Sequence[int] | None, axes: Sequence[BatchAxis]
+        self,
+        x: Tensor,
+        part: Massed,
+        axis: BatchAxis,
+        dim: int,
+        lengths: Sequence[int] | None,
+        axes: Sequence[BatchAxis],
     ) -> list[Massed]:
         """As :meth:`ramp_fast.rules.Conservation.cut`: operands keep the mass that they carry."""
         images, rows = _pixels(x, 0), _pixels(part.c, 1)

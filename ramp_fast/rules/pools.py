@@ -52,7 +52,8 @@ class LinearPool(ReadsInput):
 def _over_windows(c: Tensor, window: tuple[int, int]) -> Tensor:
     """``c`` ``[T, B, C, h, w]`` at every pixel of its window, channels last where they were."""
     last = c.stride(2) == 1
-    rows = (c.movedim(2, -1) if last else c.unsqueeze(-1)).unsqueeze(-2).unsqueeze(-4)  # [T, B, (C,) h, 1, w, 1, C or 1]
+    rows = c.movedim(2, -1) if last else c.unsqueeze(-1)
+    rows = rows.unsqueeze(-2).unsqueeze(-4)  # [T, B, h, 1, w, 1, C] or [T, B, C, h, 1, w, 1, 1]
     spread = rows.expand(*rows.shape[:-4], window[0], rows.shape[-3], window[1], rows.shape[-1])
     spread = spread.flatten(-5, -4).flatten(-3, -2)
     return spread.movedim(-1, 2) if last else spread.squeeze(-1)
