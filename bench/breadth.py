@@ -39,7 +39,7 @@ RULES = ("abslrp", "attnlrp", "ramp")
 # absLRP over forward and backward: a model at most, and their geometric mean. The engine's logits: one forward pass.
 LIMITS = {"worst": 1.0, "mean": 0.85, "depthwise": 1.2}
 DEPTHWISE = ("efficientnet_b0", "mobilenetv3_large_100")
-WARM_UP = 2  # with them the trial of groups of images is over
+WARM_UP = 4  # with them the trials of groups of images are over, of eight at a time
 
 
 def forward(model: nn.Module, images: torch.Tensor) -> None:

@@ -64,7 +64,7 @@ def measure(
 ) -> tuple[dict[Any, float], float, float]:
     """Milliseconds an image of every step (median), of the whole, and of the model's own forward pass."""
     engine = Engine(model, precision=precision)
-    for _ in range(3):  # the trial of groups is in here
+    for _ in range(5):  # the trials of groups are in here
         engine.attribute(images)
     spent: dict[Any, float] = defaultdict(float)
 

@@ -40,7 +40,7 @@ def test_cost_in_forward_passes(benchmark: Any, against_forward: Any, name: str,
     model = timm.create_model(name).eval()
     images = torch.randn(BATCH, *model.default_cfg["input_size"])
     engine = Engine(model, precision=precision)
-    for _ in range(2):  # with the warm-up round: until the trial of groups of images is over
+    for _ in range(4):  # with the warm-up round: until the trials of groups of images are over
         engine.attribute(images)
     result = against_forward(lambda: engine.attribute(images), model, images, ROUNDS, name=name, method=precision)
     assert result.maps.shape == images.shape

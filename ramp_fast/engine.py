@@ -32,7 +32,7 @@ from ramp_fast.plan import Plan
 from ramp_fast.rules import LayerRule, Rule
 from ramp_fast.runtime import conditions, host_copies
 from ramp_fast.runtime.cuda_graphs import Recordings, on, records
-from ramp_fast.runtime.groups import GROUP, Groups
+from ramp_fast.runtime.groups import Groups
 from ramp_fast.runtime.heap import keep_freed_memory
 from ramp_fast.runtime.inspection import Balance
 from ramp_fast.runtime.run import run_logits
@@ -432,10 +432,8 @@ class Engine(Explainer):
         if batch_size is not None:
             together = min(together, batch_size)
         if self.micro_batch is None and device.type == "cpu":
-            if together < GROUP:
-                return [1] * batch
             groups = self._groups.setdefault(tuple(shape[1:]), Groups())
-            return groups.sizes(plan, shape, targets, contrast)
+            return groups.sizes(plan, shape, together, targets, contrast)
         return [min(together, batch - start) for start in range(0, batch, max(together, 1))]
 
     def _plan_for(self, shape: tuple[int, int, int]) -> Plan:

@@ -13,40 +13,63 @@ from ramp_fast.runtime.run import pull_back, run_forward, run_logits
 
 
 class Groups:
-    """How many images go through a plan together on a CPU: one, or :data:`GROUP` where that is the same and faster.
+    """How many images go through a plan together on a CPU: one, or one of :data:`GROUPS` where that is the same and
+    faster.
 
-    A group reads the weights once and makes fewer calls, but its activations need more cache, and library routines
-    need not treat a row of a larger problem as they treat it alone. So both are run on noise, once: groups are used
-    only if every bit agrees and they took less time, the better of two times each. What is left of a batch goes one
-    by one. The trial costs as much as ``5 * GROUP`` images: it waits until ``4 * GROUP`` have been asked for.
+    A group reads the weights once and makes fewer calls, but its activations need more cache and memory, and library
+    routines need not treat a row of a larger problem as they treat it alone. So a size is tried on noise, once: it is
+    used only if every bit agrees with images one by one and it took less time than what was used before, the better of
+    two times each. What is left of a batch goes in smaller groups, or one by one. The trial of a size costs as much as
+    five groups: it waits until four have been asked for.
     """
 
     def __init__(self) -> None:
         self._asked = 0
-        self._pay: dict[tuple[int, bool], bool] = {}
+        self._pay: dict[tuple[int, bool], dict[int, bool]] = {}
 
-    def sizes(self, plan: Plan, shape: torch.Size, targets: int, contrast: bool) -> list[int]:
-        """Sizes that add up to the batch of images ``shape``, of which ``targets`` are explained (0: logits alone)."""
+    def sizes(self, plan: Plan, shape: torch.Size, most: int, targets: int, contrast: bool) -> list[int]:
+        """Sizes that add up to the batch of images ``shape``.
+
+        ``most``: no group is larger. ``targets`` of each image are explained (0: logits alone).
+        """
         batch = shape[0]
         self._asked += batch
-        key = targets, contrast
-        if batch >= GROUP and self._asked >= 4 * GROUP and key not in self._pay:
-            self._pay[key] = _groups_pay(plan, shape, targets, contrast)
-        groups = batch // GROUP if self._pay.get(key, False) else 0
-        return [GROUP] * groups + [1] * (batch - groups * GROUP)
+        pay = self._pay.setdefault((targets, contrast), {})
+        for size in GROUPS:
+            if size not in pay and size <= min(batch, most) and self._asked >= 4 * size and _fits(plan, size):
+                others = _divided(size, [s for s in pay if pay[s]])
+                pay[size] = _pays(plan, shape, size, others, targets, contrast)
+        return _divided(batch, [size for size in pay if pay[size] and size <= most])
 
 
-GROUP = 4
+# The second one makes fewer calls for networks whose steps are short.
+GROUPS = (4, 8)
+# Bytes of activations that may be kept by a group larger than the first.
+_MOST_KEPT = 2**28
 
 
-def _groups_pay(plan: Plan, shape: torch.Size, targets: int, contrast: bool) -> bool:
+def _fits(plan: Plan, size: int) -> bool:
+    return size == GROUPS[0] or size * sum(plan.kept_bytes(step) for step in plan.steps) <= _MOST_KEPT
+
+
+def _divided(count: int, sizes: list[int]) -> list[int]:
+    """As few of these sizes as add up to ``count``, or single images, the largest first."""
+    found: list[int] = []
+    for size in sorted({1, *sizes}, reverse=True):
+        found += [size] * (count // size)
+        count %= size
+    return found
+
+
+def _pays(plan: Plan, shape: torch.Size, group: int, others: list[int], targets: int, contrast: bool) -> bool:
+    """Whether a group is faster than these sizes one after another, which add up to it, and as single images are."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn((GROUP, *shape[1:]), generator=generator, dtype=plan.precision.forward)
+    images = torch.randn((group, *shape[1:]), generator=generator, dtype=plan.precision.forward)
     classes = plan.graph.output.example[1]
-    size, wide = (targets, GROUP, classes), plan.precision.accumulate
+    size, wide = (targets, group, classes), plan.precision.accumulate
     positive = torch.rand(size, generator=generator, dtype=wide)
     negative = torch.rand(size, generator=generator, dtype=wide) if contrast else None
-    c = plan.rule.conservation.start(plan.rule.start, positive, negative, torch.ones(GROUP, classes, dtype=wide))
+    c = plan.rule.conservation.start(plan.rule.start, positive, negative, torch.ones(group, classes, dtype=wide))
 
     def part(first: int, last: int) -> tuple[Tensor, ...]:
         """Maps, of targets, and logits, each with the images first."""
@@ -57,15 +80,18 @@ def _groups_pay(plan: Plan, shape: torch.Size, targets: int, contrast: bool) -> 
         logits = forward.logits
         return pull_back(plan, forward, c[:, first:last], contrast).transpose(0, 1), logits
 
-    part(0, GROUP)  # packs weights for this size where a routine needs it
-    together, alone = math.inf, math.inf
+    def parts(sizes: list[int]) -> list[tuple[Tensor, ...]]:
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        return [part(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+    part(0, group)  # packs weights for this size where a routine needs it
+    together, apart = math.inf, math.inf
     for _ in range(2):
         start = time.perf_counter()
-        group = part(0, GROUP)
+        whole = part(0, group)
         middle = time.perf_counter()
-        single = [part(i, i + 1) for i in range(GROUP)]
-        together, alone = min(together, middle - start), min(alone, time.perf_counter() - middle)
-    same = all(
-        torch.equal(torch.cat(ones), whole) for ones, whole in zip(zip(*single, strict=True), group, strict=True)
-    )
-    return together < alone and same
+        several = parts(others)
+        together, apart = min(together, middle - start), min(apart, time.perf_counter() - middle)
+    # Smaller groups have been compared with single images.
+    same = all(torch.equal(torch.cat(each), own) for each, own in zip(zip(*several, strict=True), whole, strict=True))
+    return together < apart and same
