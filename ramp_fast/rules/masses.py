@@ -127,12 +127,13 @@ class Masses(Conservation):
         axes: Sequence[BatchAxis],
     ) -> list[Massed]:
         """As :meth:`ramp_fast.rules.Conservation.cut`: operands keep the mass that they carry."""
-        images, rows = _pixels(x, 0), _pixels(part.c, 1)
-        by_channel = lengths is not None and dim == 1 and axis.plain and images is not None and rows is not None
-        if not (by_channel and images.is_contiguous() and rows.is_contiguous() and ops.cpu_kernels(x.device)):
+        both = [_pixels(x, 0), _pixels(part.c, 1)]
+        dense = [t for t in both if t is not None and t.is_contiguous()]
+        if lengths is None or dim != 1 or len(dense) < 2 or not axis.plain or not ops.cpu_kernels(x.device):
             return super().cut(x, part, axis, dim, lengths, axes)
+        images, rows = dense
         # Nothing is scaled or copied: who reads the pieces knows what they have and what they stand for.
-        masses = ops.piece_masses(rows, images, lengths, self.contrast)
+        masses = ops.piece_masses(rows, images, list(lengths), self.contrast)
         scale, _ = ops.scale_to(part.target, masses.sum(0))
         pieces = zip(part.c.split(list(lengths), 2), masses * scale, masses, strict=True)
         return [Massed(c, target, actual) for c, target, actual in pieces]
@@ -235,10 +236,10 @@ class Masses(Conservation):
         """:meth:`merge` of more than two, or of slices, in one pass; None where they are no images, channels last."""
         if x.dim() != 4 or not axis.plain or not ops.cpu_kernels(x.device):
             return None
-        rows = [_pixels(p.c, 1) for p in parts]
-        if None in rows or any(c.dtype != rows[0].dtype for c in rows):  # type: ignore[union-attr]  # none is None
+        rows = [c for c in (_pixels(p.c, 1) for p in parts) if c is not None]
+        if len(rows) < len(parts) or any(c.dtype != rows[0].dtype for c in rows):
             return None
-        if len(rows) == 2 and all(c.is_contiguous() for c in rows):  # type: ignore[union-attr]
+        if len(rows) == 2 and all(c.is_contiguous() for c in rows):
             return None
         actual = [self.mass(x, p.c, axis) if p.actual is None else p.actual for p in parts]
         scales, alive = ops.scale_to(torch.stack([p.target for p in parts]), torch.stack(actual))
