@@ -208,6 +208,27 @@ class MaxPool(Params):
     ceil_mode: bool
 
 
+@dataclass(frozen=True)
+class Window:
+    """Windows of an average pool, rows and columns.
+
+    Attributes
+    ----------
+    counts_padding : bool
+        Whether what lies beyond the image counts as pixels of value 0.
+    """
+
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    counts_padding: bool
+
+    def tiles(self, height: int, width: int) -> bool:
+        """Whether windows lie side by side and cover all pixels."""
+        beside = self.stride == self.size and self.padding == (0, 0)
+        return beside and height % self.size[0] == 0 and width % self.size[1] == 0
+
+
 @dataclass
 class LinearPool(Params):
     """Means, sums and average pools.
@@ -218,15 +239,15 @@ class LinearPool(Params):
         "vjp": some other linear function with weights that are not negative.
     dims : list of int or None
         Axes that are reduced, of means and sums.
-    window : tuple of int or None
-        Rows and columns, of an average pool of images whose windows lie side by side and cover all pixels.
+    window : Window or None
+        Of an average pool of images; no window reaches beyond the padding.
     """
 
     how: str
     dims: list[int] | None = None
     keepdim: bool = False
     labels: Labels | None = None
-    window: tuple[int, int] | None = None
+    window: Window | None = None
 
 
 @dataclass

@@ -23,7 +23,7 @@ from ramp_fast import graph as g
 from ramp_fast.capture.batch_axes import EXAMPLE_BATCH
 from ramp_fast.capture.linear_maps import Call, Resampling
 from ramp_fast.graph import Node
-from ramp_fast.params import Params
+from ramp_fast.params import Params, Window
 
 Bound = dict[str, Any]
 Handler = Callable[[Node, Bound], "Node | InSteps | None"]
@@ -800,13 +800,18 @@ def _adaptive_pool(node: Node, b: Bound) -> None:
 @handles("avg_pool2d.default")
 def _average_pool(node: Node, b: Bound) -> None:
     source = _image(b)
-    window = tuple(b["kernel_size"]) * (2 // len(b["kernel_size"]))
-    stride = tuple(b["stride"] or window)
-    beside = stride in (window, window[:1]) and not any(b["padding"]) and b["divisor_override"] is None
-    covers = len(source.shape) == 4 and all(
-        isinstance(n, int) and n % k == 0 for n, k in zip(source.shape[2:], window, strict=True)
-    )
-    _set(node, g.LINEAR_POOL, [source], how="vjp", window=window if beside and covers else None)
+
+    def pair(value: list[int]) -> tuple[int, int]:
+        return value[0], value[-1]
+
+    size, padding = pair(b["kernel_size"]), pair(b["padding"])
+    stride = pair(b["stride"]) if b["stride"] else size
+    window = Window(size, stride, padding, b["count_include_pad"])
+    # With ceil_mode the last windows may reach beyond the padding, which is never counted.
+    axes = zip(source.example[-2:], node.example[-2:], size, stride, padding, strict=True)
+    inside = len(source.example) == 4 and all((m - 1) * s + k <= n + 2 * pad for n, m, k, s, pad in axes)
+    usual = inside and b["divisor_override"] is None
+    _set(node, g.LINEAR_POOL, [source], how="vjp", window=window if usual else None)
 
 
 @handles(

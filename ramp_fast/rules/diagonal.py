@@ -284,6 +284,9 @@ class GroupNorm(ReadsInput):
         source = self.node.operands[0]
         p = self.node.params
         part = self.merged(parts, values, conservation)
+        if p.groups == 1 and source.batch.plain:
+            yield Flow(source, Massed(self._over_all(part.c, values[source], values[p.weight]), part.target))
+            return
         x = values[source].to(torch.promote_types(values[source].dtype, torch.float32))
         grouped = x.unflatten(1, (p.groups, -1)).flatten(2)
 
@@ -296,6 +299,17 @@ class GroupNorm(ReadsInput):
         gain = torch.ones((), dtype=x.dtype, device=x.device) if weight is None else weight.to(x.dtype).view(shape)
         factor = x.sign() * gain * inverse_sigma(grouped) + gain.abs() * inverse_sigma(grouped.abs())
         yield Flow(source, Massed(ops.scale_by(part.c, factor), part.target))
+
+    def _over_all(self, c: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Of one group: a LayerNorm over a sample as it lies in memory."""
+        last = x.dim() == 4 and x.stride(1) == 1
+        if last:
+            c, x = c.movedim(2, -1), x.movedim(1, -1)
+        if weight is not None:
+            pixels = math.prod(x.shape[1:]) // max(len(weight), 1)
+            weight = weight.repeat(pixels) if last else weight.repeat_interleave(pixels)
+        out = ops.norm_pullback(c.flatten(2), x.flatten(1), weight, self.node.params.eps).view(c.shape)
+        return out.movedim(-1, 2) if last else out
 
 
 class Div(Operation):

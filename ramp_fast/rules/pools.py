@@ -13,6 +13,8 @@ from ramp_fast import ops
 from ramp_fast.capture.linear_maps import Term
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
+from ramp_fast.ops.depthwise import MOST_TAPS
+from ramp_fast.params import Window
 from ramp_fast.rules.base import Flow, Fusion, Operation, ReadsInput, Values, vjp
 from ramp_fast.rules.masses import Massed, Masses
 
@@ -32,8 +34,11 @@ class LinearPool(ReadsInput):
             c = part.c.flatten(2) / math.prod(x.shape[2:])
             yield Flow(source, conservation.spread(c, part.target, x))
             return
-        if p.window is not None:
-            c = _over_windows(part.c / math.prod(p.window), p.window)
+        if p.window is not None and p.window.tiles(*x.shape[2:]):
+            c = _over_windows(part.c / math.prod(p.window.size), p.window.size)
+        elif p.window is not None and self._fits(x):
+            yield Flow(source, Massed(self._by_kernel(part.c, x, p.window), part.target))
+            return
         elif p.how == "vjp":
             c = vjp(lambda u: values.call_at(self.node, source, u), tuple(x.shape), part.c)
         else:
@@ -47,6 +52,23 @@ class LinearPool(ReadsInput):
                     count *= x.shape[d]
                 c = c / count
         yield Flow(source, conservation.gate(Massed(c.expand(c.shape[0], *x.shape), part.target), x, source.batch))
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether windows that overlap are for the kernel of depthwise convolutions."""
+        small = max(self.node.params.window.size) <= MOST_TAPS and self.node.operands[0].batch.plain
+        return small and self.precision.accumulate == torch.float32 and ops.cpu_kernels(x.device)
+
+    def _by_kernel(self, c: Tensor, x: Tensor, window: Window) -> Tensor:
+        """``2 [x > 0] L^T c`` as the transpose of a depthwise convolution with one weight."""
+        if not window.counts_padding:
+            ones = torch.ones(1, 1, *x.shape[2:], dtype=torch.float32, device=x.device)
+            counted = torch.nn.functional.avg_pool2d(ones, window.size, window.stride, window.padding)
+            c = (c / counted).to(c.dtype)
+        weight = torch.zeros(2, *window.size, x.shape[1], dtype=torch.float32, device=x.device)
+        weight[0] = 2 / math.prod(window.size)
+        geometry = list(window.stride), list(window.padding), [1, 1], list(x.shape[2:])
+        rows = c.permute(0, 1, 3, 4, 2), weight, None, x.permute(0, 2, 3, 1)
+        return ops.depthwise(*rows, *geometry, True, False).permute(0, 1, 4, 2, 3)
 
 
 def _over_windows(c: Tensor, window: tuple[int, int]) -> Tensor:
