@@ -156,8 +156,8 @@ def activation_factor(
 
 
 def activation_share(x: Tensor, function: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``ramp_fast::activation_share`` for x of any shape."""
-    x = x.contiguous()
+    """``ramp_fast::activation_share`` for x of any shape; channels-last memory of images is kept."""
+    x = laid_out(x, None)
     y, factor = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
     number = number_of(function, SHARES)
     if x.numel():

@@ -17,7 +17,9 @@ void depthwise(py::handle source_, py::handle weight_, py::handle bias_, py::han
     if (source.dtype() == DType::f64 || out.dtype() == DType::f64)
         fail("depthwise computes in float32: source and out must be float32 or bfloat16");
     out.contiguous().matches(0, source.contiguous(), 0, 2).matches(4, source, 4, 1);
-    weight.contiguous().shaped({x ? 2 : 1, weight.size(1), weight.size(2), source.size(4)});
+    if (weight.size(0) != 2 && (x || weight.size(0) != 1))
+        fail(weight.describe() + " must have one half, or two: with x, or for both signs of the source");
+    weight.contiguous().shaped({weight.size(0), weight.size(1), weight.size(2), source.size(4)});
     if (weight.dtype() != DType::f32) fail(weight.describe() + " must be float32");
     DepthwiseArgs args{};
     args.num_maps = source.size(0);
@@ -38,6 +40,7 @@ void depthwise(py::handle source_, py::handle weight_, py::handle bias_, py::han
     }
     args.transposed = transposed;
     args.relu = relu;
+    args.by_source = !x && weight.size(0) == 2;
     if (bias) {
         if (bias->dtype() != DType::f32) fail(bias->describe() + " must be float32");
         bias->contiguous().shaped({args.channels});

@@ -1,4 +1,4 @@
-// Binding: select_phases.
+// Bindings: select_phases, sides.
 #include "bind/bind.h"
 #include "cpu/dispatch.h"
 
@@ -41,9 +41,30 @@ void select_phases(py::handle acc_, py::handle x_, std::int64_t top, std::int64_
     RF_CALL(select_phases, args);
 }
 
+void sides(py::handle x_, std::int64_t groups, py::handle out_, int threads) {
+    const TensorView x(x_, "x"), out(out_, "out");
+    if (x.dtype() == DType::f64 || out.dtype() == DType::f64)
+        fail("sides computes in float32: x and out must be float32 or bfloat16");
+    if (x.ndim() < 1 || groups < 1 || x.size(-1) % groups)
+        fail(x.describe() + " must have channels in " + std::to_string(groups) + " groups");
+    if (out.ndim() != x.ndim() + 2) fail(out.describe() + " must be [..., groups, 2, channels in a group]");
+    SidesArgs args{};
+    args.width = x.size(-1) / groups;
+    args.rows = x.product(0, x.ndim() - 1) * groups;
+    out.matches(0, x, 0, x.ndim() - 1);
+    if (out.size(-3) != groups || out.size(-2) != 2 || out.size(-1) != args.width)
+        fail(out.describe() + " must be [..., groups, 2, channels in a group]");
+    args.x = x.contiguous().operand();
+    args.out = out.contiguous().operand();
+    args.threads = threads;
+    py::gil_scoped_release release;
+    RF_CALL(sides, args);
+}
+
 }  // namespace
 
 void register_phases(py::module_& m) {
+    m.def("sides", &sides);
     m.def("select_phases", &select_phases);
 }
 

@@ -62,6 +62,37 @@ void mul_rows(int64_t index, const void* context, void*) {
         }
 }
 
+template <class F>
+void mul_gradient_rows(int64_t index, const void* context, void*) {
+    const auto& job = *static_cast<const Job<MulGradientArgs>*>(context);
+    const MulGradientArgs& args = job.args;
+    const int64_t b = job.sample(index), channels = args.channels, map_stride = args.batch * args.rows * channels;
+    const F share = static_cast<F>(args.share);
+    double* const partials = job.partials + index * job.sums;
+    for (int64_t i = 0; i < job.sums; ++i) partials[i] = 0;
+    F a_in[kBlock], b_in[kBlock], of_a[kBlock], in[kBlock], buffer[kBlock];
+    for (int64_t row = job.first(index); row < job.last(index); ++row)
+        for (int64_t start = 0; start < channels; start += kBlock) {
+            const int64_t n = min64(kBlock, channels - start), at = (b * args.rows + row) * channels + start;
+            const F* __restrict a = load_ahead(args.a, at, n, a_in);
+            const F* __restrict factor = load(args.b, b * channels + start, n, b_in);
+            RF_SIMD
+            for (int64_t i = 0; i < n; ++i) of_a[i] = share * factor[i];
+            for (int64_t t = 0; t < args.num_maps; ++t) {
+                const int64_t offset = t * map_stride + at;
+                const F* __restrict c = load_ahead(args.c, offset, n, in);
+                F* __restrict out = target(args.c_a, offset, buffer);
+                double* __restrict sums = partials + t * channels + start;
+                RF_SIMD
+                for (int64_t i = 0; i < n; ++i) {
+                    out[i] = c[i] * of_a[i];
+                    sums[i] += static_cast<double>(c[i] * a[i]);
+                }
+                commit(args.c_a, offset, n, out);
+            }
+        }
+}
+
 template <class F, bool contrast>
 void spread_rows(int64_t index, const void* context, void*) {
     const auto& job = *static_cast<const Job<SpreadArgs>*>(context);
@@ -99,6 +130,20 @@ Job<Args> job_of(const Args& args, int64_t sums) {
     return {args, step, ceil_div(args.rows, step), sums, nullptr};
 }
 
+// c_b [T, B, channels] from the sums of tasks, which lie behind `skipped` others.
+template <class Args>
+void store_sums(const Args& args, const Job<Args>& job, int64_t skipped, double share) {
+    for (int64_t cell = 0; cell < args.num_maps * args.batch; ++cell) {
+        const int64_t t = cell / args.batch, b = cell % args.batch;
+        for (int64_t i = 0; i < args.channels; ++i) {
+            double sum = 0;
+            for (int64_t chunk = b * job.chunks; chunk < (b + 1) * job.chunks; ++chunk)
+                sum += job.partials[chunk * job.sums + skipped + t * args.channels + i];
+            store_one(args.c_b, cell * args.channels + i, share * sum);
+        }
+    }
+}
+
 }  // namespace
 
 void mul_pullback(const MulArgs& args) {
@@ -111,15 +156,18 @@ void mul_pullback(const MulArgs& args) {
     const int64_t work = args.num_maps * args.batch * args.rows * args.channels;
     parallel_for(args.batch * job.chunks, work, args.threads, task, &job, 0);
     store_masses(args.mass, 0, args.num_maps, args.batch, job.partials, job.chunks, job.sums);
-    for (int64_t cell = 0; cell < args.num_maps * args.batch; ++cell) {
-        const int64_t t = cell / args.batch, b = cell % args.batch;
-        for (int64_t i = 0; i < args.channels; ++i) {
-            double sum = 0;
-            for (int64_t chunk = b * job.chunks; chunk < (b + 1) * job.chunks; ++chunk)
-                sum += job.partials[chunk * job.sums + args.num_maps + t * args.channels + i];
-            store_one(args.c_b, cell * args.channels + i, sum);
-        }
-    }
+    store_sums(args, job, args.num_maps, 1);
+}
+
+void mul_gradient(const MulGradientArgs& args) {
+    auto job = job_of(args, args.num_maps * args.channels);
+    Partials partials(args.batch * job.chunks * job.sums);
+    job.partials = partials.data();
+    const Task task =
+        any_double(args.c, args.a, args.b) ? mul_gradient_rows<double> : mul_gradient_rows<float>;
+    const int64_t work = args.num_maps * args.batch * args.rows * args.channels;
+    parallel_for(args.batch * job.chunks, work, args.threads, task, &job, 0);
+    store_sums(args, job, 0, args.share);
 }
 
 void spread(const SpreadArgs& args) {

@@ -33,8 +33,11 @@ struct Pixel {
     int64_t b, out;  // sample, and number of the pixel within it
 };
 
+// Which half of the weights counts: there is one; by the sign of the output's x; by that of the source.
+enum class Half { only, by_x, by_source };
+
 // `count` vectors of channels from `channel` on, of `maps` maps from `map` on.
-template <class V, DType dtype, int count, int maps, bool select>
+template <class V, DType dtype, int count, int maps, Half by>
 RF_INLINE void convolve(const Pixel& pixel, int64_t map, int64_t channel) {
     constexpr int64_t lanes = sizeof(V) / sizeof(float);
     const DepthwiseArgs& args = pixel.args;
@@ -44,7 +47,7 @@ RF_INLINE void convolve(const Pixel& pixel, int64_t map, int64_t channel) {
     const int64_t half = args.kernel[0] * args.kernel[1] * channels;
     V sums[maps][count], x[count];
     for (int i = 0; i < count; ++i) {
-        if constexpr (select)
+        if constexpr (by == Half::by_x)
             x[i] = read<V>(args.x, (pixel.b * args.out_size[0] * args.out_size[1] + pixel.out) * channels +
                                        channel + i * lanes);
         for (int t = 0; t < maps; ++t) sums[t][i] = V{};
@@ -57,10 +60,16 @@ RF_INLINE void convolve(const Pixel& pixel, int64_t map, int64_t channel) {
             const int64_t from = from_line + pixel.columns.source[s] * channels;
             const int64_t tap = (weight_line + pixel.columns.weight[s]) * channels + channel;
             for (int i = 0; i < count; ++i) {
-                V w = read<V>(weight, tap + i * lanes);
-                if constexpr (select) w = x[i] > 0.0f ? w : read<V>(weight, half + tap + i * lanes);
-                for (int t = 0; t < maps; ++t)
-                    sums[t][i] += w * read<V>(source, from + t * args.batch * image + i * lanes);
+                V w = read<V>(weight, tap + i * lanes), other{};
+                if constexpr (by != Half::only) other = read<V>(weight, half + tap + i * lanes);
+                if constexpr (by == Half::by_x) w = x[i] > 0.0f ? w : other;
+                for (int t = 0; t < maps; ++t) {
+                    const V value = read<V>(source, from + t * args.batch * image + i * lanes);
+                    if constexpr (by == Half::by_source)
+                        sums[t][i] += (value > 0.0f ? w : other) * value;
+                    else
+                        sums[t][i] += w * value;
+                }
             }
         }
     }
@@ -69,7 +78,7 @@ RF_INLINE void convolve(const Pixel& pixel, int64_t map, int64_t channel) {
         const int64_t to = ((map + t) * args.batch + pixel.b) * out_image + pixel.out * channels + channel;
         for (int i = 0; i < count; ++i) {
             V y = sums[t][i];
-            if constexpr (select) y = x[i] == x[i] ? (x[i] != 0.0f ? y : V{}) : V{};
+            if constexpr (by == Half::by_x) y = x[i] == x[i] ? (x[i] != 0.0f ? y : V{}) : V{};
             if (args.bias.data) y += read<V>(args.bias, channel + i * lanes);
             if (args.relu) y = y < 0.0f ? V{} : y;  // NaN stays
             write<V>(args.out, to + i * lanes, y, false);
@@ -78,22 +87,22 @@ RF_INLINE void convolve(const Pixel& pixel, int64_t map, int64_t channel) {
 }
 
 // All channels of a pixel. Where the last vector would be a part of one, it begins earlier.
-template <DType dtype, int maps, bool select>
+template <DType dtype, int maps, Half by>
 RF_INLINE void all_channels(const Pixel& pixel, int64_t map) {
     const int64_t channels = pixel.args.channels;
     if (channels < kLanes) {
-        for (int64_t c = 0; c < channels; ++c) convolve<float, dtype, 1, maps, select>(pixel, map, c);
+        for (int64_t c = 0; c < channels; ++c) convolve<float, dtype, 1, maps, by>(pixel, map, c);
         return;
     }
     int64_t c = 0;
     for (; c + 4 * kLanes <= channels; c += 4 * kLanes)
-        convolve<Lanes, dtype, 4, maps, select>(pixel, map, c);
+        convolve<Lanes, dtype, 4, maps, by>(pixel, map, c);
     for (; c < channels; c += kLanes)
-        convolve<Lanes, dtype, 1, maps, select>(pixel, map, min64(c, channels - kLanes));
+        convolve<Lanes, dtype, 1, maps, by>(pixel, map, min64(c, channels - kLanes));
 }
 
 // One line of the output of one sample.
-template <DType dtype, bool select>
+template <DType dtype, Half by>
 void convolve_line(int64_t index, const void* context, void*) {
     const DepthwiseArgs& args = *static_cast<const DepthwiseArgs*>(context);
     const int64_t b = index / args.out_size[0], y = index % args.out_size[0];
@@ -103,17 +112,23 @@ void convolve_line(int64_t index, const void* context, void*) {
         find_taps(args, 1, x, columns);
         const Pixel pixel{args, rows, columns, b, y * args.out_size[1] + x};
         int64_t map = 0;
-        for (; map + 2 <= args.num_maps; map += 2) all_channels<dtype, 2, select>(pixel, map);
-        if (map < args.num_maps) all_channels<dtype, 1, select>(pixel, map);
+        for (; map + 2 <= args.num_maps; map += 2) all_channels<dtype, 2, by>(pixel, map);
+        if (map < args.num_maps) all_channels<dtype, 1, by>(pixel, map);
     }
+}
+
+template <Half by>
+Task task_for(DType source) {
+    return source == DType::bf16 ? convolve_line<DType::bf16, by> : convolve_line<DType::f32, by>;
 }
 
 }  // namespace
 
 void depthwise(const DepthwiseArgs& args) {
-    const bool select = args.x.data != nullptr, narrow = args.source.dtype == DType::bf16;
-    const Task task = narrow ? (select ? convolve_line<DType::bf16, true> : convolve_line<DType::bf16, false>)
-                             : (select ? convolve_line<DType::f32, true> : convolve_line<DType::f32, false>);
+    const DType dtype = args.source.dtype;
+    const Task task = args.x.data      ? task_for<Half::by_x>(dtype)
+                      : args.by_source ? task_for<Half::by_source>(dtype)
+                                       : task_for<Half::only>(dtype);
     const int64_t outputs = args.num_maps * args.batch * args.out_size[0] * args.out_size[1] * args.channels;
     parallel_for(args.batch * args.out_size[0], outputs * args.kernel[0] * args.kernel[1], args.threads, task,
                  &args, 0);

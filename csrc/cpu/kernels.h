@@ -187,6 +187,14 @@ struct SelectPhasesArgs {
     int threads;
 };
 
+// The positive and the negative part of every element, groups of channels apart; float arithmetic only.
+struct SidesArgs {
+    std::int64_t rows, width;  // groups of channels of all pixels, and channels in a group
+    Operand x;                 // [rows, width]
+    Operand out;               // [rows, 2, width]
+    int threads;
+};
+
 // out[i] = the first step s with ks[s] > rank of scores[i] among its image's, `steps` if there is none; ranks
 // are those of ordered.h.
 struct MaskStepsArgs {
@@ -314,13 +322,26 @@ struct MergePiecesArgs {
     int threads;
 };
 
+// The pull-back of a product with one number by channel as its gradient, times `share`: c_a = share b c,
+// c_b = share sum a c.
+struct MulGradientArgs {
+    std::int64_t num_maps, batch, rows, channels;
+    double share;
+    Operand c, c_a;  // [T, B, rows, channels]
+    Operand a;       // [B, rows, channels]
+    Operand b;       // [B, channels]
+    Operand c_b;     // [T, B, channels]
+    int threads;
+};
+
 // A depthwise convolution of images whose channels are innermost, or with `transposed` its transpose, of
 // every map: out = sum of weight * source over the window. With x the weight is the first half where x > 0,
-// the second where x < 0, and nothing where it is 0. Float arithmetic only.
+// the second where x < 0, and nothing where it is 0; with `by_source` the sign of the source chooses. Float
+// arithmetic only.
 struct DepthwiseArgs {
     std::int64_t num_maps, batch, channels;
     std::int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
-    bool transposed, relu;
+    bool transposed, relu, by_source;
     Operand source;  // [T, B, in_size, channels]
     Operand weight;  // [1 or 2, kernel, channels], float
     Operand bias;    // [channels], float, or absent
@@ -383,6 +404,7 @@ struct ChecksumArgs {
     void max_pool_pullback(const MaxPoolArgs&);            \
     void unpool(const UnpoolArgs&);                        \
     void select_phases(const SelectPhasesArgs&);           \
+    void sides(const SidesArgs&);                          \
     void mask_steps(const MaskStepsArgs&);                 \
     void masked_copies(const MaskedCopiesArgs&);           \
     void order_by_step(const OrderByStepArgs&);            \
@@ -396,6 +418,7 @@ struct ChecksumArgs {
     void softmax_pullback(const SoftmaxArgs&);             \
     void depthwise(const DepthwiseArgs&);                  \
     void mul_pullback(const MulArgs&);                     \
+    void mul_gradient(const MulGradientArgs&);             \
     void spread(const SpreadArgs&);                        \
     void piece_masses(const PieceMassArgs&);               \
     void merge_pieces(const MergePiecesArgs&);             \

@@ -1,7 +1,8 @@
 // Sub-pixel (polyphase) transposed convolutions: a convolution of stride s has been pulled back as one of
 // stride one whose s x s groups of outputs are the phases, pixels of one cell. They are put where they
-// belong, of W+ or of W- by the sign of the input.
-#include "cpu/block.h"
+// belong, of W+ or of W- by the sign of the input. And the other way round: positive and negative parts of
+// an input, for a product with weights for either.
+#include "cpu/lanes.h"
 
 namespace rf::RF_ISA {
 namespace {
@@ -56,7 +57,41 @@ Task task_for(DType stored) {
                                   : select_line<F, std::uint16_t>;
 }
 
+template <class V, DType dtype>
+RF_INLINE void split(const SidesArgs& args, int64_t row, int64_t channel) {
+    const V x = read<V>({args.x.data, dtype}, row * args.width + channel);
+    const int64_t to = 2 * row * args.width + channel;
+    write<V>(args.out, to, x < 0.0f ? V{} : x, false);  // NaN stays, on both sides
+    write<V>(args.out, to + args.width, x > 0.0f ? V{} : x, false);
+}
+
+// Rows of a task.
+RF_INLINE int64_t rows_of_task(int64_t width) {
+    return width >= kChunk ? 1 : kChunk / (width > 0 ? width : 1);
+}
+
+// Where the last vector of a row would be a part of one, it begins earlier.
+template <DType dtype>
+void split_rows(int64_t index, const void* context, void*) {
+    const SidesArgs& args = *static_cast<const SidesArgs*>(context);
+    const int64_t step = rows_of_task(args.width), end = min64((index + 1) * step, args.rows);
+    for (int64_t row = index * step; row < end; ++row) {
+        if (args.width < kLanes) {
+            for (int64_t c = 0; c < args.width; ++c) split<float, dtype>(args, row, c);
+            continue;
+        }
+        for (int64_t c = 0; c < args.width; c += kLanes)
+            split<Lanes, dtype>(args, row, min64(c, args.width - kLanes));
+    }
+}
+
 }  // namespace
+
+void sides(const SidesArgs& args) {
+    const Task task = args.x.dtype == DType::bf16 ? split_rows<DType::bf16> : split_rows<DType::f32>;
+    parallel_for(ceil_div(args.rows, rows_of_task(args.width)), args.rows * args.width, args.threads, task,
+                 &args, 0);
+}
 
 void select_phases(const SelectPhasesArgs& args) {
     if (args.channels == 0) return;

@@ -157,16 +157,33 @@ def _largest(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 class DepthwiseForward:
-    """A convolution of every channel by itself. Options and arguments as for :class:`ConvForward`."""
+    """A convolution of every channel by itself. Options and arguments as for :class:`ConvForward`.
+
+    Parameters
+    ----------
+    negative : Tensor, optional
+        The weight of inputs below zero, where ``weight`` is for those above.
+    dtype : torch.dtype, optional
+        Of the output; by default that of the input.
+    """
 
     kernel = "depthwise"
     independent = True
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool = False) -> None:
-        self.bias, self.geometry, self.relu = bias, geometry, relu
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        relu: bool = False,
+        *,
+        negative: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.bias, self.geometry, self.relu, self.dtype = bias, geometry, relu, dtype
         self._largest = _largest(weight, bias)
-        self.weight = weight.permute(1, 2, 3, 0).contiguous()
-        self.nbytes = weight.numel() * weight.element_size()
+        self.weight = torch.cat([weight] if negative is None else [weight, negative], 1).permute(1, 2, 3, 0).contiguous()
+        self.nbytes = self.weight.numel() * self.weight.element_size()
 
     @functools.cached_property
     def reach(self) -> tuple[float, float]:
@@ -180,7 +197,7 @@ class DepthwiseForward:
         rows = x.permute(0, 2, 3, 1).unsqueeze(0)
         own = self.relu and addend is None
         where = g.stride, g.padding, g.dilation, size
-        y = ops.depthwise(rows, self.weight, self.bias, None, *where, False, own)[0].permute(0, 3, 1, 2)
+        y = ops.depthwise(rows, self.weight, self.bias, None, *where, False, own, self.dtype)[0].permute(0, 3, 1, 2)
         if addend is not None:
             y += addend
         return y.relu_() if self.relu and not own else y
@@ -202,10 +219,20 @@ class DepthwisePullback:
     kernel = "depthwise"
 
     def __init__(self, weight: Tensor, geometry: Geometry, size: tuple[int, ...], positive_input: bool) -> None:
-        self.geometry, self.size, self.positive_input = geometry, list(size), positive_input
         halves = [positive_part(weight)] if positive_input else [positive_part(weight), negative_part(weight)]
+        self._pack(halves, geometry, size)
+
+    @classmethod
+    def of(cls, halves: Sequence[Tensor], geometry: Geometry, size: tuple[int, ...]) -> DepthwisePullback:
+        """With other weights for positive and for negative inputs, or one for all."""
+        made = cls.__new__(cls)
+        made._pack(halves, geometry, size)
+        return made
+
+    def _pack(self, halves: Sequence[Tensor], geometry: Geometry, size: tuple[int, ...]) -> None:
+        self.geometry, self.size, self.positive_input = geometry, list(size), len(halves) == 1
         # Sums are in float32; weights of bfloat16 are numbers of it.
-        self.weight = torch.cat(halves, 1).permute(1, 2, 3, 0).to(torch.float32).contiguous()
+        self.weight = torch.cat(list(halves), 1).permute(1, 2, 3, 0).to(torch.float32).contiguous()
         self.nbytes = self.weight.numel() * self.weight.element_size()
 
     def __call__(self, c: Tensor, x: Tensor | None) -> Tensor:
@@ -362,6 +389,72 @@ class ConvPullback:
         down, right = self.geometry.stride
         out.zero_()[:, :, ::down, ::right] = pixels
         return out
+
+
+class SidedForward:
+    """``P x+ + N x- + b``: a layer with one weight for positive and one for negative inputs, as one product.
+
+    Parameters
+    ----------
+    positive, negative : Tensor [out, in] or [out, in / groups, kh, kw]
+    bias : Tensor [out] or None
+    geometry : Geometry or None
+        Of a convolution.
+    size : sequence of int
+        Of the images that a convolution makes.
+    dtype : torch.dtype
+        Of the product; inputs may be wider.
+    """
+
+    def __init__(
+        self,
+        positive: Tensor,
+        negative: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry | None,
+        size: Sequence[int],
+        dtype: torch.dtype,
+    ) -> None:
+        self.dtype, self.groups = dtype, 0 if geometry is None else geometry.groups
+        # In every group of input channels the positive parts, then the negative ones.
+        both, offset = torch.cat([positive, negative], 1).to(dtype), None if bias is None else bias.to(dtype)
+        self.function: Matrix | PixelForward | ConvForward | DepthwiseForward
+        self.function = Matrix(both, offset) if geometry is None else convolution(both, offset, geometry, size=size)
+        self.independent = getattr(self.function, "independent", False)
+        self.kernel, self.nbytes = self.function.kernel, self.function.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.groups:
+            return self.function(ops.sides(x, 1, self.dtype).flatten(-3))
+        return self.function(ops.sides(x.permute(0, 2, 3, 1), self.groups, self.dtype).flatten(-3).permute(0, 3, 1, 2))
+
+
+class SidedPullback:
+    """Its transpose: ``P^T c`` where the input is positive, ``N^T c`` where it is negative, 0 where it is 0.
+
+    Parameters as for :class:`SidedForward`; ``size`` is that of a convolution's input.
+    """
+
+    def __init__(
+        self, positive: Tensor, negative: Tensor, geometry: Geometry | None, size: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        both = torch.cat([positive, negative], 1).to(dtype)
+        self.groups = 0 if geometry is None else geometry.groups
+        self.function: Matrix | ConvPullback
+        self.function = Matrix(both.t()) if geometry is None else ConvPullback(both, geometry, size)
+        self.kernel, self.nbytes = f"{self.function.kernel} by sign", self.function.nbytes
+
+    def select(self, acc: Tensor, x: Tensor) -> Tensor:
+        """From both ``[T, ..., 2 in]``, of images ``[T, B, 2 in, H, W]``, what the sign of ``x`` asks for."""
+        if not self.groups:
+            width = x.shape[-1]
+            cells = acc.reshape(acc.shape[0], 1, -1, 1, 1, 1, 2, width)
+            return ops.select_phases(cells, x.reshape(1, -1, 1, width), 0, 0).view(acc.shape[0], *x.shape)
+        # Groups of channels as if they were pixels: of each there are two halves.
+        pixels = x.permute(0, 2, 3, 1)
+        cells = acc.permute(0, 1, 3, 4, 2).unflatten(-1, (self.groups, 1, 1, 2, -1)).flatten(3, 4)
+        chosen = ops.select_phases(cells, pixels.unflatten(-1, (self.groups, -1)).flatten(2, 3), 0, 0)
+        return chosen.view(acc.shape[0], *pixels.shape).permute(0, 1, 4, 2, 3)
 
 
 class SubpixelSelection:

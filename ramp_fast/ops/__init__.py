@@ -17,7 +17,7 @@ from ramp_fast.ops import _registry
 from ramp_fast.ops._registry import BACKENDS, forced_backend, set_backend, unavailable
 from ramp_fast.ops.activation import activation_factor, activation_share, affine_factor
 from ramp_fast.ops.attention import attention_gradient, attention_pullback
-from ramp_fast.ops.by_channel import mul_pullback, spread
+from ramp_fast.ops.by_channel import mul_gradient, mul_pullback, spread
 from ramp_fast.ops.depthwise import depthwise
 from ramp_fast.ops.junction import junction, merge_junction, residual_pullback
 from ramp_fast.ops.linear import linear_norm_pullback, linear_pullback, pack_panels
@@ -25,7 +25,7 @@ from ramp_fast.ops.masking import copies_in_turn, mask_steps, masked_copies
 from ramp_fast.ops.masses import scale_to, share
 from ramp_fast.ops.max_pool import max_pool_pullback, unpool
 from ramp_fast.ops.norm import norm_gradient, norm_pullback
-from ramp_fast.ops.phases import select_phases
+from ramp_fast.ops.phases import select_phases, sides
 from ramp_fast.ops.pieces import merge_pieces, piece_masses
 from ramp_fast.ops.product import INT8_DEPTH, has_tiles, multiplies, pack_tiles, product
 from ramp_fast.ops.scaling import affine_pullback, centring, gate, mass, merge, ratio, rescale, rescale_parts, scale_by
@@ -58,6 +58,7 @@ __all__ = [
     "merge",
     "merge_junction",
     "merge_pieces",
+    "mul_gradient",
     "mul_pullback",
     "multiplies",
     "norm_gradient",
@@ -76,6 +77,7 @@ __all__ = [
     "set_backend",
     "set_cpu_isa",
     "share",
+    "sides",
     "softmax_pullback",
     "spread",
     "unavailable",

@@ -119,14 +119,16 @@ def activation_factor(
 
 
 def _activation_share_cpu(x: Tensor, function: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
+    number = number_of(function, SHARES)
+    x = laid_out(x, None)
     y, factor = _with_factor(x, dtype)
-    C.activation_share(x, number_of(function, SHARES), y, factor, get_num_threads())
+    rows = (x, y, factor) if x.is_contiguous() else [t.permute(0, 2, 3, 1) for t in (x, y, factor)]
+    C.activation_share(rows[0], number, *rows[1:], get_num_threads())
     return y, factor
 
 
 def _share_outputs(x: Tensor, function: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _with_factor(x.contiguous(), dtype)
+    return _with_factor(laid_out(x, None), dtype)
 
 
 @operator(outputs=_share_outputs, float64=False, cpu=_activation_share_cpu, triton="activation:activation_share")
@@ -136,6 +138,7 @@ def activation_share(x: Tensor, function: str, dtype: torch.dtype) -> tuple[Tens
     Parameters
     ----------
     x : Tensor
+        Channels-last memory of images is kept.
     function : {"gelu", "gelu_tanh", "silu", "hardswish"}
     dtype : torch.dtype
         What the factor is stored in.
@@ -148,7 +151,7 @@ def activation_share(x: Tensor, function: str, dtype: torch.dtype) -> tuple[Tens
         ``f(x) / x``: the normal distribution's cumulative function, its tanh approximation, the logistic function, or
         the hard one; 0 where x is 0.
     """
-    u = x.to(compute_dtype(x)).contiguous()
+    u = laid_out(x.to(compute_dtype(x)), None)
     if number_of(function, SHARES) == 0:
         factor = 0.5 * (1 + torch.erf(u / math.sqrt(2)))
     elif function == "gelu_tanh":

@@ -1,4 +1,4 @@
-"""Pull-backs around numbers by channel, as gates and pools have them: ``mul_pullback`` and ``spread``."""
+"""Pull-backs around numbers by channel, as gates and pools have: ``mul_pullback``, ``mul_gradient``, ``spread``."""
 
 from __future__ import annotations
 
@@ -44,6 +44,35 @@ def mul_pullback(c: Tensor, a: Tensor, b: Tensor, contrast: bool) -> tuple[Tenso
     gated = torch.where(a * b > 0, 2 * c.to(dtype), torch.zeros((), dtype=dtype, device=c.device))
     c_a = gated * b.abs()
     return c_a.to(c.dtype).contiguous(), (gated * a.abs()).sum(2), mass_equation(a, c_a, contrast)
+
+
+def _gradient_outputs(c: Tensor, a: Tensor, b: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    return contiguous_like(c), c.new_empty((*c.shape[:2], c.shape[3]), dtype=compute_dtype(c, a, b))
+
+
+@operator(outputs=_gradient_outputs)
+def mul_gradient(c: Tensor, a: Tensor, b: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Pull coefficients through a product with one number by channel, as signed rules do: its gradient, or a share.
+
+    Parameters
+    ----------
+    c : Tensor [T, B, rows, C]
+    a : Tensor [B, rows, C]
+    b : Tensor [B, C]
+        The other factor, of all rows.
+    share : float
+
+    Returns
+    -------
+    c_a : Tensor [T, B, rows, C]
+        ``share b c`` in the dtype of c.
+    c_b : Tensor [T, B, C]
+        ``share a c`` summed over the rows; float32, or float64 if an operand is.
+    """
+    dtype = compute_dtype(c, a, b)
+    c_a = c.to(dtype) * (share * b.to(dtype).unsqueeze(1))
+    c_b = share * (c.to(dtype) * a.to(dtype)).sum(2)
+    return c_a.to(c.dtype).contiguous(), c_b
 
 
 def _spread_outputs(c: Tensor, x: Tensor, contrast: bool) -> tuple[Tensor, Tensor]:

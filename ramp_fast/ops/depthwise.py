@@ -23,9 +23,11 @@ def _outputs(
     padding: Any,
     dilation: Any,
     size: list[int],
-    *_: Any,
+    transposed: Any,
+    relu: Any,
+    dtype: torch.dtype | None,
 ) -> Tensor:
-    return c.new_empty((*c.shape[:2], *size, c.shape[4]))
+    return c.new_empty((*c.shape[:2], *size, c.shape[4]), dtype=dtype)
 
 
 @operator(outputs=_outputs, float64=False)
@@ -40,6 +42,7 @@ def depthwise(
     size: list[int],
     transposed: bool,
     relu: bool,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """A depthwise convolution of every map, or its transpose.
 
@@ -48,7 +51,8 @@ def depthwise(
     c : Tensor [T, B, h, w, C]
         Channels innermost.
     weight : Tensor [1 or 2, kh, kw, C]
-        Float32. With ``x`` of two halves.
+        Float32. With ``x`` of two halves; of two halves without it the first is for entries of c above zero, the second
+        for those below.
     bias : Tensor [C], optional
         Float32.
     x : Tensor [B, H, W, C], optional
@@ -62,16 +66,20 @@ def depthwise(
         The transpose: ``[H, W]`` is the size of the convolution's input, ``[h, w]`` that of its output.
     relu : bool
         No less than zero; NaN stays.
+    dtype : torch.dtype, optional
+        Of the output; by default that of c.
 
     Returns
     -------
-    Tensor [T, B, H, W, C] in the dtype of c
+    Tensor [T, B, H, W, C]
     """
     wide = compute_dtype(c, weight, bias, x)
     images = c.flatten(0, 1).permute(0, 3, 1, 2).to(wide)
     channels = c.shape[4]
+    by_source = x is None and len(weight) == 2
+    sides = [images.clamp_min(0), images.clamp_max(0)] if by_source else [images] * len(weight)
     found = []
-    for half in weight.to(wide).permute(0, 3, 1, 2):
+    for images, half in zip(sides, weight.to(wide).permute(0, 3, 1, 2), strict=True):
         kernel = half.unsqueeze(1)
         if transposed:
             reach = [
@@ -83,7 +91,7 @@ def depthwise(
         else:
             y = torch.nn.functional.conv2d(images, kernel, None, stride, padding, dilation, channels)
         found.append(y.permute(0, 2, 3, 1).unflatten(0, c.shape[:2]))
-    out: Tensor = found[0]
+    out: Tensor = found[0] + found[1] if by_source else found[0]
     if x is not None:
         zero = torch.zeros((), dtype=wide, device=c.device)
         out = torch.where(x > 0, out, torch.where(x < 0, found[1], zero))
@@ -91,4 +99,4 @@ def depthwise(
         out = out + bias.to(wide)
     if relu:
         out = out.relu()
-    return out.to(c.dtype).contiguous()
+    return out.to(c.dtype if dtype is None else dtype).contiguous()

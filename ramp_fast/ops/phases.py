@@ -1,4 +1,4 @@
-"""Sub-pixel (polyphase) transposed convolutions: ``select_phases``.
+"""Weights by the sign of an input: ``select_phases``, of sub-pixel (polyphase) transposed convolutions, and ``sides``.
 
 A convolution of stride s whose input has both signs is pulled back as a convolution of stride one, with W+ and with W-,
 whose s x s groups of outputs are the phases: the pixels of one cell.
@@ -43,3 +43,28 @@ def select_phases(acc: Tensor, x: Tensor, top: int, left: int) -> Tensor:
     positive, negative = lines[:, :, first : first + height, second : second + width].unbind(-2)
     zero = torch.zeros((), dtype=acc.dtype, device=acc.device)
     return torch.where(x > 0, positive, torch.where(x < 0, negative, zero)).contiguous()
+
+
+def _sides_outputs(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:-1], groups, 2, x.shape[-1] // groups), dtype=dtype)
+
+
+@operator(outputs=_sides_outputs, float64=False)
+def sides(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """Positive and negative parts side by side, for one product with the weights of either.
+
+    Parameters
+    ----------
+    x : Tensor [..., C]
+    groups : int
+        Of channels: the parts lie side by side in each.
+    dtype : torch.dtype
+        Of the result.
+
+    Returns
+    -------
+    Tensor [..., groups, 2, C / groups]
+        ``max(x, 0)`` and ``min(x, 0)``; NaN is NaN in both.
+    """
+    x = x.unflatten(-1, (groups, x.shape[-1] // groups))
+    return torch.stack([x.clamp_min(0), x.clamp_max(0)], -2).to(dtype).contiguous()

@@ -206,7 +206,7 @@ class Mul(Operation):
         part = self.merged(parts, values, conservation)
         first, second = self.node.operands
         a, b = values[first], values[second]
-        gate_of = self._by_channel(a, b)
+        gate_of = by_channel(self.node, values)
         if gate_of is not None:
             yield from self._gated(part, values, conservation, gate_of)
             return
@@ -222,17 +222,6 @@ class Mul(Operation):
         for (node, own, actual), target in zip(flows, targets, strict=True):
             yield Flow(node, Massed(own, target, actual))
 
-    def _by_channel(self, a: Tensor, b: Tensor) -> Node | None:
-        """The operand that is one number for a channel of images, which the other is."""
-        first, second = self.node.operands
-        batches = [n.batch for n in (first, second)]
-        if not (a.dim() == b.dim() == 4 and a.shape[:2] == b.shape[:2] and ops.cpu_kernels(a.device)):
-            return None
-        if first.constant or second.constant or not all(batch.plain for batch in batches):
-            return None
-        single = [n for n, x in ((first, a), (second, b)) if x.shape[2:].numel() == 1]
-        return single[0] if len(single) == 1 else None
-
     def _gated(self, part: Massed, values: Values, conservation: Masses, by_channel: Node) -> Iterator[Flow]:
         images = next(n for n in self.node.operands if n is not by_channel)
         c_a, c_b, mass = conservation.product(part, values[images], values[by_channel])
@@ -240,6 +229,18 @@ class Mul(Operation):
         targets = share(part.target, [mass, own], self.rule.shares)
         yield Flow(images, Massed(c_a, targets[0], mass))
         yield Flow(by_channel, Massed(c_b.to(part.c.dtype), targets[1], own))
+
+
+def by_channel(node: Node, values: Values) -> Node | None:
+    """Of a product of two tensors the one that is one number for a channel of images, which the other is."""
+    first, second = node.operands
+    a, b = values[first], values[second]
+    if not (a.dim() == b.dim() == 4 and a.shape[:2] == b.shape[:2] and ops.cpu_kernels(a.device)):
+        return None
+    if first.constant or second.constant or not all(n.batch.plain for n in (first, second)):
+        return None
+    single = [n for n, x in ((first, a), (second, b)) if x.shape[2:].numel() == 1]
+    return single[0] if len(single) == 1 else None
 
 
 class Matmul(Operation):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ramp_fast._checks import flag, is_number
-from ramp_fast.gemm import LinearOp
+from ramp_fast.gemm import LinearOp, Packed
 from ramp_fast.rules.base import selected
 
 
@@ -37,6 +37,11 @@ class Layer:
         From a weight and a bias (or None) to the function ``x -> W x + b``.
     transposed : callable
         From a weight to the function ``s -> W^T s``, of ``s`` ``[N, *output]``.
+    sided : callable, optional
+        From weights P and N and a bias (or None) to the function ``x -> P x+ + N x- + b``, where that is one step.
+    sided_transposed : callable, optional
+        From weights P and N to the function that gives ``P^T s`` where the input is positive and ``N^T s`` where it is
+        negative; there is one where there is ``sided``.
     """
 
     weight: Tensor
@@ -45,6 +50,8 @@ class Layer:
     positive: bool
     product: Callable[[Tensor, Tensor | None], LinearOp]
     transposed: Callable[[Tensor], LinearOp]
+    sided: Callable[[Tensor, Tensor, Tensor | None], LinearOp] | None = None
+    sided_transposed: Callable[[Tensor, Tensor], Packed] | None = None
 
     def along_outputs(self, values: Tensor) -> Tensor:
         """``values`` ``[out]`` with axes for the pixels of a convolution."""
@@ -90,8 +97,16 @@ class LayerContext(ABC):
         """``W x + b``, in the dtype of the pull-back's products."""
 
     @abstractmethod
+    def product_of_input(self, function: LinearOp) -> Tensor:
+        """The same of the layer's input."""
+
+    @abstractmethod
     def transposed(self, function: LinearOp, s: Tensor) -> Tensor:
         """``W^T s`` ``[maps, B, *in]`` for ``s`` ``[maps, B, *out]``."""
+
+    @abstractmethod
+    def sided(self, function: Packed, s: Tensor) -> Tensor:
+        """The same with the weight that the sign of the input asks for, of what ``sided_transposed`` made."""
 
 
 class LayerPullback(ABC):
@@ -107,7 +122,7 @@ class LayerPullback(ABC):
 
     kernel: str = ""
 
-    def __init__(self, *functions: LinearOp) -> None:
+    def __init__(self, *functions: Packed) -> None:
         self.functions = functions
         self.kernel = " ".join([functions[-1].kernel, self.kernel]).strip()
 
@@ -221,32 +236,36 @@ class _TwoSided(LayerRule):
         """
 
     def pack(self, layer: Layer) -> LayerPullback:
-        return _TwoSidedPullback(self, layer)
+        one_step = layer.sided is not None and not layer.positive
+        return _SidedPullback(self, layer) if one_step else _TwoSidedPullback(self, layer)
 
 
 class _TwoSidedPullback(LayerPullback):
+    """Of inputs that are never negative, or where nothing computes both sides in one step."""
+
+    kernel = "ratio of parts"
+
     def __init__(self, rule: _TwoSided, layer: Layer) -> None:
         self.rule, self.positive = rule, layer.positive
-        upper, lower = rule.parts(layer.weight)
-        biases: tuple[Tensor | None, Tensor | None] = (None, None)
-        if layer.bias is not None and not rule.zero_bias:
-            biases = rule.parts(layer.bias)
+        upper, lower, biases = _parts(rule, layer)
         # Of each denominator the product with x+, with the bias, and the one with x-.
         pairs = [((upper, biases[0]), (lower, None)), ((lower, biases[1]), (upper, None))]
         kept = 1 if self.positive else 2
         self.below = [[layer.product(*each) for each in pair[:kept]] for pair in pairs[: 2 if rule.second else 1]]
         self.up = layer.transposed(upper)
         self.down = None if self.positive and not rule.second else layer.transposed(lower)
-        self.kernel = "ratio of parts"
         super().__init__(*[f for pair in self.below for f in pair], *[f for f in (self.down, self.up) if f is not None])
 
     def __call__(self, at: LayerContext) -> Tensor:
-        x = at.narrow_x
-        sides = [x] if self.positive else [x.clamp_min(0), x.clamp_max(0)]
         below = []
-        for functions in self.below:
-            first, *others = (at.product(f, side) for f, side in zip(functions, sides, strict=True))
-            below.append(first if not others else first.to(at.wide) + others[0])
+        if self.positive:
+            below = [at.product_of_input(function) for (function,) in self.below]
+        else:
+            x = at.narrow_x
+            sides = [x.clamp_min(0), x.clamp_max(0)]
+            for functions in self.below:
+                first, second = (at.product(f, side) for f, side in zip(functions, sides, strict=True))
+                below.append(first.to(at.wide) + second)
         one, two = self.rule.messages(at, below[0], below[-1])
 
         def pulled(first: LinearOp | None, second: LinearOp | None) -> Tensor:
@@ -259,7 +278,36 @@ class _TwoSidedPullback(LayerPullback):
 
         if self.positive:
             return pulled(self.up, self.down)
-        return selected(pulled(self.up, self.down), pulled(self.down, self.up), x)
+        return selected(pulled(self.up, self.down), pulled(self.down, self.up), at.narrow_x)
+
+
+class _SidedPullback(LayerPullback):
+    """Both sides in one step, forwards and back."""
+
+    kernel = "ratio of parts"
+
+    def __init__(self, rule: _TwoSided, layer: Layer) -> None:
+        assert layer.sided is not None and layer.sided_transposed is not None
+        self.rule = rule
+        upper, lower, biases = _parts(rule, layer)
+        turns = [(upper, lower), (lower, upper)][: 2 if rule.second else 1]
+        self.below = [layer.sided(*turn, bias) for turn, bias in zip(turns, biases, strict=False)]
+        self.back = [layer.sided_transposed(*turn) for turn in turns]
+        super().__init__(*self.below, *self.back)
+
+    def __call__(self, at: LayerContext) -> Tensor:
+        below = [at.product_of_input(function) for function in self.below]
+        messages = [s for s in self.rule.messages(at, below[0], below[-1]) if s is not None]
+        c, *others = (at.sided(back, s) for back, s in zip(self.back, messages, strict=True))
+        return c + others[0] if others else c
+
+
+def _parts(rule: _TwoSided, layer: Layer) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    upper, lower = rule.parts(layer.weight)
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
+    if layer.bias is not None and not rule.zero_bias:
+        biases = rule.parts(layer.bias)
+    return upper, lower, biases
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from ramp_fast.rules.base import Flow, Fusion, Operation, Values, reduce_to, vjp
 from ramp_fast.rules.conservation import Contribution, Relevance
 from ramp_fast.rules.diagonal import FusedRelu
 from ramp_fast.rules.fusion import never_negative
+from ramp_fast.rules.junctions import by_channel
 from ramp_fast.rules.layer_rules import Layer, LayerContext, LayerPullback, LayerRule
 from ramp_fast.rules.pools import MaxPool
 from ramp_fast.rules.rearrange import Decision, Join, Rearrange, Split, SplitOutput
@@ -262,23 +263,42 @@ class Linear(Weighted[LayerPullback]):
             geometry = gemm.Geometry.of(self.node.params)
         tiles = geometry is not None and len(size) == 2 and geometry.tiles(weight, *size)
 
+        depthwise = geometry is not None and geometry.depthwise(weight)
+        outputs = self.node.example[2:]
+
         def forward(w: Tensor, b: Tensor | None, relu: bool = False) -> LinearOp:
             if geometry is None:
                 return gemm.Matrix(w, b)
-            return gemm.PatchForward(w, b) if tiles else gemm.convolution(w, b, geometry, relu)
+            return gemm.PatchForward(w, b) if tiles else gemm.convolution(w, b, geometry, relu, outputs)
 
         def product(w: Tensor, b: Tensor | None) -> LinearOp:
+            if geometry is not None and depthwise:  # it computes in float32
+                return gemm.DepthwiseForward(w, b, geometry, dtype=narrow)
             return forward(w.to(narrow), None if b is None else b.to(narrow))
 
-        def transposed(w: Tensor) -> LinearOp:
+        def transposed(w: Tensor) -> Any:
             w = w.to(narrow)
             if geometry is None:
                 return gemm.Matrix(w.t())
+            if depthwise:
+                return gemm.DepthwisePullback.of([w], geometry, size)
             return gemm.PatchPullback(w) if tiles else gemm.ConvPullback(w, geometry, size)
+
+        def sided(positive: Tensor, negative: Tensor, b: Tensor | None) -> LinearOp:
+            if geometry is not None and depthwise:
+                return gemm.DepthwiseForward(positive, b, geometry, negative=negative, dtype=narrow)
+            return gemm.SidedForward(positive, negative, b, geometry, outputs, narrow)
+
+        def sided_transposed(positive: Tensor, negative: Tensor) -> gemm.Packed:
+            if geometry is not None and depthwise:
+                return gemm.DepthwisePullback.of([positive.to(narrow), negative.to(narrow)], geometry, size)
+            return gemm.SidedPullback(positive, negative, geometry, size, narrow)
 
         assert layer is not None
         groups = 1 if geometry is None else geometry.groups
-        seen = Layer(weight, bias, groups, self.fusion.positive_input, product, transposed)
+        one_step = ops.cpu_kernels(weight.device) and not tiles and (geometry is None or weight.dim() == 4)
+        both = (sided, sided_transposed) if one_step else (None, None)
+        seen = Layer(weight, bias, groups, self.fusion.positive_input, product, transposed, *both)
         return forward(weight, bias, self.fusion.fused_relu is not None), layer.pack(seen)
 
     def parameters(self) -> Any:
@@ -342,12 +362,32 @@ class _Context(LayerContext):
     def product(self, function: LinearOp, x: Tensor) -> Tensor:
         return self.step.by_sample(function, 0, x.to(self.narrow))
 
+    def product_of_input(self, function: LinearOp) -> Tensor:
+        if isinstance(function, (gemm.DepthwiseForward, gemm.SidedForward)):  # they narrow it themselves
+            return self.step.by_sample(function, 0, self.x)
+        return self.product(function, self.narrow_x)
+
     def transposed(self, function: LinearOp, s: Tensor) -> Tensor:
+        if isinstance(function, gemm.DepthwisePullback):
+            return function(s.to(self.narrow), None)
+        return self._transposed(function, s)
+
+    def sided(self, function: gemm.Packed, s: Tensor) -> Tensor:
+        if isinstance(function, gemm.DepthwisePullback):
+            return function(s.to(self.narrow), self.x)
+        assert isinstance(function, gemm.SidedPullback)
+        return function.select(self._transposed(function.function, s), self.x)
+
+    def _transposed(self, function: LinearOp, s: Tensor) -> Tensor:
         s = s.to(self.narrow)
         if self.step.node.kind == g.LINEAR:
             return self.step.by_sample(function, 1, s.contiguous())
-        pulled = self.step.by_sample(lambda t: function(t.flatten(0, 1)).unflatten(0, t.shape[:2]), 1, s)
-        return _with_plain_strides(pulled)
+
+        def of_images(t: Tensor) -> Tensor:
+            return function(t.flatten(0, 1)).unflatten(0, t.shape[:2])
+
+        alone = getattr(function, "independent", False)
+        return _with_plain_strides(of_images(s) if alone else self.step.by_sample(of_images, 1, s))
 
 
 def _with_plain_strides(c: Tensor) -> Tensor:
@@ -392,11 +432,16 @@ class PassOn(Step):
     pullback_kernel = "f(x)/x"
 
     def keeps(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        return [(self.node.example, self.precision.pullback)]
+        return [] if self.divides else [(self.node.example, self.precision.pullback)]
+
+    def needs(self) -> list[Node]:
+        return [self.source, self.node] if self.divides else []
 
     def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
         super().__init__(node, precision, fusion, rule)
         self.function = None  # one that an operator has both of
+        # Of a capped ReLU input and output are enough.
+        self.divides = node.kind == g.ACTIVATION and node.params.how == "relu"
         if node.kind == g.ACTIVATION and node.params.function in SHARES:
             tanh = node.kwargs.get("approximate", "none") == "tanh"
             self.function = "gelu_tanh" if tanh else node.params.function
@@ -406,9 +451,11 @@ class PassOn(Step):
         if self.function is not None:
             return ops.activation_share(values[self.source], self.function, self.precision.pullback)
         x, y = values[self.source], values.call(self.node)
-        return y, divide(y, x).to(self.precision.pullback)
+        return y, None if self.divides else divide(y, x).to(self.precision.pullback)
 
     def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        if self.divides:
+            return ops.ratio(c, values[self.node], values[self.source])
         handed: Tensor = c * kept
         return handed
 
@@ -577,6 +624,10 @@ class Product(Operation):
 
     def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
+        gate = by_channel(self.node, values) if self.node.kind == g.MUL else None
+        if gate is not None:
+            yield from self._gated(part, values, gate)
+            return
         for place, share in enumerate(self._shares):
             operand = self.node.operands[place]
             if share and not operand.constant:
@@ -589,6 +640,16 @@ class Product(Operation):
         if attends and self.rule.attention == "values":
             return (0.0, 1.0) if _is_weights(self.node.operands[0]) else (1.0, 0.0)
         return (1.0, 1.0) if self.rule.own_gradients else (0.5, 0.5)
+
+    def _gated(self, part: Any, values: Values, gate: Node) -> Iterator[Flow]:
+        """Of images and one number for each of their channels, in one pass."""
+        images = next(n for n in self.node.operands if n is not gate)
+        x = values[images]
+        c, rows = part.c.movedim(2, -1), x.movedim(1, -1)
+        share, _ = self._shares
+        c_a, c_b = ops.mul_gradient(c.flatten(2, 3), rows.flatten(1, 2), values[gate].flatten(1), share)
+        yield Flow(images, part.moved(c_a.view(c.shape).movedim(-1, 2), copies=True))
+        yield Flow(gate, part.moved(c_b.view(*c_b.shape, 1, 1).to(part.c.dtype), copies=True))
 
     def pull(self, c: Tensor, values: Values, place: int) -> Tensor:
         """``c`` of one operand, the other constant."""
@@ -714,6 +775,13 @@ class LinearPool(AtPoint):
         return [*super().needs(), *([self.node] if self.rule.stabilizer else [])]
 
     def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
+        x, p = values[self.source], self.node.params
+        if p.how == "mean" and sorted(p.dims) == [2, 3] and x.dim() == 4 and self.source.batch.leading:
+            shared = _stabilized(self.wide(c), self.node, values, self.rule.stabilizer) / math.prod(x.shape[2:])
+            shared = shared.to(c.dtype).view(*c.shape[:3], 1, 1)
+            everywhere = shared.expand(len(c), *x.shape)
+            laid_out = _in_layout_of(everywhere, x)
+            return laid_out.contiguous() if laid_out is everywhere else laid_out
         pulled = super().pull(_stabilized(self.wide(c), self.node, values, self.rule.stabilizer), values, kept)
         return _in_layout_of(pulled, values[self.source])
 
