@@ -194,6 +194,9 @@ def batch_axes(name: str, outputs: int) -> list[int]:
     axes = [0 if name in (*FACTORS, "mask_steps", "product") else 1] * outputs
     if name in ("attention_pullback", "share", "piece_masses"):
         axes[-1] = 2  # masses are [n, T, B]
+    axes = [0 if name in (*FACTORS, "mask_steps", "product", "sides") else 1] * outputs
+    if name in ("attention_pullback", "share"):
+        axes[-1] = 2  # masses are [4, T, B]
     return axes
 
 
@@ -524,6 +527,24 @@ def _mul_magnitude(c: Tensor, a: Tensor, b: Tensor, contrast: bool) -> tuple[Ten
     return own, (sides * a.abs()).sum(2), _mass_of(a, own, contrast)
 
 
+def _mul_gradient(o: Options) -> tuple[Any, ...]:
+    return *_mul(o)[:3], (0.5, 1.0)[o.seed % 2]
+
+
+def _mul_gradient_magnitude(c: Tensor, a: Tensor, b: Tensor, share: float) -> tuple[Tensor, ...]:
+    return share * c.abs() * b.abs().unsqueeze(1), share * (c.abs() * a.abs()).sum(2)
+
+
+def _sides(o: Options) -> tuple[Any, ...]:
+    rows, channels = _by_channel(o)
+    groups = 1 + o.seed % 3
+    return Draw(o).sample(rows, groups * channels), groups, o.c_dtype
+
+
+def _sides_magnitude(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (torch.stack([x.abs().unflatten(-1, (groups, -1))] * 2, -2),)
+
+
 def _spread(o: Options) -> tuple[Any, ...]:
     d = Draw(o)
     rows, channels = _by_channel(o)
@@ -582,16 +603,18 @@ def _depthwise(o: Options) -> tuple[Any, ...]:
     dtype = torch.float64 if o.x_dtype == torch.float64 else torch.float32
     c = d.coefficient(*source, channels)
     x = d.sample(*size, channels) if o.contrast else None
-    weight = d.normal(2 if o.contrast else 1, *kernel, channels, dtype=dtype)
+    by_source = not o.contrast and o.seed % 5 < 2
+    weight = d.normal(2 if o.contrast or by_source else 1, *kernel, channels, dtype=dtype)
     bias = None if o.contrast else d.normal(channels, dtype=dtype)
-    return c, weight, bias, x, stride, padding, dilation, size, transposed, o.seed % 3 == 1
+    narrow = torch.bfloat16 if o.c_dtype == torch.float32 and o.seed % 2 == 0 else None
+    return c, weight, bias, x, stride, padding, dilation, size, transposed, o.seed % 3 == 1, narrow
 
 
 def _depthwise_magnitude(
     c: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor | None, *where: Any
 ) -> tuple[Tensor, ...]:
     both = equation("depthwise")(
-        c.abs(), weight.abs().sum(0, keepdim=True), None if bias is None else bias.abs(), None, *where
+        c.abs(), weight.abs().sum(0, keepdim=True), None if bias is None else bias.abs(), None, *where[:-1], None
     )
     return (both,)
 
@@ -730,6 +753,8 @@ CASES = {
         Case("unpool", _unpool, _unpool_magnitude),
         Case("select_phases", _select_phases, _exact),
         Case("mul_pullback", _mul, _mul_magnitude),
+        Case("mul_gradient", _mul_gradient, _mul_gradient_magnitude),
+        Case("sides", _sides, _sides_magnitude),
         Case("spread", _spread, _spread_magnitude),
         Case("piece_masses", _piece_masses, _piece_masses_magnitude),
         Case("merge_pieces", _merge_pieces, _merge_pieces_magnitude),

@@ -191,6 +191,15 @@ def _residual_of(
             lambda: ops.select_phases(torch.zeros(1, 1, 4, 4, 2, 2, 2, 1), torch.zeros(1, 8, 8, 1), 2**63 - 1, 0),
             "not in",
         ),
+        (lambda: ops.sides(torch.zeros(2, 5), 2, torch.float32), "2 groups"),
+        (lambda: ops.mul_gradient(torch.zeros(2, 1, 5, 4), torch.zeros(1, 5, 4), torch.zeros(1, 5), 1.0), "must have"),
+        (
+            lambda: ops.depthwise(
+                *(torch.zeros(1, 1, 3, 3, 4), torch.zeros(3, 1, 1, 4), None, None),
+                *([1, 1], [0, 0], [1, 1], [3, 3], False, False),
+            ),
+            "one half, or two",
+        ),
         (lambda: ops.softmax_pullback(torch.zeros(2, 5), torch.zeros(2, 2, 6)), "do not fit"),
         (lambda: _attention_of(keys=(1, 2, 5, 5)), r"k .* must have shape \[1, 2, 5, 4\]"),
         (lambda: _attention_of(coefficients=(2, 1, 2, 4, 4)), r"c .* must have shape \[2, 1, 2, 3, 4\]"),

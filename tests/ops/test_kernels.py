@@ -96,6 +96,9 @@ def test_output_dtypes(backend: str) -> None:
     assert output_dtypes("depthwise", bf16, f32) == [bf16]
     assert output_dtypes("mul_pullback", bf16, f32) == [bf16, f32, f32]
     assert output_dtypes("mul_pullback", f64, f64) == [f64, f64, f64]
+    assert output_dtypes("mul_gradient", bf16, f32) == [bf16, f32]
+    assert output_dtypes("mul_gradient", f64, f64) == [f64, f64]
+    assert output_dtypes("sides", bf16, f32) == [bf16]
     assert output_dtypes("spread", bf16, f32) == [bf16, f32]
     assert output_dtypes("piece_masses", bf16, f32) == [f32]
     assert output_dtypes("merge_pieces", bf16, f32) == [bf16]
@@ -405,6 +408,34 @@ def test_shares_of_no_function() -> None:
         ops.activation_share(torch.zeros(3), "sigmoid", torch.float32)
     with pytest.raises(ValueError, match=r"'tanh'.*hardswish"):
         ops.activation_factor(torch.zeros(3), "tanh", torch.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activation_shares_keep_channels_last(variant: str, dtype: torch.dtype) -> None:
+    choose(variant)
+    x = torch.randn(2, 5, 3, 7).to(dtype)
+    last = torch.channels_last
+    plain, moved = (ops.activation_share(t, "silu", torch.bfloat16) for t in (x, x.contiguous(memory_format=last)))
+    for expected, found in zip(plain, moved, strict=True):
+        assert expected.is_contiguous()
+        assert found.is_contiguous(memory_format=last)
+        torch.testing.assert_close(found, expected)  # PyTorch's own functions differ in the last bit by the layout
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("channels", [3, 40])
+def test_nan_is_on_both_sides(variant: str, channels: int) -> None:
+    choose(variant)
+    x = torch.randn(7, channels)
+    x[3] = torch.nan
+    assert bool(ops.sides(x, 1, torch.float32)[3].isnan().all())
+    assert not ops.sides(x, 1, torch.float32)[[0, 1, 2, 4, 5, 6]].isnan().any()
+    weight = torch.randn(2, 1, 1, channels)
+    where = [1, 1], [0, 0], [1, 1], [1, 7], False, False
+    found = ops.depthwise(x.view(1, 1, 1, 7, channels), weight, None, None, *where).view(7, channels)
+    assert bool(found[3].isnan().all())
+    torch.testing.assert_close(found[4], torch.where(x[4] > 0, *weight.view(2, channels)) * x[4])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -80,6 +80,11 @@ COMPUTE = {
     # two products; sums in blocks, in double from there on
     ("mul_pullback", torch.float32): 4e-6,
     ("mul_pullback", torch.float64): 1e-14,
+    ("mul_gradient", torch.float32): 4e-6,
+    ("mul_gradient", torch.float64): 1e-14,
+    # moved, and rounded to the dtype that is asked for
+    ("sides", torch.float32): 0.0,
+    ("sides", torch.float64): 0.0,
     ("spread", torch.float32): 4e-6,
     ("spread", torch.float64): 1e-14,
     ("piece_masses", torch.float32): 4e-6,
