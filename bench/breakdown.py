@@ -1,12 +1,14 @@
 """Where does the time of an attribution go? Every step of the plan, against the floor of its products.
 
     python bench/breakdown.py vit_base_patch16_224 --plot docs/images/breakdown.svg
+    python bench/breakdown.py efficientnet_b0 --rule ramp
 
 (``--plot`` needs matplotlib; ``--results NAME`` writes ``bench/results/NAME-COMMIT-breakdown.json``.)
 
 The floor of a step is its multiplications and additions (of weighted layers and attention, from their shapes) over the
 best rate that a large product of the same dtype reaches in the same run. Products that the sign of an input selects
-from count once. What no step accounts for is Python between the steps, the seed and the final bookkeeping.
+from count once, denominators of signed rules not at all. What no step accounts for is Python between the steps, the
+seed and the final bookkeeping.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from ramp_fast import Engine
 from ramp_fast import graph as g
 from ramp_fast.gemm import Matrix, precision_for
 from ramp_fast.graph import Node
+from ramp_fast.rules import AbsLRP
 from ramp_fast.rules.rearrange import Split
 
-MAPS = 2  # of a target, with contrast
 
 
 def rate(dtype: torch.dtype) -> float:
@@ -45,25 +47,26 @@ def rate(dtype: torch.dtype) -> float:
     return 2 * rows * depth * width / best
 
 
-def flops(node: Node, backward: bool) -> float:
-    """Multiplications and additions of one image."""
+def flops(node: Node, maps: int) -> float:
+    """Multiplications and additions of one image: of the forward pass (0), or of the pull-back of maps."""
     if node.kind not in (g.LINEAR, g.CONV, g.ATTENTION):
         return 0.0
     out = math.prod(node.example) / node.example[0]
     if node.kind != g.ATTENTION:
         weight = node.params.weight.example
         depth = weight[1 if not getattr(node.params, "transposed", False) else 0] * math.prod(weight[2:])
-        return 2 * out * depth * (MAPS if backward else 1)
+        return 2 * out * depth * (maps or 1)
     keys = node.operands[1].example[-2]
     # forward: scores and output; pull-back: scores once, then c_A, c_V, c_Q and c_K of every map
-    return 2 * out * keys * (1 + 4 * MAPS if backward else 2)
+    return 2 * out * keys * (1 + 4 * maps if maps else 2)
 
 
 def measure(
-    model: nn.Module, images: torch.Tensor, precision: str, rounds: int
-) -> tuple[dict[Any, float], float, float]:
-    """Milliseconds an image of every step (median), of the whole, and of the model's own forward pass."""
-    engine = Engine(model, precision=precision)
+    model: nn.Module, images: torch.Tensor, precision: str, rounds: int, rule: str
+) -> tuple[dict[Any, float], float, float, int]:
+    """Milliseconds an image of every step (median), of the whole, of the model's own forward pass; maps pulled back."""
+    engine = Engine(model, rule, precision)
+    maps = 2 if isinstance(engine.rule, AbsLRP) else 1  # of a target, with contrast
     for _ in range(5):  # the trials of groups are in here
         engine.attribute(images)
     spent: dict[Any, float] = defaultdict(float)
@@ -100,16 +103,18 @@ def measure(
             own.append(time.perf_counter() - start)
     scale = 1e3 / len(images)
     medians = {key: scale * statistics.median(v) for key, v in steps.items()}
-    return medians, scale * statistics.median(whole), scale * statistics.median(own)
+    return medians, scale * statistics.median(whole), scale * statistics.median(own), maps
 
 
-def table(steps: dict[Any, float], whole: float, rates: dict[bool, float]) -> list[tuple[str, float, float]]:
+def table(
+    steps: dict[Any, float], whole: float, rates: dict[bool, float], maps: int
+) -> list[tuple[str, float, float]]:
     """Rows of (what, milliseconds, floor), the slowest first."""
     rows: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for (node, backward), ms in steps.items():
         name = f"{node.kind}, {'pull-back' if backward else 'forward'}"
         rows[name][0] += ms
-        rows[name][1] += 1e3 * flops(node, backward) / rates[backward]
+        rows[name][1] += 1e3 * flops(node, maps if backward else 0) / rates[backward]
     listed = sorted(((name, ms, floor) for name, (ms, floor) in rows.items()), key=lambda r: -r[1])
     shown, small = [r for r in listed if r[1] >= 0.005 * whole], [r for r in listed if r[1] < 0.005 * whole]
     shown.append(("other steps", sum(r[1] for r in small), sum(r[2] for r in small)))
@@ -161,6 +166,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", default="mixed")
+    parser.add_argument("--rule", default="abslrp")
     parser.add_argument("--plot", metavar="FILE")
     parser.add_argument("--results", metavar="NAME", help="a short name of this machine")
     args = parser.parse_args()
@@ -169,11 +175,10 @@ def main() -> None:
     images = torch.randn(args.batch, *model.default_cfg["input_size"])
     precision = precision_for(args.precision, torch.device("cpu"))
     rates = {False: rate(precision.forward), True: rate(precision.pullback)}
-    steps, whole, own = measure(model, images, args.precision, args.rounds)
-    rows = table(steps, whole, rates)
-    title = (
-        f"{args.model}, {args.precision}, batch {args.batch}: {whole:.0f} ms an image, {whole / own:.2f} forward passes"
-    )
+    steps, whole, own, maps = measure(model, images, args.precision, args.rounds, args.rule)
+    rows = table(steps, whole, rates, maps)
+    what = args.precision if args.rule == "abslrp" else f"{args.precision}, {args.rule}"
+    title = f"{args.model}, {what}, batch {args.batch}: {whole:.0f} ms an image, {whole / own:.2f} forward passes"
     print(title)
     print(f"floor at {rates[False] / 1e9:.0f} (forward) and {rates[True] / 1e9:.0f} GFLOP/s (pull-back)\n")
     print("| step | ms | floor | share |\n|---|---|---|---|")
@@ -182,7 +187,7 @@ def main() -> None:
     print(f"| whole | {whole:.1f} | {sum(r[2] for r in rows):.1f} | |")
     if args.results:
         network = f"{args.model}/{args.batch}"
-        write_results(args.results, network, args.precision, rows, whole, own, args.rounds)
+        write_results(args.results, network, what, rows, whole, own, args.rounds)
     if args.plot:
         plot(rows, title, args.plot)
 

@@ -191,12 +191,9 @@ def of_sample(args: tuple[Any, ...], name: str, first: int, last: int) -> tuple[
 
 def batch_axes(name: str, outputs: int) -> list[int]:
     """The axis of samples of each output."""
-    axes = [0 if name in (*FACTORS, "mask_steps", "product") else 1] * outputs
+    axes = [0 if name in (*FACTORS, "mask_steps", "product", "sides") else 1] * outputs
     if name in ("attention_pullback", "share", "piece_masses"):
         axes[-1] = 2  # masses are [n, T, B]
-    axes = [0 if name in (*FACTORS, "mask_steps", "product", "sides") else 1] * outputs
-    if name in ("attention_pullback", "share"):
-        axes[-1] = 2  # masses are [4, T, B]
     return axes
 
 
