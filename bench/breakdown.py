@@ -34,7 +34,6 @@ from ramp_fast.rules import AbsLRP
 from ramp_fast.rules.rearrange import Split
 
 
-
 def rate(dtype: torch.dtype) -> float:
     """FLOP/s of a large product in the engine's own routine, the best of ten."""
     rows, depth, width = 1576, 768, 3072
@@ -106,9 +105,7 @@ def measure(
     return medians, scale * statistics.median(whole), scale * statistics.median(own), maps
 
 
-def table(
-    steps: dict[Any, float], whole: float, rates: dict[bool, float], maps: int
-) -> list[tuple[str, float, float]]:
+def table(steps: dict[Any, float], whole: float, rates: dict[bool, float], maps: int) -> list[tuple[str, float, float]]:
     """Rows of (what, milliseconds, floor), the slowest first."""
     rows: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for (node, backward), ms in steps.items():

@@ -66,7 +66,8 @@ template <class F>
 void mul_gradient_rows(int64_t index, const void* context, void*) {
     const auto& job = *static_cast<const Job<MulGradientArgs>*>(context);
     const MulGradientArgs& args = job.args;
-    const int64_t b = job.sample(index), channels = args.channels, map_stride = args.batch * args.rows * channels;
+    const int64_t b = job.sample(index), channels = args.channels,
+                  map_stride = args.batch * args.rows * channels;
     const F share = static_cast<F>(args.share);
     double* const partials = job.partials + index * job.sums;
     for (int64_t i = 0; i < job.sums; ++i) partials[i] = 0;

@@ -95,8 +95,7 @@ RF_INLINE void all_channels(const Pixel& pixel, int64_t map) {
         return;
     }
     int64_t c = 0;
-    for (; c + 4 * kLanes <= channels; c += 4 * kLanes)
-        convolve<Lanes, dtype, 4, maps, by>(pixel, map, c);
+    for (; c + 4 * kLanes <= channels; c += 4 * kLanes) convolve<Lanes, dtype, 4, maps, by>(pixel, map, c);
     for (; c < channels; c += kLanes)
         convolve<Lanes, dtype, 1, maps, by>(pixel, map, min64(c, channels - kLanes));
 }

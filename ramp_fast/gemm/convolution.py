@@ -180,9 +180,10 @@ class DepthwiseForward:
         negative: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.bias, self.geometry, self.relu, self.dtype = bias, geometry, relu, dtype
+        self.bias, self.geometry, self.relu, self.dtype = None if bias is None else bias.float(), geometry, relu, dtype
         self._largest = _largest(weight, bias)
-        self.weight = torch.cat([weight] if negative is None else [weight, negative], 1).permute(1, 2, 3, 0).contiguous()
+        halves = weight if negative is None else torch.cat([weight, negative], 1)
+        self.weight = halves.permute(1, 2, 3, 0).float().contiguous()
         self.nbytes = self.weight.numel() * self.weight.element_size()
 
     @functools.cached_property

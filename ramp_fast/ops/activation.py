@@ -123,7 +123,7 @@ def _activation_share_cpu(x: Tensor, function: str, dtype: torch.dtype) -> tuple
     x = laid_out(x, None)
     y, factor = _with_factor(x, dtype)
     rows = (x, y, factor) if x.is_contiguous() else [t.permute(0, 2, 3, 1) for t in (x, y, factor)]
-    C.activation_share(rows[0], number, *rows[1:], get_num_threads())
+    C.activation_share(rows[0], number, rows[1], rows[2], get_num_threads())
     return y, factor
 
 

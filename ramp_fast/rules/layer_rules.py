@@ -123,7 +123,7 @@ class LayerPullback(ABC):
     kernel: str = ""
 
     def __init__(self, *functions: Packed) -> None:
-        self.functions = functions
+        self.functions: tuple[Any, ...] = functions
         self.kernel = " ".join([functions[-1].kernel, self.kernel]).strip()
 
     @property
@@ -287,7 +287,8 @@ class _SidedPullback(LayerPullback):
     kernel = "ratio of parts"
 
     def __init__(self, rule: _TwoSided, layer: Layer) -> None:
-        assert layer.sided is not None and layer.sided_transposed is not None
+        assert layer.sided is not None
+        assert layer.sided_transposed is not None
         self.rule = rule
         upper, lower, biases = _parts(rule, layer)
         turns = [(upper, lower), (lower, upper)][: 2 if rule.second else 1]

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -262,7 +262,6 @@ class Linear(Weighted[LayerPullback]):
         if self.node.kind == g.CONV:
             geometry = gemm.Geometry.of(self.node.params)
         tiles = geometry is not None and len(size) == 2 and geometry.tiles(weight, *size)
-
         depthwise = geometry is not None and geometry.depthwise(weight)
         outputs = self.node.example[2:]
 
@@ -296,7 +295,8 @@ class Linear(Weighted[LayerPullback]):
 
         assert layer is not None
         groups = 1 if geometry is None else geometry.groups
-        one_step = ops.cpu_kernels(weight.device) and not tiles and (geometry is None or weight.dim() == 4)
+        images = geometry is None or weight.dim() == len(self.node.example) == 4
+        one_step = ops.cpu_kernels(weight.device) and not tiles and images
         both = (sided, sided_transposed) if one_step else (None, None)
         seen = Layer(weight, bias, groups, self.fusion.positive_input, product, transposed, *both)
         return forward(weight, bias, self.fusion.fused_relu is not None), layer.pack(seen)
@@ -367,10 +367,10 @@ class _Context(LayerContext):
             return self.step.by_sample(function, 0, self.x)
         return self.product(function, self.narrow_x)
 
-    def transposed(self, function: LinearOp, s: Tensor) -> Tensor:
+    def transposed(self, function: gemm.Packed, s: Tensor) -> Tensor:
         if isinstance(function, gemm.DepthwisePullback):
             return function(s.to(self.narrow), None)
-        return self._transposed(function, s)
+        return self._transposed(cast("LinearOp", function), s)
 
     def sided(self, function: gemm.Packed, s: Tensor) -> Tensor:
         if isinstance(function, gemm.DepthwisePullback):
@@ -384,7 +384,8 @@ class _Context(LayerContext):
             return self.step.by_sample(function, 1, s.contiguous())
 
         def of_images(t: Tensor) -> Tensor:
-            return function(t.flatten(0, 1)).unflatten(0, t.shape[:2])
+            pulled: Tensor = function(t.flatten(0, 1)).unflatten(0, t.shape[:2])
+            return pulled
 
         alone = getattr(function, "independent", False)
         return _with_plain_strides(of_images(s) if alone else self.step.by_sample(of_images, 1, s))
@@ -435,12 +436,12 @@ class PassOn(Step):
         return [] if self.divides else [(self.node.example, self.precision.pullback)]
 
     def needs(self) -> list[Node]:
-        return [self.source, self.node] if self.divides else []
+        return [self.source] if self.divides else []
 
     def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
         super().__init__(node, precision, fusion, rule)
         self.function = None  # one that an operator has both of
-        # Of a capped ReLU input and output are enough.
+        # Of a capped ReLU the input is enough, which rules for the layer below may need as well.
         self.divides = node.kind == g.ACTIVATION and node.params.how == "relu"
         if node.kind == g.ACTIVATION and node.params.function in SHARES:
             tanh = node.kwargs.get("approximate", "none") == "tanh"
@@ -455,7 +456,7 @@ class PassOn(Step):
 
     def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
         if self.divides:
-            return ops.ratio(c, values[self.node], values[self.source])
+            return ops.ratio(c, values.call(self.node), values[self.source])
         handed: Tensor = c * kept
         return handed
 

@@ -232,3 +232,50 @@ def test_depthwise_convolutions_and_their_transposes(
     upper, lower = pulled(weight.clamp_min(0)), pulled(weight.neg().clamp_min(0))
     found = gemm.DepthwisePullback(weight, geometry, size, positive_input)(c, None if positive_input else x)
     torch.testing.assert_close(found, upper if positive_input else torch.where(x > 0, upper, lower))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2, 36])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_one_weight_for_each_sign_of_an_image(stride: int, groups: int, kernel: int) -> None:
+    """Against two convolutions of the parts, and autograd through them; the last groups are depthwise."""
+    torch.manual_seed(0)
+    channels, size = 36, (9, 8)
+    geometry = gemm.Geometry([stride] * 2, [kernel // 2] * 2, [1, 1], groups)
+    upper, lower = torch.randn(2, 36, channels // groups, kernel, kernel)
+    bias = torch.randn(36)
+    x = torch.randn(3, channels, *size)
+    x[:, :, 2, 3:5] = 0
+    where = geometry.stride, geometry.padding, 1, groups
+
+    def pulled(w: Tensor, c: Tensor) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        y = torch.nn.functional.conv2d(leaf, w, None, *where)
+        return torch.stack([torch.autograd.grad(y, leaf, side, retain_graph=True)[0] for side in c])
+
+    expected = torch.nn.functional.conv2d(x.clamp_min(0), upper, bias, *where)
+    expected = expected + torch.nn.functional.conv2d(x.clamp_max(0), lower, None, *where)
+    c = torch.randn(2, *expected.shape)
+    chosen = torch.where(x > 0, pulled(upper, c), torch.where(x < 0, pulled(lower, c), 0.0))
+    if geometry.depthwise(upper):
+        forward: gemm.LinearOp = gemm.DepthwiseForward(upper, bias, geometry, negative=lower)
+        found = gemm.DepthwisePullback.of([upper, lower], geometry, size)(c, x)
+    else:
+        forward = gemm.SidedForward(upper, lower, bias, geometry, expected.shape[2:], torch.float32)
+        back = gemm.SidedPullback(upper, lower, geometry, size, torch.float32)
+        found = back.select(back.function(c.flatten(0, 1)).unflatten(0, c.shape[:2]), x)
+    for own in (x, x.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(forward(own), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found, chosen, rtol=1e-5, atol=1e-4)
+
+
+def test_one_weight_for_each_sign_of_a_row() -> None:
+    torch.manual_seed(0)
+    upper, lower = torch.randn(2, 11, 24)
+    bias, x, c = torch.randn(11), torch.randn(3, 5, 24), torch.randn(2, 3, 5, 11)
+    x[1, 2] = 0
+    forward = gemm.SidedForward(upper, lower, bias, None, (), torch.float32)
+    torch.testing.assert_close(forward(x), x.clamp_min(0) @ upper.t() + x.clamp_max(0) @ lower.t() + bias)
+    back = gemm.SidedPullback(upper, lower, None, (), torch.float32)
+    chosen = torch.where(x > 0, c @ upper, torch.where(x < 0, c @ lower, 0.0))
+    torch.testing.assert_close(back.select(back.function(c), x), chosen)
