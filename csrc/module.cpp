@@ -21,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
     rf::register_by_channel(m);
     rf::register_checksum(m);
     rf::register_depthwise(m);
+    rf::register_gating(m);
     rf::register_junction(m);
     rf::register_linear(m);
     rf::register_masking(m);
@@ -30,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
     rf::register_phases(m);
     rf::register_pieces(m);
     rf::register_product(m);
+    rf::register_rotary(m);
     rf::register_scaling(m);
     rf::register_softmax(m);
 #ifdef RF_HAVE_CUDA

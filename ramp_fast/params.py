@@ -259,9 +259,17 @@ class Reduction(Params):
 
 @dataclass
 class LinearMap(Params):
-    """A linear function with constant weights of both signs."""
+    """A linear function with constant weights of both signs.
+
+    Attributes
+    ----------
+    dim, first : int
+        Rows before ``first`` along an axis are moved as they are, as rotary embeddings do with class tokens.
+    """
 
     labels: Labels | None = None
+    dim: int = 0
+    first: int = 0
 
 
 @dataclass

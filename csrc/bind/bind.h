@@ -19,6 +19,7 @@ void register_by_channel(py::module_& m);
 void register_checksum(py::module_& m);
 void register_cuda(py::module_& m);  // where RF_HAVE_CUDA
 void register_depthwise(py::module_& m);
+void register_gating(py::module_& m);
 void register_junction(py::module_& m);
 void register_linear(py::module_& m);
 void register_masking(py::module_& m);
@@ -28,6 +29,7 @@ void register_norm(py::module_& m);
 void register_phases(py::module_& m);
 void register_pieces(py::module_& m);
 void register_product(py::module_& m);
+void register_rotary(py::module_& m);
 void register_scaling(py::module_& m);
 void register_softmax(py::module_& m);
 

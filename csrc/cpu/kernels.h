@@ -383,6 +383,45 @@ struct AttentionGradientArgs {
     int threads;
 };
 
+// A linear map of rows that mixes an element with its partner only, which is `pair` elements further on in every
+// first half of 2 pair elements, and as many back in the second half: y = stay x + (cross x) of the partner. Rows
+// before `first` are moved as they are. With c the pull-back of that: a weight w is |w| + sign(x) w, and
+//   out = s c in rows that are moved, r (stay c + cross (c of the partner)) in those that are turned,
+// s such that c has the mass `target` at y, r such that turned rows have at x what they have at y. Without y all
+// rows are turned, and have the mass `target` together.
+struct RotaryArgs {
+    std::int64_t num_maps, batch, heads, rows, width;  // T, B, H, N, D
+    std::int64_t first, pair;
+    bool contrast;
+    std::int64_t weight_heads;  // H, or 1 for the same weights in all heads
+    StridedOperand x, y;        // [B, H, N, D]; y may be absent where there is c
+    Operand stay, cross;        // [weight_heads, N - first, D]
+    StridedOperand c, out;      // [T, B, H, N, D], or absent
+    Operand target, mass;       // [T, B]
+    int threads;
+};
+
+// The pull-back of a gate z = a b, entry by entry, and on through a = f(x) with `factor`: with g = 2 [a b > 0] c
+//   c_a = |b| g,  c_b = |a| g,  and their masses; with factor c_a is factor |b| g, and its mass is that at x
+struct GatingArgs {
+    std::int64_t num_maps, batch, rows, width;
+    bool contrast;
+    Operand c, c_a, c_b;                // [T, B, rows, width]
+    Operand a, b, x, factor;            // [B, rows, width]; the last two may be absent
+    std::int64_t of_a[2], of_b[2], of_x[2];  // from sample to sample and from row to row, in elements
+    Operand mass_a, mass_b;             // [T, B]
+    int threads;
+};
+
+// out = rescale(c, scale), of [T, B, H, rows, width] wherever they lie, but for the last axis
+struct PlaceArgs {
+    std::int64_t num_maps, batch, heads, rows, width;
+    bool contrast;
+    StridedOperand c, out;
+    Operand scale;  // [T, B]
+    int threads;
+};
+
 // Of `count` pieces of memory.
 struct ChecksumArgs {
     const std::uint64_t* addresses;
@@ -422,6 +461,10 @@ struct ChecksumArgs {
     void spread(const SpreadArgs&);                        \
     void piece_masses(const PieceMassArgs&);               \
     void merge_pieces(const MergePiecesArgs&);             \
+    void rotary(const RotaryArgs&);                        \
+    void rotary_pullback(const RotaryArgs&);               \
+    void gating_pullback(const GatingArgs&);               \
+    void rescale_piece(const PlaceArgs&);                   \
     void attention_pullback(const AttentionArgs&);         \
     void attention_gradient(const AttentionGradientArgs&); \
     }
@@ -438,6 +481,10 @@ void linear_pullback(const LinearArgs&);
 void norm_pullback(const NormArgs&);
 void norm_gradient(const NormArgs&);
 void junction(const JunctionArgs&);
+void rotary(const RotaryArgs&);
+void rotary_pullback(const RotaryArgs&);
+void gating_pullback(const GatingArgs&);
+void rescale_piece(const PlaceArgs&);
 }  // namespace avx512bf16
 
 namespace amx {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ramp_fast import graph as g
 from ramp_fast import params as p
-from ramp_fast.graph import Graph, Node, copied
+from ramp_fast.graph import Graph, Node, copied, only_user
 
 aten = torch.ops.aten
 
@@ -60,6 +60,47 @@ class Term(NamedTuple):
 
 # Integers of two numbers, by the bytes of a number.
 _PAIRS = {2: torch.int32, 4: torch.int64}
+
+
+class Exchange(NamedTuple):
+    """A sum of two terms of which one exchanges partners: halves of each run of ``2 pair`` entries of the last axis.
+
+    Attributes
+    ----------
+    stay, cross : Tensor [H or 1, N, D]
+        What every entry is multiplied by, and its partner: of operands ``[B, H, N, D]``, or ``[B, N, H, D]`` with
+        ``rows_first``.
+    pair : int
+    rows_first : bool
+    """
+
+    stay: Tensor
+    cross: Tensor
+    pair: int
+    rows_first: bool
+
+
+def exchange_of(terms: list[Term] | None, shape: torch.Size) -> Exchange | None:
+    """The terms of a map of an operand of ``shape`` as one exchange, where they are that."""
+    if terms is None or len(terms) != 2 or len(shape) != 4:
+        return None
+    stays, others = ([t for t in terms if (t.places is None) == still] for still in (True, False))
+    if len(stays) != 1 or any(t.weight.shape[0] != 1 for t in terms):
+        return None
+    places = others[0].places
+    assert places is not None
+    pair = int(places[0])
+    run = torch.arange(shape[-1], device=places.device)
+    if pair < 1 or shape[-1] % (2 * pair) or not torch.equal(places, run.view(-1, 2, pair).flip(1).flatten()):
+        return None
+    weights = [t.weight.squeeze(0) for t in (stays[0], others[0])]
+    rows_first = all(w.shape[1] == 1 for w in weights) and any(w.shape[0] > 1 for w in weights)
+    if rows_first:
+        weights = [w.transpose(0, 1) for w in weights]
+    rows = shape[1] if rows_first else shape[2]
+    heads = max(w.shape[0] for w in weights)
+    stay, cross = (w.expand(heads, rows, shape[-1]).contiguous() for w in weights)
+    return Exchange(stay, cross, pair, rows_first)
 
 
 class Call:
@@ -181,6 +222,30 @@ class LinearMap:
         return None if None in several else several  # type: ignore[return-value]  # none of them is None
 
 
+@dataclass
+class OfLastRows:
+    """A map of all rows but the first ones along an axis, which are moved as they are.
+
+    Attributes
+    ----------
+    function : LinearMap
+        Of the other rows.
+    dim, first : int
+        The axis, and how many rows are moved.
+    """
+
+    function: LinearMap
+    dim: int
+    first: int
+
+    def __call__(self, x: Tensor, *constants: Any) -> Tensor:
+        return torch.cat([x.narrow(self.dim, 0, self.first), self.function(self.last(x, self.dim), *constants)], self.dim)
+
+    def last(self, t: Tensor, dim: int) -> Tensor:
+        """The rows of ``t`` along its axis ``dim`` that are not only moved."""
+        return t.narrow(dim, self.first, t.shape[dim] - self.first)
+
+
 def _summands(
     node: Node, known: dict[Node, Any], summands: dict[Node, list[tuple[Tensor, Tensor]]]
 ) -> list[tuple[Tensor, Tensor]] | None:
@@ -298,3 +363,44 @@ def _region(node: Node, root: Node) -> list[Node] | None:
         inside[current] = None
         stack.extend(current.sources)
     return list(inside)
+
+
+def fold_moved_rows(graph: Graph) -> None:
+    """A map of all tokens but the first ones, put behind these again, is one map: no slices and no concatenation."""
+    users = graph.users()
+    replaced = False
+    for node in list(graph.nodes):
+        if node.kind != g.REARRANGE or node.params.how != "cat" or len(node.operands) != 2 or not node.batch.plain:
+            continue
+        first, turned = node.operands
+        dim = node.params.dim
+        if turned.kind != g.LINEAR_MAP or not isinstance(turned.target, LinearMap):
+            continue
+        rest = turned.operands[0]
+        pieces = [_slice(n, dim) for n in (first, rest)]
+        if None in pieces or dim == node.batch.axis or any(only_user(users, n) is not node for n in (first, turned)):
+            continue
+        source, (begin, stop) = first.operands[0], pieces[0]  # type: ignore[misc]  # none of them is None
+        if (
+            rest.operands[0] is not source
+            or source.kind == g.SPLIT
+            or only_user(users, rest) is not turned
+            or node.example != source.example
+            or begin != 0
+            or pieces[1] != (stop, source.example[dim])
+        ):
+            continue
+        node.kind, node.target = g.LINEAR_MAP, OfLastRows(turned.target, dim, stop)
+        node.args, node.kwargs = (source, *turned.args[1:]), {}
+        node.operands, node.params = [source], p.LinearMap(dim=dim, first=stop)
+        replaced = True
+    if replaced:
+        graph.prune()
+
+
+def _slice(node: Node, dim: int) -> tuple[int, int] | None:
+    """Which entries along ``dim`` of its operand a node is, of one that takes neighbours along that axis."""
+    if node.kind != g.REARRANGE or node.params.how != "slice" or node.params.dim != dim or node.params.step != 1:
+        return None
+    start, stop, _ = slice(node.params.start, node.params.end).indices(node.operands[0].example[dim])
+    return start, stop

@@ -19,6 +19,7 @@ from ramp_fast.ops.activation import activation_factor, activation_share, affine
 from ramp_fast.ops.attention import attention_gradient, attention_pullback
 from ramp_fast.ops.by_channel import mul_gradient, mul_pullback, spread
 from ramp_fast.ops.depthwise import depthwise
+from ramp_fast.ops.gating import gating_pullback, rescale_pieces
 from ramp_fast.ops.junction import junction, merge_junction, residual_pullback
 from ramp_fast.ops.linear import linear_norm_pullback, linear_pullback, pack_panels
 from ramp_fast.ops.masking import copies_in_turn, mask_steps, masked_copies
@@ -28,6 +29,7 @@ from ramp_fast.ops.norm import norm_gradient, norm_pullback
 from ramp_fast.ops.phases import select_phases, sides
 from ramp_fast.ops.pieces import merge_pieces, piece_masses
 from ramp_fast.ops.product import INT8_DEPTH, has_tiles, multiplies, pack_tiles, product
+from ramp_fast.ops.rotary import rotary, rotary_pullback
 from ramp_fast.ops.scaling import affine_pullback, centring, gate, mass, merge, ratio, rescale, rescale_parts, scale_by
 from ramp_fast.ops.softmax import softmax_pullback
 
@@ -47,6 +49,7 @@ __all__ = [
     "depthwise",
     "forced_backend",
     "gate",
+    "gating_pullback",
     "has_tiles",
     "junction",
     "linear_norm_pullback",
@@ -70,7 +73,10 @@ __all__ = [
     "ratio",
     "rescale",
     "rescale_parts",
+    "rescale_pieces",
     "residual_pullback",
+    "rotary",
+    "rotary_pullback",
     "scale_by",
     "scale_to",
     "select_phases",

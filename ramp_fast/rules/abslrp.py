@@ -20,7 +20,7 @@ from torch import Tensor
 from ramp_fast import graph as g
 from ramp_fast._checks import flag, is_number
 from ramp_fast.capture import passes
-from ramp_fast.capture.linear_maps import recognize_linear_maps
+from ramp_fast.capture.linear_maps import fold_moved_rows, recognize_linear_maps
 from ramp_fast.capture.token_slices import gate_token_selections, hoist_slices
 from ramp_fast.errors import InputError
 from ramp_fast.gemm import Precision
@@ -125,6 +125,8 @@ class AbsLRP(Rule):
             recognize_linear_maps,
             gate_token_selections,
             hoist_slices,
+            # With equal shares what is moved and what is turned have masses of their own.
+            *((fold_moved_rows,) if self.shares == "kept" else ()),
         )
 
     def fuse(self, graph: Graph, precision: Precision) -> Mapping[Node, Fusion]:

@@ -41,6 +41,8 @@ class Fusion:
         The node whose step computes this one in the forward pass.
     pulled_back_in : Node or None
         The node whose step does this one's pull-back.
+    fused_activation : Node or None
+        Of a product of two tensors: the activation that is one of them, which its step pulls back as well.
     branch : Node or None
         Of a residual sum: the operand that is not the shortcut.
     positive_input : bool
@@ -59,6 +61,7 @@ class Fusion:
     fused_relu: Node | None = None
     fused_into: Node | None = None
     pulled_back_in: Node | None = None
+    fused_activation: Node | None = None
     branch: Node | None = None
     positive_input: bool = False
     positive_operand: bool = False
@@ -85,6 +88,7 @@ class Values:
         self.pulled_back = pulled_back
         self._values: dict[Node, Any] = {}
         self._bounds: dict[Node, float] = {}
+        self._left: dict[Node, Any] = {}
 
     def __getitem__(self, node: Any) -> Any:
         if not isinstance(node, Node):
@@ -98,6 +102,14 @@ class Values:
 
     def drop(self, node: Node) -> None:
         self._values.pop(node, None)
+
+    def leave(self, node: Node, kept: Any) -> None:
+        """Keep for another step what the step of ``node`` would keep for its own pull-back."""
+        self._left[node] = kept
+
+    def take(self, node: Node) -> Any:
+        """What the step of ``node`` has left (:meth:`leave`), once."""
+        return self._left.pop(node)
 
     def bound(self, node: Node) -> float:
         """A number that no entry of the node's value exceeds in size; not finite where one is not.

@@ -98,6 +98,22 @@ class Conservation:
         """``part`` with everything that is known of its scale applied, so that it can be put beside others."""
         return part
 
+    def measured(self, x: Tensor, part: Any, axis: BatchAxis) -> Any:
+        """``part`` with what :meth:`settled` has to know of its scale, which takes ``x``."""
+        return self.exact(x, part, axis)
+
+    def settled(self, part: Any, axis: BatchAxis) -> Any:
+        """A measured ``part`` as :meth:`exact` makes it."""
+        return part
+
+    def settled_together(self, parts: Sequence[Any], c: Sequence[Tensor]) -> Tensor | None:
+        """:meth:`settled` parts, side by side: of ``c``, their coefficients as ``[maps, B, H, N, D]``, one tensor
+        ``[maps, B, N, parts, H, D]``.
+
+        None where that is no less work than to settle each and to copy it.
+        """
+        return None
+
     def piece(self, whole: Any, x: Tensor, c: Tensor, axis: BatchAxis) -> Any:
         """The relevance ``c`` of an operand ``x`` that was put together with others, cut out of an exact ``whole``."""
         return whole.moved(c)

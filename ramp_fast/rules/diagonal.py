@@ -78,6 +78,8 @@ class Activation(_Diagonal):
         self.shift: Tensor | None = None
         if self.function is not None:
             self.forward_kernel = "activation_factor"
+        if fusion.pulled_back_in is not None:
+            self.pullback_kernel = fused_into(fusion.pulled_back_in)
 
     def prepare(self, constants: dict[Node, Any]) -> None:
         norm = self.fusion.fused_batch_norm
@@ -89,7 +91,11 @@ class Activation(_Diagonal):
         dtype = self.precision.pullback
         if self.function is not None:
             kept = dtype if values.pulled_back else None
-            return ops.activation_factor(x, self.function, kept, self.gain, self.shift)
+            y, factor = ops.activation_factor(x, self.function, kept, self.gain, self.shift)
+            if self.fusion.pulled_back_in is None or kept is None:
+                return y, factor
+            values.leave(self.node, factor)
+            return y, None
         name = self.node.params.function
         y, factor = smooth_factor(name, lambda u: values.call_at(self.node, self.node.operands[0], u), x)
         return y, factor.to(dtype)

@@ -12,7 +12,7 @@ from ramp_fast.gemm import Geometry, Precision, fuses_convolutions
 from ramp_fast.graph import Graph, Node
 from ramp_fast.ops.activation import FUNCTIONS
 from ramp_fast.rules.base import Fusion
-from ramp_fast.rules.junctions import plain_sum
+from ramp_fast.rules.junctions import plain_product, plain_sum
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ class _Search:
             norm = node.operands[0]
             if any(n is norm for n, _ in self._convolutions.values()) and self._activation_above(norm) is node:
                 found.fused_batch_norm = norm
+            gate = self.users[node][0] if len(self.users[node]) == 1 else None
+            found.pulled_back_in = gate if gate is not None and self._activation_below(gate) is node else None
+        elif node.kind == g.MUL:
+            found.fused_activation = self._activation_below(node)
         elif node.kind == g.MATMUL:
             found.positive_operand = any(never_negative(n) for n in node.operands)
         elif node.kind in (g.MAX_POOL, g.MAX_REDUCTION):
@@ -93,6 +97,17 @@ class _Search:
         above = self.users[norm]
         fuses = len(above) == 1 and above[0].kind == g.ACTIVATION and above[0].params.function in FUNCTIONS
         return above[0] if fuses else None
+
+    def _activation_below(self, product: Node) -> Node | None:
+        """The activation of a gate whose pull-back the step of the product does as well."""
+        if product.kind != g.MUL or not plain_product(product):
+            return None
+        for node in product.operands:
+            fuses = node.kind == g.ACTIVATION and node.params.function in FUNCTIONS and self.users[node] == [product]
+            # Not where the activation's own step pulls back a norm, or the pull-back of what it reads needs its mass.
+            if fuses and node.operands[0].kind != g.BATCH_NORM:
+                return node
+        return None
 
     def _norm_below(self, linear: Node) -> Node | None:
         """The LayerNorm whose pull-back the step of ``linear`` does as well."""

@@ -28,6 +28,16 @@ def plain_sum(node: Node) -> bool:
     return same and not a.constant and not rest[0].constant and bool(node.params.signs == (1, 1))
 
 
+def plain_product(node: Node) -> bool:
+    """Whether ``node`` multiplies two different tensors of the images, of one shape, samples first."""
+    if len(node.operands) != 2 or node.operands[0] is node.operands[1]:
+        return False
+    a, b = node.operands
+    return a.example == b.example == node.example and not (a.constant or b.constant) and bool(
+        a.batch == b.batch == node.batch and node.batch.leading and len(node.example) > 1
+    )
+
+
 class Add(Operation):
     """``c_a = 2 [a > 0] c``, ``c_b = 2 [b > 0] c``, each with its share; constants take theirs away."""
 
@@ -197,15 +207,28 @@ def only_masks(constant: Tensor) -> bool:
 
 
 class Mul(Operation):
-    """``c_a = 2 |b| [a b > 0] c`` and likewise for b: both get the same relevance."""
+    """``c_a = 2 |b| [a b > 0] c`` and likewise for b: both get the same relevance.
+
+    Where one is an activation that is fused, its coefficients go on to what it reads.
+    """
+
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        super().__init__(node, precision, fusion, rule)
+        self.gates = plain_product(node)
+        if self.gates:
+            self.pullback_kernel = "gating_pullback"
 
     def needs(self) -> list[Node]:
-        return list(self.node.operands)
+        activation = self.fusion.fused_activation
+        return [*self.node.operands, *([] if activation is None else activation.operands)]
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
         first, second = self.node.operands
         a, b = values[first], values[second]
+        if self.gates:
+            yield from self._entrywise(part, values, conservation)
+            return
         gate_of = by_channel(self.node, values)
         if gate_of is not None:
             yield from self._gated(part, values, conservation, gate_of)
@@ -221,6 +244,25 @@ class Mul(Operation):
         targets = share(part.target, [m for _, _, m in flows], self.rule.shares)
         for (node, own, actual), target in zip(flows, targets, strict=True):
             yield Flow(node, Massed(own, target, actual))
+
+    def _entrywise(self, part: Massed, values: Values, conservation: Masses) -> Iterator[Flow]:
+        """Both operands in one pass, and the activation that one of them is."""
+        first, second = self.node.operands
+        activation = self.fusion.fused_activation
+        x = factor = None
+        source = first
+        if activation is not None:
+            if activation is second:
+                first, second = second, first
+            source = activation.operands[0]
+            x, factor = values[source], values.take(activation)
+        c, *operands = conservation.in_rows(part.c, [values[first], values[second], x, factor], self.node.batch)
+        c_a, c_b, *masses = ops.gating_pullback(c, *operands, conservation.contrast)
+        back = conservation.rows(part.c, self.node.batch).back
+        # |a| c_a is |b| c_b everywhere: with an activation the first mass is that of what it reads.
+        targets = share(part.target, [masses[-1]] * 2, self.rule.shares)
+        for operand, own, target, actual in zip((source, second), (c_a, c_b), targets, masses, strict=True):
+            yield Flow(operand, Massed(back(own, part.c), target, actual))
 
     def _gated(self, part: Massed, values: Values, conservation: Masses, by_channel: Node) -> Iterator[Flow]:
         images = next(n for n in self.node.operands if n is not by_channel)

@@ -140,8 +140,28 @@ class Masses(Conservation):
 
     def together(self, c: Tensor, parts: Iterable[Massed]) -> Massed:
         """As :meth:`ramp_fast.rules.Conservation.together`: masses add."""
-        target = total(part.target for part in parts)
+        target = total(
+            part.target if part.actual is part.target else ops.scale_to(part.target, part.actual)[1] for part in parts
+        )
         return Massed(c, target, target)
+
+    def measured(self, x: Tensor, part: Massed, axis: BatchAxis) -> Massed:
+        """As :meth:`ramp_fast.rules.Conservation.measured`: with the mass of its coefficients."""
+        actual = part.actual if part.actual is not None else self.mass(x, part.c, axis)
+        return Massed(part.c, part.target, actual)
+
+    def settled(self, part: Massed, axis: BatchAxis) -> Massed:
+        """As :meth:`ramp_fast.rules.Conservation.settled`."""
+        return self.exact(part.c, part, axis)  # its mass is known
+
+    def settled_together(self, parts: Sequence[Massed], c: Sequence[Tensor]) -> Tensor | None:
+        """As :meth:`ramp_fast.rules.Conservation.settled_together`: parts are scaled while they are copied."""
+        if all(part.actual is part.target for part in parts):
+            return None
+        masses = [[part.target, part.target if part.actual is None else part.actual] for part in parts]
+        scale, _ = ops.scale_to(*(torch.stack(some) for some in zip(*masses, strict=True)))
+        windows = c[0].shape[1] // self.batch  # side by side with their sample
+        return ops.rescale_pieces(c, scale if windows == 1 else scale.repeat_interleave(windows, -1), self.contrast)
 
     def within(
         self, x: Tensor, part: Massed, axis: BatchAxis, dtype: torch.dtype, relevance: Callable[..., Tensor]
@@ -205,6 +225,19 @@ class Masses(Conservation):
         """:func:`ramp_fast.ops.spread` of ``c`` ``[T, B, C]`` over the pixels of images ``x`` ``[B, C, H, W]``."""
         c, mass = ops.spread(c, self.channels_last(x, 0), self.contrast)
         return Massed(self.channels_first(c, x), target, mass)
+
+    def in_rows(self, c: Tensor, samples: Sequence[Tensor | None], axis: BatchAxis) -> list[Tensor | None]:
+        """Coefficients ``[T, B, rows, width]`` and what they belong to ``[B, rows, width]``, of a leading batch axis.
+
+        Without copies where samples are parts of the last axis of something, or of every sample of it.
+        """
+        last = self.rows(c, axis).channels_last
+        moved = [t if t is None or not last else t.movedim(-3, -1) for t in (c[0], *samples)]
+        whole = c.shape[1] == self.batch and all(t is None or t[:1].is_contiguous() for t in moved)
+        width = c[0, 0].numel() if whole else (c.shape[-3] if last else c.shape[-1])
+        of_samples = [None if t is None else t.reshape(self.batch, -1, width) for t in moved[1:]]
+        lead = c.movedim(-3, -1) if last else c
+        return [lead.reshape(c.shape[0], self.batch, -1, width), *of_samples]
 
     def channels_last(self, t: Tensor, lead: int) -> Tensor:
         """``[..., B * tiles, C, H, W]`` as ``[..., B, tiles * H * W, C]`` behind ``lead`` axes."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ramp_fast import ops
-from ramp_fast.capture.linear_maps import Term
+from ramp_fast.capture.linear_maps import Exchange, OfLastRows, Term, exchange_of
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
 from ramp_fast.ops.depthwise import MOST_TAPS
@@ -165,23 +165,98 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 class LinearMap(ReadsInput):
-    """A linear function with weights of both signs: ``c_x = sign(x) L^T c + |L|^T c``."""
+    """A linear function with weights of both signs: ``c_x = sign(x) L^T c + |L|^T c``.
+
+    Rows that are moved as they are (:class:`ramp_fast.capture.linear_maps.OfLastRows`) keep their coefficients. They and
+    the others have below the mass that they had above.
+    """
+
+    def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
+        super().__init__(node, precision, fusion, rule)
+        whole = node.target
+        self.of_last_rows = whole if isinstance(whole, OfLastRows) else None
+        self.function: Any = whole.function if isinstance(whole, OfLastRows) else whole
+
+    def needs(self) -> list[Node]:
+        return super().needs() + ([] if self.of_last_rows is None else [self.node])
 
     def prepare(self, constants: dict[Node, Any]) -> None:
-        self._terms: dict[torch.Size, list[Term] | None] = {}  # by the shape of the operand
+        # By the shape of the operand: the transpose as a sum of terms, and where these are an exchange, that.
+        self._known: dict[torch.Size, tuple[list[Term] | None, Exchange | None]] = {}
+
+    def _constants(self, values: Values) -> list[Any]:
+        wide = self.precision.accumulate
+        constants = [values[n] for n in self.node.args[1:]]
+        return [t.to(wide) if isinstance(t, Tensor) and t.is_floating_point() else t for t in constants]
+
+    def _transpose(self, x: Tensor, values: Values) -> tuple[list[Term] | None, Exchange | None]:
+        """Of the map of ``x``: terms of the rows that are not only moved."""
+        if x.shape not in self._known:
+            p = self.node.params
+            rows = x if self.of_last_rows is None else self.of_last_rows.last(x, p.dim)
+            terms = self.function.terms(rows.to(self.precision.accumulate), *self._constants(values))
+            exchange = exchange_of(terms, rows.shape)
+            if exchange is not None and p.first and p.dim != (1 if exchange.rows_first else 2):
+                exchange = None
+            self._known[x.shape] = terms, exchange
+        return self._known[x.shape]
+
+    def forward(self, values: Values) -> tuple[Any, Any]:
+        x = values[self.node.operands[0]]
+        _, exchange = self._transpose(x, values)
+        if exchange is None or not ops.cpu_kernels(x.device):
+            return super().forward(values)
+        swap = exchange.rows_first
+        y = ops.rotary(x.transpose(1, 2) if swap else x, exchange.stay, exchange.cross, exchange.pair)
+        return y.transpose(1, 2) if swap else y, None
 
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
         source = self.node.operands[0]
         x = values[source]
-        function: Any = self.node.target
-        wide = part.c.to(self.precision.accumulate)
-        constants = [values[n] for n in self.node.args[1:]]
-        constants = [t.to(wide.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in constants]
-        if x.shape not in self._terms:
-            self._terms[x.shape] = function.terms(x.to(wide.dtype), *constants)
-        terms = self._terms[x.shape]
+        _, exchange = self._transpose(x, values)
+        y = values[self.node] if self.of_last_rows is not None else None
+        if exchange is not None and source.batch.plain:
+            yield Flow(source, self._exchanged(part, x, y, exchange, conservation))
+        elif y is None:
+            yield Flow(source, Massed(self._pulled(part.c, x, x, values), part.target))
+        else:
+            yield Flow(source, self._by_rows(part, x, y, values, conservation))
+
+    def _exchanged(
+        self, part: Massed, x: Tensor, y: Tensor | None, exchange: Exchange, conservation: Masses
+    ) -> Massed:
+        """All of it in one operator."""
+        c, stay, cross, pair, swap = part.c, *exchange
+        if swap:
+            c, x, y = c.transpose(2, 3), x.transpose(1, 2), None if y is None else y.transpose(1, 2)
+        c, mass = ops.rotary_pullback(c, x, y, stay, cross, pair, part.target, conservation.contrast)
+        return Massed(c.transpose(2, 3) if swap else c, mass, mass)
+
+    def _by_rows(self, part: Massed, x: Tensor, y: Tensor, values: Values, conservation: Masses) -> Massed:
+        """Rows that are moved, and rows that are mapped."""
+        assert self.of_last_rows is not None
+        dim, first, axis = self.node.params.dim, self.node.params.first, self.node.batch
+        part = conservation.exact(y, part, axis)
+        sizes = [first, y.shape[dim] - first]
+        moved, mapped = (
+            conservation.piece(part, own, c, axis)
+            for own, c in zip(y.split(sizes, dim), part.c.split(sizes, dim + 1), strict=True)
+        )
+        pulled = self._pulled(mapped.c, self.of_last_rows.last(x, dim), x, values)
+        both = [
+            torch.cat([moved.c, torch.zeros_like(pulled)], dim + 1),
+            torch.cat([torch.zeros_like(moved.c), pulled], dim + 1),
+        ]
+        return conservation.merge(x, [Massed(both[0], moved.target), Massed(both[1], mapped.target)], axis)
+
+    def _pulled(self, narrow: Tensor, x: Tensor, whole: Tensor, values: Values) -> Tensor:
+        """``sign(x) L^T c + |L|^T c`` of mapped rows ``x``, a part of the operand ``whole``."""
+        function = self.function
+        wide = narrow.to(self.precision.accumulate)
+        terms, _ = self._transpose(whole, values)
         if terms is None:
+            constants = self._constants(values)
             signed = vjp(lambda u: function(u, *constants), tuple(x.shape), wide)
             absolute = vjp(lambda u: function.absolute(u, *constants), tuple(x.shape), wide)
             pulled = x.sign() * signed + absolute
@@ -189,9 +264,9 @@ class LinearMap(ReadsInput):
             pulled = torch.zeros((), dtype=wide.dtype, device=wide.device)
             sign = x.sign().to(wide.dtype)
             for term in terms:
-                c = term.moved(part.c).to(wide.dtype)
+                c = term.moved(narrow).to(wide.dtype)
                 pulled = torch.addcmul(pulled, c, torch.addcmul(term.weight.abs(), sign, term.weight))
-        yield Flow(source, Massed(pulled.to(part.c.dtype), part.target))
+        return pulled.to(narrow.dtype)
 
 
 class _AtPoint(ReadsInput):

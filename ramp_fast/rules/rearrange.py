@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ramp_fast.graph import Node
+from ramp_fast.graph import BatchAxis, Node
 from ramp_fast.rules.base import Flow, Operation, Values, reduce_to, stacked_view, vjp
 
 _Inverse = Callable[[Tensor, Node, torch.Size], Tensor]
@@ -126,14 +127,24 @@ class Split(Operation):
     pullback_kernel = "copy"
 
     def forward(self, values: Values) -> tuple[Any, Any]:
-        pieces = values.call(self.node)
-        return pieces, (values[self.node.operands[0]].shape, [p.shape for p in pieces])
+        pieces, source = values.call(self.node), values[self.node.operands[0]]
+        # Coefficients are put together in the memory order of the value, so that what is below does not copy them.
+        order = sorted(range(source.dim()), key=source.stride, reverse=True)
+        return pieces, (source.shape, [p.shape for p in pieces], order)
 
-    def join(self, pieces: dict[int, Tensor], kept: Any) -> Tensor:
-        shape, shapes = kept
+    def join(self, parts: dict[int, Any], kept: Any, conservation: Any) -> Tensor:
+        """Coefficients of the operand from measured parts by the number of their output."""
+        shape, shapes, order = kept
         dim = self.node.params.dim + 1
         unbound = self.node.params.how == "unbind"
-        if unbound and len(pieces) == shape[dim - 1]:
+        if len(parts) == len(shapes):
+            every = [parts[i] for i in range(len(shapes))]
+            together = self._together(every, shape, conservation)
+            if together is not None:
+                return together
+        axis = self._axis_of_parts
+        pieces = {i: conservation.settled(part, axis).c for i, part in parts.items()}
+        if unbound and len(pieces) == len(shapes):
             beside = stacked_view([pieces[i] for i in range(len(pieces))], dim)
             if beside is not None:
                 return beside
@@ -141,7 +152,8 @@ class Split(Operation):
         dtype = first.dtype
         for piece in pieces.values():
             dtype = torch.promote_types(dtype, piece.dtype)
-        whole = first.new_empty(first.shape[0], *shape, dtype=dtype)
+        back = [order.index(d) + 1 for d in range(len(shape))]
+        whole = first.new_empty(first.shape[0], *(shape[d] for d in order), dtype=dtype).permute(0, *back)
         places = whole.unbind(dim) if unbound else whole.split([s[dim - 1] for s in shapes], dim)
         for i, place in enumerate(places):
             if i in pieces:
@@ -150,16 +162,38 @@ class Split(Operation):
                 place.zero_()
         return whole
 
+    @property
+    def _axis_of_parts(self) -> BatchAxis:
+        """Where samples are in every output."""
+        axis = self.node.operands[0].batch
+        gone = self.node.params.how == "unbind" and self.node.params.dim < axis.axis
+        return replace(axis, axis=axis.axis - gone)
+
+    def _together(self, parts: list[Any], shape: torch.Size, conservation: Any) -> Tensor | None:
+        """What makes q, k and v of one tensor, or parts of the last axis, scaled and put together in one pass."""
+        p = self.node.params
+        c = [part.c for part in parts]
+        if any(t.shape != c[0].shape for t in c) or not self._axis_of_parts.leading:
+            return None
+        if p.how == "unbind" and p.dim == 0 and c[0].dim() == 5:
+            whole = conservation.settled_together(parts, c)
+            return None if whole is None else whole.permute(0, 3, 1, 4, 2, 5)
+        if p.how == "unbind" or p.dim != len(shape) - 1 or len(shape) < 2:
+            return None
+        rows = [t.reshape(*t.shape[:2], 1, t.shape[2:-1].numel(), t.shape[-1]) for t in c]
+        whole = conservation.settled_together(parts, rows)
+        return None if whole is None else whole.view(len(c[0]), *shape)
+
 
 class SplitOutput(Operation):
-    """One output of :class:`Split`: its relevance is scaled here, so that the parts can be put together."""
+    """One output of :class:`Split`: its relevance is measured here, so that the parts can be scaled and put together."""
 
-    pullback_kernel = "rescale"
+    pullback_kernel = "mass"
 
     def needs(self) -> list[Node]:
         return [self.node]
 
     def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
-        part = conservation.exact(values[self.node], part, self.node.batch)
+        part = conservation.measured(values[self.node], part, self.node.batch)
         yield Flow(self.node.operands[0], part, self.node.params.index)

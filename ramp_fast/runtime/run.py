@@ -95,7 +95,7 @@ def pull_back(plan: Plan, forward: Forward, c: Tensor, contrast: bool, inspectio
                 saved = kept.pop(node)
                 if parts:
                     parts = dict(zip(parts, conservation.aligned(list(parts.values())), strict=True))
-                    joined = operation.join({i: p.c for i, p in parts.items()}, saved)
+                    joined = operation.join(parts, saved, conservation)
                     flows.append(Flow(node.operands[0], conservation.together(joined, parts.values())))
             else:
                 arrived = pending.pop(node, [])
