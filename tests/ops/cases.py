@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ramp_fast import ops
 from ramp_fast.ops import _registry
-from ramp_fast.ops._common import affine_factor_from, mass_equation, rescale_equation
+from ramp_fast.ops._common import affine_factor_from, divide, mass_equation, rescale_equation
 from ramp_fast.ops._registry import equation
 from ramp_fast.ops.activation import FUNCTIONS, SHARES
 from ramp_fast.ops.linear import unpack_panels
 from ramp_fast.ops.product import unpack_tiles
+from ramp_fast.ops.rotary import exchanged
 
 EPS = 1e-6
 
@@ -169,7 +170,7 @@ def _in_float64(a: Any) -> Any:
 def of_sample(args: tuple[Any, ...], name: str, first: int, last: int) -> tuple[Any, ...]:
     """The same call with samples [first, last) only."""
     coefficients = {"c", "acc", "first", "second", "first_scale", "second_scale", "scale", "n_scale"}
-    parameters = {"weight", "bias", "gain", "shift", "panels", "tiles"}
+    parameters = {"weight", "bias", "gain", "shift", "panels", "tiles", "stay", "cross"}
     schema = getattr(torch.ops.ramp_fast, name).default._schema
     parts: list[Any] = []
     for argument, value in zip(schema.arguments, args, strict=True):
@@ -191,7 +192,7 @@ def of_sample(args: tuple[Any, ...], name: str, first: int, last: int) -> tuple[
 
 def batch_axes(name: str, outputs: int) -> list[int]:
     """The axis of samples of each output."""
-    axes = [0 if name in (*FACTORS, "mask_steps", "product", "sides") else 1] * outputs
+    axes = [0 if name in (*FACTORS, "mask_steps", "product", "rotary", "sides") else 1] * outputs
     if name in ("attention_pullback", "share", "piece_masses"):
         axes[-1] = 2  # masses are [n, T, B]
     return axes
@@ -577,6 +578,85 @@ def _merge_pieces(o: Options) -> tuple[Any, ...]:
 def _merge_pieces_magnitude(pieces: list[Tensor], scales: Tensor, contrast: bool) -> tuple[Tensor, ...]:
     several = zip(pieces, scales, strict=True)
     return (torch.stack([_rescale_magnitude(c, scale, contrast) for c, scale in several]).sum(0),)
+def _gating(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    rows, width = _by_channel(o)
+    # parts of wider rows, as a gate takes them apart
+    a, b, x = (torch.cat([d.sample(rows, width), d.sample(rows, 3)], -1)[..., :width] for _ in range(3))
+    further = o.seed % 2 == 1
+    factor = d.sample(rows, width).to(o.c_dtype) if further else None
+    return d.coefficient(rows, width), a, b, x if further else None, factor, o.contrast
+
+
+def _gating_magnitude(
+    c: Tensor, a: Tensor, b: Tensor, x: Tensor | None, factor: Tensor | None, contrast: bool
+) -> tuple[Tensor, ...]:
+    c_a, c_b, at = 2 * c.abs() * b.abs(), 2 * c.abs() * a.abs(), a
+    if x is not None and factor is not None:
+        c_a, at = c_a * factor.abs(), x
+    return c_a, c_b, _mass_of(at, c_a, contrast), _mass_of(b, c_b, contrast)
+
+
+def _rescale_pieces(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    heads, rows, width = 1 + o.seed % 3, math.prod(o.rows[:-1]), o.rows[-1]
+    pieces = [d.coefficient(rows, heads, width).transpose(2, 3) for _ in range(1 + o.seed % 4)]
+    pieces[-1] = pieces[-1].to(o.x_dtype)
+    return pieces, torch.stack([d.scale() for _ in pieces]), o.contrast
+
+
+def _pieces_magnitude(pieces: list[Tensor], scale: Tensor, contrast: bool) -> tuple[Tensor, ...]:
+    scaled = [_rescale_magnitude(c, own, contrast) for c, own in zip(pieces, scale, strict=True)]
+    return (torch.stack(scaled, 3).permute(0, 1, 4, 3, 2, 5),)
+
+
+def _exchange(d: Draw) -> tuple[Any, ...]:
+    """An operand, weights and how far partners are apart, around vectors of 16; half of the cases move rows as well."""
+    heads, rows = 1 + d.o.seed % 3, math.prod(d.o.rows) % 67
+    pair, runs = ((1, 33), (1, 8), (16, 1), (20, 2), (3, 5), (2, 1))[d.o.seed % 6]
+    first = min(rows, d.o.seed % 4)
+    shape = heads if d.o.seed % 5 else 1, rows - first, 2 * pair * runs
+    dtype = torch.float64 if d.o.arithmetic == torch.float64 else torch.float32
+    x = d.sample(rows, heads, shape[-1]).transpose(1, 2)
+    return x, d.normal(*shape, dtype=dtype), d.normal(*shape, dtype=dtype), pair
+
+
+def _rotary_magnitude(x: Tensor, stay: Tensor, cross: Tensor, pair: int) -> tuple[Tensor, ...]:
+    return (equation("rotary")(x.abs(), stay.abs(), cross.abs(), pair),)
+
+
+def _rotary_pullback(o: Options) -> tuple[Any, ...]:
+    d = Draw(o)
+    x, *map_ = _exchange(d)
+    heads, rows, width = x.shape[1:]
+    y = None if len(map_[0][0]) == rows and o.contrast else d.sample(heads, rows, width)
+    c = d.coefficient(rows, heads, width).transpose(2, 3)
+    return c, x, y, *map_, d.scale().abs(), o.contrast
+
+
+def _rotary_pullback_magnitude(
+    c: Tensor, x: Tensor, y: Tensor | None, stay: Tensor, cross: Tensor, pair: int, target: Tensor, contrast: bool
+) -> tuple[Tensor, ...]:
+    # scales as they are, and everything that they multiply without cancelling
+    first = x.shape[2] - stay.shape[1]
+    own, sign = c[:, :, :, first:], x[:, :, first:].sign()
+    weights = stay.abs() + sign * stay, cross.abs() + sign * cross
+    turned = weights[0] * own + weights[1] * exchanged(own, pair)
+    size = weights[0] * own.abs() + weights[1] * exchanged(own.abs(), pair)
+    below = mass_equation(x[:, :, first:], turned, contrast)
+    above = target if y is None else mass_equation(y[:, :, first:], own, contrast)
+    kept = torch.zeros_like(above) if y is None else mass_equation(y[:, :, :first], c[:, :, :, :first], contrast)
+    scale = torch.ones_like(target) if y is None else divide(target, kept + above)
+    # A mass of N is a sum of differences: how far they cancel makes its scale as much less exact.
+    lost = 1 + divide(_mass_of(x[:, :, first:], size, contrast), below)
+    if y is not None:
+        lost = lost + divide(_mass_of(y, c.abs(), contrast), kept + above)
+        lost = lost + divide(_mass_of(y[:, :, first:], own.abs(), contrast), above)
+    if contrast:  # P has a part in D by both scales
+        lost = torch.maximum(*lost.chunk(2)).repeat(2, 1)
+    moved = _rescale_magnitude(c[:, :, :, :first].abs(), scale * lost, contrast)
+    mapped = _rescale_magnitude(size, divide(scale * above, below) * lost, contrast)
+    return torch.cat([moved, mapped], 3), target * lost
 
 
 def _mass_of(x: Tensor, c: Tensor, contrast: bool) -> Tensor:
@@ -755,6 +835,10 @@ CASES = {
         Case("spread", _spread, _spread_magnitude),
         Case("piece_masses", _piece_masses, _piece_masses_magnitude),
         Case("merge_pieces", _merge_pieces, _merge_pieces_magnitude),
+        Case("gating_pullback", _gating, _gating_magnitude),
+        Case("rescale_pieces", _rescale_pieces, _pieces_magnitude),
+        Case("rotary", lambda o: _exchange(Draw(o)), _rotary_magnitude),
+        Case("rotary_pullback", _rotary_pullback, _rotary_pullback_magnitude),
         Case("depthwise", _depthwise, _depthwise_magnitude),
         Case("activation_factor", _activation_factor, _activation_magnitude),
         Case("activation_share", _activation_share, lambda x, *_: (x.abs(), torch.ones_like(x))),

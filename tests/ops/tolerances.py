@@ -92,6 +92,18 @@ COMPUTE = {
     # up to four terms of two products each
     ("merge_pieces", torch.float32): 2e-6,
     ("merge_pieces", torch.float64): 4e-15,
+    # three products; sums in blocks, in double from there on
+    ("gating_pullback", torch.float32): 2e-6,
+    ("gating_pullback", torch.float64): 1e-14,
+    # as rescale
+    ("rescale_pieces", torch.float32): 4e-7,
+    ("rescale_pieces", torch.float64): 1e-15,
+    # two products and a sum
+    ("rotary", torch.float32): 2e-7,
+    ("rotary", torch.float64): 4e-16,
+    # the same with weights that are sums, masses of a row's heads in float, quotients of masses, and rescale
+    ("rotary_pullback", torch.float32): 2e-6,
+    ("rotary_pullback", torch.float64): 1e-14,
     # up to 15 terms and a bias
     ("depthwise", torch.float32): 2e-6,
     ("depthwise", torch.float64): 4e-15,
