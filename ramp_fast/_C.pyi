@@ -101,6 +101,38 @@ def attention_gradient(
     threads: _Threads,
     /,
 ) -> None: ...
+def gating_pullback(
+    c: Tensor,
+    a: Tensor,
+    b: Tensor,
+    x: Tensor | None,
+    factor: Tensor | None,
+    contrast: bool,
+    c_a: Tensor,
+    c_b: Tensor,
+    mass_a: Tensor,
+    mass_b: Tensor,
+    threads: _Threads,
+    /,
+) -> None: ...
+def rescale_pieces(
+    pieces: Sequence[Tensor], scale: Tensor, contrast: bool, out: Tensor, threads: _Threads, /
+) -> None: ...
+def rotary(x: Tensor, stay: Tensor, cross: Tensor, pair: int, y: Tensor, threads: _Threads, /) -> None: ...
+def rotary_pullback(
+    c: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    stay: Tensor,
+    cross: Tensor,
+    pair: int,
+    target: Tensor,
+    contrast: bool,
+    out: Tensor,
+    mass: Tensor,
+    threads: _Threads,
+    /,
+) -> None: ...
 def masked_copies(
     images: Tensor,
     steps: Tensor,

@@ -13,7 +13,8 @@ StridedOperand strided(const TensorView& x, bool maps) {
 }
 
 // Checks what both have, and sets it.
-void set_map(RotaryArgs& args, const TensorView& x, const TensorView& stay, const TensorView& cross, int pair) {
+void set_map(RotaryArgs& args, const TensorView& x, const TensorView& stay, const TensorView& cross,
+             int pair) {
     if (x.ndim() != 4) fail(x.describe() + " must be [B, H, N, D]");
     if (stay.ndim() != 3) fail(stay.describe() + " must be [H or 1, rows, D]");
     args.batch = x.size(0);
@@ -24,8 +25,7 @@ void set_map(RotaryArgs& args, const TensorView& x, const TensorView& stay, cons
     args.first = args.rows - stay.size(1);
     if (args.weight_heads != 1 && args.weight_heads != args.heads)
         fail(stay.describe() + " must be of one head, or of those of " + x.describe());
-    if (args.first < 0 || stay.size(2) != args.width)
-        fail(stay.describe() + " does not fit " + x.describe());
+    if (args.first < 0 || stay.size(2) != args.width) fail(stay.describe() + " does not fit " + x.describe());
     cross.same_shape(stay).contiguous();
     stay.contiguous();
     if (pair < 1 || args.width % (2 * static_cast<std::int64_t>(pair)) != 0)
@@ -47,8 +47,9 @@ void rotary(py::handle x_, py::handle stay_, py::handle cross_, int pair, py::ha
     RF_CALL_ROUNDING(rotary, args);
 }
 
-void rotary_pullback(py::handle c_, py::handle x_, py::handle y_, py::handle stay_, py::handle cross_, int pair,
-                     py::handle target_, bool contrast, py::handle out_, py::handle mass_, int threads) {
+void rotary_pullback(py::handle c_, py::handle x_, py::handle y_, py::handle stay_, py::handle cross_,
+                     int pair, py::handle target_, bool contrast, py::handle out_, py::handle mass_,
+                     int threads) {
     const TensorView c(c_, "c"), x(x_, "x"), stay(stay_, "stay"), cross(cross_, "cross"),
         target(target_, "target"), out(out_, "out"), mass(mass_, "mass");
     const auto y = optional_view(y_, "y");

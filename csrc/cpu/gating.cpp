@@ -1,5 +1,5 @@
-// Parts of a tensor that a gate takes apart: what a product of two of them pulls back, entry by entry, and scaled
-// coefficients put back into their place.
+// Parts of a tensor that a gate takes apart: what a product of two of them pulls back, entry by entry, and
+// scaled coefficients put back into their place.
 #include "cpu/lanes.h"
 #include "cpu/mass.h"
 
@@ -15,9 +15,9 @@ struct AnyTypes {
 // As in an attribution in "mixed": known to the compiler, or every read and write would begin with a test.
 struct MixedGate {
     static bool fit(const GatingArgs& args) {
-        return args.c.dtype == DType::bf16 && args.c_a.dtype == DType::bf16 && args.c_b.dtype == DType::bf16 &&
-               args.a.dtype == DType::f32 && args.b.dtype == DType::f32 && args.x.dtype == DType::f32 &&
-               args.factor.dtype == DType::bf16;
+        return args.c.dtype == DType::bf16 && args.c_a.dtype == DType::bf16 &&
+               args.c_b.dtype == DType::bf16 && args.a.dtype == DType::f32 && args.b.dtype == DType::f32 &&
+               args.x.dtype == DType::f32 && args.factor.dtype == DType::bf16;
     }
     static RF_INLINE GatingArgs set(GatingArgs args) {
         args.c.dtype = args.c_a.dtype = args.c_b.dtype = args.factor.dtype = DType::bf16;
@@ -136,11 +136,15 @@ void run_gating(const GatingArgs& args) {
     Partials partials(args.batch * chunks * 2 * args.num_maps);
     const Gating<F> job{args, blocks, step, chunks, partials.data()};
     const bool further = args.factor.data != nullptr;
-    const Task task = further ? (args.contrast ? gating_rows<F, Dtypes, true, true> : gating_rows<F, Dtypes, false, true>)
-                              : (args.contrast ? gating_rows<F, Dtypes, true, false> : gating_rows<F, Dtypes, false, false>);
-    parallel_for(args.batch * chunks, args.num_maps * args.batch * args.rows * args.width, args.threads, task, &job, 0);
+    const Task task =
+        further
+            ? (args.contrast ? gating_rows<F, Dtypes, true, true> : gating_rows<F, Dtypes, false, true>)
+            : (args.contrast ? gating_rows<F, Dtypes, true, false> : gating_rows<F, Dtypes, false, false>);
+    parallel_for(args.batch * chunks, args.num_maps * args.batch * args.rows * args.width, args.threads, task,
+                 &job, 0);
     store_masses(args.mass_a, 0, args.num_maps, args.batch, job.partials, chunks, 2 * args.num_maps);
-    store_masses(args.mass_b, 0, args.num_maps, args.batch, job.partials + args.num_maps, chunks, 2 * args.num_maps);
+    store_masses(args.mass_b, 0, args.num_maps, args.batch, job.partials + args.num_maps, chunks,
+                 2 * args.num_maps);
 }
 
 RF_INLINE int64_t place(const StridedOperand& x, int64_t t, int64_t b, int64_t h, int64_t n) {

@@ -383,12 +383,13 @@ struct AttentionGradientArgs {
     int threads;
 };
 
-// A linear map of rows that mixes an element with its partner only, which is `pair` elements further on in every
-// first half of 2 pair elements, and as many back in the second half: y = stay x + (cross x) of the partner. Rows
-// before `first` are moved as they are. With c the pull-back of that: a weight w is |w| + sign(x) w, and
+// A linear map of rows that mixes an element with its partner only, which is `pair` elements further on in
+// every first half of 2 pair elements, and as many back in the second half: y = stay x + (cross x) of the
+// partner. Rows before `first` are moved as they are. With c the pull-back of that: a weight w is |w| +
+// sign(x) w, and
 //   out = s c in rows that are moved, r (stay c + cross (c of the partner)) in those that are turned,
-// s such that c has the mass `target` at y, r such that turned rows have at x what they have at y. Without y all
-// rows are turned, and have the mass `target` together.
+// s such that c has the mass `target` at y, r such that turned rows have at x what they have at y. Without y
+// all rows are turned, and have the mass `target` together.
 struct RotaryArgs {
     std::int64_t num_maps, batch, heads, rows, width;  // T, B, H, N, D
     std::int64_t first, pair;
@@ -401,15 +402,16 @@ struct RotaryArgs {
     int threads;
 };
 
-// The pull-back of a gate z = a b, entry by entry, and on through a = f(x) with `factor`: with g = 2 [a b > 0] c
+// The pull-back of a gate z = a b, entry by entry, and on through a = f(x) with `factor`: with g = 2 [a b >
+// 0] c
 //   c_a = |b| g,  c_b = |a| g,  and their masses; with factor c_a is factor |b| g, and its mass is that at x
 struct GatingArgs {
     std::int64_t num_maps, batch, rows, width;
     bool contrast;
-    Operand c, c_a, c_b;                // [T, B, rows, width]
-    Operand a, b, x, factor;            // [B, rows, width]; the last two may be absent
+    Operand c, c_a, c_b;                     // [T, B, rows, width]
+    Operand a, b, x, factor;                 // [B, rows, width]; the last two may be absent
     std::int64_t of_a[2], of_b[2], of_x[2];  // from sample to sample and from row to row, in elements
-    Operand mass_a, mass_b;             // [T, B]
+    Operand mass_a, mass_b;                  // [T, B]
     int threads;
 };
 
@@ -464,7 +466,7 @@ struct ChecksumArgs {
     void rotary(const RotaryArgs&);                        \
     void rotary_pullback(const RotaryArgs&);               \
     void gating_pullback(const GatingArgs&);               \
-    void rescale_piece(const PlaceArgs&);                   \
+    void rescale_piece(const PlaceArgs&);                  \
     void attention_pullback(const AttentionArgs&);         \
     void attention_gradient(const AttentionGradientArgs&); \
     }

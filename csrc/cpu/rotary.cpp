@@ -153,11 +153,12 @@ void pullback_rows(int64_t index, const void* context, void*) {
                     if (!kept) {
                         const V x = read<V>(args.x.operand, of_x + i), zero{};
                         const V one = zero + F(1), sign = x > zero ? one : (x < zero ? -one : zero);
-                        const V stay = read<V>(args.stay, weight + i), cross = read<V>(args.cross, weight + i);
+                        const V stay = read<V>(args.stay, weight + i),
+                                cross = read<V>(args.cross, weight + i);
                         const V of_own = magnitude<V>(stay) + sign * stay;
                         const V of_other = magnitude<V>(cross) + sign * cross;
-                        const V q = partners<V, neighbours>(
-                            p, [&] { return read<V>(args.c.operand, of_p + other); });
+                        const V q =
+                            partners<V, neighbours>(p, [&] { return read<V>(args.c.operand, of_p + other); });
                         p = of_own * p + of_other * q;
                         if (contrast) {
                             const V e = partners<V, neighbours>(

@@ -239,7 +239,9 @@ class OfLastRows:
     first: int
 
     def __call__(self, x: Tensor, *constants: Any) -> Tensor:
-        return torch.cat([x.narrow(self.dim, 0, self.first), self.function(self.last(x, self.dim), *constants)], self.dim)
+        return torch.cat(
+            [x.narrow(self.dim, 0, self.first), self.function(self.last(x, self.dim), *constants)], self.dim
+        )
 
     def last(self, t: Tensor, dim: int) -> Tensor:
         """The rows of ``t`` along its axis ``dim`` that are not only moved."""

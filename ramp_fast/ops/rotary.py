@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, get_num_threads
 
-from ramp_fast.ops._common import C, compute_dtype, divide, mass_equation, rescale_equation
+from ramp_fast.ops._common import C, compute_dtype, contiguous_like, divide, mass_equation, rescale_equation
 from ramp_fast.ops._registry import operator
 
 
 def exchanged(t: Tensor, pair: int) -> Tensor:
     """Of every element its partner: halves of each run of ``2 pair`` elements of the last axis change places."""
-    return t.unflatten(-1, (-1, 2, pair)).flip(-2).flatten(-3)
+    runs: Tensor = t.unflatten(-1, (-1, 2, pair))
+    return runs.flip(-2).flatten(-3)
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -19,15 +20,12 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _rotary_cpu(x: Tensor, stay: Tensor, cross: Tensor, pair: int) -> Tensor:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = contiguous_like(x)
     C.rotary(_dense(x), stay.contiguous(), cross.contiguous(), pair, y, get_num_threads())
     return y
 
 
-@operator(
-    outputs=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
-    cpu=_rotary_cpu,
-)
+@operator(outputs=contiguous_like, cpu=_rotary_cpu)
 def rotary(x: Tensor, stay: Tensor, cross: Tensor, pair: int) -> Tensor:
     """A linear map of rows that adds to every element a multiple of its partner, as rotary embeddings do.
 
@@ -51,10 +49,10 @@ def rotary(x: Tensor, stay: Tensor, cross: Tensor, pair: int) -> Tensor:
     return torch.cat([x[:, :, :first], turned.to(x.dtype)], 2)
 
 
-def _pulled_outputs(c: Tensor, x: Tensor, y: Tensor | None, stay: Tensor, cross: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(c, memory_format=torch.contiguous_format), c.new_empty(
-        c.shape[:2], dtype=compute_dtype(c, x, y, stay, cross)
-    )
+def _pulled_outputs(
+    c: Tensor, x: Tensor, y: Tensor | None, stay: Tensor, cross: Tensor, *_: object
+) -> tuple[Tensor, Tensor]:
+    return contiguous_like(c), c.new_empty(c.shape[:2], dtype=compute_dtype(c, x, y, stay, cross))
 
 
 def _rotary_pullback_cpu(

@@ -33,8 +33,10 @@ def plain_product(node: Node) -> bool:
     if len(node.operands) != 2 or node.operands[0] is node.operands[1]:
         return False
     a, b = node.operands
-    return a.example == b.example == node.example and not (a.constant or b.constant) and bool(
-        a.batch == b.batch == node.batch and node.batch.leading and len(node.example) > 1
+    return (
+        a.example == b.example == node.example
+        and not (a.constant or b.constant)
+        and bool(a.batch == b.batch == node.batch and node.batch.leading and len(node.example) > 1)
     )
 
 
@@ -247,17 +249,18 @@ class Mul(Operation):
 
     def _entrywise(self, part: Massed, values: Values, conservation: Masses) -> Iterator[Flow]:
         """Both operands in one pass, and the activation that one of them is."""
-        first, second = self.node.operands
+        source, second = self.node.operands
         activation = self.fusion.fused_activation
-        x = factor = None
-        source = first
+        if activation is second:
+            source, second = second, source
+        samples = [values[source], values[second]]
         if activation is not None:
-            if activation is second:
-                first, second = second, first
             source = activation.operands[0]
-            x, factor = values[source], values.take(activation)
-        c, *operands = conservation.in_rows(part.c, [values[first], values[second], x, factor], self.node.batch)
-        c_a, c_b, *masses = ops.gating_pullback(c, *operands, conservation.contrast)
+            samples += [values[source], values.take(activation)]
+        c, rows = conservation.in_rows(part.c, samples, self.node.batch)
+        a, b, *further = rows
+        x, factor = further or (None, None)
+        c_a, c_b, *masses = ops.gating_pullback(c, a, b, x, factor, conservation.contrast)
         back = conservation.rows(part.c, self.node.batch).back
         # |a| c_a is |b| c_b everywhere: with an activation the first mass is that of what it reads.
         targets = share(part.target, [masses[-1]] * 2, self.rule.shares)

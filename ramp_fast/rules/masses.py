@@ -226,18 +226,18 @@ class Masses(Conservation):
         c, mass = ops.spread(c, self.channels_last(x, 0), self.contrast)
         return Massed(self.channels_first(c, x), target, mass)
 
-    def in_rows(self, c: Tensor, samples: Sequence[Tensor | None], axis: BatchAxis) -> list[Tensor | None]:
+    def in_rows(self, c: Tensor, samples: Sequence[Tensor], axis: BatchAxis) -> tuple[Tensor, list[Tensor]]:
         """Coefficients ``[T, B, rows, width]`` and what they belong to ``[B, rows, width]``, of a leading batch axis.
 
         Without copies where samples are parts of the last axis of something, or of every sample of it.
         """
-        last = self.rows(c, axis).channels_last
-        moved = [t if t is None or not last else t.movedim(-3, -1) for t in (c[0], *samples)]
-        whole = c.shape[1] == self.batch and all(t is None or t[:1].is_contiguous() for t in moved)
-        width = c[0, 0].numel() if whole else (c.shape[-3] if last else c.shape[-1])
-        of_samples = [None if t is None else t.reshape(self.batch, -1, width) for t in moved[1:]]
-        lead = c.movedim(-3, -1) if last else c
-        return [lead.reshape(c.shape[0], self.batch, -1, width), *of_samples]
+        if self.rows(c, axis).channels_last:
+            c, samples = c.movedim(-3, -1), [t.movedim(-3, -1) for t in samples]
+        # One row where every sample lies in one run, or the last axis.
+        runs = c.shape[1] == self.batch and all(t[:1].is_contiguous() for t in (c[0], *samples))
+        width = c.shape[2:].numel() if runs else c.shape[-1]
+        rows = [t.reshape(self.batch, -1, width) for t in samples]
+        return c.reshape(c.shape[0], self.batch, -1, width), rows
 
     def channels_last(self, t: Tensor, lead: int) -> Tensor:
         """``[..., B * tiles, C, H, W]`` as ``[..., B, tiles * H * W, C]`` behind ``lead`` axes."""

@@ -167,8 +167,8 @@ def _pair(value: Any) -> tuple[int, int]:
 class LinearMap(ReadsInput):
     """A linear function with weights of both signs: ``c_x = sign(x) L^T c + |L|^T c``.
 
-    Rows that are moved as they are (:class:`ramp_fast.capture.linear_maps.OfLastRows`) keep their coefficients. They and
-    the others have below the mass that they had above.
+    Rows that are moved as they are (:class:`ramp_fast.capture.linear_maps.OfLastRows`) keep their coefficients. They
+    and the others have below the mass that they had above.
     """
 
     def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
@@ -223,9 +223,7 @@ class LinearMap(ReadsInput):
         else:
             yield Flow(source, self._by_rows(part, x, y, values, conservation))
 
-    def _exchanged(
-        self, part: Massed, x: Tensor, y: Tensor | None, exchange: Exchange, conservation: Masses
-    ) -> Massed:
+    def _exchanged(self, part: Massed, x: Tensor, y: Tensor | None, exchange: Exchange, conservation: Masses) -> Massed:
         """All of it in one operator."""
         c, stay, cross, pair, swap = part.c, *exchange
         if swap:

@@ -148,7 +148,7 @@ class Split(Operation):
             beside = stacked_view([pieces[i] for i in range(len(pieces))], dim)
             if beside is not None:
                 return beside
-        first = next(iter(pieces.values()))
+        first: Tensor = next(iter(pieces.values()))
         dtype = first.dtype
         for piece in pieces.values():
             dtype = torch.promote_types(dtype, piece.dtype)
@@ -176,7 +176,7 @@ class Split(Operation):
         if any(t.shape != c[0].shape for t in c) or not self._axis_of_parts.leading:
             return None
         if p.how == "unbind" and p.dim == 0 and c[0].dim() == 5:
-            whole = conservation.settled_together(parts, c)
+            whole: Tensor | None = conservation.settled_together(parts, c)
             return None if whole is None else whole.permute(0, 3, 1, 4, 2, 5)
         if p.how == "unbind" or p.dim != len(shape) - 1 or len(shape) < 2:
             return None
@@ -186,7 +186,7 @@ class Split(Operation):
 
 
 class SplitOutput(Operation):
-    """One output of :class:`Split`: its relevance is measured here, so that the parts can be scaled and put together."""
+    """One output of :class:`Split`: its relevance is measured here, so that parts can be scaled and put together."""
 
     pullback_kernel = "mass"
 
