@@ -69,7 +69,7 @@ def gating_pullback(
     return c_a.to(c.dtype).contiguous(), c_b.to(c.dtype).contiguous(), *masses
 
 
-def _pieces_output(pieces: Sequence[Tensor], scale: Tensor, contrast: bool) -> Tensor:
+def _pieces_output(pieces: Sequence[Tensor], scales: Tensor, contrast: bool) -> Tensor:
     first = pieces[0]
     dtype = first.dtype
     for piece in pieces:
@@ -78,20 +78,20 @@ def _pieces_output(pieces: Sequence[Tensor], scale: Tensor, contrast: bool) -> T
     return first.new_empty((rhs, batch, rows, len(pieces), heads, width), dtype=dtype)
 
 
-def _rescale_pieces_cpu(pieces: Sequence[Tensor], scale: Tensor, contrast: bool) -> Tensor:
-    out = _pieces_output(pieces, scale, contrast)
-    C.rescale_pieces([_dense(t) for t in pieces], scale.contiguous(), contrast, out, get_num_threads())
+def _rescale_pieces_cpu(pieces: Sequence[Tensor], scales: Tensor, contrast: bool) -> Tensor:
+    out = _pieces_output(pieces, scales, contrast)
+    C.rescale_pieces([_dense(t) for t in pieces], scales.contiguous(), contrast, out, get_num_threads())
     return out
 
 
 @operator(outputs=_pieces_output, cpu=_rescale_pieces_cpu)
-def rescale_pieces(pieces: Sequence[Tensor], scale: Tensor, contrast: bool) -> Tensor:
+def rescale_pieces(pieces: Sequence[Tensor], scales: Tensor, contrast: bool) -> Tensor:
     """Put pieces side by side, each :func:`rescaled <ramp_fast.ops.rescale>` by its own scale on the way.
 
     Parameters
     ----------
     pieces : sequence of n Tensor [T, B, H, N, D]
-    scale : Tensor [n, T, B]
+    scales : Tensor [n, T, B]
     contrast : bool
 
     Returns
@@ -99,8 +99,8 @@ def rescale_pieces(pieces: Sequence[Tensor], scale: Tensor, contrast: bool) -> T
     Tensor [T, B, N, n, H, D]
         The order of the outputs of a layer that computes q, k and v, in the promoted dtype of the pieces.
     """
-    out = _pieces_output(pieces, scale, contrast)
-    for place, piece, own in zip(out.unbind(3), pieces, scale, strict=True):
+    out = _pieces_output(pieces, scales, contrast)
+    for place, piece, own in zip(out.unbind(3), pieces, scales, strict=True):
         dtype = compute_dtype(piece, own)
         place.copy_(rescale_equation(piece.to(dtype), own.to(dtype), contrast).transpose(2, 3))
     return out

@@ -141,7 +141,10 @@ class Masses(Conservation):
     def together(self, c: Tensor, parts: Iterable[Massed]) -> Massed:
         """As :meth:`ramp_fast.rules.Conservation.together`: masses add."""
         target = total(
-            part.target if part.actual is part.target else ops.scale_to(part.target, part.actual)[1] for part in parts
+            part.target
+            if part.actual is None or part.actual is part.target
+            else ops.scale_to(part.target, part.actual)[1]  # none where all of it is zero
+            for part in parts
         )
         return Massed(c, target, target)
 

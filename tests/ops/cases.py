@@ -578,6 +578,8 @@ def _merge_pieces(o: Options) -> tuple[Any, ...]:
 def _merge_pieces_magnitude(pieces: list[Tensor], scales: Tensor, contrast: bool) -> tuple[Tensor, ...]:
     several = zip(pieces, scales, strict=True)
     return (torch.stack([_rescale_magnitude(c, scale, contrast) for c, scale in several]).sum(0),)
+
+
 def _gating(o: Options) -> tuple[Any, ...]:
     d = Draw(o)
     rows, width = _by_channel(o)
@@ -605,8 +607,8 @@ def _rescale_pieces(o: Options) -> tuple[Any, ...]:
     return pieces, torch.stack([d.scale() for _ in pieces]), o.contrast
 
 
-def _pieces_magnitude(pieces: list[Tensor], scale: Tensor, contrast: bool) -> tuple[Tensor, ...]:
-    scaled = [_rescale_magnitude(c, own, contrast) for c, own in zip(pieces, scale, strict=True)]
+def _pieces_magnitude(pieces: list[Tensor], scales: Tensor, contrast: bool) -> tuple[Tensor, ...]:
+    scaled = [_rescale_magnitude(c, own, contrast) for c, own in zip(pieces, scales, strict=True)]
     return (torch.stack(scaled, 3).permute(0, 1, 4, 3, 2, 5),)
 
 
