@@ -73,12 +73,12 @@ def images() -> Tensor:
 
 def agrees(model: nn.Module, rule: str, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """Maps in one pass are those of separate steps, with contrast and without, and of an image alone."""
-    engine = Engine(model.eval(), rule=rule, precision="float64", input_shape=(3, 12, 12))
+    engine = Engine(model.eval(), rule, "float64", input_shape=(3, 12, 12), micro_batch=3)
     found = [engine.attribute(images(), contrast=contrast).maps for contrast in ("others", "none")]
     alone = engine.attribute(images()[1:2]).maps
     assert torch.equal(alone, found[0][1:2])
     separately(monkeypatch)
-    steps = Engine(model.eval(), rule=rule, precision="float64", input_shape=(3, 12, 12))
+    steps = Engine(model.eval(), rule, "float64", input_shape=(3, 12, 12), micro_batch=3)
     for contrast, maps in zip(("others", "none"), found, strict=True):
         torch.testing.assert_close(maps, steps.attribute(images(), contrast=contrast).maps, rtol=1e-8, atol=1e-12)
     return engine
@@ -96,6 +96,19 @@ def test_rotations(turn: Turn, heads: int, first: int, rule: str, monkeypatch: p
     assert all(n.params.first == (first if folded else 0) for n in maps)
     kinds = [n.kind for n in engine.plan.graph.nodes if n.kind == g.REARRANGE and n.params.how in ("cat", "slice")]
     assert len(kinds) == (0 if not first else 1 if folded else 7)  # that of the tokens stays
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_rotations_before_heads_are_moved(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Before(Rotated):
+        def turned(self, x: Tensor) -> Tensor:
+            x, cos, sin = x.transpose(1, 2), self.cos.unsqueeze(1), self.sin.unsqueeze(1)
+            moved = self.turn(x[:, self.first :], cos, sin) if self.first else self.turn(x, cos, sin)
+            return (torch.cat([x[:, : self.first], moved], 1) if self.first else moved).transpose(1, 2)
+
+    engine = agrees(Before(halves, first), "abslrp", monkeypatch)
+    maps = [n for n in engine.plan.graph.nodes if n.kind == g.LINEAR_MAP]
+    assert [(n.params.dim, n.params.first) for n in maps] == [(1, 1) if first else (0, 0)] * 2
 
 
 def test_other_readers_of_the_parts_keep_them() -> None:
