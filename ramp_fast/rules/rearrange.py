@@ -142,7 +142,7 @@ class Split(Operation):
             together = self._together(every, shape, conservation)
             if together is not None:
                 return together
-        axis = self._axis_of_parts
+        axis = _axis_of_parts(self.node)
         pieces = {i: conservation.settled(part, axis).c for i, part in parts.items()}
         if unbound and len(pieces) == len(shapes):
             beside = stacked_view([pieces[i] for i in range(len(pieces))], dim)
@@ -162,18 +162,11 @@ class Split(Operation):
                 place.zero_()
         return whole
 
-    @property
-    def _axis_of_parts(self) -> BatchAxis:
-        """Where samples are in every output."""
-        axis = self.node.operands[0].batch
-        gone = self.node.params.how == "unbind" and self.node.params.dim < axis.axis
-        return replace(axis, axis=axis.axis - gone)
-
     def _together(self, parts: list[Any], shape: torch.Size, conservation: Any) -> Tensor | None:
         """What makes q, k and v of one tensor, or parts of the last axis, scaled and put together in one pass."""
         p = self.node.params
         c = [part.c for part in parts]
-        if any(t.shape != c[0].shape for t in c) or not self._axis_of_parts.leading:
+        if any(t.shape != c[0].shape for t in c) or not _axis_of_parts(self.node).leading:
             return None
         if p.how == "unbind" and p.dim == 0 and c[0].dim() == 5:
             whole: Tensor | None = conservation.settled_together(parts, c)
@@ -183,6 +176,13 @@ class Split(Operation):
         rows = [t.reshape(*t.shape[:2], 1, t.shape[2:-1].numel(), t.shape[-1]) for t in c]
         whole = conservation.settled_together(parts, rows)
         return None if whole is None else whole.view(len(c[0]), *shape)
+
+
+def _axis_of_parts(split: Node) -> BatchAxis:
+    """Where samples are in every output, unless they are split along the axis of the samples."""
+    axis = split.operands[0].batch
+    gone = split.params.how == "unbind" and split.params.dim < axis.axis
+    return replace(axis, axis=axis.axis - gone)
 
 
 class SplitOutput(Operation):
@@ -195,5 +195,7 @@ class SplitOutput(Operation):
 
     def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
-        part = conservation.measured(values[self.node], part, self.node.batch)
+        own = self.node.batch == _axis_of_parts(self.node.operands[0])
+        known = conservation.measured if own else conservation.exact  # the split knows one axis of all parts
+        part = known(values[self.node], part, self.node.batch)
         yield Flow(self.node.operands[0], part, self.node.params.index)

@@ -614,7 +614,7 @@ def _pieces_magnitude(pieces: list[Tensor], scales: Tensor, contrast: bool) -> t
 
 def _exchange(d: Draw) -> tuple[Any, ...]:
     """An operand, weights and how far partners are apart, around vectors of 16; half of the cases move rows as well."""
-    heads, rows = 1 + d.o.seed % 3, math.prod(d.o.rows) % 67
+    heads, rows = 1 + d.o.seed % 3, 4099 if math.prod(d.o.rows) > 30_000 else math.prod(d.o.rows) % 67
     pair, runs = ((1, 33), (1, 8), (16, 1), (20, 2), (3, 5), (2, 1))[d.o.seed % 6]
     first = min(rows, d.o.seed % 4)
     shape = heads if d.o.seed % 5 else 1, rows - first, 2 * pair * runs
@@ -673,7 +673,7 @@ def _depthwise(o: Options) -> tuple[Any, ...]:
     # channels around a vector and four of them; windows of 3 x 5 and of 2 x 2, a stride that leaves lines over
     channels = 1 + math.prod(o.inner) % 77
     kernel, stride, padding, dilation = (((3, 5), [2, 1], [1, 2], [1, 1]), ((2, 2), [1, 3], [0, 1], [2, 1]))[o.seed % 2]
-    large, transposed = (10, 8), bool(o.seed // 2 % 2)
+    large, transposed = (95, 64) if math.prod(o.inner) > 30_000 else (10, 8), bool(o.seed // 2 % 2)
     small = [
         (n + 2 * p - e * (k - 1) - 1) // s + 1
         for n, p, e, k, s in zip(large, padding, dilation, kernel, stride, strict=True)
