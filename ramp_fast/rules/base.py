@@ -176,7 +176,9 @@ def _no_larger(node: Node) -> bool:
         return bool(node.params.how == "relu")
     if node.kind == g.REARRANGE:
         return node.params.how in ("reshape", "permute", "slice", "select", "cat", "stack", "same")
-    return node.kind == g.MAX_POOL or (node.kind == g.LINEAR_POOL and node.params.how == "mean")
+    if node.kind == g.LINEAR_POOL:
+        return node.params.how == "mean" or node.params.window is not None
+    return bool(node.kind == g.MAX_POOL)
 
 
 class Operation:

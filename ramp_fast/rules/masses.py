@@ -279,7 +279,9 @@ class Masses(Conservation):
             return None
         actual = [self.mass(x, p.c, axis) if p.actual is None else p.actual for p in parts]
         scales, alive = ops.scale_to(torch.stack([p.target for p in parts]), torch.stack(actual))
-        return Massed(self.channels_first(ops.merge_pieces(rows, scales, self.contrast), x), alive.sum(0))
+        merged = ops.merge_pieces(rows, scales, self.contrast)
+        # All readers have just been given their masses, of P and of N.
+        return Massed(self.channels_first(merged, x), alive.sum(0), centred=True)
 
     def scale(self, x: Tensor, part: Massed, axis: BatchAxis) -> tuple[Tensor, Tensor]:
         """The factor that gives ``part`` its target mass, and the mass it then has (0 where it is all zero)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,18 @@ from ramp_fast.ops import _registry
 from ramp_fast.ops.activation import FUNCTIONS, SHARES
 
 VARIANTS = ["reference", *ops.cpu_isas()]
+# Operators with kernels of their own for these instruction sets (csrc/cpu/kernels.h); the others run those of "avx512",
+# and what is tested of every variant, large cases, tells if one is missing here.
+OF_ATTENTION_AND_LINEAR = {"attention_pullback", "attention_gradient", "linear_pullback", "linear_norm_pullback"}
+ROUNDING = {
+    *("norm_pullback", "norm_gradient", "junction", "merge_junction", "residual_pullback"),
+    *("gating_pullback", "rescale_pieces", "rotary", "rotary_pullback"),
+}
+OWN_KERNELS = {
+    "avx512bf16": OF_ATTENTION_AND_LINEAR | ROUNDING,
+    "amx": OF_ATTENTION_AND_LINEAR | ROUNDING | {"product"},
+}
+KERNELS = [(name, variant) for variant in VARIANTS for name in CASES if name in OWN_KERNELS.get(variant, CASES)]
 
 # The fixtures only save and restore global state.
 examples = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -40,8 +54,7 @@ def check(name: str, o: Options) -> tuple[torch.Tensor, ...]:
     return check_case(name, o, multiplies_bfloat16())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "variant"), KERNELS)
 @given(o=options())
 @examples
 def test_against_float64(name: str, variant: str, o: Options) -> None:
@@ -49,8 +62,7 @@ def test_against_float64(name: str, variant: str, o: Options) -> None:
     check(name, o)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "variant"), KERNELS)
 def test_odd_shapes_in_any_memory(name: str, variant: str) -> None:
     choose(variant)
     for o in odd_options():
@@ -68,6 +80,19 @@ def test_large(name: str, variant: str, batch: int) -> None:
     # several chunks, blocks and a tail in each sample, enough work for several threads
     choose(variant)
     check(name, Options(rhs=4, batch=batch, inner=(9, 4099), rows=(67, 521)))
+
+
+def test_kernels_of_their_own_are_those_of_the_bindings() -> None:
+    sources = sorted((Path(__file__).parents[2] / "csrc" / "bind").glob("*.cpp"))
+    assert sources
+    found = {name for file in sources for name in re.findall(r"RF_CALL_[A-Z0-9]+\((\w+)", file.read_text())}
+    # Kernels of several operators, or of another name.
+    several = {
+        "linear_pullback": {"linear_pullback", "linear_norm_pullback"},
+        "junction": {"junction", "merge_junction", "residual_pullback"},
+        "rescale_piece": {"rescale_pieces"},
+    }
+    assert set().union(*(several.get(name, {name}) for name in found)) == OWN_KERNELS["avx512bf16"]
 
 
 def output_dtypes(name: str, c_dtype: torch.dtype, x_dtype: torch.dtype) -> list[torch.dtype]:
