@@ -461,7 +461,11 @@ def shown(
         row = found[label].get(column)
         return row[halves].get(what) if row else None
 
-    order = sorted(found, key=lambda label: -(found[label]["srg"][halves]["mean"] or [-1])[0])
+    def gain(label: str) -> float:
+        srg = found[label].get("srg")  # there is none of rows that only the other groups were computed for
+        return float(srg[halves]["mean"][0]) if srg and srg[halves]["mean"] else -1.0
+
+    order = sorted(found, key=lambda label: -gain(label))
     best = {}
     for column in columns:
         means = [m[0] for label in found if (m := cell(label, column))]
@@ -473,9 +477,11 @@ def shown(
             m = cell(label, column)
             text = "–" if m is None else f"{number(m[0], against is not None)} ± {number(m[1])}"
             cells.append(f"**{text}**" if m and against is None and m[0] == best[column] else text)
-        counted = cell(label, columns[0])
-        if label != against and counted is not None:
-            lines.append([label.removeprefix(FORM), *cells, str(counted[2])])
+        counted = dict.fromkeys(str(m[2]) for column in columns if (m := cell(label, column)))
+        if label != against and counted:
+            # Where columns differ in photographs, theirs in order.
+            several = ", ".join(counted) if columns[0] not in MAIN else next(iter(counted))
+            lines.append([label.removeprefix(FORM), *cells, several])
     arrows = [f"{c} {'↓' if c in FALLING else '↑'}" for c in columns]
     return table(["row", *arrows, "photographs"], lines)
 
