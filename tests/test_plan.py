@@ -9,6 +9,7 @@ from torch import nn
 
 from ramp_fast import Engine, ops
 from ramp_fast import graph as g
+from ramp_fast.graph import BatchAxis
 from ramp_fast.rules.masses import Massed, Masses
 
 
@@ -227,6 +228,14 @@ def test_what_leaves_a_batch_norm_is_centred() -> None:
     assert pulled.centred
     torch.testing.assert_close(pulled.c[0], own * p[0])
     torch.testing.assert_close(pulled.c[1], torch.zeros_like(p[0]), rtol=0, atol=1e-5)  # N has become P
+
+
+def test_masses_of_samples_that_lie_side_by_side() -> None:
+    """As a mean over tokens of one feature spreads its coefficients."""
+    x = torch.randn(3, 4, 1)
+    c = torch.randn(2, 3, 1).unsqueeze(2).expand(2, 3, 4, 1)
+    assert c.stride(1) == 1
+    torch.testing.assert_close(Masses(3, 2, False).mass(x, c, BatchAxis()), (x * c).abs().sum((2, 3)))
 
 
 def test_convolutions_are_not_fused_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,8 +59,9 @@ class Rows:
 
     def __init__(self, c: Tensor, axis: BatchAxis, batch: int) -> None:
         self.axis, self.batch = axis, batch
-        # Also of some of the channels, which have to be copied: in the order in which they lie.
-        self.channels_last = axis.leading and c.dim() >= 4 and not c.is_contiguous() and c.stride(-3) == 1
+        # Also of some of the channels, which have to be copied: in the order in which they lie. Of fewer axes the third
+        # last is that of the samples.
+        self.channels_last = axis.leading and c.dim() >= 5 and not c.is_contiguous() and c.stride(-3) == 1
 
     def of(self, t: Tensor, lead: int) -> Tensor:
         """``t`` with ``lead`` axes before those of the operation's output."""
