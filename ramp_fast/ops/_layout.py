@@ -18,6 +18,11 @@ def same_layout(coefficients: tuple[Tensor, ...], samples: tuple[Tensor, ...]) -
     return tuple([tensor.contiguous() for tensor in tensors])
 
 
+def rows_dense(t: Tensor) -> Tensor:
+    """``t`` with neighbours side by side along the last axis: parts of wider rows are not copied."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
 def alike(tensors: tuple[Tensor, ...], count: int) -> bool:
     """Whether ``count`` coefficients and the samples behind them have one dense layout, with samples outermost."""
     first = tensors[0]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from ramp_fast.ops._common import C, compute_dtype, mass_equation
+from ramp_fast.ops._layout import rows_dense
 from ramp_fast.ops._registry import operator
 
 
@@ -43,7 +44,7 @@ def _attention_pullback_cpu(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
 ) -> tuple[Tensor, Tensor]:
     packed, masses = _outputs(q, k, v, o, c, scale, gated, contrast)
-    q, k, v, o, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, o, c))
+    q, k, v, o, c = (rows_dense(x) for x in (q, k, v, o, c))
     outputs = output_views(packed, q, k)
     C.attention_pullback(q, k, v, o, c, scale, gated, contrast, *outputs, masses, get_num_threads())
     return packed, masses
@@ -132,7 +133,7 @@ def _attention_gradient_cpu(
     q: Tensor, k: Tensor, v: Tensor, c: Tensor, scale: float, value_share: float, score_share: float
 ) -> Tensor:
     packed = packed_output(q, k, c)
-    q, k, v, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, c))
+    q, k, v, c = (rows_dense(x) for x in (q, k, v, c))
     outputs = output_views(packed, q, k)
     C.attention_gradient(q, k, v, c, scale, value_share, score_share, *outputs, get_num_threads())
     return packed

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from ramp_fast.ops._common import C, compute_dtype, contiguous_like, mass_equation, rescale_equation
+from ramp_fast.ops._layout import rows_dense
 from ramp_fast.ops._registry import operator
 
 
@@ -19,16 +20,11 @@ def _gating_outputs(
     return contiguous_like(c), contiguous_like(c), masses[0], masses[1]
 
 
-def _dense(t: Tensor) -> Tensor:
-    """``t`` with neighbours along the last axis: parts of wider rows are not copied."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
 def _gating_pullback_cpu(
     c: Tensor, a: Tensor, b: Tensor, x: Tensor | None, factor: Tensor | None, contrast: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = _gating_outputs(c, a, b, x, factor, contrast)
-    values = _dense(a), _dense(b), None if x is None else _dense(x)
+    values = rows_dense(a), rows_dense(b), None if x is None else rows_dense(x)
     C.gating_pullback(
         c.contiguous(), *values, None if factor is None else factor.contiguous(), contrast, *out, get_num_threads()
     )
@@ -80,7 +76,7 @@ def _pieces_output(pieces: Sequence[Tensor], scales: Tensor, contrast: bool) -> 
 
 def _rescale_pieces_cpu(pieces: Sequence[Tensor], scales: Tensor, contrast: bool) -> Tensor:
     out = _pieces_output(pieces, scales, contrast)
-    C.rescale_pieces([_dense(t) for t in pieces], scales.contiguous(), contrast, out, get_num_threads())
+    C.rescale_pieces([rows_dense(t) for t in pieces], scales.contiguous(), contrast, out, get_num_threads())
     return out
 
 

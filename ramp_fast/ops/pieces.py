@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from ramp_fast.ops._common import C, compute_dtype, mass_equation, rescale_equation
+from ramp_fast.ops._layout import rows_dense
 from ramp_fast.ops._registry import operator
 
 
@@ -44,8 +45,7 @@ def _merged(pieces: Sequence[Tensor], scales: Tensor, contrast: bool) -> Tensor:
 
 def _merge_cpu(pieces: Sequence[Tensor], scales: Tensor, contrast: bool) -> Tensor:
     out = _merged(pieces, scales, contrast)
-    own = [piece if piece.stride(-1) == 1 or piece.shape[-1] == 1 else piece.contiguous() for piece in pieces]
-    C.merge_pieces(own, scales.contiguous(), contrast, out, get_num_threads())
+    C.merge_pieces([rows_dense(piece) for piece in pieces], scales.contiguous(), contrast, out, get_num_threads())
     return out
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from ramp_fast.ops._common import C, compute_dtype, contiguous_like, divide, mass_equation, rescale_equation
+from ramp_fast.ops._layout import rows_dense
 from ramp_fast.ops._registry import operator
 
 
@@ -15,13 +16,9 @@ def exchanged(t: Tensor, pair: int) -> Tensor:
     return runs.flip(-2).flatten(-3)
 
 
-def _dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
 def _rotary_cpu(x: Tensor, stay: Tensor, cross: Tensor, pair: int) -> Tensor:
     y = contiguous_like(x)
-    C.rotary(_dense(x), stay.contiguous(), cross.contiguous(), pair, y, get_num_threads())
+    C.rotary(rows_dense(x), stay.contiguous(), cross.contiguous(), pair, y, get_num_threads())
     return y
 
 
@@ -60,7 +57,7 @@ def _rotary_pullback_cpu(
 ) -> tuple[Tensor, Tensor]:
     out, mass = _pulled_outputs(c, x, y, stay, cross)
     weights = stay.contiguous(), cross.contiguous()
-    c, x, y = _dense(c), _dense(x), None if y is None else _dense(y)
+    c, x, y = rows_dense(c), rows_dense(x), None if y is None else rows_dense(y)
     C.rotary_pullback(c, x, y, *weights, pair, target.contiguous(), contrast, out, mass, get_num_threads())
     return out, mass
 

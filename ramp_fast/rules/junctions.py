@@ -231,9 +231,9 @@ class Mul(Operation):
         if self.gates:
             yield from self._entrywise(part, values, conservation)
             return
-        gate_of = by_channel(self.node, values)
-        if gate_of is not None:
-            yield from self._gated(part, values, conservation, gate_of)
+        gate = gate_by_channel(self.node, values)
+        if gate is not None:
+            yield from self._gated(part, values, conservation, gate)
             return
         rows = conservation.rows(part.c, self.node.batch)
         chosen = 2 * (a * b > 0).to(torch.promote_types(a.dtype, torch.float32))
@@ -267,16 +267,16 @@ class Mul(Operation):
         for operand, own, target, actual in zip((source, second), (c_a, c_b), targets, masses, strict=True):
             yield Flow(operand, Massed(back(own, part.c), target, actual))
 
-    def _gated(self, part: Massed, values: Values, conservation: Masses, by_channel: Node) -> Iterator[Flow]:
-        images = next(n for n in self.node.operands if n is not by_channel)
-        c_a, c_b, mass = conservation.product(part, values[images], values[by_channel])
-        own = conservation.mass(values[by_channel], c_b, by_channel.batch)
+    def _gated(self, part: Massed, values: Values, conservation: Masses, gate: Node) -> Iterator[Flow]:
+        images = next(n for n in self.node.operands if n is not gate)
+        c_a, c_b, mass = conservation.product(part, values[images], values[gate])
+        own = conservation.mass(values[gate], c_b, gate.batch)
         targets = share(part.target, [mass, own], self.rule.shares)
         yield Flow(images, Massed(c_a, targets[0], mass))
-        yield Flow(by_channel, Massed(c_b.to(part.c.dtype), targets[1], own))
+        yield Flow(gate, Massed(c_b.to(part.c.dtype), targets[1], own))
 
 
-def by_channel(node: Node, values: Values) -> Node | None:
+def gate_by_channel(node: Node, values: Values) -> Node | None:
     """Of a product of two tensors the one that is one number for a channel of images, which the other is."""
     first, second = node.operands
     a, b = values[first], values[second]

@@ -30,7 +30,7 @@ from ramp_fast.rules.base import Flow, Fusion, Operation, Values, reduce_to, vjp
 from ramp_fast.rules.conservation import Contribution, Relevance
 from ramp_fast.rules.diagonal import FusedRelu
 from ramp_fast.rules.fusion import never_negative
-from ramp_fast.rules.junctions import by_channel
+from ramp_fast.rules.junctions import gate_by_channel
 from ramp_fast.rules.layer_rules import Layer, LayerContext, LayerPullback, LayerRule
 from ramp_fast.rules.pools import MaxPool
 from ramp_fast.rules.rearrange import Decision, Join, Rearrange, Split, SplitOutput
@@ -625,7 +625,7 @@ class Product(Operation):
 
     def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
-        gate = by_channel(self.node, values) if self.node.kind == g.MUL else None
+        gate = gate_by_channel(self.node, values) if self.node.kind == g.MUL else None
         if gate is not None:
             yield from self._gated(part, values, gate)
             return
