@@ -38,9 +38,9 @@ void mul_rows(int64_t index, const void* context, void*) {
             const F* __restrict factor = load(args.b, b * channels + start, n, b_in);
             RF_SIMD
             for (int64_t i = 0; i < n; ++i) {
-                const bool open = a[i] * factor[i] > F(0);
-                of_a[i] = open ? F(2) * absolute(factor[i]) : F(0);
-                of_b[i] = open ? F(2) * absolute(a[i]) : F(0);
+                const F open = a[i] * factor[i] > F(0) ? F(2) : F(0);  // times NaN it is NaN
+                of_a[i] = open * absolute(factor[i]);
+                of_b[i] = open * absolute(a[i]);
             }
             for (int64_t t = 0; t < groups; ++t) {
                 F* pulled[2] = {};

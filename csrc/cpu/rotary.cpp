@@ -159,11 +159,15 @@ void pullback_rows(int64_t index, const void* context, void*) {
                         const V of_other = magnitude<V>(cross) + sign * cross;
                         const V q =
                             partners<V, neighbours>(p, [&] { return read<V>(args.c.operand, of_p + other); });
-                        p = of_own * p + of_other * q;
+                        const V own = p;
+                        p = of_own * own + of_other * q;
                         if (contrast) {
                             const V e = partners<V, neighbours>(
                                 d, [&] { return read<V>(args.c.operand, of_d + other); });
-                            d = of_own * d + of_other * e;
+                            // The compiler may fuse another product with the sum than it did for P.
+                            const auto same = (d == own) & (e == q);
+                            const V turned_d = of_own * d + of_other * e;
+                            d = same ? p : turned_d;
                         }
                         if (!writes) {
                             below_p.add(magnitude<V>(x) * magnitude<V>(p));

@@ -135,6 +135,38 @@ def _gradient_of(
     return ops.attention_gradient(torch.zeros(1, 2, 3, 4), k, k, torch.zeros(coefficients), 1.0, 0.5, 0.25)
 
 
+def _piece_masses_of(widths: list[int], x: tuple[int, ...] = (1, 5, 4)) -> Tensor:
+    return ops.piece_masses(torch.zeros(2, 1, 5, 4), torch.zeros(x), widths, True)
+
+
+def _merged_of(*pieces: tuple[int, ...], scales: tuple[int, ...] = (2, 2, 1)) -> Tensor:
+    return ops.merge_pieces([torch.zeros(shape) for shape in pieces], torch.ones(scales), True)
+
+
+def _rescaled_of(*pieces: tuple[int, ...], scales: tuple[int, ...] = (2, 2, 1)) -> Tensor:
+    return ops.rescale_pieces([torch.zeros(shape) for shape in pieces], torch.ones(scales), True)
+
+
+def _gating_of(
+    b: tuple[int, ...] = (1, 5, 4), x: tuple[int, ...] | None = None, factor: tuple[int, ...] | None = None
+) -> tuple[Tensor, ...]:
+    further = (None if shape is None else torch.zeros(shape) for shape in (x, factor))
+    return ops.gating_pullback(torch.zeros(2, 1, 5, 4), torch.zeros(1, 5, 4), torch.zeros(b), *further, True)
+
+
+def _turned_of(
+    stay: tuple[int, ...] = (1, 5, 4),
+    cross: tuple[int, ...] = (1, 5, 4),
+    pair: int = 2,
+    y: tuple[int, ...] | None = None,
+    target: tuple[int, ...] = (2, 1),
+) -> tuple[Tensor, Tensor]:
+    x = torch.zeros(1, 3, 5, 4)
+    own = None if y is None else torch.zeros(y)
+    weights = torch.zeros(stay), torch.zeros(cross)
+    return ops.rotary_pullback(torch.zeros(2, *x.shape), x, own, *weights, pair, torch.ones(target), True)
+
+
 def _residual_of(
     z: tuple[int, ...] = (1, 3, 4), gain: int = 4, second: tuple[int, ...] = (2, 1, 3, 4)
 ) -> tuple[Tensor, ...]:
@@ -200,6 +232,24 @@ def _residual_of(
             ),
             "one half, or two",
         ),
+        (lambda: _piece_masses_of([2, 1]), "must add up"),
+        (lambda: _piece_masses_of([5, -1]), "must not be negative"),
+        (lambda: _piece_masses_of([4], x=(1, 6, 4)), "must have shape"),
+        (lambda: _merged_of((2, 1, 5, 4), (2, 1, 5, 3)), "do not fit"),
+        (lambda: _merged_of((2, 1, 5, 4), scales=(2, 2, 1)), "must have shape"),
+        (lambda: _merged_of((3, 1, 5, 4), scales=(1, 3, 1)), "must be even"),
+        (lambda: _gating_of(b=(1, 5, 3)), r"b .* must have shape \[1, 5, 4\]"),
+        (lambda: _gating_of(x=(1, 5, 4)), "belong together"),
+        (lambda: _gating_of(x=(1, 4, 4), factor=(1, 5, 4)), r"x .* must have shape \[1, 5, 4\]"),
+        (lambda: _rescaled_of((2, 1, 3, 5, 4), (2, 1, 3, 5, 2)), "must have shape"),
+        (lambda: _rescaled_of((2, 1, 3, 5, 4), scales=(1, 2, 2)), "must have shape"),
+        (lambda: _turned_of(cross=(1, 5, 3)), "do not fit"),
+        (lambda: _turned_of(stay=(2, 5, 4), cross=(2, 5, 4)), "of one head, or of those"),
+        (lambda: _turned_of(stay=(1, 6, 4), cross=(1, 6, 4)), "does not fit"),
+        (lambda: _turned_of(pair=4), "no pairs 4 apart"),
+        (lambda: _turned_of(stay=(1, 4, 4), cross=(1, 4, 4)), "need y"),
+        (lambda: _turned_of(y=(1, 3, 5, 6)), "do not fit"),
+        (lambda: _turned_of(target=(2, 2)), "must have shape"),
         (lambda: ops.softmax_pullback(torch.zeros(2, 5), torch.zeros(2, 2, 6)), "do not fit"),
         (lambda: _attention_of(keys=(1, 2, 5, 5)), r"k .* must have shape \[1, 2, 5, 4\]"),
         (lambda: _attention_of(coefficients=(2, 1, 2, 4, 4)), r"c .* must have shape \[2, 1, 2, 3, 4\]"),

@@ -471,6 +471,36 @@ def test_nan_is_on_both_sides(variant: str, channels: int) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_masses_of_narrow_pieces_of_many_rows(variant: str) -> None:
+    """Several blocks of rows, and several tasks."""
+    choose(variant)
+    c, x = torch.randn(2, 2, 6000, 3), torch.randn(2, 6000, 3)
+    maps = torch.stack([c[0], c[0] - c[1]]).double()
+    own = (maps.abs() * x.double().abs()).sum(2)
+    expected = torch.stack([own[..., 0], own[..., 1:].sum(-1)])
+    torch.testing.assert_close(ops.piece_masses(c, x, [1, 2], True), expected.float(), rtol=4e-6, atol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nan_of_a_factor_shows(variant: str) -> None:
+    choose(variant)
+    c, a, b = torch.randn(2, 1, 3, 40), torch.randn(1, 3, 40), torch.randn(1, 40)
+    a[0, 1, 5] = b[0, 20] = torch.nan
+    c_a, c_b, _ = ops.mul_pullback(c, a, b, True)
+    assert bool(c_a[..., 20].isnan().all())
+    assert bool(c_b[..., 5].isnan().all())
+    assert not c_a[..., 21:].isnan().any()
+    other = torch.randn(1, 3, 40)
+    c_a, c_b, mass_a, mass_b = ops.gating_pullback(c, a, other, None, None, True)
+    assert bool(c_b[..., 1, 5].isnan().all())
+    assert bool(mass_a.isnan().all() and mass_b.isnan().all())
+    c_a, c_b, mass_a, mass_b = ops.gating_pullback(c, other, a, None, None, True)
+    assert bool(c_a[..., 1, 5].isnan().all())
+    assert bool(mass_a.isnan().all() and mass_b.isnan().all())
+    assert not c_a[..., 0, :].isnan().any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_is_selected_from_no_channels(variant: str) -> None:
     choose(variant)
     assert ops.select_phases(torch.zeros(1, 1, 4, 4, 2, 2, 2, 0), torch.zeros(1, 8, 8, 0), 0, 0).numel() == 0
@@ -549,7 +579,7 @@ def test_where_n_is_zero_it_stays_zero(variant: str) -> None:
     choose(variant)
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        shape = 2, 3, 37, 8
+        shape = 2, 3, 37, 40  # vectors and a tail
 
         def drawn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -561,17 +591,23 @@ def test_where_n_is_zero_it_stays_zero(variant: str) -> None:
 
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         scale, other, n_scale = (drawn(n, 3, dtype=wide).abs() for n in (4, 4, 2))
-        a, b = drawn(3, 37, 8), drawn(3, 37, 8)
-        gain, shift = drawn(8, dtype=wide), drawn(8, dtype=wide)
+        a, b = drawn(3, 37, 40), drawn(3, 37, 40)
+        gain, shift = drawn(40, dtype=wide), drawn(40, dtype=wide)
+        heads = 2, 3, 5, 4, 40
+        weights = drawn(5, 4, 40, dtype=wide), drawn(5, 4, 40, dtype=wide)  # partners are 20 apart: of one kind
         results = [
             ops.rescale(pair(), scale, True),
-            ops.rescale_parts(pair((2, 3, 5, 4, 8)), drawn(4, 3, 4, dtype=wide), True),
+            ops.rescale_parts(pair(heads), drawn(4, 3, 4, dtype=wide), True),
             ops.merge(pair(), scale, pair(), other, True),
             ops.scale_by(pair(), a, n_scale),
             ops.gate(pair(), a, n_scale),
             ops.affine_pullback(pair(), a, gain, shift, True, n_scale),
             *ops.merge_junction(pair(), scale, pair(), other, a, b, True, relu=True)[:2],
             *ops.residual_pullback(pair(), scale, pair(), other, a.relu(), b, gain, shift, True)[:2],
+            ops.merge_pieces([pair(), pair(), pair()], drawn(3, 4, 3, dtype=wide), True),
+            ops.rescale_pieces([pair(heads), pair(heads)], drawn(2, 4, 3, dtype=wide), True),
+            *ops.gating_pullback(pair(), a, b, None, None, True)[:2],
+            ops.rotary_pullback(pair(heads), drawn(3, 5, 4, 40), None, *weights, 20, scale, True)[0],
         ]
         for c in results:
             p, d = c.chunk(2)
