@@ -290,7 +290,7 @@ void affine_plane(int64_t index, const void* context, void*) {
 void affine_factor(const AffineArgs& args) {
     const int64_t work = args.outer * args.channels * args.inner;
     if (args.inner == 1) {
-        const int64_t rows = args.channels >= kChunk ? 1 : kChunk / (args.channels > 0 ? args.channels : 1);
+        const int64_t rows = rows_of_task(args.channels);
         const Chunked job{&args, rows};
         parallel_for(ceil_div(args.outer, rows), work, args.threads, affine_rows, &job, 0);
     } else {

@@ -107,10 +107,6 @@ struct HeadScratch : Layout {
     }
 };
 
-RF_INLINE int64_t offset(const StridedOperand& x, int64_t t, int64_t b, int64_t h, int64_t n) {
-    return t * x.strides[0] + b * x.strides[1] + h * x.strides[2] + n * x.strides[3];
-}
-
 template <class T>
 RF_INLINE void clear(T* data, int64_t n) {
     RF_SIMD

@@ -41,6 +41,16 @@ RF_INLINE int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
+// How many rows of `width` elements one task takes: this depends on neither threads nor the batch.
+RF_INLINE int64_t rows_of_task(int64_t width) {
+    return width >= kChunk ? 1 : kChunk / (width > 0 ? width : 1);
+}
+
+// Where a row [t, b, h, n] begins.
+RF_INLINE int64_t offset(const StridedOperand& x, int64_t t, int64_t b, int64_t h, int64_t n) {
+    return t * x.strides[0] + b * x.strides[1] + h * x.strides[2] + n * x.strides[3];
+}
+
 RF_INLINE float absolute(float x) {
     return __builtin_fabsf(x);
 }

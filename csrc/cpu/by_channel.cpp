@@ -17,11 +17,6 @@ struct Job {
     RF_INLINE int64_t last(int64_t index) const { return min64(first(index) + step, args.rows); }
 };
 
-// Rows of a task: they depend on neither threads nor the batch.
-RF_INLINE int64_t rows_of_task(int64_t channels) {
-    return channels >= kChunk ? 1 : kChunk / (channels > 0 ? channels : 1);
-}
-
 template <class F, bool contrast>
 void mul_rows(int64_t index, const void* context, void*) {
     const auto& job = *static_cast<const Job<MulArgs>*>(context);

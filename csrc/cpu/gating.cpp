@@ -53,25 +53,6 @@ struct Gating {
     double* partials;      // [B, chunks, a or b, T]
 };
 
-// Sums of vectors and of single numbers.
-template <class F>
-struct Sum {
-    Lanes lanes{};
-    F rest{};
-    RF_INLINE void add(Lanes value) { lanes += value; }
-    RF_INLINE void add(F value) { rest += value; }
-    RF_INLINE double value() const {
-        return static_cast<double>(total<float, Lanes>(lanes)) + static_cast<double>(rest);
-    }
-};
-
-template <>
-struct Sum<double> {
-    double rest{};
-    RF_INLINE void add(double value) { rest += value; }
-    RF_INLINE double value() const { return rest; }
-};
-
 template <class F, class Dtypes, bool contrast, bool further>
 void gating_rows(int64_t index, const void* context, void*) {
     const auto& job = *static_cast<const Gating<F>*>(context);
@@ -124,11 +105,6 @@ void gating_rows(int64_t index, const void* context, void*) {
     }
 }
 
-// Rows of a task: they depend on neither threads nor the batch.
-RF_INLINE int64_t rows_of_task(int64_t width) {
-    return width >= kChunk ? 1 : kChunk / (width > 0 ? width : 1);
-}
-
 template <class F, class Dtypes>
 void run_gating(const GatingArgs& args) {
     const int64_t blocks = ceil_div(args.width, kBlock), step = rows_of_task(min64(args.width, kBlock));
@@ -145,10 +121,6 @@ void run_gating(const GatingArgs& args) {
     store_masses(args.mass_a, 0, args.num_maps, args.batch, job.partials, chunks, 2 * args.num_maps);
     store_masses(args.mass_b, 0, args.num_maps, args.batch, job.partials + args.num_maps, chunks,
                  2 * args.num_maps);
-}
-
-RF_INLINE int64_t place(const StridedOperand& x, int64_t t, int64_t b, int64_t h, int64_t n) {
-    return t * x.strides[0] + b * x.strides[1] + h * x.strides[2] + n * x.strides[3];
 }
 
 struct Place {
@@ -168,8 +140,9 @@ void place_rows(int64_t index, const void* context, void*) {
         const F scale_n = contrast ? load_one<F>(args.scale, (t + groups) * args.batch + b) : F(0);
         for (int64_t n = begin; n < end; ++n)
             for (int64_t h = 0; h < args.heads; ++h) {
-                const int64_t of_p = place(args.c, t, b, h, n), of_d = place(args.c, t + groups, b, h, n);
-                const int64_t to_p = place(args.out, t, b, h, n), to_d = place(args.out, t + groups, b, h, n);
+                const int64_t of_p = offset(args.c, t, b, h, n), of_d = offset(args.c, t + groups, b, h, n);
+                const int64_t to_p = offset(args.out, t, b, h, n),
+                              to_d = offset(args.out, t + groups, b, h, n);
                 each<F>(args.width, [&](auto tag, int64_t i) {
                     using V = decltype(tag);
                     const V p = read<V>(args.c.operand, of_p + i), scaled = scale_p * p;

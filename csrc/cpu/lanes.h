@@ -97,5 +97,24 @@ RF_INLINE F total(V sums) {
     }
 }
 
+// A sum of vectors and of single numbers.
+template <class F>
+struct Sum {
+    Lanes lanes{};
+    F rest{};
+    RF_INLINE void add(Lanes value) { lanes += value; }
+    RF_INLINE void add(F value) { rest += value; }
+    RF_INLINE double value() const {
+        return static_cast<double>(total<float, Lanes>(lanes)) + static_cast<double>(rest);
+    }
+};
+
+template <>
+struct Sum<double> {
+    double rest{};
+    RF_INLINE void add(double value) { rest += value; }
+    RF_INLINE double value() const { return rest; }
+};
+
 }  // namespace
 }  // namespace rf::RF_ISA

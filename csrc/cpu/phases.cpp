@@ -65,11 +65,6 @@ RF_INLINE void split(const SidesArgs& args, int64_t row, int64_t channel) {
     write<V>(args.out, to + args.width, x > 0.0f ? V{} : x, false);
 }
 
-// Rows of a task.
-RF_INLINE int64_t rows_of_task(int64_t width) {
-    return width >= kChunk ? 1 : kChunk / (width > 0 ? width : 1);
-}
-
 // Where the last vector of a row would be a part of one, it begins earlier.
 template <DType dtype>
 void split_rows(int64_t index, const void* context, void*) {

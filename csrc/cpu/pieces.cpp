@@ -17,10 +17,9 @@ struct Job {
     int64_t last(int64_t index) const { return min64(first(index) + step, args.rows); }
 };
 
-// Tasks depend on neither threads nor the batch.
 template <class Args>
 Job<Args> job_of(const Args& args, double* partials) {
-    const int64_t step = args.channels >= kChunk ? 1 : kChunk / (args.channels > 0 ? args.channels : 1);
+    const int64_t step = rows_of_task(args.channels);
     return {args, step, ceil_div(args.rows, step), partials};
 }
 

@@ -36,25 +36,6 @@ struct Rotary {
     double* scales;        // [kept or turned, T, B]; absent while masses are summed
 };
 
-// A sum of vectors and of single numbers.
-template <class F>
-struct Sum {
-    Lanes lanes{};
-    F rest{};
-    RF_INLINE void add(Lanes value) { lanes += value; }
-    RF_INLINE void add(F value) { rest += value; }
-    RF_INLINE double value() const {
-        return static_cast<double>(total<float, Lanes>(lanes)) + static_cast<double>(rest);
-    }
-};
-
-template <>
-struct Sum<double> {
-    double rest{};
-    RF_INLINE void add(double value) { rest += value; }
-    RF_INLINE double value() const { return rest; }
-};
-
 // visit(V{}, i, where the partner of i is) for all elements of a row, by vectors as far as they go. A vector
 // of neighbours holds the partners of its elements itself.
 template <class F, bool neighbours, class Visit>
@@ -86,10 +67,6 @@ RF_INLINE V partners([[maybe_unused]] V here, [[maybe_unused]] const Read& there
         return there();
 }
 
-RF_INLINE int64_t place(const StridedOperand& x, int64_t t, int64_t b, int64_t h, int64_t n) {
-    return t * x.strides[0] + b * x.strides[1] + h * x.strides[2] + n * x.strides[3];
-}
-
 template <class F, class Dtypes, bool neighbours>
 void forward_rows(int64_t index, const void* context, void*) {
     const auto& job = *static_cast<const Rotary<F>*>(context);
@@ -98,7 +75,7 @@ void forward_rows(int64_t index, const void* context, void*) {
     const int64_t end = min64(begin + job.step, args.rows), turned = args.rows - args.first;
     for (int64_t n = begin; n < end; ++n)
         for (int64_t h = 0; h < args.heads; ++h) {
-            const int64_t from = place(args.x, 0, b, h, n), to = place(args.y, 0, b, h, n);
+            const int64_t from = offset(args.x, 0, b, h, n), to = offset(args.y, 0, b, h, n);
             const int64_t weight = ((args.weight_heads > 1 ? h : 0) * turned + n - args.first) * args.width;
             const bool kept = n < args.first;
             each<F, neighbours>(args.width, args.pair, [&](auto tag, int64_t i, int64_t other) {
@@ -135,9 +112,10 @@ void pullback_rows(int64_t index, const void* context, void*) {
             }
             Sum<F> above_p, above_n, below_p, below_n;
             for (int64_t h = 0; h < args.heads; ++h) {
-                const int64_t of_p = place(args.c, t, b, h, n), of_d = place(args.c, t + groups, b, h, n);
-                const int64_t to_p = place(args.out, t, b, h, n), to_d = place(args.out, t + groups, b, h, n);
-                const int64_t of_x = place(args.x, 0, b, h, n), of_y = place(args.y, 0, b, h, n);
+                const int64_t of_p = offset(args.c, t, b, h, n), of_d = offset(args.c, t + groups, b, h, n);
+                const int64_t to_p = offset(args.out, t, b, h, n),
+                              to_d = offset(args.out, t + groups, b, h, n);
+                const int64_t of_x = offset(args.x, 0, b, h, n), of_y = offset(args.y, 0, b, h, n);
                 const int64_t weight =
                     ((args.weight_heads > 1 ? h : 0) * turned + n - args.first) * args.width;
                 const bool measured = !writes && args.y.operand.data != nullptr;
@@ -220,7 +198,7 @@ void share_mass(const Rotary<F>& job) {
 
 template <class F>
 Rotary<F> job_of(const RotaryArgs& args, int64_t maps) {
-    const int64_t row = args.heads * args.width, step = row >= kChunk ? 1 : kChunk / (row > 0 ? row : 1);
+    const int64_t step = rows_of_task(args.heads * args.width);
     return {args, step, ceil_div(args.rows, step), maps, nullptr, nullptr};
 }
 

@@ -34,7 +34,7 @@ void softmax_chunk(int64_t index, const void* context, void* scratch) {
 
 void softmax_pullback(const SoftmaxArgs& args) {
     const bool wide = args.scores.dtype == DType::f64 || args.c.dtype == DType::f64;
-    const int64_t rows = args.width >= kChunk ? 1 : kChunk / (args.width > 0 ? args.width : 1);
+    const int64_t rows = rows_of_task(args.width);
     const Softmax job{args, rows};
     parallel_for(ceil_div(args.rows, rows), args.num_maps * args.rows * args.width, args.threads,
                  wide ? softmax_chunk<double> : softmax_chunk<float>, &job,
