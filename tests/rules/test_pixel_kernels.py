@@ -1,4 +1,4 @@
-"""Steps that float32 takes by kernels over pixels, channels innermost, against float64, which has no such kernels."""
+"""Steps that are taken by kernels over pixels, channels innermost, against float64 without them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ramp_fast import Engine, ops
+from ramp_fast.params import Window
+from ramp_fast.rules.conservation import Conservation
+from ramp_fast.rules.masses import Masses
+from ramp_fast.rules.pools import LinearPool
 
 
 class Dense(nn.Module):
@@ -43,15 +47,18 @@ class Pooled(nn.Module):
 
 
 class Normed(nn.Module):
-    """A GroupNorm of one group."""
+    """A GroupNorm of one group, of images or of their pixels in a row."""
 
-    def __init__(self, weights: bool) -> None:
+    def __init__(self, weights: bool, in_a_row: bool = False) -> None:
         super().__init__()
+        self.in_a_row = in_a_row
         self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(1, 8, affine=weights)
         self.last, self.head = nn.Conv2d(8, 6, 3), nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.last(self.norm(self.first(x))).relu().mean((2, 3)))
+        x = self.first(x)
+        x = self.norm(x.flatten(2)).unflatten(2, x.shape[2:]) if self.in_a_row else self.norm(x)
+        return self.head(self.last(x).relu().mean((2, 3)))
 
 
 MODELS = {
@@ -64,6 +71,7 @@ MODELS = {
     "pool 2 of 3": lambda: Pooled(2, 3, 0, True),
     "group norm": lambda: Normed(True),
     "group norm without weights": lambda: Normed(False),
+    "group norm in a row": lambda: Normed(True, True),
 }
 
 
@@ -90,13 +98,36 @@ def maps(model: nn.Module, precision: str, x: Tensor, channels_last: bool) -> Te
     return Engine(model, precision=precision).attribute(x.contiguous(memory_format=layout)).maps
 
 
+def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are scaled and copied, readers merged in pairs, pools pulled back by autograd."""
+    monkeypatch.setattr(Masses, "cut", Conservation.cut)
+    monkeypatch.setattr(Masses, "_merged_pieces", lambda self, x, parts, axis: None)
+    monkeypatch.setattr(Window, "tiles", lambda self, height, width: False)
+    monkeypatch.setattr(LinearPool, "_fits", lambda self, x: False)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("precision", "most"), [("float32", 1e-5), ("mixed", 0.05)])
 @pytest.mark.parametrize("name", MODELS)
-def test_against_float64(name: str, precision: str, most: float, channels_last: bool) -> None:
+def test_against_float64(
+    name: str, precision: str, most: float, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = maps(made(name), precision, images(), channels_last).double()
+    plainly(monkeypatch)
     exact = maps(made(name).double(), "float64", images().double(), False)
     assert float((found - exact).abs().amax() / exact.abs().amax()) < most
+
+
+@pytest.mark.parametrize(("name", "shape"), [("group norm", [8, 12, 18]), ("group norm in a row", [8, 216])])
+def test_a_group_norm_of_one_group_is_a_layer_norm(name: str, shape: list[int]) -> None:
+    group, layer = made(name).double(), made(name).double()
+    norm = nn.LayerNorm(shape).double()
+    with torch.no_grad():
+        for own, each in ((norm.weight, group.norm.weight), (norm.bias, group.norm.bias)):
+            own.copy_(each.view(8, *[1] * (len(shape) - 1)).expand(shape))  # type: ignore[operator]  # a parameter
+    layer.norm = norm.eval()
+    found, expected = (maps(model, "float64", images().double(), True) for model in (group, layer))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MODELS)
