@@ -36,9 +36,9 @@ class Groups:
         self._asked += batch
         pay = self._pay.setdefault((targets, contrast), {})
         for size in GROUPS:
-            if size not in pay and size <= min(batch, most) and self._asked >= 4 * size and _fits(plan, size):
+            if size not in pay and size <= min(batch, most) and self._asked >= 4 * size:
                 others = _divided(size, [s for s in pay if pay[s]])
-                pay[size] = _pays(plan, shape, size, others, targets, contrast)
+                pay[size] = _fits(plan, size) and _pays(plan, shape, size, others, targets, contrast)
         return _divided(batch, [size for size in pay if pay[size] and size <= most])
 
 
