@@ -228,7 +228,7 @@ class Mul(Operation):
         part = self.merged(parts, values, conservation)
         first, second = self.node.operands
         a, b = values[first], values[second]
-        if self.gates:
+        if self.gates and ops.cpu_kernels(a.device):
             yield from self._entrywise(part, values, conservation)
             return
         gate = gate_by_channel(self.node, values)
@@ -245,7 +245,11 @@ class Mul(Operation):
             flows.append((operand, own, conservation.mass(x, own, operand.batch)))
         targets = share(part.target, [m for _, _, m in flows], self.rule.shares)
         for (node, own, actual), target in zip(flows, targets, strict=True):
-            yield Flow(node, Massed(own, target, actual))
+            contribution = Massed(own, target, actual)
+            if node is self.fusion.fused_activation:
+                contribution = conservation.diagonal(contribution, values.take(node), node.batch)
+                node = node.operands[0]
+            yield Flow(node, contribution)
 
     def _entrywise(self, part: Massed, values: Values, conservation: Masses) -> Iterator[Flow]:
         """Both operands in one pass, and the activation that one of them is."""

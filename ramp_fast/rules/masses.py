@@ -160,7 +160,7 @@ class Masses(Conservation):
 
     def settled_together(self, parts: Sequence[Massed], c: Sequence[Tensor]) -> Tensor | None:
         """As :meth:`ramp_fast.rules.Conservation.settled_together`: parts are scaled while they are copied."""
-        if all(part.actual is part.target for part in parts):
+        if all(part.actual is part.target for part in parts) or not ops.cpu_kernels(c[0].device):
             return None
         masses = [[part.target, part.target if part.actual is None else part.actual] for part in parts]
         scale, _ = ops.scale_to(*(torch.stack(some) for some in zip(*masses, strict=True)))

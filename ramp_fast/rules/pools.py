@@ -216,7 +216,7 @@ class LinearMap(ReadsInput):
         x = values[source]
         _, exchange = self._transpose(x, values)
         y = values[self.node] if self.of_last_rows is not None else None
-        if exchange is not None and source.batch.plain:
+        if exchange is not None and source.batch.plain and ops.cpu_kernels(x.device):
             yield Flow(source, self._exchanged(part, x, y, exchange, conservation))
         elif y is None:
             yield Flow(source, Massed(self._pulled(part.c, x, x, values), part.target))

@@ -148,3 +148,25 @@ def test_one_feature_tells_no_classes_apart(how: str, precision: str) -> None:
     engine = Engine(model, precision=precision, input_shape=(3, 2, 2))
     assert not engine.attribute(x, 1).maps.any()
     assert engine.attribute(x, 1, "none").maps.abs().sum() > 0
+
+
+class _Residual(nn.Module):
+    """Two residual branches, and a classifier behind them or the features themselves."""
+
+    def __init__(self, classifier: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.head = nn.Linear(12, 5) if classifier else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        x = x + self.first(x).relu()
+        return self.head(x + self.last(x).relu())
+
+
+@pytest.mark.parametrize(("classifier", "head"), [(True, "head"), (False, "last")])
+def test_classes_are_told_apart_at_the_last_layer_alone(classifier: bool, head: str) -> None:
+    engine = Engine(_Residual(classifier).eval())
+    engine.logits(torch.randn(1, 3, 2, 2))
+    steps = [step for step in engine.plan.steps if step.operation is not None]
+    assert [step.node.module for step in steps if step.operation.fusion.adds_classes] == [head]  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ramp_fast import Engine
+from ramp_fast import Engine, ops
 from ramp_fast import graph as g
 from ramp_fast.capture.linear_maps import LinearMap, OfLastRows, exchange_of
 from ramp_fast.rules import abslrp, fusion, junctions, pools
@@ -227,3 +227,23 @@ def test_the_model_s_nan_shows() -> None:
         model.wide.bias[0] = float("nan")
     engine.refresh()
     assert engine.attribute(images(), target=0).maps.isnan().any()
+
+
+@pytest.mark.parametrize("of", ["rotation", "gate"])
+def test_without_kernels_for_the_device(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs, or with a backend that is forced and has no kernel for them."""
+
+    def model() -> nn.Module:
+        return (Rotated(neighbours, 2, 2) if of == "rotation" else Gated(nn.SiLU(), True, "tokens")).double().eval()
+
+    x = images().double()
+    want = Engine(model(), precision="float64").attribute(x).maps
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("has no kernel there")
+
+    for name in ("rotary", "rotary_pullback", "gating_pullback", "rescale_pieces"):
+        monkeypatch.setattr(ops, name, refuse)
+    monkeypatch.setattr(ops, "cpu_kernels", lambda device: False)
+    found = Engine(model(), precision="float64").attribute(x).maps
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
