@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -348,7 +348,8 @@ def kill(process: Any, draw: random.Random, on_ray: bool) -> str:
     has ended.
     """
     own = children(process.pid)
-    workers = [number for number in own if _begins(number, b"ray::work")]  # cli.on_ray's; agents of Ray are others
+    workers = [number for number in own if _begins(number, b"ray::work")]  # cli.on_ray's
+    agents = [number for number in own if _begins(number, b"ray::") and b"Agent" in _command(number)]
     if workers and draw.random() < 0.5:
         os.kill(draw.choice(workers), signal.SIGKILL)
         process.wait()
@@ -360,6 +361,9 @@ def kill(process: Any, draw: random.Random, on_ray: bool) -> str:
     else:
         process.kill()
     process.wait()
+    for number in agents:  # of Ray, which look once a minute whether their cluster is there, and have no image
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
     until = time.monotonic() + 120
     while any(_begins(number, b"") for number in own):
         assert time.monotonic() < until, "processes of a killed run do not end"
@@ -367,12 +371,17 @@ def kill(process: Any, draw: random.Random, on_ray: bool) -> str:
     return which
 
 
+def _command(process: int) -> bytes:
+    """Its command line; empty where it has ended."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def _begins(process: int, name: bytes) -> bool:
     """Whether a process is there and its command line begins so."""
-    try:
-        said = Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return False
+    said = _command(process)
     return bool(said) and said.startswith(name)
 
 
