@@ -21,12 +21,21 @@ from typing import Any, NamedTuple
 
 import results_io
 
-PAGES = ("README.md", "docs/performance.md", "docs/gpu.md")
+PAGES = ("README.md", "docs/performance.md", "docs/gpu.md", "docs/signed-rules.md")
 
 FIRST_SIGHT = ("zen5", "h200")  # machines of the README's table
 FIRST_SIGHT_IMAGES = 8
 MODELS = {"vit_base_patch16_224": "ViT-B/16", "resnet50": "ResNet-50"}
 GRADIENT, PUBLISHED = "captum InputXGradient", "published absLRP"
+# What docs/signed-rules.md compares, by the names of measurements.
+METHODS = {
+    "mixed, one class": "`abslrp`, one class",
+    "mixed": "`abslrp`, class against others",
+    **{f"ramp_fast {rule}": f"`{rule}`" for rule in ("attnlrp", "ramp", "epsilon-plus-flat")},
+    GRADIENT: "gradient x input, captum",
+    "LXT AttnLRP": "AttnLRP, LXT",
+    "zennit EpsilonPlusFlat": "EpsilonPlusFlat, zennit",
+}
 
 _BLOCK = re.compile(r"(<!-- bench/report\.py: ([\w/-]+) -->\n)(.*?)(<!-- bench/report\.py: end -->)", re.DOTALL)
 
@@ -184,10 +193,42 @@ def breadth(records: list[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
+def methods(records: list[dict[str, Any]], machine: str = "zen5") -> str:
+    """Forward passes and memory of rules and of other libraries' methods, batches of eight."""
+    found, rows = newest(records, machine), []
+    for model, label in {**MODELS, "vgg16": "VGG16"}.items():
+        for method, title in METHODS.items():
+            name = f"{model}/8/{method}"
+            if name in found:
+                memory = found.get(f"{name}/peak memory")
+                megabytes = "–" if memory is None else number(memory.row["value"])
+                rows.append([label, title, number(found[name].row["ratio"]), megabytes, measured(found[name].record)])
+    return table(["model", "method", "forwards", "MB an image", "date, commit"], rows)
+
+
+def rule_errors(records: list[dict[str, Any]]) -> str:
+    """Every rule and network: the largest error in float64 of all machines, and that of "mixed"."""
+    worst: dict[tuple[str, str], dict[str, float]] = {}
+    for machine in sorted({record["machine"]["name"] for record in records}):
+        for name, there in newest(records, machine).items():
+            if name.startswith("error/"):
+                _, network, rule, precision = name.split("/")
+                own = worst.setdefault((rule, network), {})
+                own[precision] = max(own.get(precision, 0.0), there.row["value"])
+    networks = list(dict.fromkeys(network for _, network in worst))
+    rows = []
+    for rule in dict.fromkeys(rule for rule, _ in worst):
+        cells = [worst.get((rule, network)) for network in networks]
+        rows.append([f"`{rule}`", *("–" if c is None else f"{c['float64']:.0e}, {c['mixed']:.1%}" for c in cells)])
+    return table(["rule", *networks], rows)
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "networks": networks,
     "first-sight": first_sight,
     "breadth": breadth,
+    "methods": methods,
+    "rule-errors": rule_errors,
     **{f"throughput/{model}": partial(throughput, model=model) for model in MODELS},
     **{f"breakdown/{model}": partial(breakdown, model=model) for model in MODELS},
 }

@@ -247,3 +247,44 @@ def same_sign() -> LayerOracle:
         return with_gradient(z, total)
 
     return layer
+
+
+def ramp_of_convolutions(model: nn.Module, x: Tensor, target: Tensor, contrast: str) -> Tensor:
+    """Maps of ``ramp`` for a network without attention or LayerNorm, whose last layer has inputs that are not negative.
+
+    z+ without bias in the layers, the signed head of :class:`ramp_fast.rules.ramp.RampHead`, and shares of equal size
+    in the first layer.
+    """
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    stem: list[Tensor] = []
+    pooled: list[Tensor] = []
+    spread: list[Callable[[Tensor], Tensor]] = []
+
+    def first(apply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        stem.append(apply(x, weight, bias).detach().requires_grad_())
+        with torch.enable_grad():
+            u = torch.ones_like(x, requires_grad=True)
+            count = apply(u, torch.ones_like(weight), None)
+        spread.append(lambda r: torch.autograd.grad((count * (r / count.detach())).sum(), u)[0])
+        return stem[0]
+
+    layer = parts(lambda w: (w.clamp(min=0), w.clamp(max=0)), first=1.0, second=0.0, gated=False, eps=0.0, bias=False)
+    model.requires_grad_(False)
+    handle = head.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
+    with Modified(layer, first=first):
+        logits = model(x.clone().requires_grad_()).detach()
+    handle.remove()
+    (p,), at = pooled, pooled[0].detach()
+    one = nn.functional.one_hot(target, logits.shape[1]).to(x)
+    others = torch.zeros_like(one)
+    if contrast == "others":
+        others = logits.masked_fill(one > 0, float("-inf")).softmax(-1)
+
+    def unit(v: Tensor) -> Tensor:
+        total = (at * v).abs().sum(-1, keepdim=True)
+        return torch.where(total == 0, 0.0, v / total)
+
+    u, positive = (others > 0) / logits.abs(), head.weight.clamp(min=0)
+    c = 0.6 * unit((one - others) @ head.weight) + 0.4 * (unit(one @ positive) - unit(u @ positive))
+    (gradient,) = torch.autograd.grad((p * c).sum(), stem[0])
+    return spread[0]((stem[0] * gradient).detach())

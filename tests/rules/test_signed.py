@@ -263,7 +263,7 @@ def test_mixed_is_near_float64(name: str, rule: str) -> None:
 
 
 @pytest.mark.parametrize("contrast", ["others", "none"])
-@pytest.mark.parametrize("name", ["vit", "vit, registers and LayerScale", "clip", "eva02"])
+@pytest.mark.parametrize("name", ["vit", "vit, registers and LayerScale", "clip", "eva02", "swin", "convnext"])
 def test_ramp_of_transformers(name: str, contrast: str) -> None:
     model, x = network(name)
     with torch.no_grad():
@@ -279,43 +279,11 @@ def test_ramp_of_transformers(name: str, contrast: str) -> None:
 
 
 @pytest.mark.parametrize("contrast", ["others", "none"])
-def test_ramp_of_convolutional_networks(contrast: str) -> None:
-    model, x = network("resnet")
-    model = oracle.folded(model)
+@pytest.mark.parametrize("name", ["resnet", "vgg", "efficientnet"])
+def test_ramp_of_convolutional_networks(name: str, contrast: str) -> None:
+    model, x = network(name)
     target = torch.tensor([3, 7])
-    stem: list[Tensor] = []
-
-    def first(apply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        stem.append(apply(x, weight, bias).detach().requires_grad_())
-        return stem[0]
-
-    model.requires_grad_(False)
-    with oracle.Modified(oracle.parts(_halves, first=1.0, second=0.0, gated=False, eps=0.0, bias=False), first=first):
-        p = model.forward_head(model.forward_features(x.clone().requires_grad_()), pre_logits=True)
-    weight, at = model.fc.weight, p.detach()
-    logits = model.fc(at)
-    one = nn.functional.one_hot(target, 10).double()
-    others = torch.zeros_like(one)
-    if contrast == "others":
-        others = logits.masked_fill(one > 0, float("-inf")).softmax(-1)
-
-    def unit(v: Tensor) -> Tensor:
-        total = (at * v).abs().sum(-1, keepdim=True)
-        return torch.where(total == 0, 0.0, v / total)
-
-    u = (others > 0) / logits.abs()
-    positive = weight.clamp(min=0)
-    c = 0.6 * unit((one - others) @ weight) + 0.4 * (unit(one @ positive) - unit(u @ positive))
-    (gradient,) = torch.autograd.grad((p * c).sum(), stem[0])
-    relevance = (stem[0] * gradient).detach()
-    conv = model.conv1
-    ones = torch.ones_like(conv.weight)
-    count = nn.functional.conv2d(torch.ones_like(x), ones, None, conv.stride, conv.padding)
-    expected = nn.functional.conv_transpose2d(relevance / count, ones, None, conv.stride, conv.padding, 1)
-    found = Engine(network("resnet")[0], "ramp", "float64").attribute(x, target, contrast, "none").maps
+    expected = oracle.ramp_of_convolutions(oracle.folded(copy.deepcopy(model)), x, target, contrast)
+    found = Engine(model, "ramp", "float64").attribute(x, target, contrast, "none").maps
     assert expected.abs().max() > 0
     assert (found - expected).abs().max() < 1e-8 * expected.abs().max()
-
-
-def _halves(weight: Tensor) -> tuple[Tensor, Tensor]:
-    return weight.clamp(min=0), weight.clamp(max=0)
