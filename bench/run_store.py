@@ -89,13 +89,13 @@ class FreeEngine:
 
 @contextmanager
 def job(
-    engine: Any, folder: Path, out: Path, workers: int, batch_size: int, shard_size: int = 512
+    engine: Any, folder: Path, out: Path, workers: int, batch_size: int, shard_size: int = 512, yielding: bool = True
 ) -> Iterator[tuple[Job, MapWriter]]:
     """A run as the command line builds it, with any engine."""
-    source = open_source(folder)
+    source, framing = open_source(folder), Framing.of(CONFIG)
     loaded = LoadedModel(torch.nn.Identity(), "free", "none", Preprocessing(CONFIG), ClassNames(1000))
     targets = Targets.parse("predicted")
-    with MapWriter(out) as store, Decoders(Framing.of(CONFIG), batch_size, workers) as decoders:
+    with MapWriter(out) as store, Decoders(framing, batch_size, workers, yielding=yielding) as decoders:
         plan, images = make_plan(
             {}, {}, loaded, source, None, targets, dtype="float16", channels=False, shard_size=shard_size
         )
@@ -297,13 +297,15 @@ def same(one: Path, other: Path) -> list[str]:
         if path.is_file()
         and path.name not in skipped
         and path.parent.name != "locks"
-        and not path.match("journal-*-of-*.jsonl")
+        and not path.match("journal*.jsonl")
     }
-    return [
+    different = [
         name
         for name in sorted(files)
         if not ((one / name).is_file() and (other / name).is_file() and filecmp.cmp(one / name, other / name, False))
     ]
+    # Of a run in parts there is a journal for each part.
+    return different + ["journals"] * (read_journals(one) != read_journals(other))
 
 
 class Forked:
@@ -400,7 +402,7 @@ def kills(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     assert done == arguments.images, f"{done} of {arguments.images} images have a map"
     draw = random.Random(arguments.seed)
     killed: dict[str, int] = {}
-    runs = 0
+    runs = gave_up = 0
     stores: list[list[str]] = []
     shards: list[int] = []  # finished when it was killed
     while sum(killed.values()) < arguments.times and time.perf_counter() - begun < arguments.seconds:
@@ -418,13 +420,16 @@ def kills(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
                 shards.append(len(read_journals(out)))
                 continue
             assert status in (0, 2), status
-            break
+            if len(read_journals(out)) == len(read_journals(work / "whole")):
+                break
+            gave_up += 1  # it said so: under Ray, where no worker was left
         stores.append(same(work / ("plain" if arguments.ray else "whole"), out))
     return {
         "kills": sum(killed.values()),
         "of": killed,
         "seconds_of_a_run": round(whole, 1),
         "runs": runs,
+        "gave_up": gave_up,
         "stores": len(stores),
         "differences": [d for d in stores if d],
         "finished_shards_at_kills": shards,

@@ -26,7 +26,7 @@ POLL = 1.0
 """Seconds between two looks at the journals."""
 
 ROUNDS = 3
-"""How often shards of workers that were lost are handed out again before the run gives up."""
+"""How often in a row all workers may be lost before one of them has finished a shard."""
 
 
 class Queue:
@@ -73,14 +73,15 @@ def run_on_ray(
     except Exception as error:  # of a connection, almost anything
         raise RampFastError(f"cannot reach the Ray cluster {arguments.ray}: {error}") from error
     try:
-        left = list(shards)
-        for _ in range(ROUNDS):
+        left, in_vain = list(shards), 0
+        while in_vain < ROUNDS:
             failure = _round(ray, arguments, left, attribute, partial(_told, progress, len(shards) - len(left)))
             finished = open_maps(arguments.out).finished()
             before, left = left, [shard for shard in left if shard not in finished]
             if not left:
                 return
-            if len(left) == len(before):
+            in_vain = in_vain + 1 if len(left) == len(before) else 0
+            if in_vain and failure is not None:
                 break  # no use in trying once more
         raise RampFastError(f"workers on Ray ended before {len(left)} shards were finished: {failure or 'lost'}")
     finally:
@@ -94,7 +95,7 @@ def _round(
     attribute: Callable[[argparse.Namespace, tuple[int, int], Iterator[int]], None],
     progress: Callable[[int], None],
 ) -> str | None:
-    """Hand out shards until workers have ended; why one of them failed."""
+    """Hand out shards until workers have ended; why one of them failed, unless they were lost."""
     resources = ray.cluster_resources()
     gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     count = max(1, min(gpus or cores // CORES, len(shards)))
@@ -122,8 +123,10 @@ def _round(
         for ended in done:
             try:
                 ray.get(ended)
-            except ray.exceptions.RayError as error:
+            except ray.exceptions.RayTaskError as error:
                 failure = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+            except ray.exceptions.RayError:  # the process or its machine has ended: others take its shards
+                continue
         time.sleep(0 if done else POLL / 10)
     return failure
 

@@ -387,7 +387,7 @@ def job_for(
     batch_size = min(batch_size, request["shard_size"])
     workers = _usual_decoders(on_cpu) if arguments.workers is None else arguments.workers
     framing = Framing.of(loaded.preprocessing.config, request["decoding"] == "scaled")
-    with Decoders(framing, batch_size, workers) as decoders:
+    with Decoders(framing, batch_size, workers, yielding=on_cpu) as decoders:
         # They start while the model is captured.
         engine = make_engine(loaded.model.to(device), request, loaded.preprocessing.input_size)
         yield Job(
@@ -407,9 +407,9 @@ def job_for(
 
 
 def _usual_decoders(on_cpu: bool) -> int:
-    """Where the engine computes on the same cores it takes nearly all of them; a GPU needs every core for decoding."""
+    """Where the engine computes on the same cores they decode while it waits for images, all cores together."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // 8) if on_cpu else max(1, min(cores - 1, 16))
+    return max(1, min(cores if on_cpu else cores - 1, 16))
 
 
 def _attribute(

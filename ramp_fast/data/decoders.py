@@ -44,6 +44,9 @@ DEPTH = 4
 _MOST_DEATHS = 2
 """How often a process may end over one task before what it decodes is given up."""
 
+_LEAST_PRIORITY = 19
+"""Of processes, as ``nice`` counts."""
+
 _HELD_BYTES = 16 * 2**20
 """Encoded images up to this size are read once, into memory."""
 
@@ -101,6 +104,9 @@ class Decoders:
         Images of a batch at most.
     workers : int
         Processes; 0 decodes in the caller's, when asked.
+    yielding : bool
+        Leave the processor to whatever else wants it. For a computation on all cores, whose threads wait for one
+        another: one that has to share its core holds up all others, while decoding takes as long at any time.
 
     Raises
     ------
@@ -108,8 +114,8 @@ class Decoders:
         Processes cannot be started here.
     """
 
-    def __init__(self, framing: Framing, batch_size: int, workers: int) -> None:
-        self.framing, self.batch_size = framing, batch_size
+    def __init__(self, framing: Framing, batch_size: int, workers: int, *, yielding: bool = False) -> None:
+        self.framing, self.batch_size, self.yielding = framing, batch_size, yielding
         shape = (DEPTH, batch_size, *framing.size, 3)
         self._file = _anonymous_file(int(np.prod(shape)))
         self._memory = mmap.mmap(self._file, 0)
@@ -264,7 +270,10 @@ class Decoders:
         if not hasattr(os, "set_inheritable") or os.name == "nt":
             raise RampFastError("decoding in processes needs Linux or macOS; pass --workers 0")
         ours, theirs = Pipe()
-        setting = json.dumps({"pipe": theirs.fileno(), "memory": self._file, "shape": self.ring.shape})
+        setting = json.dumps({
+            **{"pipe": theirs.fileno(), "memory": self._file, "shape": self.ring.shape},
+            "yielding": self.yielding,
+        })  # fmt: skip
         inherited = theirs.fileno(), self._file
         # A thread of its own for each call of a library would take the cores from the computation.
         alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -302,6 +311,8 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that gives the work
     warnings.simplefilter("ignore")  # what matters of a file is an error
     setting: dict[str, Any] = json.loads(sys.argv[2])
+    if setting["yielding"]:
+        os.nice(_LEAST_PRIORITY)
     shape = setting["shape"]
     pipe = Connection(setting["pipe"])
     ring = np.frombuffer(mmap.mmap(setting["memory"], 0), np.uint8).reshape(shape)

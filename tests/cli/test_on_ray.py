@@ -46,14 +46,14 @@ def test_two_ways_to_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def losing(arguments: argparse.Namespace, part: tuple[int, int], shards: Iterator[int]) -> None:
-    """Writes one shard, takes another one, and is gone; the second worker writes all that it is given."""
+    """Writes some shards, takes another one, and is gone; the second worker writes all that it is given."""
     from ramp_fast.results.map_writer import MapWriter
 
     flag = Path(arguments.out).with_suffix(".lost")
     with MapWriter(arguments.out, part) as store:
         assert store.plan is not None
         for number, shard in enumerate(shards):
-            if number == 1 and not flag.exists():
+            if number == arguments.written and not flag.exists():
                 flag.touch()
                 os._exit(1)
             ramps.write_shard(store, shard)
@@ -64,14 +64,16 @@ def failing(arguments: argparse.Namespace, part: tuple[int, int], shards: Iterat
 
 
 @needs_ray
-def test_lost_workers(tmp_path: Path, cluster: None) -> None:
+@pytest.mark.parametrize("written", [0, 1])
+def test_lost_workers(tmp_path: Path, cluster: None, written: int) -> None:
     plan = ramps.plan_of(30)
     ramps.write(tmp_path / "whole", plan)
     out = tmp_path / "store"
     with ramps.MapWriter(out) as store:
         store.create(plan, ramps.images_of(30))
     told: list[int] = []
-    run_on_ray(argparse.Namespace(ray="local", out=str(out)), range(plan.shards), losing, told.append)
+    arguments = argparse.Namespace(ray="local", out=str(out), written=written)
+    run_on_ray(arguments, range(plan.shards), losing, told.append)
     assert out.with_suffix(".lost").exists()
     assert told[-1] == plan.shards
     assert open_maps(out).finished() == set(range(plan.shards))
