@@ -1,7 +1,7 @@
 """Is an attribution cheap on every family? Sixteen common models, and six chosen before anything was measured.
 
     python bench/breadth.py --results NAME                    # all, with writing bench/results/NAME-COMMIT-breadth.json
-    python bench/breadth.py --models vgg16 resnet50 --rules abslrp --rounds 7
+    python bench/breadth.py --models vgg16 resnet50 --rules abslrp --rounds 7 --batches 1 2
 
 Of every model in one process, in turns, medians: its own forward pass; that with the backward pass from the logit of
 the predicted class to the image (a gradient map: parameters need no gradient, so this is less than training takes); the
@@ -106,27 +106,20 @@ def mean(ratios: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, ratios)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=[*COMMON, *FURTHER], metavar="MODEL")
-    parser.add_argument("--rules", nargs="+", default=list(RULES), metavar="RULE")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--precision", default="mixed")
-    parser.add_argument("--results", metavar="NAME", help="a short name of this machine")
-    args = parser.parse_args()
+def table(models: list[str], rules: list[str], batch: int, rounds: int, precision: str) -> list[dict[str, Any]]:
+    """Measure models and print a row of each."""
     found: list[dict[str, Any]] = []
-    ratios: dict[str, list[float]] = {rule: [] for rule in args.rules}
-    head = ["model", "forward, ms", "forward+backward", "logits", *(f"{r}, forward | {r}, f+b" for r in args.rules)]
+    ratios: dict[str, list[float]] = {rule: [] for rule in rules}
+    head = ["model", "forward, ms", "forward+backward", "logits", *(f"{r}, forward | {r}, f+b" for r in rules)]
     print(f"| {' | '.join(head)} |", flush=True)
-    for name in args.models:
-        times = measure(name, args.rules, args.batch, args.rounds, args.precision)
-        found += measurements(name, times, args.batch, args.rounds)
+    for name in models:
+        times = measure(name, rules, batch, rounds, precision)
+        found += measurements(name, times, batch, rounds)
         own = {what: statistics.median(of) for what, of in times.items()}
         cells = [name, f"{own['forward']:.1f}"]
         for what in ("forward+backward", "logits"):
             cells.append(f"{own[what] / own['forward']:.2f}" if what in own else "–")
-        for rule in args.rules:
+        for rule in rules:
             if rule in own:
                 ratios[rule].append(own[rule] / own["forward+backward"])
                 cells += [f"{own[rule] / own['forward']:.2f}", f"{ratios[rule][-1]:.2f}"]
@@ -136,6 +129,22 @@ def main() -> None:
     for rule, of in ratios.items():
         if of:
             print(f"{rule} over forward and backward: geometric mean {mean(of):.2f}, worst {max(of):.2f}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=[*COMMON, *FURTHER], metavar="MODEL")
+    parser.add_argument("--rules", nargs="+", default=list(RULES), metavar="RULE")
+    parser.add_argument("--batches", nargs="+", type=int, default=[8], metavar="IMAGES")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", default="mixed")
+    parser.add_argument("--results", metavar="NAME", help="a short name of this machine")
+    args = parser.parse_args()
+    found: list[dict[str, Any]] = []
+    for batch in args.batches:
+        print(f"batches of {batch}")
+        found += table(args.models, args.rules, batch, args.rounds, args.precision)
     if args.results:
         print(f"written to {results_io.write_here(args.results, found, 'bench/breadth.py', 'breadth')}")
 

@@ -193,6 +193,45 @@ def breadth(records: list[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
+def latency(records: list[dict[str, Any]]) -> str:
+    """The same of one image and of two."""
+    rows = []
+    for machine in sorted({record["machine"]["name"] for record in records}):
+        found = newest(records, machine)
+        models = dict.fromkeys(m[1] for name in found if (m := re.fullmatch(r"breadth/(\w+)/1/abslrp", name)))
+        ratios: dict[int, list[float]] = {1: [], 2: []}
+        for model in models:
+            own: list[str] = []
+            for batch, of in ratios.items():
+                rule = found.get(f"breadth/{model}/{batch}/abslrp")
+                if rule is None:
+                    own += ["–"] * 3
+                    continue
+                of.append(rule.row["ratio"])
+                forward, logits = (found[f"breadth/{model}/{batch}/{what}"].row for what in ("forward", "logits"))
+                own += [number(batch * forward["value"]), number(logits["ratio"]), number(rule.row["ratio"])]
+            record = found[f"breadth/{model}/1/abslrp"].record
+            rows.append([title(records, machine), model, *own, measured(record)])
+        if models:
+            means = [number(math.exp(statistics.fmean(map(math.log, of)))) if of else "–" for of in ratios.values()]
+            rows.append([title(records, machine), "geometric mean", "", "", means[0], "", "", means[1], ""])
+    each = ["forward, ms", "logits", "abslrp"]
+    images = [f"{which}: {what}" for which in ("one image", "two") for what in each]
+    return table(["machine", "model", *images, "date, commit"], rows)
+
+
+def overhead(records: list[dict[str, Any]]) -> str:
+    """Calls with next to nothing to compute: all of their time, and what of it is outside kernels."""
+    rows = []
+    for machine in sorted({record["machine"]["name"] for record in records}):
+        for name, there in newest(records, machine).items():
+            if match := re.fullmatch(r"overhead/(\w+)/1/(.*)/outside kernels", name):
+                whole = newest(records, machine)[name.removesuffix("/outside kernels")].row["value"]
+                times = [f"{value:.2f}" for value in (whole, there.row["value"])]
+                rows.append([title(records, machine), *match.groups(), *times, measured(there.record)])
+    return table(["machine", "layers of", "call", "ms", "outside kernels, ms", "date, commit"], rows)
+
+
 def methods(records: list[dict[str, Any]], machine: str = "zen5") -> str:
     """Forward passes and memory of rules and of other libraries' methods, batches of eight."""
     found, rows = newest(records, machine), []
@@ -227,6 +266,8 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "networks": networks,
     "first-sight": first_sight,
     "breadth": breadth,
+    "latency": latency,
+    "overhead": overhead,
     "methods": methods,
     "rule-errors": rule_errors,
     **{f"throughput/{model}": partial(throughput, model=model) for model in MODELS},

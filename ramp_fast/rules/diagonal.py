@@ -16,7 +16,7 @@ from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
 from ramp_fast.ops._common import divide
 from ramp_fast.ops.activation import FUNCTIONS
-from ramp_fast.rules.base import Flow, Fusion, Operation, ReadsInput, Values, fused_into, gate, reduce_to
+from ramp_fast.rules.base import Flow, Fusion, Operation, ReadsInput, Values, fused_into, linear_gate, reduce_to
 from ramp_fast.rules.gradients import gradient
 from ramp_fast.rules.masses import Massed, Masses
 from ramp_fast.rules.weighted import affine
@@ -219,7 +219,7 @@ class Scale(Operation):
             size = wide.abs().reciprocal() if self.node.params.inverse else wide.abs()
             c = part.c * size.to(part.c.dtype)
             if not self._number:
-                c = 2 * gate(c, values[source] * factor)
+                c = linear_gate(c, values[source] * factor)
         yield Flow(source, Massed(reduce_to(c, source_shape(values, source, c)), part.target))
 
 
@@ -332,13 +332,9 @@ class Div(Operation):
         source = self.node.operands[0]
         x, denominator = values[source], values[self.node.params.denominator]
         size = denominator.to(torch.promote_types(denominator.dtype, torch.float32)).abs()  # masks are no numbers yet
-        scaled = (
-            part.c * size
-            if self.node.params.inverse
-            else divide(part.c, size.expand(part.c.shape[1:]).expand_as(part.c))
-        )
         # What is decided by comparisons is a number, as constant factors are: no layer.
-        c = scaled if self.node.params.number else 2 * gate(scaled, x * denominator)
+        c = part.c if self.node.params.number else linear_gate(part.c, x * denominator)
+        c = c * size if self.node.params.inverse else divide(c, size.expand(c.shape[1:]).expand_as(c))
         yield Flow(source, Massed(reduce_to(c.to(part.c.dtype), x.shape), part.target))
 
 

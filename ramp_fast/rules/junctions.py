@@ -13,7 +13,18 @@ from ramp_fast import gemm, ops
 from ramp_fast import graph as g
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
-from ramp_fast.rules.base import Flow, Fusion, Operation, Values, fused_into, gate, reduce_to, selected, vjp
+from ramp_fast.rules.base import (
+    Flow,
+    Fusion,
+    Operation,
+    Values,
+    fused_into,
+    gate,
+    linear_gate,
+    reduce_to,
+    selected,
+    vjp,
+)
 from ramp_fast.rules.masses import Massed, Masses, share
 from ramp_fast.rules.weighted import affine
 
@@ -184,7 +195,7 @@ class Add(Operation):
         else:
             pulled, masses = [], []
             for operand, x, sign, carrier in zip(operands, tensors, p.signs, carries, strict=True):
-                c = 2 * gate(part.c, x.expand(whole) * sign)
+                c = linear_gate(part.c, x.expand(whole) * sign)
                 c, axis = (reduce_to(c, x.shape), operand.batch) if carrier else (c, self.node.batch)
                 pulled.append(c)
                 masses.append(conservation.mass(x if carrier else x.expand(whole), c, axis))
@@ -336,9 +347,9 @@ def pull_product(
     c: Tensor, other: Tensor, x: Tensor, dtype: torch.dtype, only_positive: bool, product: Product
 ) -> Tensor:
     """``2 (c other+)`` where ``x > 0``, ``2 (c other-)`` where ``x < 0`` (or nowhere else, ``only_positive``)."""
-    positive = product(c, (2 * gemm.positive_part(other)).to(dtype))
     if only_positive:
-        return gate(positive, x)
+        return linear_gate(product(c, gemm.positive_part(other).to(dtype)), x)
+    positive = product(c, (2 * gemm.positive_part(other)).to(dtype))
     return selected(positive, product(c, (2 * gemm.negative_part(other)).to(dtype)), x)
 
 
