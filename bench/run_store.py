@@ -89,13 +89,13 @@ class FreeEngine:
 
 @contextmanager
 def job(
-    engine: Any, folder: Path, out: Path, workers: int, batch_size: int, shard_size: int = 512, yielding: bool = True
+    engine: Any, folder: Path, out: Path, workers: int, batch_size: int, shard_size: int = 512
 ) -> Iterator[tuple[Job, MapWriter]]:
     """A run as the command line builds it, with any engine."""
-    source, framing = open_source(folder), Framing.of(CONFIG)
+    source = open_source(folder)
     loaded = LoadedModel(torch.nn.Identity(), "free", "none", Preprocessing(CONFIG), ClassNames(1000))
     targets = Targets.parse("predicted")
-    with MapWriter(out) as store, Decoders(framing, batch_size, workers, yielding=yielding) as decoders:
+    with MapWriter(out) as store, Decoders(Framing.of(CONFIG), batch_size, workers) as decoders:
         plan, images = make_plan(
             {}, {}, loaded, source, None, targets, dtype="float16", channels=False, shard_size=shard_size
         )
@@ -553,7 +553,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--times", type=int, default=40)
     parser.add_argument("--ray", action="store_true", help="kills: of runs on a Ray cluster of this machine")

@@ -387,7 +387,7 @@ def job_for(
     batch_size = min(batch_size, request["shard_size"])
     workers = _usual_decoders(on_cpu) if arguments.workers is None else arguments.workers
     framing = Framing.of(loaded.preprocessing.config, request["decoding"] == "scaled")
-    with Decoders(framing, batch_size, workers, yielding=on_cpu) as decoders:
+    with Decoders(framing, batch_size, workers) as decoders:
         # They start while the model is captured.
         engine = make_engine(loaded.model.to(device), request, loaded.preprocessing.input_size)
         yield Job(

@@ -20,12 +20,14 @@ import time
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,11 +46,14 @@ DEPTH = 4
 _MOST_DEATHS = 2
 """How often a process may end over one task before what it decodes is given up."""
 
-_LEAST_PRIORITY = 19
-"""Of processes, as ``nice`` counts."""
+_LOOK = 0.002
+"""Seconds between two looks at whether decoding is held up."""
 
 _HELD_BYTES = 16 * 2**20
 """Encoded images up to this size are read once, into memory."""
+
+_AHEAD_BYTES = 64 * 2**20
+"""Of encoded images that one process holds before it decodes them, but for the last."""
 
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from ramp_fast.data.decoders import serve; serve()"
 
@@ -104,9 +109,6 @@ class Decoders:
         Images of a batch at most.
     workers : int
         Processes; 0 decodes in the caller's, when asked.
-    yielding : bool
-        Leave the processor to whatever else wants it. For a computation on all cores, whose threads wait for one
-        another: one that has to share its core holds up all others, while decoding takes as long at any time.
 
     Raises
     ------
@@ -114,12 +116,12 @@ class Decoders:
         Processes cannot be started here.
     """
 
-    def __init__(self, framing: Framing, batch_size: int, workers: int, *, yielding: bool = False) -> None:
-        self.framing, self.batch_size, self.yielding = framing, batch_size, yielding
+    def __init__(self, framing: Framing, batch_size: int, workers: int) -> None:
+        self.framing, self.batch_size = framing, batch_size
         shape = (DEPTH, batch_size, *framing.size, 3)
-        self._file = _anonymous_file(int(np.prod(shape)))
+        self._file = _anonymous_file(int(np.prod(shape)) + 1)
         self._memory = mmap.mmap(self._file, 0)
-        self.ring: npt.NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8).reshape(shape)
+        self.ring, self._held = _mapped(self._memory, shape)
         self._log = tempfile.TemporaryFile()  # what processes complain of  # noqa: SIM115  # closed by __exit__
         self._batches: dict[int, Decoded] = {}
         self._missing: dict[int, int] = {}  # batch -> images of it that are under way
@@ -153,6 +155,19 @@ class Decoders:
             self._log.close()
             self._file = -1
         # The mapping itself goes with the last array that looks at it.
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Decode nothing meanwhile; files are read.
+
+        For a computation on all cores, whose threads wait for one another: one that has to share its core holds up all
+        of them, while decoding takes as long afterwards, when it has all cores.
+        """
+        self._held[0] = 1
+        try:
+            yield
+        finally:
+            self._held[0] = 0
 
     def batches(self, batches: Iterable[Sequence[Location]]) -> Iterator[Decoded]:
         """Decode batches, in order, some of them ahead of time.
@@ -270,10 +285,7 @@ class Decoders:
         if not hasattr(os, "set_inheritable") or os.name == "nt":
             raise RampFastError("decoding in processes needs Linux or macOS; pass --workers 0")
         ours, theirs = Pipe()
-        setting = json.dumps({
-            **{"pipe": theirs.fileno(), "memory": self._file, "shape": self.ring.shape},
-            "yielding": self.yielding,
-        })  # fmt: skip
+        setting = json.dumps({"pipe": theirs.fileno(), "memory": self._file, "shape": self.ring.shape})
         inherited = theirs.fileno(), self._file
         # A thread of its own for each call of a library would take the cores from the computation.
         alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -311,53 +323,98 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that gives the work
     warnings.simplefilter("ignore")  # what matters of a file is an error
     setting: dict[str, Any] = json.loads(sys.argv[2])
-    if setting["yielding"]:
-        os.nice(_LEAST_PRIORITY)
-    shape = setting["shape"]
     pipe = Connection(setting["pipe"])
-    ring = np.frombuffer(mmap.mmap(setting["memory"], 0), np.uint8).reshape(shape)
+    ring, held = _mapped(mmap.mmap(setting["memory"], 0), setting["shape"])
+    parent = os.getppid()
+
+    def wait_while_held() -> None:
+        while held[0] and os.getppid() == parent:
+            time.sleep(_LOOK)
+
     try:
         framing = pipe.recv()
         pipe.send(None)
         while True:
             slot, places, locations = pipe.recv()
-            pipe.send(_decode(locations, places, framing, ring[slot]))
+            pipe.send(_decode(locations, places, framing, ring[slot], wait_while_held))
     except (EOFError, OSError):
         return
 
 
+def _mapped(memory: mmap.mmap, shape: Sequence[int]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """The ring of batches, and behind it the byte that holds decoding up."""
+    whole = np.frombuffer(memory, np.uint8)
+    return whole[:-1].reshape(shape), whole[-1:]
+
+
 def _decode(
-    locations: Sequence[Location], places: Sequence[int], framing: Framing, batch: npt.NDArray[np.uint8]
+    locations: Sequence[Location],
+    places: Sequence[int],
+    framing: Framing,
+    batch: npt.NDArray[np.uint8],
+    wait: Callable[[], None] = lambda: None,
 ) -> tuple[list[tuple[int, int, str | None]], float]:
-    """Decode images into their places of a batch: places, checksums and failures, and the processor time."""
+    """Decode images into their places of a batch: places, checksums and failures, and the processor time.
+
+    Files are read first; ``wait`` is called before each of them is decoded.
+    """
     started = time.thread_time()
+    read, held = [], 0
+    for location in locations:
+        ahead, failure = _tried(partial(_read, location, held < _AHEAD_BYTES))
+        held += 0 if ahead is None or ahead.data is None else len(ahead.data)
+        read.append((ahead, failure))
     found: list[tuple[int, int, str | None]] = []
-    for place, location in zip(places, locations, strict=True):
-        try:
-            with location.open() as file:
-                checksum, file_or_bytes = _summed(file)
-                batch[place] = framing(file_or_bytes)
-        except OSError as error:
-            failure = "no such file" if isinstance(error, FileNotFoundError) else reason(error)
-        except ImageError as error:
-            failure = str(error)
-        except Exception as error:  # of a library that reads tables: one image is no reason to end all
-            failure = f"{type(error).__name__}: {reason(error)}"
-        else:
-            found.append((place, checksum, None))
-            continue
+    for place, location, (ahead, failure) in zip(places, locations, read, strict=True):
+        if ahead is not None:
+            wait()
+            pixels, failure = _tried(partial(_pixels, location, ahead, framing))
+            ahead.data = None
+            if pixels is not None:
+                batch[place] = pixels
+                found.append((place, ahead.checksum, None))
+                continue
         batch[place] = 0
         found.append((place, 0, failure))
     return found, time.thread_time() - started
 
 
-def _summed(file: BinaryIO) -> tuple[int, BinaryIO]:
-    """CRC-32 of a file, and the file once more, in memory where it is small."""
-    data = file.read(_HELD_BYTES + 1)
-    checksum = zlib.crc32(data)
-    if len(data) <= _HELD_BYTES:
-        return checksum, io.BytesIO(data)
-    for block in iter(lambda: file.read(1 << 20), b""):
-        checksum = zlib.crc32(block, checksum)
-    file.seek(0)
-    return checksum, file
+_T = TypeVar("_T")
+
+
+def _tried(call: Callable[[], _T]) -> tuple[_T | None, str | None]:
+    """What a call gives, or why it failed."""
+    try:
+        return call(), None
+    except OSError as error:
+        return None, "no such file" if isinstance(error, FileNotFoundError) else reason(error)
+    except ImageError as error:
+        return None, str(error)
+    except Exception as error:  # of a library that reads tables: one image is no reason to end all
+        return None, f"{type(error).__name__}: {reason(error)}"
+
+
+@dataclass
+class _Read:
+    """An encoded image: its CRC-32, and the bytes unless they are many."""
+
+    checksum: int
+    data: bytes | None
+
+
+def _read(location: Location, hold: bool) -> _Read:
+    with location.open() as file:
+        data = file.read(_HELD_BYTES + 1)
+        checksum = zlib.crc32(data)
+        if hold and len(data) <= _HELD_BYTES:
+            return _Read(checksum, data)
+        for block in iter(lambda: file.read(1 << 20), b""):
+            checksum = zlib.crc32(block, checksum)
+        return _Read(checksum, None)
+
+
+def _pixels(location: Location, read: _Read, framing: Framing) -> npt.NDArray[np.uint8]:
+    if read.data is not None:
+        return framing(io.BytesIO(read.data))
+    with location.open() as file:
+        return framing(file)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -238,7 +239,8 @@ class Job:
     def _part(self, pixels: npt.NDArray[np.uint8], labels: npt.NDArray[np.int32]) -> tuple[Tensor, ...]:
         images = self.normalised(torch.from_numpy(pixels))
         target = self.targets.of(self.engine, images, labels.tolist())
-        found = self.engine.attribute(images, target=target, contrast=self.contrast, normalize=self.normalize)
+        with self.decoders.held() if self.device.type == "cpu" else nullcontext():
+            found = self.engine.attribute(images, target=target, contrast=self.contrast, normalize=self.normalize)
         values, scale, finite = encode(found.maps, self.plan.dtype, self.plan.channels)
         return values, scale, finite, found.target.to(torch.int32), found.logits.to(torch.float32)
 

@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from decoding_tasks import Deadly
 from PIL import Image
 
 from ramp_fast.data import ImageError, Preprocessing, pixels, read_image
-from ramp_fast.data.decoders import DEPTH, Decoders
+from ramp_fast.data.decoders import DEPTH, Decoded, Decoders
 from ramp_fast.data.folders import whole_file
 from ramp_fast.data.locations import Location
 from ramp_fast.data.pixels import Framing
@@ -218,6 +219,20 @@ class TestDecoders:
         expected = decoded([*given[6:9], *given[:2]], 0)[0]
         np.testing.assert_array_equal(np.concatenate(found), expected)
 
+    def test_nothing_is_decoded_while_it_is_held_up(self, folder: Path) -> None:
+        given = locations(folder)[:2]
+        with Decoders(Framing.of(config()), 2, 1) as decoders:
+            next(decoders.batches([given]))  # the process is there
+            found: list[Decoded] = []
+            taking = threading.Thread(target=lambda: found.extend(decoders.batches([given[::-1]])))
+            with decoders.held():
+                taking.start()
+                taking.join(0.5)
+                assert not found
+            taking.join(20)
+            assert len(found) == 1
+            np.testing.assert_array_equal(found[0].pixels, decoded(given[::-1], 0)[0])
+
     def test_processes_that_cannot_start(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         from ramp_fast.data import decoders
 
@@ -236,11 +251,12 @@ class TestDecoders:
         said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=os.sep)
         assert said.stdout.split() == ["False", "False"]
 
-    def test_large_files_are_not_held(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("limit", ["_HELD_BYTES", "_AHEAD_BYTES"])
+    def test_large_files_are_not_held(self, folder: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
         from ramp_fast.data import decoders
 
         expected = decoded(locations(folder), 0)
-        monkeypatch.setattr(decoders, "_HELD_BYTES", 100)
+        monkeypatch.setattr(decoders, limit, 100)
         found = decoded(locations(folder), 0)
         np.testing.assert_array_equal(found[0], expected[0])
         assert found[2] == expected[2]
