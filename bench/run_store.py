@@ -343,6 +343,23 @@ def started(call: Sequence[str], on_ray: bool) -> Any:
     return subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
+def wait(process: Any, draw: random.Random, seconds: float, out: Path, shards: int) -> int:
+    """Wait for a run: its status, or TimeoutExpired at a random moment.
+
+    That is a moment of the ``seconds`` that a run takes, or of the one in which one more of its shards is finished.
+    """
+    if draw.random() < 0.5:
+        status: int = process.wait(draw.uniform(0.1, 1.1) * seconds)
+        return status
+    done = len(read_journals(out))
+    until = draw.randint(done, shards)
+    started = time.monotonic()
+    while len(read_journals(out)) < until and time.monotonic() - started < 10 * seconds:
+        with suppress(subprocess.TimeoutExpired):
+            return int(process.wait(0.01))
+    return int(process.wait(draw.uniform(0.0, seconds / shards)))
+
+
 def kill(process: Any, draw: random.Random, on_ray: bool) -> str:
     """SIGKILL to a run with the processes that decode, to it alone, or under Ray to a worker; returns which.
 
@@ -400,7 +417,7 @@ def kills(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     whole = time.perf_counter() - begun
     done = int(open_maps(work / "whole").done.sum())
     assert done == arguments.images, f"{done} of {arguments.images} images have a map"
-    draw = random.Random(arguments.seed)
+    draw, shards_of_all = random.Random(arguments.seed), len(read_journals(work / "whole"))
     killed: dict[str, int] = {}
     runs = gave_up = 0
     stores: list[list[str]] = []
@@ -411,16 +428,15 @@ def kills(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             runs += 1
             call = small_run(work, folder, out, *more)
             process = started(call, arguments.ray)
-            moment = draw.uniform(0.1, 1.1) * whole
             try:
-                status = process.wait(moment)
+                status = wait(process, draw, whole, out, shards_of_all)
             except subprocess.TimeoutExpired:
                 found = kill(process, draw, arguments.ray)
                 killed[found] = killed.get(found, 0) + 1
                 shards.append(len(read_journals(out)))
                 continue
             assert status in (0, 2), status
-            if len(read_journals(out)) == len(read_journals(work / "whole")):
+            if len(read_journals(out)) == shards_of_all:
                 break
             gave_up += 1  # it said so: under Ray, where no worker was left
         stores.append(same(work / ("plain" if arguments.ray else "whole"), out))

@@ -52,6 +52,10 @@ class Geometry:
         """Whether the windows are single pixels."""
         return weight.dim() == 4 and weight.shape[2:] == (1, 1) and self.groups == 1 and not any(self.padding)
 
+    def rows(self, weight: Tensor) -> bool:
+        """Whether pixels are rows of a matrix product, channels last, and the kernel for those runs on CPUs."""
+        return self.pixels(weight) and self.stride == [1, 1] and ops.cpu_kernels(weight.device)
+
     def tiles(self, weight: Tensor, height: int, width: int) -> bool:
         """Whether the windows tile the image exactly."""
         kh, kw = weight.shape[-2:]
@@ -109,7 +113,7 @@ class PatchPullback:
 
 
 class PatchSelection:
-    """:class:`Selection` for a convolution whose windows tile the image."""
+    """:class:`Selection` for a convolution whose windows tile the image, or are its pixels."""
 
     def __init__(self, weight: Tensor) -> None:
         self.size = (weight.shape[2], weight.shape[3])

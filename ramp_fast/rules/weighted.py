@@ -204,7 +204,7 @@ class Conv(Weighted[_ConvPullback]):
         if geometry.depthwise(doubled):
             return forward, gemm.DepthwisePullback(doubled, geometry, size, self.fusion.positive_input)
         if not self.fusion.positive_input:
-            if tiles:
+            if tiles or geometry.rows(doubled):
                 return forward, gemm.PatchSelection(doubled)
             if gemm.SubpixelSelection.pays(doubled, geometry):
                 return forward, gemm.SubpixelSelection(doubled, geometry, size)
