@@ -224,7 +224,8 @@ class Job:
         while start < len(pixels):
             here = slice(start, start + self._together)
             try:
-                parts.append(self._part(pixels[here], labels[here]))
+                with self.decoders.held() if self.device.type == "cpu" else nullcontext():
+                    parts.append(self._part(pixels[here], labels[here]))
             except torch.OutOfMemoryError as error:
                 if self._together == 1:
                     raise RampFastError(f"out of memory on {self.device} for a single image") from error
@@ -239,8 +240,7 @@ class Job:
     def _part(self, pixels: npt.NDArray[np.uint8], labels: npt.NDArray[np.int32]) -> tuple[Tensor, ...]:
         images = self.normalised(torch.from_numpy(pixels))
         target = self.targets.of(self.engine, images, labels.tolist())
-        with self.decoders.held() if self.device.type == "cpu" else nullcontext():
-            found = self.engine.attribute(images, target=target, contrast=self.contrast, normalize=self.normalize)
+        found = self.engine.attribute(images, target=target, contrast=self.contrast, normalize=self.normalize)
         values, scale, finite = encode(found.maps, self.plan.dtype, self.plan.channels)
         return values, scale, finite, found.target.to(torch.int32), found.logits.to(torch.float32)
 
