@@ -953,10 +953,24 @@ def _check(q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, 
 
 
 def attention_pullback(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    c: Tensor,
+    scale: float,
+    gated: bool,
+    contrast: bool,
+    bias: Tensor | None = None,
+    junction: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``ramp_fast::attention_pullback`` for q, o [B, H, N, D], k, v [B, H, M, D] and c [T, B, H, N, D]."""
+    """``ramp_fast::attention_pullback`` for q, o [B, H, N, D], k, v [B, H, M, D] and c [T, B, H, N, D].
+
+    A bias they do not take: rules go another way then.
+    """
     _check(q, k, v, o, c, scale, contrast)
+    if bias is not None:
+        return equation("attention_pullback")(q, k, v, o, c, scale, gated, contrast, bias, junction)
     batch, heads, queries, width = q.shape
     num_maps, keys = c.shape[0], k.shape[2]
     if width > MAX_WIDTH or any(x.dtype == torch.float64 for x in (q, k, v, o, c)):
@@ -1022,10 +1036,19 @@ def _pullback(
 
 
 def attention_gradient(
-    q: Tensor, k: Tensor, v: Tensor, c: Tensor, scale: float, value_share: float, score_share: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c: Tensor,
+    scale: float,
+    value_share: float,
+    score_share: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """``ramp_fast::attention_gradient`` for q [B, H, N, D], k, v [B, H, M, D] and c [T, B, H, N, D]."""
     _check(q, k, v, q, c, scale, False)
+    if bias is not None:
+        return equation("attention_gradient")(q, k, v, c, scale, value_share, score_share, bias)
     batch, heads, queries, width = q.shape
     num_maps, keys = c.shape[0], k.shape[2]
     # Without a share of the scores there is little to do, and products of 0 would let NaN through.

@@ -12,6 +12,18 @@ StridedOperand strided(const TensorView& x, bool maps) {
     return {x.operand(), {maps ? x.stride(0) : 0, x.stride(first), x.stride(first + 1), x.stride(first + 2)}};
 }
 
+// [G, H, N, M] where sample b has bias b % G; absent, or empty, which adds nothing.
+template <class Args>
+void set_bias(Args& args, const std::optional<TensorView>& bias) {
+    args.biases = 1;
+    if (!bias) return;
+    if (bias->ndim() != 4 || bias->size(0) < 1 || args.batch % bias->size(0) != 0)
+        fail("bias must be [G, H, N, M] with G a divisor of the batch: " + bias->describe());
+    bias->shaped({bias->size(0), args.heads, args.queries, args.keys});
+    args.biases = bias->size(0);
+    args.bias = strided(*bias, false);
+}
+
 // Checks the shapes of what both have, and sets them and the operands.
 template <class Args>
 void check_shapes(Args& args, const TensorView& q, const TensorView& k, const TensorView& v,
@@ -44,17 +56,20 @@ void check_shapes(Args& args, const TensorView& q, const TensorView& k, const Te
 }
 
 void attention_pullback(py::handle q_, py::handle k_, py::handle v_, py::handle o_, py::handle c_,
-                        double scale, bool gated, bool contrast, py::handle c_q_, py::handle c_k_,
-                        py::handle c_v_, py::handle masses_, int threads) {
+                        double scale, bool gated, bool contrast, py::handle bias_, bool junction,
+                        py::handle c_q_, py::handle c_k_, py::handle c_v_, py::handle masses_, int threads) {
     const TensorView q(q_, "q"), k(k_, "k"), v(v_, "v"), o(o_, "o"), c(c_, "c");
     const TensorView c_q(c_q_, "c_q"), c_k(c_k_, "c_k"), c_v(c_v_, "c_v"), masses(masses_, "masses");
     AttentionArgs args{};
     check_shapes(args, q, k, v, c, c_q, c_k, c_v, contrast);
     o.shaped({args.batch, args.heads, args.queries, args.width});
-    masses.shaped({4, args.num_maps, args.batch}).contiguous();
+    set_bias(args, optional_view(bias_, "bias"));
+    if (junction && bias_.is_none()) fail("a junction needs a bias");
+    masses.shaped({junction ? 6 : 4, args.num_maps, args.batch}).contiguous();
     if (masses.dtype() == DType::bf16) fail(masses.describe() + " is written as float32 or float64");
     args.o = strided(o, false);
     args.masses = masses.operand();
+    args.junction = junction;
     args.gated = gated;
     args.contrast = contrast;
     args.scale = scale;
@@ -64,13 +79,14 @@ void attention_pullback(py::handle q_, py::handle k_, py::handle v_, py::handle 
 }
 
 void attention_gradient(py::handle q_, py::handle k_, py::handle v_, py::handle c_, double scale,
-                        double value_share, double score_share, py::handle c_q_, py::handle c_k_,
-                        py::handle c_v_, int threads) {
+                        double value_share, double score_share, py::handle bias_, py::handle c_q_,
+                        py::handle c_k_, py::handle c_v_, int threads) {
     const TensorView q(q_, "q"), k(k_, "k"), v(v_, "v"), c(c_, "c");
     const TensorView c_q(c_q_, "c_q"), c_k(c_k_, "c_k"), c_v(c_v_, "c_v");
     AttentionGradientArgs args{};
     check_shapes(args, q, k, v, c, c_q, c_k, c_v, false);
     args.scale = scale;
+    set_bias(args, optional_view(bias_, "bias"));
     args.value_share = value_share;
     args.score_share = score_share;
     args.threads = threads;

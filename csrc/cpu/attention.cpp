@@ -1,5 +1,5 @@
-// The pull-back of softmax(scale Q K^T) V: both products and softmax in one pass over blocks of query rows;
-// nothing of size N x M is in memory. One task is one head of one sample, for all maps.
+// The pull-back of softmax(scale Q K^T + bias) V: both products and softmax in one pass over blocks of query
+// rows; nothing of size N x M is in memory. One task is one head of one sample, for all maps.
 //
 // Products have operands of bfloat16 where the coefficients are and the processor multiplies bfloat16. Scores
 // and softmax are always float (double).
@@ -11,11 +11,11 @@
 namespace rf::RF_ISA {
 namespace {
 
-constexpr int64_t kMasses = 4;  // of A, V, Q, K
-
 struct Job : Sizes {
     const AttentionArgs& args;
-    double* partials;  // [B, H, kMasses, T]
+    bool biased;
+    int64_t masses;    // 4 of A, V, Q, K, or 6 with those at the junction of Q K^T and the bias
+    double* partials;  // [B, H, masses, T]
 };
 
 // values_t is 2 V+^T, key_parts [K+ | K-], q_block [Qs+ | Qs-], c_block g.
@@ -26,12 +26,16 @@ struct Scratch : HeadScratch<P> {
     F* rows;     // [rows, parts]  rows being prepared
     F* factors;  // [rows, keys]   sign(S) A + softmax(|S|)
     F* out_row;  // [maps, depth]
+    F* bias;     // [rows, keys]   with a bias
+    F* product;  // [rows, keys]   scale Q K^T, where the bias is a term that takes relevance
 
     Scratch(char* base, const Job& job) : HeadScratch<P>(base, job) {
         this->take(base, raw, P::rows * job.depth);
         this->take(base, rows, P::rows * job.parts);
         this->take(base, factors, P::rows * job.keys);
         this->take(base, out_row, job.maps * job.depth);
+        this->take(base, bias, job.biased ? P::rows * job.keys : 0);
+        this->take(base, product, job.args.junction ? P::rows * job.keys : 0);
     }
 };
 
@@ -111,6 +115,37 @@ RF_INLINE void scores_row(const F* __restrict weight, const F* __restrict factor
     }
 }
 
+// The junction of a row of S = s + bias: masses of both, and in place c -> 2 [s > 0] c.
+template <class F, bool contrast>
+RF_INLINE void junction_row(const F* __restrict s, const F* __restrict bias, int64_t n, F* __restrict p,
+                            F* __restrict d, double* product_p, double* product_n, double* bias_p,
+                            double* bias_n) {
+    for (int64_t start = 0; start < n; start += kBlock) {
+        const int64_t end = min64(start + kBlock, n);
+        F sum_p = 0, sum_n = 0, of_bias_p = 0, of_bias_n = 0;
+        RF_SIMD_SUM(sum_p, sum_n, of_bias_p, of_bias_n)
+        for (int64_t i = start; i < end; ++i) {
+            const F magnitude = absolute(s[i]), upper = bias[i] > 0 ? bias[i] : F(0);
+            const F whole_p = 2 * p[i], own_p = s[i] > 0 ? whole_p : F(0);
+            sum_p += magnitude * absolute(own_p);
+            of_bias_p += upper * absolute(whole_p);
+            p[i] = own_p;
+            if (contrast) {
+                const F whole_d = 2 * d[i], own_d = s[i] > 0 ? whole_d : F(0);
+                sum_n += magnitude * absolute(own_p - own_d);
+                of_bias_n += upper * absolute(whole_p - whole_d);
+                d[i] = own_d;
+            }
+        }
+        *product_p += static_cast<double>(sum_p);
+        *bias_p += static_cast<double>(of_bias_p);
+        if (contrast) {
+            *product_n += static_cast<double>(sum_n);
+            *bias_n += static_cast<double>(of_bias_n);
+        }
+    }
+}
+
 // out = factor (sums where x > 0, sums of the second part (if there is one) where x < 0, else 0)
 template <class F>
 RF_INLINE void select_row(const F* __restrict x, const F* __restrict sums, const F* __restrict lower,
@@ -153,6 +188,28 @@ RF_INLINE void finish_row(const Job& job, const StridedOperand& out, const F* x,
     add_mass<F, contrast>(x, results[0], results[1], args.width, masses + t, masses + t + args.num_maps / 2);
 }
 
+// Scores of row n with their bias, which is kept, 0 beyond its keys, as is the product where both take
+// relevance.
+template <class P>
+RF_INLINE void add_bias(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int64_t n, int64_t r,
+                        typename P::Sum* __restrict scores) {
+    using F = typename P::Sum;
+    const AttentionArgs& args = job.args;
+    F* __restrict kept = at.bias + r * job.keys;
+    const F* bias = load_bias(args, b, h, n, kept);
+    if (bias != kept)
+        for (int64_t i = 0; i < args.keys; ++i) kept[i] = bias[i];
+    for (int64_t i = args.keys; i < job.keys; ++i) kept[i] = 0;
+    const F* __restrict product = args.junction ? at.product + r * job.keys : nullptr;
+    if (product != nullptr) {
+        RF_SIMD
+        for (int64_t i = 0; i < job.keys; ++i) scores[i] = product[i] + kept[i];
+    } else {
+        RF_SIMD
+        for (int64_t i = 0; i < job.keys; ++i) scores[i] += kept[i];
+    }
+}
+
 // P::rows rows of queries from `first` on: scores, their coefficients, c_Q, and the operands that c_K and c_V
 // need, at `row` of the block.
 template <class P, bool contrast>
@@ -176,14 +233,19 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
     across_rows<P>(at.rows, P::rows, parts, at.q_block + row / P::pack * parts);
 
     F* scores = at.c_a;
-    product<Single<F>, false>(P::rows, keys, args.width, {at.query, depth, 1}, at.keys_t, keys, scores, keys);
+    product<Single<F>, false>(P::rows, keys, args.width, {at.query, depth, 1}, at.keys_t, keys,
+                              args.junction ? at.product : scores, keys);
     for (int64_t r = 0; r < P::rows; ++r) {
         F *weight = at.weights + r * keys, *factor = at.factors + r * keys;
         fetch_query(job, b, h, first + P::rows + r);
         if (r < count) {
             F* row_scores = scores + r * keys;
+            if (job.biased) add_bias(job, at, b, h, first + r, r, row_scores);
             for (int64_t i = args.keys; i < keys; ++i) row_scores[i] = -static_cast<F>(__builtin_inf());
-            softmax_row<false>(row_scores, keys, weight, factor);
+            if (job.biased)
+                softmax_row<true>(row_scores, keys, weight, factor);
+            else
+                softmax_row<false>(row_scores, keys, weight, factor);
         } else {
             clear(weight, keys);
             clear(factor, keys);
@@ -218,6 +280,13 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
             F* p = at.c_a + r * keys;
             scores_row<F, contrast>(at.weights + r * keys, at.factors + r * keys, keys, p, p + P::rows * keys,
                                     masses + t, masses + t + half);
+            if (args.junction) {
+                double* const of_product = masses + 4 * args.num_maps + t;
+                double* const of_bias = of_product + args.num_maps;
+                junction_row<F, contrast>(at.product + r * keys, at.bias + r * keys, keys, p,
+                                          p + P::rows * keys, of_product, of_product + half, of_bias,
+                                          of_bias + half);
+            }
         }
         for (int64_t of_pair = 0; of_pair < job.maps; ++of_pair)
             times_keys(job, at, at.c_a + of_pair * P::rows * keys,
@@ -239,8 +308,8 @@ void head(int64_t index, const void* context, void* scratch) {
     const AttentionArgs& args = job.args;
     const Scratch<P> at(static_cast<char*>(scratch), job);
     const int64_t b = index / args.heads, h = index % args.heads;
-    double* masses = job.partials + index * kMasses * args.num_maps;
-    for (int64_t i = 0; i < kMasses * args.num_maps; ++i) masses[i] = 0;
+    double* masses = job.partials + index * job.masses * args.num_maps;
+    for (int64_t i = 0; i < job.masses * args.num_maps; ++i) masses[i] = 0;
 
     [[maybe_unused]] const typename P::Registers registers;
     prepare_keys(job, at, b, h);
@@ -271,21 +340,22 @@ void head(int64_t index, const void* context, void* scratch) {
 
 template <class P>
 void run(const AttentionArgs& args) {
-    const int64_t heads = args.batch * args.heads;
-    const Partials partials(heads * kMasses * args.num_maps);
-    const Job job{sizes_of<P>(args, args.contrast ? 2 : 1, args.gated ? 1 : 2), args, partials.data()};
+    const int64_t heads = args.batch * args.heads, masses = args.junction ? 6 : 4;
+    const Partials partials(heads * masses * args.num_maps);
+    const Job job{sizes_of<P>(args, args.contrast ? 2 : 1, args.gated ? 1 : 2), args,
+                  args.bias.operand.data != nullptr, masses, partials.data()};
     parallel_for(heads, heads * args.num_maps * (args.queries + args.width) * args.keys, args.threads,
                  args.contrast ? head<P, true> : head<P, false>, &job, Scratch<P>(nullptr, job).bytes);
-    for (int64_t which = 0; which < kMasses; ++which)
+    for (int64_t which = 0; which < masses; ++which)
         store_masses(args.masses, which * args.num_maps * args.batch, args.num_maps, args.batch,
-                     partials.data() + which * args.num_maps, args.heads, kMasses * args.num_maps);
+                     partials.data() + which * args.num_maps, args.heads, masses * args.num_maps);
 }
 
 }  // namespace
 
 void attention_pullback(const AttentionArgs& args) {
-    const bool wide =
-        any_double(args.q.operand, args.k.operand, args.v.operand, args.o.operand, args.c.operand);
+    const bool wide = any_double(args.q.operand, args.k.operand, args.v.operand, args.o.operand,
+                                 args.c.operand, args.bias.operand);
     with_elements(wide, args.c.operand.dtype, [&](auto elements) { run<decltype(elements)>(args); });
 }
 

@@ -203,6 +203,12 @@ RF_INLINE void across_rows(const typename P::Sum* x, int64_t rows, int64_t width
         P::across_rows(x + r * width, width, width, out + r / P::pack * width);
 }
 
+// Bias of row n of scores; `keys` numbers.
+template <class F, class Args>
+RF_INLINE const F* load_bias(const Args& args, int64_t b, int64_t h, int64_t n, F* __restrict buffer) {
+    return load(args.bias.operand, offset(args.bias, 0, b % args.biases, h, n), args.keys, buffer);
+}
+
 // c_query [rows, parts] = c_s [rows, keys] times K. In `block` c_s is left across rows.
 template <class P>
 RF_INLINE void times_keys(const Sizes& sizes, const HeadScratch<P>& at, const typename P::Sum* c_s,

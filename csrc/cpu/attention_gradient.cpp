@@ -10,6 +10,7 @@ namespace {
 struct Job : Sizes {
     const AttentionGradientArgs& args;
     bool scores;  // whether Q and K have a share
+    bool biased;
 };
 
 template <class P>
@@ -17,10 +18,12 @@ struct Scratch : HeadScratch<P> {
     using F = typename P::Sum;
     F* rows;    // [rows, depth]  rows being prepared
     F* buffer;  // [depth]        a row on its way from or to another dtype
+    F* bias;    // [keys]         likewise
 
     Scratch(char* base, const Job& job) : HeadScratch<P>(base, job) {
         this->take(base, rows, P::rows * job.depth);
         this->take(base, buffer, job.depth);
+        this->take(base, bias, job.biased ? job.keys : 0);
     }
 };
 
@@ -96,7 +99,14 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
         fetch_query(args, b, h, first + P::rows + r);
         if (r < count) {
             for (int64_t i = args.keys; i < keys; ++i) weight[i] = -static_cast<F>(__builtin_inf());
-            softmax_weights(weight, keys);
+            if (job.biased) {
+                const F* __restrict bias = load_bias(args, b, h, first + r, at.bias);
+                RF_SIMD
+                for (int64_t i = 0; i < args.keys; ++i) weight[i] += bias[i];
+                softmax_weights<true>(weight, keys);
+            } else {
+                softmax_weights<false>(weight, keys);
+            }
         } else {
             clear(weight, keys);
         }
@@ -153,7 +163,7 @@ void head(int64_t index, const void* context, void* scratch) {
 template <class P>
 void run(const AttentionGradientArgs& args) {
     const int64_t heads = args.batch * args.heads;
-    const Job job{sizes_of<P>(args, 1, 1), args, args.score_share != 0};
+    const Job job{sizes_of<P>(args, 1, 1), args, args.score_share != 0, args.bias.operand.data != nullptr};
     parallel_for(heads, heads * args.num_maps * (args.queries + args.width) * args.keys, args.threads,
                  head<P>, &job, Scratch<P>(nullptr, job).bytes);
 }
@@ -161,7 +171,8 @@ void run(const AttentionGradientArgs& args) {
 }  // namespace
 
 void attention_gradient(const AttentionGradientArgs& args) {
-    const bool wide = any_double(args.q.operand, args.k.operand, args.v.operand, args.c.operand);
+    const bool wide =
+        any_double(args.q.operand, args.k.operand, args.v.operand, args.c.operand, args.bias.operand);
     with_elements(wide, args.c.operand.dtype, [&](auto elements) { run<decltype(elements)>(args); });
 }
 

@@ -359,7 +359,7 @@ struct SoftmaxArgs {
     int threads;
 };
 
-// The pull-back of O = A V, A = softmax(S), S = scale Q K^T; g = [o > 0] c if gated, else c:
+// The pull-back of O = A V, A = softmax(S), S = scale Q K^T (+ bias); g = [o > 0] c if gated, else c:
 //   c_A = 2 g V+^T,  c_V = 2 [v > 0] A^T g,  c_S = (sign(S) A + softmax(|S|)) c_A
 //   c_Q = 2 scale (c_S K+ where scale q > 0; if not gated c_S K- where scale q < 0; else 0)
 //   c_K = 2 (c_S^T (scale Q)+ where k > 0; if not gated c_S^T (scale Q)- where k < 0; else 0)
@@ -369,7 +369,14 @@ struct AttentionArgs {
     double scale;
     StridedOperand q, k, v, o, c;  // [B, H, N or M, D]; c [T, B, H, N, D]
     StridedOperand c_q, c_k, c_v;  // [T, B, H, N or M, D]
-    Operand masses;                // [4, T, B]: of A, V, Q, K
+    // [G, H, N, M], or absent: what is added to the scores of sample b is bias b % G; -inf is masked, and a
+    // row may be so as a whole.
+    StridedOperand bias;
+    std::int64_t biases;  // G
+    // Whether the bias takes relevance as a term of S: 2 [scale q k > 0] c_S goes on to Q and K, and there
+    // are masses of Q K^T and of the bias.
+    bool junction;
+    Operand masses;  // [4 or 6, T, B]: of A, V, Q, K, and of scale Q K^T and the bias
     int threads;
 };
 
@@ -379,7 +386,8 @@ struct AttentionArgs {
 struct AttentionGradientArgs {
     std::int64_t num_maps, batch, heads, queries, keys, width;
     double scale, value_share, score_share;
-    StridedOperand q, k, v, c, c_q, c_k, c_v;  // as for AttentionArgs
+    StridedOperand q, k, v, c, c_q, c_k, c_v, bias;  // as for AttentionArgs
+    std::int64_t biases;
     int threads;
 };
 

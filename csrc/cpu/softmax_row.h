@@ -6,6 +6,14 @@
 namespace rf::RF_ISA {
 namespace {
 
+// Whether every score is -inf; NaN is not.
+template <class F>
+RF_INLINE bool masked_whole(const F* __restrict s, int64_t n) {
+    for (int64_t i = 0; i < n; ++i)
+        if (s[i] != -static_cast<F>(__builtin_inf())) return false;
+    return true;
+}
+
 // weight = softmax(s), factor = sign(s) softmax(s) + softmax(|s|) over the scores that are not -inf; 0 there.
 // With `masked_rows` a row may have no other scores and is 0 then; without, it is NaN.
 template <bool masked_rows, class F>
@@ -18,7 +26,7 @@ RF_INLINE void softmax_row(const F* __restrict s, int64_t n, F* __restrict weigh
         largest = s[i] > largest ? s[i] : largest;
         largest_absolute = magnitude > largest_absolute ? magnitude : largest_absolute;
     }
-    if (masked_rows && largest == masked) {
+    if (masked_rows && largest == masked && masked_whole(s, n)) {
         for (int64_t i = 0; i < n; ++i) weight[i] = factor[i] = 0;
         return;
     }
@@ -50,12 +58,18 @@ RF_INLINE void softmax_row(const F* __restrict s, int64_t n, F* __restrict weigh
     }
 }
 
-// In place: softmax(s); a row needs a score that is not -inf.
-template <class F>
+// In place: softmax(s). With `masked_rows` a row may have no scores that are not -inf and is 0 then; without,
+// it is NaN.
+template <bool masked_rows, class F>
 RF_INLINE void softmax_weights(F* __restrict s, int64_t n) {
-    F largest = -static_cast<F>(__builtin_inf());
+    const F masked = -static_cast<F>(__builtin_inf());
+    F largest = masked;
     RF_SIMD_MAX(largest)
     for (int64_t i = 0; i < n; ++i) largest = s[i] > largest ? s[i] : largest;
+    if (masked_rows && largest == masked && masked_whole(s, n)) {
+        for (int64_t i = 0; i < n; ++i) s[i] = 0;
+        return;
+    }
     double sum = 0;
     for (int64_t start = 0; start < n; start += kBlock) {
         const int64_t end = min64(start + kBlock, n);

@@ -1,6 +1,8 @@
-"""Attention ``softmax(scale Q K^T) V``, all of it in one step: ``attention_pullback``, ``attention_gradient``."""
+"""Attention ``softmax(scale Q K^T + bias) V``, all in one step: ``attention_pullback``, ``attention_gradient``."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads
@@ -34,29 +36,69 @@ def output_views(packed: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, 
     return c_q, c_k, c_v
 
 
+def biased(scores: Tensor, bias: Tensor | None) -> Tensor:
+    """Scores [B, H, N, M] with a bias [G, H, N, M], of which sample b has bias b % G."""
+    return scores if bias is None else (scores.unflatten(0, (-1, len(bias))) + bias).flatten(0, 1)
+
+
+def weights_of(scores: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax of scores; a bias may mask rows of them as a whole, whose weights are 0."""
+    weights = scores.softmax(-1)
+    return weights if bias is None else weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
+
+
 def _outputs(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    c: Tensor,
+    scale: float,
+    gated: bool,
+    contrast: bool,
+    bias: Tensor | None,
+    junction: bool,
 ) -> tuple[Tensor, Tensor]:
-    return packed_output(q, k, c), c.new_empty((4, *c.shape[:2]), dtype=compute_dtype(q, k, v, o, c))
+    masses = c.new_empty((6 if junction else 4, *c.shape[:2]), dtype=compute_dtype(q, k, v, o, c, bias))
+    return packed_output(q, k, c), masses
 
 
 def _attention_pullback_cpu(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    c: Tensor,
+    scale: float,
+    gated: bool,
+    contrast: bool,
+    bias: Tensor | None,
+    junction: bool,
 ) -> tuple[Tensor, Tensor]:
-    packed, masses = _outputs(q, k, v, o, c, scale, gated, contrast)
+    packed, masses = _outputs(q, k, v, o, c, scale, gated, contrast, bias, junction)
     q, k, v, o, c = (rows_dense(x) for x in (q, k, v, o, c))
+    bias = None if bias is None else rows_dense(bias)
     outputs = output_views(packed, q, k)
-    C.attention_pullback(q, k, v, o, c, scale, gated, contrast, *outputs, masses, get_num_threads())
+    C.attention_pullback(q, k, v, o, c, scale, gated, contrast, bias, junction, *outputs, masses, get_num_threads())
     return packed, masses
 
 
 @operator(outputs=_outputs, cpu=_attention_pullback_cpu, triton="attention:attention_pullback")
 def _attention_pullback(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    c: Tensor,
+    scale: float,
+    gated: bool,
+    contrast: bool,
+    bias: Tensor | None = None,
+    junction: bool = False,
 ) -> tuple[Tensor, Tensor]:
     packed = packed_output(q, k, c)
     outputs = output_views(packed, q, k)
-    dtype = compute_dtype(q, k, v, o, c)
+    dtype = compute_dtype(q, k, v, o, c, bias)
     q, k, v, o, c = (x.to(dtype) for x in (q, k, v, o, c))
     zero = torch.zeros((), dtype=dtype, device=c.device)
 
@@ -66,16 +108,25 @@ def _attention_pullback(
         return torch.where(x > 0, positive, torch.where(x < 0, negative, zero))
 
     query = scale * q
-    scores = query @ k.mT
-    weights = scores.softmax(-1)
+    product = query @ k.mT
+    scores = biased(product, bias)
+    weights = weights_of(scores, bias)
     if gated:
         c = torch.where(o > 0, c, zero)
     c_a = 2 * (c @ v.clamp_min(0).mT)
     c_v = torch.where(v > 0, 2 * (weights.mT @ c), zero)
-    c_s = (scores.sign() * weights + scores.abs().softmax(-1)) * c_a
+    # What is masked takes nothing, a row of such as little.
+    masked = scores == -torch.inf
+    absolute = scores.abs().masked_fill(masked, -torch.inf)
+    c_s = ((scores.sign() * weights + weights_of(absolute, bias)).masked_fill(masked, 0)) * c_a
+    terms = []
+    if junction:
+        term = biased(torch.zeros_like(product), bias)
+        terms = [(x, torch.where(x > 0, 2 * c_s, zero)) for x in (product, term.masked_fill(masked, 0))]
+        c_s = terms[0][1]
     c_q = scale * pull(c_s, k, query)
     c_k = pull(c_s.mT, query, k)
-    pairs = ((weights, c_a), (v, c_v), (q, c_q), (k, c_k))
+    pairs = ((weights, c_a), (v, c_v), (q, c_q), (k, c_k), *terms)
     masses = torch.stack([mass_equation(x, own, contrast) for x, own in pairs])
     for output, own in zip(outputs, (c_q, c_k, c_v), strict=True):
         output.copy_(own)
@@ -83,17 +134,28 @@ def _attention_pullback(
 
 
 def attention_pullback(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    c: Tensor,
+    scale: float,
+    gated: bool,
+    contrast: bool,
+    bias: Tensor | None = None,
+    junction: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pull coefficients of attention's output ``O = A V`` back to Q, K and V; scores are never in memory.
 
-    With ``S = scale Q K^T``, ``A = softmax(S)`` and ``g = [o > 0] c`` if gated, else ``g = c``::
+    With ``S = scale Q K^T + bias``, ``A = softmax(S)`` and ``g = [o > 0] c`` if gated, else ``g = c``::
 
         c_A = 2 g V+^T                                       c_V = 2 [v > 0] A^T g
         c_S = (sign(S) A + softmax(|S|)) c_A
         c_Q = 2 scale [q > 0] c_S K+                         c_K = 2 [k > 0] c_S^T (scale Q)+
 
-    Not gated, ``c_Q`` also has ``2 scale c_S K-`` where q < 0, and ``c_K`` likewise.
+    Not gated, ``c_Q`` also has ``2 scale c_S K-`` where q < 0, and ``c_K`` likewise. Where the bias takes a share as a
+    term of S (``junction``), Q and K have ``2 [scale Q K^T > 0] c_S`` in place of ``c_S``, and the bias ``2 [bias > 0]
+    c_S``.
 
     Parameters
     ----------
@@ -107,47 +169,67 @@ def attention_pullback(
     gated : bool
         Whether only positive outputs, queries and keys carry relevance.
     contrast : bool
+    bias : Tensor [G, H, N, M], optional
+        Of sample b it is ``bias[b % G]``; axes it does not differ along may be expanded ones. What is masked is -inf:
+        it is left out of both softmaxes and takes nothing, nor does a row of nothing else.
+    junction : bool
+        Only with a bias.
 
     Returns
     -------
     c_q, c_k, c_v : Tensor [T, B, H, N or M, D]
         In the dtype of c. Views of one buffer [T, B, N, 3, H, D] if N is M.
-    masses : Tensor [4, T, B]
+    masses : Tensor [4, T, B], or [6, T, B] with a junction
         As :func:`ramp_fast.ops.mass` of (A, c_A), (v, c_V), (q, c_Q) and (k, c_K), before these are rounded to their
-        dtype; float32, or float64 if an operand is.
+        dtype, then of both terms of S; float32, or float64 if an operand is.
 
     Notes
     -----
     The CPU kernel rounds operands of products (g, V+, A, c_S, K+, Q+; not those of S) to bfloat16 where c is bfloat16
     and the processor multiplies bfloat16 (the instruction sets "avx512bf16" and "amx").
     """
-    packed, masses = _attention_pullback(q, k, v, o, c, scale, gated, contrast)
+    packed, masses = _attention_pullback(q, k, v, o, c, scale, gated, contrast, bias, junction)
     return *output_views(packed, q, k), masses
 
 
-def _gradient_output(q: Tensor, k: Tensor, v: Tensor, c: Tensor, *shares: float) -> Tensor:
+def _gradient_output(q: Tensor, k: Tensor, v: Tensor, c: Tensor, *_: Any) -> Tensor:
     return packed_output(q, k, c)
 
 
 def _attention_gradient_cpu(
-    q: Tensor, k: Tensor, v: Tensor, c: Tensor, scale: float, value_share: float, score_share: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c: Tensor,
+    scale: float,
+    value_share: float,
+    score_share: float,
+    bias: Tensor | None,
 ) -> Tensor:
     packed = packed_output(q, k, c)
     q, k, v, c = (rows_dense(x) for x in (q, k, v, c))
+    bias = None if bias is None else rows_dense(bias)
     outputs = output_views(packed, q, k)
-    C.attention_gradient(q, k, v, c, scale, value_share, score_share, *outputs, get_num_threads())
+    C.attention_gradient(q, k, v, c, scale, value_share, score_share, bias, *outputs, get_num_threads())
     return packed
 
 
 @operator(outputs=_gradient_output, cpu=_attention_gradient_cpu, triton="attention:attention_gradient")
 def _attention_gradient(
-    q: Tensor, k: Tensor, v: Tensor, c: Tensor, scale: float, value_share: float, score_share: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c: Tensor,
+    scale: float,
+    value_share: float,
+    score_share: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     packed = packed_output(q, k, c)
     outputs = output_views(packed, q, k)
-    dtype = compute_dtype(q, k, v, c)
+    dtype = compute_dtype(q, k, v, c, bias)
     q, k, v, c = (x.to(dtype) for x in (q, k, v, c))
-    weights = (scale * q @ k.mT).softmax(-1)
+    weights = weights_of(biased(scale * q @ k.mT, bias), bias)
     outputs[2].copy_(value_share * (weights.mT @ c))
     if score_share == 0:
         for output in outputs[:2]:
@@ -161,11 +243,18 @@ def _attention_gradient(
 
 
 def attention_gradient(
-    q: Tensor, k: Tensor, v: Tensor, c: Tensor, scale: float, value_share: float, score_share: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c: Tensor,
+    scale: float,
+    value_share: float,
+    score_share: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pull a gradient of attention's output back to Q, K and V, each times its share; scores are never in memory.
 
-    With ``A = softmax(scale Q K^T)``::
+    With ``A = softmax(scale Q K^T + bias)``::
 
         c_A = c V^T                                          c_V = value_share A^T c
         c_S = A (c_A - sum over keys of A c_A)
@@ -180,6 +269,8 @@ def attention_gradient(
         Positive.
     value_share, score_share : float
         Where the second is 0, ``c_Q`` and ``c_K`` are 0, whatever the operands.
+    bias : Tensor [G, H, N, M], optional
+        As for :func:`attention_pullback`.
 
     Returns
     -------
@@ -192,4 +283,4 @@ def attention_gradient(
     sum to zero. As in :func:`attention_pullback` the CPU kernel may round operands of products (c, V, A, c_S, K, Q; not
     those of S) to bfloat16.
     """
-    return output_views(_attention_gradient(q, k, v, c, scale, value_share, score_share), q, k)
+    return output_views(_attention_gradient(q, k, v, c, scale, value_share, score_share, bias), q, k)

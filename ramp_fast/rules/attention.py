@@ -60,6 +60,9 @@ class Forward(Operation):
         mask = constants.get(self.node.params.mask)
         self.only_masks: bool | None = None
         self.hides = True
+        self.bias: Tensor | None = None
+        if mask is not None and self.fused:
+            self.bias = self._bias(mask)
         if mask is not None and mask.dtype != torch.bool:
             self.only_masks = only_masks(mask)
             # Where nothing is masked no score is infinite, and no row is without a weight.
@@ -67,13 +70,30 @@ class Forward(Operation):
 
     @property
     def fused(self) -> bool:
-        """Whether one operator does it all: plain attention, samples first in every operand."""
+        """Whether one operator can do it all: samples first in every operand, and in a mask none or all windows."""
         p = self.node.params
         q, k, v = self.node.operands
-        plain = p.mask is None and not p.causal and not p.grouped and p.scale > 0
+        plain = not p.causal and not p.grouped and p.scale > 0
+        if p.mask is not None and len(p.mask.example) == len(self.node.example):
+            plain = plain and p.mask.example[0] in (1, self.node.batch.inner)
         # A constant query may be broadcast over the batch: the operator does not do that.
         fits = k.example == v.example and q.example[:-2] == k.example[:-2] and q.example[-1] == k.example[-1]
         return plain and fits and all(n.batch.leading for n in (self.node, *self.node.operands))
+
+    def _bias(self, mask: Tensor) -> Tensor:
+        """A mask as the operators take it, [G, H, N, M]: added to scores, minus infinity where it masks."""
+        if mask.dtype == torch.bool:
+            bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
+        else:
+            bias = masked(mask.to(torch.promote_types(mask.dtype, torch.float32)))
+        _, *between, queries, _ = self.node.operands[0].example
+        groups = len(bias) if bias.dim() == len(between) + 3 else 1
+        bias = bias.expand(groups, *between, queries, self.node.operands[1].example[-2])
+        return bias.reshape(groups, math.prod(between), *bias.shape[-2:])
+
+    def in_one_step(self, device: torch.device) -> bool:
+        """Whether one operator does it all there; Triton's kernels take no bias."""
+        return self.fused and (self.node.params.mask is None or (self.bias is not None and ops.cpu_kernels(device)))
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         p = self.node.params
@@ -120,6 +140,11 @@ class Attention(Forward):
         super().__init__(node, precision, fusion, rule)
         self.pullback_kernel = "attention_pullback" if self.fused else "products"
 
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        super().prepare(constants)
+        if self.bias is None and self.node.params.mask is not None:
+            self.pullback_kernel = "products"
+
     def needs(self) -> list[Node]:
         own = [self.node] if self.rule.gates_attention else []
         return list(self.node.operands) + own
@@ -127,23 +152,24 @@ class Attention(Forward):
     def pullback(self, parts: list[Massed], values: Values, kept: Any, conservation: Masses) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
         shares = self.rule.shares
-        pulled = (self._in_one_step if self.fused else self._by_products)(part.c, values, conservation)
+        fused = self.in_one_step(part.c.device)
+        pulled = (self._in_one_step if fused else self._by_products)(part.c, values, conservation)
         t_a, t_v = share(part.target, [pulled.m_a, pulled.m_v], shares)
         if pulled.m_bias is not None:
             t_a = share(t_a, pulled.m_bias, shares)[0]
         t_q, t_k = share(t_a, [pulled.m_q, pulled.m_k], shares)
         targets, actual = [t_q, t_k, t_v], [pulled.m_q, pulled.m_k, pulled.m_v]
-        flows = self._scaled([pulled.c_q, pulled.c_k, pulled.c_v], targets, actual, conservation)
+        flows = self._scaled([pulled.c_q, pulled.c_k, pulled.c_v], targets, actual, conservation, fused)
         for node, contribution in zip(self.node.operands, flows, strict=True):
             if not node.constant:
                 yield Flow(node, contribution)
 
     def _scaled(
-        self, own: list[Tensor], targets: list[Tensor], masses: list[Tensor], conservation: Masses
+        self, own: list[Tensor], targets: list[Tensor], masses: list[Tensor], conservation: Masses, fused: bool
     ) -> list[Massed]:
         """Contributions of Q, K and V; scaled in one pass where they lie in one buffer, as a qkv layer's outputs do."""
         whole = None
-        if self.fused and self.rule.shares == "kept":
+        if fused and self.rule.shares == "kept":
             whole = stacked_view([c.movedim(-3, -2) for c in own], own[0].dim() - 2)  # [T, B, ..., N, 3, H, D]
         if whole is None or not whole.is_contiguous():
             return [Massed(*each) for each in zip(own, targets, masses, strict=True)]
@@ -163,12 +189,16 @@ class Attention(Forward):
         heads = math.prod(between)
         q, k, v, out = (t.reshape(t.shape[0], heads, *t.shape[-2:]) for t in (q, k, v, out))
         c = c.reshape(*c.shape[:2], heads, *c.shape[-2:])
-        *flat, masses = ops.attention_pullback(q, k, v, out, c, self.node.params.scale, gated, conservation.contrast)
+        *flat, masses = ops.attention_pullback(
+            *(q, k, v, out, c, self.node.params.scale, gated, conservation.contrast),
+            *(self.bias, self.only_masks is False),
+        )
         c_q, c_k, c_v = (t.reshape(*t.shape[:2], *between, *t.shape[-2:]) for t in flat)
         # The windows of one sample lie side by side along the batch.
         if masses.shape[-1] != conservation.batch:
             masses = masses.unflatten(-1, (conservation.batch, -1)).sum(-1)
-        return _Pulled(c_q, c_k, c_v, *masses)
+        m_a, m_v, m_q, m_k, *m_bias = masses
+        return _Pulled(c_q, c_k, c_v, m_a, m_v, m_q, m_k, m_bias or None)
 
     def _by_products(self, c: Tensor, values: Values, conservation: Masses) -> _Pulled:
         p, gated = self.node.params, self.rule.gates_attention

@@ -715,6 +715,11 @@ class Attention(attention.Forward):
         super().__init__(node, precision, fusion, rule)
         self.pullback_kernel = "attention_gradient" if self.fused else "products"
 
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        super().prepare(constants)
+        if self.bias is None and self.node.params.mask is not None:
+            self.pullback_kernel = "products"
+
     def needs(self) -> list[Node]:
         return list(self.node.operands)
 
@@ -731,7 +736,7 @@ class Attention(attention.Forward):
         c = part.c.to(self.precision.pullback)
         c = c.reshape(*c.shape[:2], q.shape[1], *c.shape[-2:])
         of_values, of_scores = self._shares
-        pulled = ops.attention_gradient(q, k, v, c, self.node.params.scale, of_values, of_scores)
+        pulled = ops.attention_gradient(q, k, v, c, self.node.params.scale, of_values, of_scores, self.bias)
         for node, own, share in zip(self.node.operands, pulled, (of_scores, of_scores, of_values), strict=True):
             if share and not node.constant:
                 own = own.reshape(*own.shape[:2], *between, *own.shape[-2:])
@@ -739,7 +744,7 @@ class Attention(attention.Forward):
 
     def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
         part = self.merged(parts, values, conservation)
-        if self.fused:
+        if self.in_one_step(part.c.device):
             yield from self._in_one_step(part, values)
             return
         p, narrow = self.node.params, self.precision.pullback

@@ -761,11 +761,45 @@ def _attention(o: Options) -> tuple[Any, ...]:
     k = (d.sample(heads, keys, width) * 8).round() / 8
     v, out = d.sample(heads, keys, width), d.sample(heads, queries, width)
     c = d.coefficient(queries, heads, width).transpose(2, 3)
-    return q, k, v, out, c, 0.25, bool(o.seed % 3), o.contrast
+    bias, junction = None, False
+    if (o.seed + o.contrast) % 2 == 0:  # of every shape once
+        junction = o.seed // 2 % 3 != 1
+        bias = attention_bias(d, 1 if o.seed // 2 % 3 == 2 else heads, queries, keys, junction, o.seed // 2 % 3 > 0)
+        bias = bias.to(o.x_dtype).expand(1, heads, queries, keys)
+    return q, k, v, out, c, 0.25, bool(o.seed % 3), o.contrast, bias, junction
+
+
+def attention_bias(d: Draw, heads: int, queries: int, keys: int, adds: bool, masks: bool, groups: int = 1) -> Tensor:
+    """Numbers whose sums with scores are exact, or zeros; some masked, and the last row as a whole."""
+    bias = (d.normal(groups, heads, queries, keys) * 8).round() / 8
+    if not adds:
+        bias.zero_()
+    if masks:
+        bias[torch.rand(bias.shape, generator=d.generator) < 0.3] = -torch.inf
+        bias[..., -1:, :] = -torch.inf
+    return bias
+
+
+def _attention_weights(product: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """softmax(S) and softmax(|S|), S a product and a bias; 0 where masked."""
+    scores = product if bias is None else product + bias.repeat(len(product) // len(bias), 1, 1, 1)
+    masked = scores == -torch.inf
+    either = scores, scores.abs().masked_fill(masked, -torch.inf)
+    weights, absolute = (s.softmax(-1).masked_fill(masked, 0) for s in either)
+    return weights, absolute
 
 
 def _attention_magnitude(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, c: Tensor, scale: float, gated: bool, contrast: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    c: Tensor,
+    scale: float,
+    gated: bool,
+    contrast: bool,
+    bias: Tensor | None = None,
+    junction: bool = False,
 ) -> tuple[Tensor, ...]:
     def pull(terms: Tensor, other: Tensor, x: Tensor) -> Tensor:
         positive, negative = (2 * (terms @ (sign * other).clamp_min(0)) for sign in (1, -1))
@@ -773,25 +807,37 @@ def _attention_magnitude(
 
     g = c.abs() * (o > 0) if gated else c.abs()
     query = scale * q
-    scores = query @ k.mT
-    weights = scores.softmax(-1)
+    product = query @ k.mT
+    weights, absolute = _attention_weights(product, bias)
     c_a = 2 * (g @ v.clamp_min(0).mT)
     c_v = 2 * (v > 0) * (weights.mT @ g)
-    c_s = (weights + scores.abs().softmax(-1)) * c_a
+    c_s = (weights + absolute) * c_a
+    terms = []
+    if junction and bias is not None:
+        added = bias.clamp_min(0).repeat(len(q) // len(bias), 1, 1, 1)
+        terms = [(product, 2 * (product > 0) * c_s), (added, 2 * c_s)]
+        c_s = terms[0][1]
     c_q, c_k = scale * pull(c_s, k, query), pull(c_s.mT, query, k)
-    pairs = ((weights, c_a), (v, c_v), (q, c_q), (k, c_k))
+    pairs = ((weights, c_a), (v, c_v), (q, c_q), (k, c_k), *terms)
     return c_q, c_k, c_v, torch.stack([_uncancelled_mass(x, own, contrast) for x, own in pairs])
 
 
 def _attention_gradient(o: Options) -> tuple[Any, ...]:
-    q, k, v, _, c, scale, *_ = _attention(o)
-    return q, k, v, c, scale, 0.5, 0.0 if o.seed % 5 == 4 else 0.75
+    q, k, v, _, c, scale, _, _, bias, _ = _attention(o)
+    return q, k, v, c, scale, 0.5, 0.0 if o.seed % 5 == 4 else 0.75, bias
 
 
 def _attention_gradient_magnitude(
-    q: Tensor, k: Tensor, v: Tensor, c: Tensor, scale: float, value_share: float, score_share: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c: Tensor,
+    scale: float,
+    value_share: float,
+    score_share: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    weights = (scale * q @ k.mT).softmax(-1)
+    weights, _ = _attention_weights(scale * q @ k.mT, bias)
     c_a = c.abs() @ v.abs().mT
     c_s = score_share * scale * (weights * (c_a + (weights * c_a).sum(-1, keepdim=True)))
     return c_s @ k.abs(), c_s.mT @ q.abs(), value_share * (weights.mT @ c.abs())

@@ -122,17 +122,22 @@ def test_the_batch_may_be_inside_the_channels() -> None:
 
 
 def _attention_of(
-    keys: tuple[int, ...] = (1, 2, 5, 4), coefficients: tuple[int, ...] = (2, 1, 2, 3, 4)
+    keys: tuple[int, ...] = (1, 2, 5, 4),
+    coefficients: tuple[int, ...] = (2, 1, 2, 3, 4),
+    bias: tuple[int, ...] | None = None,
+    junction: bool = False,
 ) -> tuple[Tensor, ...]:
     q, k, c = torch.zeros(1, 2, 3, 4), torch.zeros(keys), torch.zeros(coefficients)
-    return ops.attention_pullback(q, k, k, q, c, 1.0, True, True)
+    return ops.attention_pullback(q, k, k, q, c, 1.0, True, True, None if bias is None else torch.zeros(bias), junction)
 
 
 def _gradient_of(
-    keys: tuple[int, ...] = (1, 2, 5, 4), coefficients: tuple[int, ...] = (2, 1, 2, 3, 4)
+    keys: tuple[int, ...] = (1, 2, 5, 4),
+    coefficients: tuple[int, ...] = (2, 1, 2, 3, 4),
+    bias: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, ...]:
-    k = torch.zeros(keys)
-    return ops.attention_gradient(torch.zeros(1, 2, 3, 4), k, k, torch.zeros(coefficients), 1.0, 0.5, 0.25)
+    q, k, c = torch.zeros(1, 2, 3, 4), torch.zeros(keys), torch.zeros(coefficients)
+    return ops.attention_gradient(q, k, k, c, 1.0, 0.5, 0.25, None if bias is None else torch.zeros(bias))
 
 
 def _piece_masses_of(widths: list[int], x: tuple[int, ...] = (1, 5, 4)) -> Tensor:
@@ -256,6 +261,12 @@ def _residual_of(
         (lambda: _attention_of(coefficients=(3, 1, 2, 3, 4)), "must be even"),
         (lambda: _gradient_of(keys=(1, 2, 5, 5)), r"k .* must have shape \[1, 2, 5, 4\]"),
         (lambda: _gradient_of(coefficients=(2, 1, 2, 4, 4)), r"c .* must have shape \[2, 1, 2, 3, 4\]"),
+        (lambda: _attention_of(bias=(1, 2, 5, 3)), r"bias .* must have shape \[1, 2, 3, 5\]"),
+        (lambda: _attention_of(bias=(1, 1, 3, 5)), r"bias .* must have shape \[1, 2, 3, 5\]"),
+        (lambda: _attention_of(bias=(2, 2, 3, 5)), "a divisor of the batch"),
+        (lambda: _attention_of(bias=(2, 3, 5)), "a divisor of the batch"),
+        (lambda: _attention_of(junction=True), "a junction needs a bias"),
+        (lambda: _gradient_of(bias=(1, 2, 5, 3)), r"bias .* must have shape \[1, 2, 3, 5\]"),
     ],
 )
 def test_wrong_shapes(call, problem: str) -> None:  # type: ignore[no-untyped-def]

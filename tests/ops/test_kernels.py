@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Options, as_tuple, check_case, odd_options, poison_memory
+from cases import CASES, Draw, Options, as_tuple, attention_bias, check_case, odd_options, poison_memory
 from hypothesis import HealthCheck, given, settings
 from strategies import options
 from tolerances import assert_close
@@ -319,6 +319,157 @@ def test_attention_gradient_does_not_change_if_a_constant_is_added_to_values(var
     moved = ops.attention_gradient(q, k, v + 100, c, scale, 1.0, 1.0)
     for a, b in zip(plain, moved, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+
+
+def with_bias(dtype: torch.dtype, groups: int) -> tuple[tuple[Any, ...], torch.Tensor]:
+    """Attention of six windows [6, 3, 9, 5], two to a sample if ``groups`` is 2, and their biases."""
+    q, k, v, out, c, scale = attention(torch.float32, 9, 7, 5)
+    factors = torch.linspace(0.5, 1, 6).view(6, 1, 1, 1)
+    q, k, v, out = (x.repeat(3, 1, 1, 1) * factors for x in (q, k, v, out))
+    bias = attention_bias(Draw(Options(seed=3)), 3, 9, 7, True, True, groups)
+    return (q, k, v, out, c.repeat(1, 3, 1, 1, 1).to(dtype), scale), bias.float()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("junction", [False, True])
+def test_attention_pullback_with_a_bias_agrees_with_its_parts(variant: str, junction: bool) -> None:
+    choose(variant)
+    (q, k, v, out, c, scale), bias = with_bias(torch.float32, 3)
+    c_q, c_k, c_v, masses = ops.attention_pullback(q, k, v, out, c, scale, False, True, bias, junction)
+    product, added = scale * q @ k.mT, bias.repeat(2, 1, 1, 1)
+    scores = product + added
+    weights = scores.softmax(-1).nan_to_num()
+    c_a = 2 * c @ v.clamp_min(0).mT
+    c_s = ops.softmax_pullback(scores, c_a)
+    of_terms = []
+    if junction:
+        c_s, _, *of_terms = ops.junction(c_s, product, added.masked_fill(added.isinf(), 0), True)
+
+    def pull(c: torch.Tensor, other: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return 2 * ((x > 0) * (c @ other.clamp_min(0)) + (x < 0) * (c @ (-other).clamp_min(0)))
+
+    torch.testing.assert_close(c_v, 2 * (v > 0) * (weights.mT @ c))
+    torch.testing.assert_close(c_q, scale * pull(c_s, k, q))
+    torch.testing.assert_close(c_k, scale * pull(c_s.mT, q, k))
+    pairs = zip((weights, v, q, k), (c_a, c_v, c_q, c_k), strict=True)
+    expected = [ops.mass(x, own, True) for x, own in pairs] + of_terms
+    torch.testing.assert_close(masses, torch.stack(expected))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_bias_is_that_of_its_window_whatever_else_is_in_the_batch(variant: str) -> None:
+    choose(variant)
+    for dtype in (torch.float32, torch.bfloat16):
+        (q, k, v, out, c, scale), bias = with_bias(dtype, 3)
+        whole = ops.attention_pullback(q, k, v, out, c, scale, True, True, bias, True)
+        gradient = ops.attention_gradient(q, k, v, c, scale, 0.5, 0.25, bias)
+        for b in range(6):
+            one = [x[b : b + 1] for x in (q, k, v, out)]
+            own = bias[b % 3 : b % 3 + 1]
+            alone = ops.attention_pullback(*one, c[:, b : b + 1], scale, True, True, own, True)
+            for part, all_of in zip(alone, (*whole[:3], whole[3].movedim(0, -1)), strict=True):
+                part = part.movedim(0, -1) if part is alone[3] else part
+                assert torch.equal(part, all_of[:, b : b + 1])
+            alone = ops.attention_gradient(*one[:3], c[:, b : b + 1], scale, 0.5, 0.25, own)
+            assert all(torch.equal(part, all_of[:, b : b + 1]) for part, all_of in zip(alone, gradient, strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_bias_may_be_expanded(variant: str) -> None:
+    choose(variant)
+    (q, k, v, out, c, scale), bias = with_bias(torch.float32, 2)
+    for own in (bias[:1, :1], bias[:, :1], bias[:1], bias[:, :, :1], bias[..., 1:2]):
+        view = own.expand(2 if len(own) > 1 else 1, 3, 9, 7)
+        a = ops.attention_pullback(q, k, v, out, c, scale, True, False, view, True)
+        b = ops.attention_pullback(q, k, v, out, c, scale, True, False, view.contiguous(), True)
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        a = ops.attention_gradient(q, k, v, c, scale, 0.5, 0.25, view)
+        b = ops.attention_gradient(q, k, v, c, scale, 0.5, 0.25, view.contiguous())
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _pulled(
+    q: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+    ways: tuple[bool, bool],
+    k: torch.Tensor,
+    v: torch.Tensor,
+    c: torch.Tensor,
+    *bias: torch.Tensor,
+) -> list[torch.Tensor]:
+    both = ops.attention_pullback(q, k, v, out, c, scale, *ways, *bias)
+    return [*both, *ops.attention_gradient(q, k, v, c, scale, 0.5, 0.25, *bias)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_bias_of_zeros_or_masks(variant: str) -> None:
+    """Zeros add nothing; what is masked is as if it were not there; rows of nothing else, and zeros, give exact 0."""
+    choose(variant)
+    for dtype in (torch.float32, torch.bfloat16):
+        (q, k, v, out, c, scale), bias = with_bias(dtype, 1)
+        zero, masks = torch.zeros_like(bias), torch.zeros_like(bias)
+        masks[..., 5:] = -torch.inf
+        few = k[..., :5, :], v[..., :5, :]
+        for ways in ((True, True), (False, False)):
+            given = q, out, scale, ways
+            for a, b in zip(_pulled(*given, k, v, c, zero), _pulled(*given, k, v, c), strict=True):
+                assert torch.equal(a, b)
+            tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+            for a, b in zip(_pulled(*given, k, v, c, masks), _pulled(*given, *few, c), strict=True):
+                hidden = a.shape[-2:] == k.shape[-2:] and a.shape[-2] != b.shape[-2]
+                assert not hidden or torch.equal(a[..., 5:, :], torch.zeros_like(a[..., 5:, :]))
+                torch.testing.assert_close(a[..., :5, :] if hidden else a, b, **tolerance)
+            for a in _pulled(*given, k, v, c, torch.full_like(bias, -torch.inf)):
+                assert torch.equal(a, torch.zeros_like(a))
+            for a in _pulled(*given, k, v, torch.zeros_like(c), bias):
+                assert torch.equal(a, torch.zeros_like(a))
+        _, _, _, masses = ops.attention_pullback(q, k, v, out, c, scale, True, True, masks, True)
+        assert torch.equal(masses[5], torch.zeros_like(masses[5]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_bias_never_hides_nan(variant: str) -> None:
+    choose(variant)
+    (q, k, v, out, c, scale), bias = with_bias(torch.float32, 3)
+    for name in ("query", "query of a masked row", "bias"):
+        own, of = q.clone(), bias.clone()
+        if name == "bias":
+            of[1, 0, 2, 3] = torch.nan  # of windows 1 and 4
+        else:
+            own[1, 0, -1 if "masked" in name else 2, 0] = own[4, 0, -1 if "masked" in name else 2, 0] = torch.nan
+        for part in (
+            ops.attention_pullback(own, k, v, out, c, scale, False, True, of, True)[2],
+            *ops.attention_gradient(own, k, v, c, scale, 0.5, 0.25, of)[1:],
+        ):
+            assert part[:, [1, 4], 0].isnan().flatten(2).any(-1).all(), name
+            assert part[:, [0, 2, 3, 5]].isfinite().all(), name
+        masses = ops.attention_pullback(own, k, v, out, c, scale, False, True, of, True)[3]
+        assert masses[[0, 4, 5]][..., [1, 4]].isnan().all() or name == "bias", name
+        assert masses[..., [0, 2, 3, 5]].isfinite().all(), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_gradient_with_a_bias_is_that_of_autograd(variant: str) -> None:
+    choose(variant)
+    for dtype, tolerance in [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)]:
+        q, k, v, _, c, scale = attention(dtype, 49, 49, 32)
+        bias = attention_bias(Draw(Options(seed=5)), 3, 49, 49, True, True).float()
+        bias[..., -1, 0] = 0  # autograd of a row that is masked as a whole is NaN
+        operands = [x.double().requires_grad_() for x in (q, k, v)]
+        out = torch.nn.functional.scaled_dot_product_attention(*operands, bias.double(), scale=scale)
+        for t, own in enumerate(c):
+            exact = torch.autograd.grad(out, operands, own.double(), retain_graph=True)
+            actual = [pulled[t] for pulled in ops.attention_gradient(q, k, v, c, scale, 1.0, 1.0, bias)]
+            for a, e in zip(actual, exact, strict=True):
+                assert (a - e).norm() < tolerance * e.norm()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_softmax_never_hides_nan(variant: str) -> None:
+    choose(variant)
+    scores = torch.tensor([[torch.nan] * 3, [torch.nan, -torch.inf, -torch.inf]])[None, None]
+    assert ops.softmax_pullback(scores, torch.ones(1, 1, 1, 2, 3))[..., 0].isnan().all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
