@@ -187,9 +187,16 @@ class Along(Params):
     dim: int
 
 
+# A constant this low added to attention scores is a mask: it is left out of softmax(|S|) as -inf is.
+MASK_BELOW = -99.0
+
+
 @dataclass
 class Attention(Params):
-    """``softmax(scale Q K^T + mask) V``; ``grouped``: several heads of queries share one of keys and values."""
+    """``softmax(scale Q K^T + mask) V``; ``grouped``: several heads of queries share one of keys and values.
+
+    A mask of windows that lie side by side along the batch has one entry along its first axis for each of a sample's.
+    """
 
     mask: Ref
     causal: bool

@@ -448,6 +448,9 @@ def recognize_attention(graph: Graph) -> None:
         if len(node.shape) != 4 or probabilities.params.dim % 4 != 3:
             continue
         scores, scale, mask = probabilities.operands[0], 1.0, None
+        by_window = _added_by_window(scores, users)
+        if by_window is not None:
+            probabilities, scores = by_window.split, by_window.scores
         if scores.kind == g.ADD and only_user(users, scores) is probabilities and scores.params.signs == (1, 1):
             constants = [n for n in scores.operands if n.constant]
             if len(constants) == 1 and len(scores.operands) == 2:
@@ -464,12 +467,89 @@ def recognize_attention(graph: Graph) -> None:
         key = transposed.operands[0]
         if not (query.example[:2] == key.example[:2] == value.example[:2]):
             continue
+        if by_window is not None and mask is not None and mask.example[:-3] not in ((), (1,)):
+            continue
+        target: Any = aten.scaled_dot_product_attention.default
+        if by_window is not None:
+            target, mask = attention_of_windows, by_window.joined(graph, mask)
         node.kind = g.ATTENTION
-        node.target, node.args = aten.scaled_dot_product_attention.default, (query, key, value, mask, 0.0, False)
+        node.target, node.args = target, (query, key, value, mask, 0.0, False)
         node.kwargs = {"scale": scale}
         node.operands = [query, key, value]
         node.params = p.Attention(mask, causal=False, scale=scale, grouped=False)
     graph.prune()
+
+
+@dataclass
+class _ByWindow:
+    """Scores [B W, H, N, M], seen as [B, W, H, N, M] by ``split`` for a constant of each window to be added."""
+
+    scores: Node
+    split: Node
+    constant: Node
+
+    def joined(self, graph: Graph, bias: Node | None) -> Node:
+        """The constant and what was added to scores before it, if that is anything: [W or 1, H or 1, N, M]."""
+        args = (self.constant,) if bias is None else (self.constant, bias)
+        example = torch.broadcast_shapes((1, 1, 1, 1), self.constant.example[-4:], *(n.example for n in args[1:]))
+        name = f"{self.split.name}_{self.constant.name}"
+        found = Node(name, g.CONST, joined_bias, args, shape=tuple(example), example=tuple(example))
+        found.params = p.Leaf()
+        found.dtype = self.constant.dtype
+        graph.insert_after(self.constant if bias is None else self.split, found)
+        return found
+
+
+def _added_by_window(scores: Node, users: dict[Node, list[Node]]) -> _ByWindow | None:
+    """Where scores go into a softmax after a constant of each window was added, as shifted windows mask each other."""
+    if scores.kind != g.REARRANGE or scores.params.how != "reshape" or len(scores.example) != 4:
+        return None
+    added = scores.operands[0]
+    if added.kind != g.ADD or len(added.operands) != 2 or added.params.signs != (1, 1) or len(added.sources) != 1:
+        return None
+    split, constant = added.sources[0], next(n for n in added.operands if n.constant)
+    if split.kind != g.REARRANGE or split.params.how != "reshape":
+        return None
+    before, windows = split.operands[0], scores.batch.inner
+    alone = all(len(users[n]) == 1 for n in (scores, added, split, before))
+    seen = before.example == scores.example and before.batch == scores.batch and scores.batch.leading
+    seen = seen and split.batch.plain and added.example == split.example
+    shape = (1,) * (5 - len(constant.example)) + constant.example
+    fits = len(shape) == 5 and split.example[1:] == (windows, *scores.example[1:]) and shape[0] == 1
+    fits = fits and shape[1] in (1, windows) and getattr(constant.params, "floating", True)
+    return _ByWindow(before, split, constant) if alone and seen and fits else None
+
+
+def joined_bias(mask: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """What is added to scores in two steps, the windows of a sample last, as one bias [W or 1, H or 1, N, M].
+
+    What either hides is minus infinity, or a bias could bring it back over the threshold; a row that is hidden as a
+    whole stays as it is, for its softmax.
+    """
+    mask = mask.reshape((1,) * (5 - mask.dim()) + mask.shape)[0]
+    if bias is None:
+        return mask
+    hidden = (mask < p.MASK_BELOW) | (bias < p.MASK_BELOW)
+    return (mask + bias).masked_fill(hidden & ~hidden.all(-1, keepdim=True), float("-inf"))
+
+
+def attention_of_windows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    dropout: float,
+    causal: bool,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Scaled dot product attention of [B W, H, N, D] with a mask [W, H or 1, N, M]: on CPUs a sample at a time."""
+    attend = aten.scaled_dot_product_attention.default
+    if q.device.type != "cpu":
+        whole: torch.Tensor = attend(q, k, v, mask.repeat(len(q) // len(mask), 1, 1, 1), dropout, causal, scale=scale)
+        return whole
+    samples = zip(*(t.split(len(mask)) for t in (q, k, v)), strict=True)
+    return torch.cat([attend(*sample, mask, dropout, causal, scale=scale) for sample in samples])
 
 
 def mark_masks(graph: Graph) -> None:

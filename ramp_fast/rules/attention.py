@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ramp_fast import gemm, ops
 from ramp_fast import graph as g
+from ramp_fast.capture.passes import attention_of_windows
 from ramp_fast.gemm import Precision
 from ramp_fast.gemm.private_operators import flash_attends, flash_attention
 from ramp_fast.graph import Node
+from ramp_fast.params import MASK_BELOW
 from ramp_fast.rules.base import Flow, Fusion, Operation, ReadsInput, Values, gate, stacked_view
-from ramp_fast.rules.junctions import MASK_BELOW, only_masks, pull_product, split_sum
+from ramp_fast.rules.junctions import only_masks, pull_product, split_sum
 from ramp_fast.rules.masses import Massed, Masses, share
 
 
@@ -91,6 +93,10 @@ class Forward(Operation):
         bias = bias.expand(groups, *between, queries, self.node.operands[1].example[-2])
         return bias.reshape(groups, math.prod(between), *bias.shape[-2:])
 
+    def _by_window(self, mask: Tensor) -> bool:
+        """Whether it is a mask of every window of a sample."""
+        return mask.dim() == len(self.node.example) == 4 and len(mask) == self.node.batch.inner > 1
+
     def in_one_step(self, device: torch.device) -> bool:
         """Whether one operator does it all there; Triton's kernels take no bias."""
         return self.fused and (self.node.params.mask is None or (self.bias is not None and ops.cpu_kernels(device)))
@@ -99,6 +105,9 @@ class Forward(Operation):
         p = self.node.params
         q, k, v = (values[n] for n in self.node.operands)
         mask = values[p.mask] if p.mask is not None else None
+
+        if mask is not None and self._by_window(mask):
+            return attention_of_windows(q, k, v, mask, 0.0, False, scale=p.scale), None
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if mask is None and not p.grouped and flash_attends(q, k, v):
@@ -122,6 +131,8 @@ class Forward(Operation):
         if p.mask is None:
             return scores, None
         mask = values[p.mask]
+        if self._by_window(mask):
+            mask = mask.repeat(len(query) // len(mask), 1, 1, 1)
         if mask.dtype == torch.bool:
             return scores.masked_fill(~mask, float("-inf")), None
         # A mask adds nothing to what it leaves: no junction.

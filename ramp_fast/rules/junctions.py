@@ -13,6 +13,7 @@ from ramp_fast import gemm, ops
 from ramp_fast import graph as g
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import Node
+from ramp_fast.params import MASK_BELOW
 from ramp_fast.rules.base import (
     Flow,
     Fusion,
@@ -27,9 +28,6 @@ from ramp_fast.rules.base import (
 )
 from ramp_fast.rules.masses import Massed, Masses, share
 from ramp_fast.rules.weighted import affine
-
-# A constant this low added to attention scores is a mask: it is left out of softmax(|S|) as -inf is.
-MASK_BELOW = -99.0
 
 
 def plain_sum(node: Node) -> bool:

@@ -520,8 +520,11 @@ def window_mask() -> Tensor:
     return mask
 
 
-simple("shifted windows", windows, "matmul softmax add rearrange", **projections(), bias=lambda: torch.randn(2, 4, 4),
+simple("shifted windows", windows, "attention add rearrange", **projections(), bias=lambda: torch.randn(2, 4, 4),
        mask=window_mask)  # fmt: skip
+# A mask stays one where the bias is so high that their sum is not so low.
+simple("shifted windows with a high bias", windows, "attention add rearrange", **projections(),
+       bias=lambda: torch.randn(2, 4, 4) + 5, mask=window_mask)  # fmt: skip
 
 # Pools
 
