@@ -98,8 +98,9 @@ class Forward(Operation):
         return mask.dim() == len(self.node.example) == 4 and len(mask) == self.node.batch.inner > 1
 
     def in_one_step(self, device: torch.device) -> bool:
-        """Whether one operator does it all there; Triton's kernels take no bias."""
-        return self.fused and (self.node.params.mask is None or (self.bias is not None and ops.cpu_kernels(device)))
+        """Whether one operator does it all there: one with a bias has kernels for CPUs only."""
+        biased = self.node.params.mask is not None
+        return self.fused and (not biased or (self.bias is not None and ops.cpu_kernels(device)))
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         p = self.node.params
@@ -131,17 +132,19 @@ class Forward(Operation):
         if p.mask is None:
             return scores, None
         mask = values[p.mask]
-        if self._by_window(mask):
-            mask = mask.repeat(len(query) // len(mask), 1, 1, 1)
         if mask.dtype == torch.bool:
             return scores.masked_fill(~mask, float("-inf")), None
         # A mask adds nothing to what it leaves: no junction.
         plain = only_masks(mask) if self.only_masks is None else self.only_masks
-        if not self.hides:
-            return scores, None if plain else mask.to(wide)
-        hidden = mask < MASK_BELOW
-        scores = scores.masked_fill(hidden, float("-inf"))
-        return scores, None if plain else mask.masked_fill(hidden, 0.0).to(wide)
+        by_window = self._by_window(mask)
+        if self.hides:
+            hidden = mask < MASK_BELOW
+            mask = mask.masked_fill(hidden, 0.0)
+            apart = scores.unflatten(0, (-1, len(mask))) if by_window else scores
+            scores = apart.masked_fill(hidden, float("-inf")).view(scores.shape)
+        if plain:
+            return scores, None
+        return scores, (mask.repeat(len(scores) // len(mask), 1, 1, 1) if by_window else mask).to(wide)
 
 
 class Attention(Forward):
