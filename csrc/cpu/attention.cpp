@@ -26,6 +26,7 @@ struct Scratch : HeadScratch<P> {
     F* rows;     // [rows, parts]  rows being prepared
     F* factors;  // [rows, keys]   sign(S) A + softmax(|S|)
     F* out_row;  // [maps, depth]
+    F* lanes;    // [2, 2, depth]  masses of columns, of P and N each
     F* bias;     // [rows, keys]   with a bias
     F* product;  // [rows, keys]   scale Q K^T, where the bias is a term that takes relevance
 
@@ -34,6 +35,7 @@ struct Scratch : HeadScratch<P> {
         this->take(base, rows, P::rows * job.parts);
         this->take(base, factors, P::rows * job.keys);
         this->take(base, out_row, job.maps * job.depth);
+        this->take(base, lanes, 4 * job.depth);
         this->take(base, bias, job.biased ? P::rows * job.keys : 0);
         this->take(base, product, job.args.junction ? P::rows * job.keys : 0);
     }
@@ -94,10 +96,11 @@ void prepare_keys(const Job& job, const Scratch<P>& at, int64_t b, int64_t h) {
     }
 }
 
-// Masses of a row of A and, in place, c -> factor c.
+// Masses of rows of A and, in place, c -> factor c. Of several rows at once: sums across the lanes of a
+// vector take longer than a short row does.
 template <class F, bool contrast>
-RF_INLINE void scores_row(const F* __restrict weight, const F* __restrict factor, int64_t n, F* __restrict p,
-                          F* __restrict d, double* mass_p, double* mass_n) {
+RF_INLINE void scores_rows(const F* __restrict weight, const F* __restrict factor, int64_t n, F* __restrict p,
+                           F* __restrict d, double* mass_p, double* mass_n) {
     for (int64_t start = 0; start < n; start += kBlock) {
         const int64_t end = min64(start + kBlock, n);
         F sum_p = 0, sum_n = 0;
@@ -115,11 +118,11 @@ RF_INLINE void scores_row(const F* __restrict weight, const F* __restrict factor
     }
 }
 
-// The junction of a row of S = s + bias: masses of both, and in place c -> 2 [s > 0] c.
+// The junction of rows of S = s + bias: masses of both, and in place c -> 2 [s > 0] c.
 template <class F, bool contrast>
-RF_INLINE void junction_row(const F* __restrict s, const F* __restrict bias, int64_t n, F* __restrict p,
-                            F* __restrict d, double* product_p, double* product_n, double* bias_p,
-                            double* bias_n) {
+RF_INLINE void junction_rows(const F* __restrict s, const F* __restrict bias, int64_t n, F* __restrict p,
+                             F* __restrict d, double* product_p, double* product_n, double* bias_p,
+                             double* bias_n) {
     for (int64_t start = 0; start < n; start += kBlock) {
         const int64_t end = min64(start + kBlock, n);
         F sum_p = 0, sum_n = 0, of_bias_p = 0, of_bias_n = 0;
@@ -165,11 +168,12 @@ RF_INLINE void select_row(const F* __restrict x, const F* __restrict sums, const
     }
 }
 
-// Selects and stores one row of a result and adds its mass; sums of D are `map_stride` after those of P.
+// Selects and stores one row of a result and adds its mass, column by column, to `lanes` [2, depth]; sums of
+// D are `map_stride` after those of P.
 template <class F, bool contrast>
 RF_INLINE void finish_row(const Job& job, const StridedOperand& out, const F* x, F sign, F factor,
                           const F* sums, int64_t map_stride, bool split, int64_t t, int64_t b, int64_t h,
-                          int64_t n, F* scaled, F* buffer, double* masses) {
+                          int64_t n, F* scaled, F* buffer, F* __restrict lanes) {
     const AttentionArgs& args = job.args;
     const F* gate = x;
     if (sign != F(1)) {
@@ -185,7 +189,26 @@ RF_INLINE void finish_row(const Job& job, const StridedOperand& out, const F* x,
         commit(out.operand, to, args.width, result);
         results[of_pair] = result;
     }
-    add_mass<F, contrast>(x, results[0], results[1], args.width, masses + t, masses + t + args.num_maps / 2);
+    const F* const __restrict p = results[0], * const __restrict d = results[1];
+    RF_SIMD
+    for (int64_t i = 0; i < args.width; ++i) {
+        const F magnitude = absolute(x[i]);
+        lanes[i] += magnitude * absolute(p[i]);
+        if (contrast) lanes[job.depth + i] += magnitude * absolute(p[i] - d[i]);
+    }
+}
+
+// Adds the masses of a few rows to those of map t.
+template <class F, bool contrast>
+RF_INLINE void add_lanes(const Job& job, const F* __restrict lanes, int64_t t, double* masses) {
+    F sum_p = 0, sum_n = 0;
+    RF_SIMD_SUM(sum_p, sum_n)
+    for (int64_t i = 0; i < job.depth; ++i) {
+        sum_p += lanes[i];
+        if (contrast) sum_n += lanes[job.depth + i];
+    }
+    masses[t] += static_cast<double>(sum_p);
+    if (contrast) masses[t + job.args.num_maps / 2] += static_cast<double>(sum_n);
 }
 
 // Scores of row n with their bias, which is kept, 0 beyond its keys, as is the product where both take
@@ -276,34 +299,56 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
             product<P, false>(P::rows, keys, depth / P::pack, {at.along, depth / P::pack, 1}, at.values_t,
                               keys, at.c_a + of_pair * P::rows * keys, keys);
         }
-        for (int64_t r = 0; r < count; ++r) {
-            F* p = at.c_a + r * keys;
-            scores_row<F, contrast>(at.weights + r * keys, at.factors + r * keys, keys, p, p + P::rows * keys,
-                                    masses + t, masses + t + half);
-            if (args.junction) {
-                double* const of_product = masses + 4 * args.num_maps + t;
-                double* const of_bias = of_product + args.num_maps;
-                junction_row<F, contrast>(at.product + r * keys, at.bias + r * keys, keys, p,
-                                          p + P::rows * keys, of_product, of_product + half, of_bias,
-                                          of_bias + half);
-            }
+        F *const c_p = at.c_a, *const c_d = c_p + P::rows * keys;
+        scores_rows<F, contrast>(at.weights, at.factors, count * keys, c_p, c_d, masses + t,
+                                 masses + t + half);
+        if (args.junction) {
+            double* const of_product = masses + 4 * args.num_maps + t;
+            double* const of_bias = of_product + args.num_maps;
+            junction_rows<F, contrast>(at.product, at.bias, count * keys, c_p, c_d, of_product,
+                                       of_product + half, of_bias, of_bias + half);
         }
         for (int64_t of_pair = 0; of_pair < job.maps; ++of_pair)
             times_keys(job, at, at.c_a + of_pair * P::rows * keys,
                        at.c_s_block + ((t + of_pair * half) * job.block + row) / P::pack * keys,
                        at.c_query + of_pair * P::rows * parts);
+        clear(at.lanes, 2 * depth);
         for (int64_t r = 0; r < count; ++r) {
             const F* q = load(args.q.operand, offset(args.q, 0, b, h, first + r), args.width, at.raw);
             finish_row<F, contrast>(job, args.c_q, q, scale < 0 ? F(-1) : F(1), 2 * scale,
                                     at.c_query + r * parts, P::rows * parts, !args.gated, t, b, h, first + r,
-                                    at.raw + depth, at.out_row, masses + 2 * args.num_maps);
+                                    at.raw + depth, at.out_row, at.lanes);
         }
+        add_lanes<F, contrast>(job, at.lanes, t, masses + 2 * args.num_maps);
+    }
+}
+
+// c_V and c_K of P::rows keys from `first` on.
+template <class P, bool contrast>
+void key_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int64_t first, double* masses) {
+    using F = typename P::Sum;
+    const AttentionArgs& args = job.args;
+    const int64_t end = min64(first + P::rows, args.keys), half = args.num_maps / 2;
+    F *const lanes_v = at.lanes, *const lanes_k = at.lanes + 2 * job.depth;
+    for (int64_t t = 0; t < (contrast ? half : args.num_maps); ++t) {
+        clear(at.lanes, 4 * job.depth);
+        for (int64_t j = first; j < end; ++j) {
+            const F* k = load(args.k.operand, offset(args.k, 0, b, h, j), args.width, at.raw);
+            const F* v = load(args.v.operand, offset(args.v, 0, b, h, j), args.width, at.raw + job.depth);
+            finish_row<F, contrast>(
+                job, args.c_v, v, F(1), F(2), at.sum_v + (t * job.key_rows + j) * job.depth,
+                half * job.key_rows * job.depth, false, t, b, h, j, nullptr, at.out_row, lanes_v);
+            finish_row<F, contrast>(
+                job, args.c_k, k, F(1), F(2), at.sum_k + (t * job.key_rows + j) * job.parts,
+                half * job.key_rows * job.parts, !args.gated, t, b, h, j, nullptr, at.out_row, lanes_k);
+        }
+        add_lanes<F, contrast>(job, lanes_v, t, masses + args.num_maps);
+        add_lanes<F, contrast>(job, lanes_k, t, masses + 3 * args.num_maps);
     }
 }
 
 template <class P, bool contrast>
 void head(int64_t index, const void* context, void* scratch) {
-    using F = typename P::Sum;
     const Job& job = *static_cast<const Job*>(context);
     const AttentionArgs& args = job.args;
     const Scratch<P> at(static_cast<char*>(scratch), job);
@@ -322,20 +367,8 @@ void head(int64_t index, const void* context, void* scratch) {
         add_block<P>(job, at, rows, at.c_s_block, true, at.q_block, false, job.parts, at.sum_k, at.sum_k_t);
     }
     turn_sums(job, at);
-    for (int64_t j = 0; j < args.keys; ++j) {
-        const F* k = load(args.k.operand, offset(args.k, 0, b, h, j), args.width, at.raw);
-        const F* v = load(args.v.operand, offset(args.v, 0, b, h, j), args.width, at.raw + job.depth);
-        for (int64_t t = 0; t < (contrast ? args.num_maps / 2 : args.num_maps); ++t) {
-            finish_row<F, contrast>(job, args.c_v, v, F(1), F(2),
-                                    at.sum_v + (t * job.key_rows + j) * job.depth,
-                                    args.num_maps / 2 * job.key_rows * job.depth, false, t, b, h, j, nullptr,
-                                    at.out_row, masses + args.num_maps);
-            finish_row<F, contrast>(job, args.c_k, k, F(1), F(2),
-                                    at.sum_k + (t * job.key_rows + j) * job.parts,
-                                    args.num_maps / 2 * job.key_rows * job.parts, !args.gated, t, b, h, j,
-                                    nullptr, at.out_row, masses + 3 * args.num_maps);
-        }
-    }
+    for (int64_t first = 0; first < args.keys; first += P::rows)
+        key_rows<P, contrast>(job, at, b, h, first, masses);
 }
 
 template <class P>
