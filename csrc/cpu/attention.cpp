@@ -261,6 +261,7 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
     for (int64_t r = 0; r < P::rows; ++r) {
         F *weight = at.weights + r * keys, *factor = at.factors + r * keys;
         fetch_query(job, b, h, first + P::rows + r);
+        fetch_result(args.c_q, args.num_maps, args.width, args.queries, b, h, first + r);
         if (r < count) {
             F* row_scores = scores + r * keys;
             if (job.biased) add_bias(job, at, b, h, first + r, r, row_scores);
@@ -325,11 +326,13 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
 
 // c_V and c_K of P::rows keys from `first` on.
 template <class P, bool contrast>
-void key_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int64_t first, double* masses) {
+void key_rows(const Job& job, const Scratch<P>& at, int64_t index, int64_t first, double* masses) {
     using F = typename P::Sum;
     const AttentionArgs& args = job.args;
+    const int64_t b = index / args.heads, h = index % args.heads;
     const int64_t end = min64(first + P::rows, args.keys), half = args.num_maps / 2;
     F *const lanes_v = at.lanes, *const lanes_k = at.lanes + 2 * job.depth;
+    for (int64_t j = first; j < end; ++j) fetch_keys(args, index, j, P::rows);
     for (int64_t t = 0; t < (contrast ? half : args.num_maps); ++t) {
         clear(at.lanes, 4 * job.depth);
         for (int64_t j = first; j < end; ++j) {
@@ -363,12 +366,13 @@ void head(int64_t index, const void* context, void* scratch) {
         const int64_t rows = round_up(min64(job.block, args.queries - start), P::rows);
         for (int64_t row = 0; row < rows; row += P::rows)
             query_rows<P, contrast>(job, at, b, h, start + row, row, masses);
+        for (int64_t r = 0; r < P::rows; ++r) fetch_key_results(args, b, h, r);
         add_block<P>(job, at, rows, at.a_block, false, at.c_block, true, job.depth, at.sum_v, at.sum_v_t);
         add_block<P>(job, at, rows, at.c_s_block, true, at.q_block, false, job.parts, at.sum_k, at.sum_k_t);
     }
     turn_sums(job, at);
     for (int64_t first = 0; first < args.keys; first += P::rows)
-        key_rows<P, contrast>(job, at, b, h, first, masses);
+        key_rows<P, contrast>(job, at, index, first, masses);
 }
 
 template <class P>

@@ -178,6 +178,34 @@ RF_INLINE void fetch_row(const StridedOperand& x, int64_t width, int64_t rows, i
     for (int64_t at = 0; at < width * element; at += 64) __builtin_prefetch(row + at, 0, 2);
 }
 
+// Fetches row n of all maps of a result, if there is one, to be written.
+RF_INLINE void fetch_result(const StridedOperand& x, int64_t num_maps, int64_t width, int64_t rows, int64_t b,
+                            int64_t h, int64_t n) {
+    if (n >= rows) return;
+    const int64_t element = item_size(x.operand.dtype);
+    for (int64_t t = 0; t < num_maps; ++t) {
+        const char* row = static_cast<const char*>(x.operand.data) + offset(x, t, b, h, n) * element;
+        for (int64_t at = 0; at < width * element; at += 64) __builtin_prefetch(row + at, 1, 2);
+    }
+}
+
+// Likewise of both results of key n.
+template <class Args>
+RF_INLINE void fetch_key_results(const Args& args, int64_t b, int64_t h, int64_t n) {
+    fetch_result(args.c_v, args.num_maps, args.width, args.keys, b, h, n);
+    fetch_result(args.c_k, args.num_maps, args.width, args.keys, b, h, n);
+}
+
+// While the results of key n are written: those of a key `ahead` rows further on, and key n of the next head.
+template <class Args>
+RF_INLINE void fetch_keys(const Args& args, int64_t index, int64_t n, int64_t ahead) {
+    fetch_key_results(args, index / args.heads, index % args.heads, n + ahead);
+    if (index + 1 == args.batch * args.heads) return;
+    const int64_t b = (index + 1) / args.heads, h = (index + 1) % args.heads;
+    fetch_row(args.k, args.width, args.keys, 0, b, h, n);
+    fetch_row(args.v, args.width, args.keys, 0, b, h, n);
+}
+
 // to [count, depth] = factor times rows [first, first + count) of x, 0 beyond its `rows` rows and columns.
 template <class F>
 RF_INLINE void load_rows(const StridedOperand& x, int64_t width, int64_t rows, int64_t t, int64_t b,

@@ -97,6 +97,7 @@ void query_rows(const Job& job, const Scratch<P>& at, int64_t b, int64_t h, int6
     for (int64_t r = 0; r < P::rows; ++r) {
         F* const weight = at.weights + r * keys;
         fetch_query(args, b, h, first + P::rows + r);
+        if (job.scores) fetch_result(args.c_q, args.num_maps, args.width, args.queries, b, h, first + r);
         if (r < count) {
             for (int64_t i = args.keys; i < keys; ++i) weight[i] = -static_cast<F>(__builtin_inf());
             if (job.biased) {
@@ -140,6 +141,7 @@ void head(int64_t index, const void* context, void* scratch) {
     for (int64_t start = 0; start < args.queries; start += job.block) {
         const int64_t rows = round_up(min64(job.block, args.queries - start), P::rows);
         for (int64_t row = 0; row < rows; row += P::rows) query_rows<P>(job, at, b, h, start + row, row);
+        for (int64_t r = 0; r < P::rows; ++r) fetch_key_results(args, b, h, r);
         add_block<P>(job, at, rows, at.a_block, false, at.c_block, true, job.depth, at.sum_v, at.sum_v_t);
         if (job.scores)
             add_block<P>(job, at, rows, at.c_s_block, true, at.q_block, false, job.parts, at.sum_k,
@@ -149,6 +151,7 @@ void head(int64_t index, const void* context, void* scratch) {
     const F value_share = static_cast<F>(args.value_share), score_share = static_cast<F>(args.score_share);
     for (int64_t t = 0; t < args.num_maps; ++t) {
         for (int64_t j = 0; j < args.keys; ++j) {
+            if (t == 0) fetch_keys(args, index, j, P::rows);
             const int64_t sums = (t * job.key_rows + j) * job.depth;
             store_row(args.c_v, args.width, t, b, h, j, value_share, at.sum_v + sums, at.buffer);
             store_row(args.c_k, args.width, t, b, h, j, score_share, at.sum_k + sums, at.buffer);
