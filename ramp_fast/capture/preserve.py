@@ -151,8 +151,8 @@ class _Snapshot:
         if isinstance(value, type):
             return self._of_class(value)
         if _has_attributes(value):
-            self._attributes.append((value, _attributes(value)))
-            return [type(value), *_attributes(value).values()]
+            self._attributes.append((value, attributes_of(value)))
+            return [type(value), *attributes_of(value).values()]
         return ()
 
     def _of_class(self, value: type) -> Iterable[Any]:
@@ -217,7 +217,7 @@ class _Snapshot:
             elif isinstance(value, (tuple, frozenset)):
                 inner = list(value)
             elif _has_attributes(value):
-                own = _attributes(value)
+                own = attributes_of(value)
                 self._shared_attributes.append((value, own))
                 inner = [*own.values(), *(value.__bases__ if isinstance(value, type) else [type(value)])]
             if depth and len(inner) <= _MOST_ITEMS:
@@ -230,7 +230,7 @@ class _Snapshot:
                 own.clear()
                 (own.extend if isinstance(own, (list, deque)) else own.update)(kept)
         for owner, attributes in self._attributes:
-            now = _attributes(owner)
+            now = attributes_of(owner)
             for name in [*now, *(n for n in attributes if n not in now)]:
                 if now.get(name, _ABSENT) is not attributes.get(name, _ABSENT):
                     _put_back(owner, name, attributes.get(name, _ABSENT))
@@ -249,7 +249,7 @@ class _Snapshot:
             if space.get(name, value) is not value and _holds_tensors(space[name]):
                 _put_back(space, name, value)
         for owner, attributes in self._shared_attributes:
-            for name, value in _attributes(owner).items():
+            for name, value in attributes_of(owner).items():
                 before = attributes.get(name, _ABSENT)
                 if value is not before and _holds_tensors(value):
                     _put_back(owner, name, before)
@@ -311,7 +311,7 @@ def _slots(kind: type) -> list[str]:
     return [n for n in names if not n.startswith("__")]
 
 
-def _attributes(owner: Any) -> dict[str, Any]:
+def attributes_of(owner: Any) -> dict[str, Any]:
     """The attributes of an object or a class that are set."""
     slots = [] if isinstance(owner, type) else _slots(type(owner))
     held = {name: getattr(owner, name, _ABSENT) for name in slots}
@@ -327,7 +327,7 @@ def _holds_tensors(value: Any, depth: int = _DEPTH) -> bool:
     if isinstance(value, (dict, list, set, deque, tuple, frozenset)):
         inner = value.values() if isinstance(value, dict) else value
     else:
-        inner = _attributes(value).values() if _has_attributes(value) else ()
+        inner = attributes_of(value).values() if _has_attributes(value) else ()
     return any(_holds_tensors(item, depth - 1) for item in list(inner))
 
 
