@@ -21,6 +21,7 @@ from ramp_fast import graph as g
 from ramp_fast.capture.batch_axes import EXAMPLE_BATCH, locate_samples
 from ramp_fast.capture.batch_branches import BatchBranches, Branch
 from ramp_fast.capture.exporter import first_line, known_size, quiet, source_line, unprinted
+from ramp_fast.capture.graph_cache import Agreement, entry_for, logits_of
 from ramp_fast.capture.known_values import KnownValues
 from ramp_fast.capture.preserve import preserved, user_hooks, watched_hooks, without_hooks
 from ramp_fast.capture.translate import NeedsFunctionalForm, SizesFromValues, translate
@@ -52,6 +53,10 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
         exported.
     """
     with torch.no_grad(), preserved(model):
+        entry = entry_for(model, image_shape, strict)
+        stored = entry and entry.read()
+        if stored and _agreement(stored.graph, model, image_shape) >= stored.agreement:
+            return _checked(stored.graph, model, image_shape, strict, stored.branches)
         hooked = _hooks_matter(model, image_shape)
         with nullcontext() if hooked else without_hooks(model):
             with BatchBranches() as decided:
@@ -63,7 +68,11 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
                     graph = _graph(_export_one(model, image_shape), strict)
                 except SizesFromValues as error:
                     raise UnsupportedModelError(str(error)) from None
-            _check_batches(model, image_shape, strict, static_batch(graph), decided.branches())
+            document = entry and entry.encoded(graph)
+            agreement = _agreement(graph, model, image_shape) if document else Agreement.NONE
+            graph = _checked(graph, model, image_shape, strict, decided.branches())
+            if entry and document and agreement:
+                entry.write(document, decided.branches(), agreement)
     return graph
 
 
@@ -82,23 +91,52 @@ def _graph(exported: Exported, strict: bool) -> Graph:
     returned = program.graph.output_node().args[0]
     _check_outputs([n.meta.get("val") if isinstance(n, fx.Node) else n for n in returned])
     try:
-        graph, batch_symbol = translate(program, strict)
+        graph, _ = translate(program, strict)
     except NeedsFunctionalForm:
-        graph, batch_symbol = translate(program.run_decompositions({}), strict)
-    graph.weights_read = exported.weights_read
-    _leave_out_final_softmax(graph)
+        graph, _ = translate(program.run_decompositions({}), strict)
+    graph.weights_read = exported.weights_read or any(n.kind == g.PARAM and n.params.read for n in graph.nodes)
     graph.prune()
-    if batch_symbol is None and static_batch(graph) == 1:
+    return graph
+
+
+def _checked(
+    graph: Graph, model: torch.nn.Module, image_shape: tuple[int, int, int], strict: bool, branches: list[Branch]
+) -> Graph:
+    """A graph as it was translated, up to its logits, once it is known that the samples of a batch are kept apart."""
+    _explain_scores(graph)
+    _check_batches(model, image_shape, strict, static_batch(graph), branches)
+    return graph
+
+
+def _explain_scores(graph: Graph) -> None:
+    """End a graph, as it was translated, at its logits, and locate the samples."""
+    _leave_out_final_softmax(graph)
+    if graph.ending:
+        graph.prune()
+    size = static_batch(graph)
+    if size == 1:
         _one_sample(graph)
-        return graph
-    locate_samples(graph, symbolic=batch_symbol is not None)
+        return
+    locate_samples(graph, symbolic=size is None)
     if graph.output.batch != g.BatchAxis():
         raise UnsupportedModelError(
             f"the model must return logits of shape [batch, classes]; the samples of its {list(graph.output.shape)} "
             f"are in axis {graph.output.batch.axis}, {graph.output.batch.inner} rows each"
         )
     graph.signature = graph.describe()
-    return graph
+
+
+def _agreement(graph: Graph, model: torch.nn.Module, image_shape: tuple[int, int, int]) -> Agreement:
+    """How near a graph, as it was translated, comes to its model's result for a random image."""
+    images = _example(model, 1, image_shape, noise=True)
+    try:
+        (expected,) = (r for r in _results(model, images.clone()) if r is not None)
+        found = logits_of(graph, images)
+    except Exception:  # a graph of another model, or one whose dtypes are made one only by an engine
+        return Agreement.NONE
+    if found.dtype != expected.dtype or not _close(found, expected):
+        return Agreement.NONE
+    return Agreement.EXACT if torch.equal(found, expected) else Agreement.CLOSE
 
 
 def _example(
@@ -191,7 +229,7 @@ def _check_batches(
         if all(_close(a, b) for a, b in zip(apart, together, strict=True)):
             continue
         if static is not None and size == EXAMPLE_BATCH:  # this names the operation, if one mixes
-            _graph(_exported(model, EXAMPLE_BATCH, image_shape, symbolic=False), strict)
+            _explain_scores(_graph(_exported(model, EXAMPLE_BATCH, image_shape, symbolic=False), strict))
         beside = "alone" if captured == 1 else f"in one of {captured}"
         reason = "Does its forward pass use the size of the batch?"
         if size in places:

@@ -18,8 +18,8 @@ import torch
 from torch.nn.modules import module as nn_module
 from torch.nn.utils.prune import BasePruningMethod
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 _CACHED = functools._lru_cache_wrapper
 _Function = (types.FunctionType, types.MethodType, functools.partial, staticmethod, classmethod, property)
 
@@ -48,7 +48,7 @@ def user_hooks(model: torch.nn.Module) -> dict[int, Callable[..., Any]]:
     Not those that make up the weights: weight_norm, spectral_norm and pruning are written as hooks. The keys are
     PyTorch's own, which no other hook gets again.
     """
-    registered = [vars(m).get(name) for m in model.modules() for name in _HOOKS]
+    registered = [vars(m).get(name) for m in model.modules() for name in HOOKS]
     registered += [vars(nn_module)[name] for name in _GLOBAL_HOOKS]
     return {key: hook for hooks in registered if hooks for key, hook in hooks.items() if not _makes_weights(hook)}
 
@@ -60,7 +60,7 @@ def _makes_weights(hook: Any) -> bool:
 @contextmanager
 def _other_hooks(model: torch.nn.Module, other: Callable[[Any], Any]) -> Iterator[None]:
     """In place of each of :func:`user_hooks` run ``other`` of it (None: nothing); registrations stay as they are."""
-    places = [(vars(m), name) for m in model.modules() for name in _HOOKS]
+    places = [(vars(m), name) for m in model.modules() for name in HOOKS]
     places += [(vars(nn_module), name) for name in _GLOBAL_HOOKS]
     kept = [(place, name, place[name]) for place, name in places if place.get(name)]
     try:
