@@ -39,6 +39,8 @@ class Leaf(Params):
         Of a size: its value for one image more than the example has.
     read : bool
         Whether the captured graph depends on the values of this weight.
+    literal : bool
+        Whether the model makes this tensor of numbers in its code or attributes, in every forward pass.
     """
 
     tensor: torch.Tensor | None = None
@@ -46,6 +48,7 @@ class Leaf(Params):
     floating: bool = True
     more: Any = None
     read: bool = False
+    literal: bool = False
 
 
 @dataclass

@@ -94,9 +94,25 @@ def _graph(exported: Exported, strict: bool) -> Graph:
         graph, _ = translate(program, strict)
     except NeedsFunctionalForm:
         graph, _ = translate(program.run_decompositions({}), strict)
+    literals = _literals(program)
+    for node in graph.nodes:
+        if node.kind == g.PARAM:
+            node.params.literal = node.params.fqn in literals
     graph.weights_read = exported.weights_read or any(n.kind == g.PARAM and n.params.read for n in graph.nodes)
     graph.prune()
     return graph
+
+
+# What the exporter puts behind a tensor that a model makes while it is traced, as `torch.tensor(1.0)` does. Its numbers
+# are Python's, since weights have no values then; a tensor that was there before is read without.
+_FRESH = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
+
+
+def _literals(program: torch.export.ExportedProgram) -> set[str]:
+    """Names of constants that are made anew in every forward pass."""
+    constants = program.graph_signature.inputs_to_lifted_tensor_constants
+    inputs = (n for n in program.graph.nodes if n.op == "placeholder" and n.name in constants)
+    return {constants[n.name] for n in inputs if n.users and all(user.target in _FRESH for user in n.users)}
 
 
 def _checked(

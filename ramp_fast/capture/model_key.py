@@ -15,6 +15,7 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import sys
 import types
 from collections import OrderedDict, defaultdict, deque
@@ -39,7 +40,10 @@ _NOT_ATTRIBUTES = frozenset({"_parameters", "_buffers", "_modules", "_backward_h
 _TORCH, _NUMPY, _PYTHON = (str(pathlib.Path(str(m.__file__)).parent) + os.sep for m in (torch, np, os))
 _OURS = pathlib.Path(ramp_fast.__file__).parent
 _STANDARD = frozenset({"torch", "numpy", "builtins", *sys.stdlib_module_names}) - {"__main__"}
-_BUILTIN = (types.BuiltinFunctionType, np.ufunc, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_BUILTIN = (
+    *(types.BuiltinFunctionType, np.ufunc, torch._ops.OpOverload, torch._ops.OpOverloadPacket),
+    *(types.GetSetDescriptorType, types.MemberDescriptorType, types.MethodDescriptorType, types.WrapperDescriptorType),
+)
 # A forward pass does not get at these by itself.
 _UNCALLED = frozenset(
     {"__init__", "__new__", "__setstate__", "__getstate__", "__repr__", "__del__", "__init_subclass__"}
@@ -140,7 +144,7 @@ class _Description:
                 found.append((self._functions[function], *self._of_function(function, names, modules)))
             for base in [b for kind in list(self._kinds) for b in kind.__mro__ if b is not object]:
                 for name, value in list(vars(base).items()):
-                    if (base, name) not in members and (name in names or _is_called(base, name, value)):
+                    if (base, name) not in members and _is_called(base, name, value, names):
                         members.add((base, name))
                         found.append((self._class(base), name, self._member(base, value)))
             if before == (done, len(members), len(self._kinds)):
@@ -221,10 +225,17 @@ class _Description:
             return (repr(value),)
         if isinstance(value, pathlib.PurePath):
             return "path", str(value)
+        if kind.__name__ == "_tuplegetter":  # of a named tuple, whose fields are named beside it
+            return (kind.__name__,)
+        if isinstance(value, re.Pattern):
+            return "pattern", repr(value.pattern), value.flags
         return self._of_object(value, kind)
 
     def _of_object(self, value: Any, kind: type) -> Form:
-        if _standard(kind) or not (hasattr(value, "__dict__") or attributes_of(value)):
+        if kind is object:
+            return ("sentinel",)
+        plain = kind.__module__ == "torch.autograd.grad_mode"  # decorators
+        if (_standard(kind) and not plain) or not (hasattr(value, "__dict__") or attributes_of(value)):
             raise NotCacheable(f"an object of {kind.__module__}.{kind.__qualname__}")
         items: Form = ()
         if isinstance(value, (dict, list, tuple)):
@@ -375,14 +386,14 @@ def _functions_of(value: Any) -> Iterator[types.FunctionType]:
             yield function
 
 
-def _is_called(base: type, name: str, value: Any) -> bool:
-    """Whether Python or a forward pass may call a member of a class that no code names."""
+def _is_called(base: type, name: str, value: Any, names: set[str]) -> bool:
+    """Whether a forward pass may come to a member of a class: by one of ``names``, or because Python calls it."""
+    if issubclass(base, nn.Module) and name in _UNCALLED:
+        return False
     functions = list(_functions_of(value))
-    if not functions or _standard(base):
-        return any(not _of_library(f) for f in functions) or (name == "forward" and bool(functions))
-    if issubclass(base, nn.Module):
-        return name == "forward" or (name.startswith("__") and name not in _UNCALLED)
-    return name.startswith("__") and name.endswith("__")
+    if _standard(base):
+        return any(name in names or name == "forward" or not _of_library(f) for f in functions)
+    return name in names or name == "forward" or (bool(functions) and name.startswith("__") and name.endswith("__"))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,8 +1,8 @@
 """A captured graph as plain values (numbers, text, lists), and back.
 
-Operations are stored by name, weights by their names in the model. What has no such form makes a graph not storable:
-constants that are no parameter or buffer, functions that are not in a list of known ones. Reading calls nothing but
-what that list and ATen's functional operations have.
+Operations are stored by name, weights by their names in the model. Numbers of a tensor are stored only where the model
+makes it of literals. What has no such form makes a graph not storable: other tensors, functions that are not in a list
+of known ones. Reading calls nothing but what that list and ATen's functional operations have.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _CALLS = {kind.__name__: kind for kind in (Call, Resampling)}
 _PARAMS = {kind.__name__: kind for kind in (*g.PARAMS.values(), p.Params, p.Window)}
 # Attributes of `torch` that stand among an operation's arguments.
 _OF_TORCH = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+_MOST_NUMBERS = 4096  # of a tensor
 _READS_FILES = frozenset({"from_file"})
 
 # Of a node, in the order in which they are stored. (Where the samples are is found out anew.)
@@ -71,7 +72,11 @@ def encode(graph: Graph, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         if node.kind == g.GENERIC:
             raise NotStorable("an operation outside the vocabulary, of which every capture warns")
         document = {name: _encoded(getattr(node, name), places) for name in _FIELDS}
-        nodes.append(document | {"target": _target(node, places), "params": _params(node, places, weights)})
+        if node.kind == g.PARAM:
+            params = _leaf(node.params, weights)
+        else:
+            params = _encoded(node.params, places)
+        nodes.append(document | {"target": _target(node, places), "params": params})
     return {"nodes": nodes, "input": places[graph.input], "output": places[graph.output]}
 
 
@@ -88,8 +93,8 @@ def decode(document: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Graph:
         values = {name: _decoded(stored[name], nodes) for name in _FIELDS}
         node = Node(target=no_call, **values)
         if node.kind == g.PARAM:
-            tensor = weights[stored["params"]]
-            node.params = p.Leaf(tensor, stored["params"], tensor.is_floating_point())
+            name, literal = stored["params"]
+            node.params = _restored(name, literal, weights)
         else:
             node.params = _decoded(stored["params"], nodes)
         node.target = _function(stored["target"], node, nodes)
@@ -97,12 +102,24 @@ def decode(document: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Graph:
     return Graph(nodes, nodes[document["input"]], nodes[document["output"]])
 
 
-def _params(node: Node, places: Mapping[Node, int], weights: Mapping[str, Tensor]) -> Any:
-    if node.kind != g.PARAM:
-        return _encoded(node.params, places)
-    if weights.get(node.params.fqn) is not node.params.tensor:
-        raise NotStorable(f"{node.params.fqn} is a constant and no parameter or buffer")
-    return node.params.fqn
+def _leaf(leaf: p.Leaf, weights: Mapping[str, Tensor]) -> list[Any]:
+    """A weight's name, or the name and numbers of a tensor that the model makes of literals."""
+    tensor = leaf.tensor
+    if weights.get(leaf.fqn) is tensor:
+        return [leaf.fqn, None]
+    if type(tensor) is not Tensor or not leaf.literal or tensor.is_complex() or tensor.numel() > _MOST_NUMBERS:
+        raise NotStorable(f"{leaf.fqn} is a tensor and no parameter or buffer")
+    kind = {"dtype": tensor.dtype, "device": tensor.device}
+    return [leaf.fqn, [tensor.flatten().tolist(), list(tensor.shape), _encoded(kind, {})]]
+
+
+def _restored(name: str, literal: list[Any] | None, weights: Mapping[str, Tensor]) -> p.Leaf:
+    if literal is None:
+        tensor = weights[name]
+    else:
+        numbers, shape, kind = literal
+        tensor = torch.tensor(numbers, **_decoded(kind, [])).reshape(shape)
+    return p.Leaf(tensor, name, tensor.is_floating_point(), literal=literal is not None)
 
 
 def _target(node: Node, places: Mapping[Node, int]) -> Any:
