@@ -21,7 +21,7 @@ from ramp_fast import graph as g
 from ramp_fast.capture.batch_axes import EXAMPLE_BATCH, locate_samples
 from ramp_fast.capture.batch_branches import BatchBranches, Branch
 from ramp_fast.capture.exporter import first_line, known_size, quiet, source_line, unprinted
-from ramp_fast.capture.graph_cache import Agreement, entry_for, logits_of
+from ramp_fast.capture.graph_cache import Agreement, Entry, entry_for, logits_of
 from ramp_fast.capture.known_values import KnownValues
 from ramp_fast.capture.preserve import preserved, user_hooks, watched_hooks, without_hooks
 from ramp_fast.capture.translate import NeedsFunctionalForm, SizesFromValues, translate
@@ -54,9 +54,8 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
     """
     with torch.no_grad(), preserved(model):
         entry = entry_for(model, image_shape, strict)
-        stored = entry and entry.read()
-        if stored and _agreement(stored.graph, model, image_shape) >= stored.agreement:
-            return _checked(stored.graph, model, image_shape, strict, stored.branches)
+        if entry and (found := _read(entry, model, image_shape, strict)) is not None:
+            return found
         hooked = _hooks_matter(model, image_shape)
         with nullcontext() if hooked else without_hooks(model):
             with BatchBranches() as decided:
@@ -142,6 +141,17 @@ def _explain_scores(graph: Graph) -> None:
     graph.signature = graph.describe()
 
 
+def _read(entry: Entry, model: torch.nn.Module, image_shape: tuple[int, int, int], strict: bool) -> Graph | None:
+    """The graph in the cache, if it is this model's; a model to be refused is, by a new capture."""
+    stored = entry.read()
+    if stored is None or _agreement(stored.graph, model, image_shape) < stored.agreement:
+        return None
+    try:
+        return _checked(stored.graph, model, image_shape, strict, stored.branches)
+    except Exception:
+        return None
+
+
 def _agreement(graph: Graph, model: torch.nn.Module, image_shape: tuple[int, int, int]) -> Agreement:
     """How near a graph, as it was translated, comes to its model's result for a random image."""
     images = _example(model, 1, image_shape, noise=True)
@@ -150,7 +160,7 @@ def _agreement(graph: Graph, model: torch.nn.Module, image_shape: tuple[int, int
         found = logits_of(graph, images)
     except Exception:  # a graph of another model, or one whose dtypes are made one only by an engine
         return Agreement.NONE
-    if found.dtype != expected.dtype or not _close(found, expected):
+    if found.dtype != expected.dtype or not bool(expected.isfinite().all()) or not _close(found, expected):
         return Agreement.NONE
     return Agreement.EXACT if torch.equal(found, expected) else Agreement.CLOSE
 
