@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ramp_fast._files import read_text, reason, write_whole
 from ramp_fast.capture.batch_branches import Branch
-from ramp_fast.capture.model_key import NotCacheable, model_key
+from ramp_fast.capture.model_key import model_key
 from ramp_fast.capture.stored_graph import NotStorable, decode, encode
 from ramp_fast.graph import PARAM, SPLIT, Graph, map_nodes
 
@@ -114,7 +114,7 @@ def entry_for(model: torch.nn.Module, image_shape: tuple[int, int, int], strict:
         return None
     try:
         key = model_key(model, image_shape, strict)
-    except (NotCacheable, RecursionError):
+    except Exception:  # NotCacheable, or whatever an object does that is looked at
         return None
     weights = {
         **dict(model.named_parameters(remove_duplicate=False)),
