@@ -71,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     Engine(timm.create_model("resnet18").eval())
     found = []
-    print("| model | engine, s | torch.export, s | from cache, s |", flush=True)
+    print("| model | engine, s | torch.export, s | from the cache, s |", flush=True)
     for name in args.models:
         model = timm.create_model(name).eval()
         times = dict(
