@@ -97,7 +97,7 @@ class _Description:
         self._paths: dict[int, str] = {}
         self._seen: dict[int, int] = {}  # containers and objects by number: they may contain themselves
         self._held: list[Any] = []  # so that identities are not used twice
-        self._kinds: dict[type, None] = {}
+        self._kinds: dict[type, int] = {}  # by number: several that a function made may have one name
         self._functions: dict[types.FunctionType, int] = {}
         self._torch: set[types.FunctionType] = set()
         self._files: dict[str, None] = {}
@@ -119,7 +119,7 @@ class _Description:
                 raise NotCacheable(f"parametrizations of {path or 'the model'}")
             if {"forward", "__call__"} & vars(module).keys():
                 raise NotCacheable(f"a forward method that {path or 'the model'} has of its own")
-            self._kinds.setdefault(type(module))
+            self._kinds.setdefault(type(module), len(self._kinds))
             own = tuple((n, self.form(v)) for n, v in vars(module).items() if n not in _NOT_ATTRIBUTES)
             tensors = tuple(
                 (name, *_tensor(name, t), order.setdefault(id(t), len(order)))
@@ -200,7 +200,8 @@ class _Description:
         if kind is set:
             return kind.__name__, *sorted((self.form(v) for v in value), key=repr)
         if kind in (dict, OrderedDict, defaultdict, types.MappingProxyType):
-            return kind.__name__, *((self.form(k), self.form(v)) for k, v in value.items())
+            default = self.form(getattr(value, "default_factory", None))
+            return kind.__name__, default, *((self.form(k), self.form(v)) for k, v in value.items())
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             return "array", str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).hexdigest()
         if isinstance(value, enum.Enum):
@@ -243,11 +244,11 @@ class _Description:
         return "object", self._class(kind), items, *((n, self.form(v)) for n, v in attributes_of(value).items())
 
     def _class(self, kind: type) -> Form:
-        if not _standard(kind):
-            self._kinds.setdefault(kind)
-            self._packages.setdefault(kind.__module__.partition(".")[0])
-            self._note_file(getattr(sys.modules.get(kind.__module__), "__file__", None))
-        return "class", kind.__module__, kind.__qualname__
+        if _standard(kind):
+            return "class", kind.__module__, kind.__qualname__
+        self._packages.setdefault(kind.__module__.partition(".")[0])
+        self._note_file(getattr(sys.modules.get(kind.__module__), "__file__", None))
+        return "class", kind.__module__, kind.__qualname__, self._kinds.setdefault(kind, len(self._kinds))
 
     def _note_file(self, path: str | None) -> None:
         if path and os.path.isfile(path):
@@ -256,7 +257,7 @@ class _Description:
     def _function(self, function: types.FunctionType) -> Form:
         if _of_library(function) and not function.__closure__:
             self._look_into(function)
-            return "function", str(function.__module__), function.__qualname__
+            return "function", str(function.__module__), function.__qualname__, function.__code__.co_firstlineno
         if function not in self._functions:
             self._functions[function] = len(self._functions)
             if not _of_library(function):

@@ -322,6 +322,21 @@ def test_the_same_class_with_other_code_has_another_key() -> None:
     assert key(made("+")) != key(made("-"))
 
 
+def test_classes_of_one_name_are_told_apart() -> None:
+    def made(factor: float) -> nn.Module:
+        class Times(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x * factor
+
+        return Times()
+
+    one, two = made(2.0), made(3.0)
+    assert key(nn.Sequential(one, two, one)) != key(nn.Sequential(one, two, two))
+    one_again, same = made(2.0), type(one)()
+    assert key(nn.Sequential(one, same)) != key(nn.Sequential(one, two))
+    assert key(one) == key(one_again)
+
+
 # What is not kept
 
 
