@@ -239,8 +239,10 @@ class _Description:
         if (_standard(kind) and not plain) or not (hasattr(value, "__dict__") or attributes_of(value)):
             raise NotCacheable(f"an object of {kind.__module__}.{kind.__qualname__}")
         items: Form = ()
-        if isinstance(value, (dict, list, tuple)):
-            items = tuple(self.form(v) for v in (value.items() if isinstance(value, dict) else value))
+        readers: Any = ((dict, dict.items), (list, list.__iter__), (tuple, tuple.__iter__))
+        for plain_kind, contents in readers:
+            if isinstance(value, plain_kind):  # past what a class of its own may do when it is asked
+                items = tuple(self.form(v) for v in contents(value))
         return "object", self._class(kind), items, *((n, self.form(v)) for n, v in attributes_of(value).items())
 
     def _class(self, kind: type) -> Form:
