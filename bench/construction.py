@@ -1,16 +1,19 @@
-"""How long does it take to make an engine, and how much of that is torch.export?
+"""How long does it take to make an engine, how much of that is torch.export, and how long with a cache of graphs?
 
     python bench/construction.py --results NAME    # with writing bench/results/NAME-COMMIT-construction.json
 
-Seconds of ``Engine(model)``, medians, and the part of them within ``torch.export.export``. The first engine of a
-process, which also imports what torch.export needs, is not counted. Random weights.
+Seconds of ``Engine(model)``, medians, and the part of them within ``torch.export.export``; then with
+``RAMP_FAST_CACHE``, where the model's graph is in the folder. The first engine of a process, which also imports what
+torch.export needs, is not counted. Random weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
+import tempfile
 import time
 from typing import Any
 from unittest import mock
@@ -20,6 +23,7 @@ import timm
 import torch
 
 from ramp_fast import Engine
+from ramp_fast.capture.graph_cache import CACHE_VARIABLE
 
 MODELS = ("vit_base_patch16_224", "swin_tiny_patch4_window7_224", "densenet121", "maxvit_tiny_tf_224", "resnet50")
 
@@ -49,6 +53,16 @@ def measure(model: torch.nn.Module, rounds: int) -> tuple[list[float], list[floa
     return whole, exporting
 
 
+def from_cache(model: torch.nn.Module, rounds: int) -> list[float]:
+    """Seconds of every engine, of a model whose graph is in the cache."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {CACHE_VARIABLE: folder}):
+        Engine(model)
+        whole, exporting = measure(model, rounds)
+    if any(exporting):
+        raise RuntimeError("the model was exported although its graph should be in the cache")
+    return whole
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="MODEL")
@@ -57,26 +71,35 @@ def main() -> None:
     args = parser.parse_args()
     Engine(timm.create_model("resnet18").eval())
     found = []
-    print("| model | engine, s | torch.export, s |", flush=True)
+    print("| model | engine, s | torch.export, s | from the cache, s |", flush=True)
     for name in args.models:
-        whole, exporting = measure(timm.create_model(name).eval(), args.rounds)
-        own = statistics.median(whole), statistics.median(exporting)
-        print(f"| {name} | {own[0]:.2f} | {own[1]:.2f} |", flush=True)
-        label = f"construction/{name}"
-        reference = {"ratio": own[1] / own[0], "ratio_of": label, "reference": own[0]}
-        spreads = [max(times) / min(times) for times in (whole, exporting)]
-        found.append(results_io.measurement(label, own[0], "s", rounds=args.rounds, spread=spreads[0]))
-        found.append(
-            results_io.measurement(
-                f"{label}/export",
-                own[1],
-                "s",
-                rounds=args.rounds,
-                spread=spreads[1],
-                **reference,
-                reference_spread=spreads[0],
+        model = timm.create_model(name).eval()
+        times = dict(
+            zip(
+                ("engine", "export", "cache"),
+                (*measure(model, args.rounds), from_cache(model, args.rounds)),
+                strict=True,
             )
         )
+        own = {part: statistics.median(seconds) for part, seconds in times.items()}
+        print(f"| {name} | {own['engine']:.2f} | {own['export']:.2f} | {own['cache']:.2f} |", flush=True)
+        label = f"construction/{name}"
+        spreads = {part: max(seconds) / min(seconds) for part, seconds in times.items()}
+        found.append(results_io.measurement(label, own["engine"], "s", rounds=args.rounds, spread=spreads["engine"]))
+        for part in ("export", "cache"):
+            found.append(
+                results_io.measurement(
+                    f"{label}/{part}",
+                    own[part],
+                    "s",
+                    rounds=args.rounds,
+                    spread=spreads[part],
+                    ratio=own[part] / own["engine"],
+                    ratio_of=label,
+                    reference=own["engine"],
+                    reference_spread=spreads["engine"],
+                )
+            )
     if args.results:
         print(f"written to {results_io.write_here(args.results, found, 'bench/construction.py', 'construction')}")
 

@@ -262,6 +262,19 @@ def rule_errors(records: list[dict[str, Any]]) -> str:
     return table(["rule", *networks], rows)
 
 
+def construction(records: list[dict[str, Any]]) -> str:
+    """Seconds of making an engine, of torch.export in that, and with a cache of captured graphs."""
+    rows = []
+    for machine in sorted({record["machine"]["name"] for record in records}):
+        found = newest(records, machine)
+        for name in (n for n in found if re.fullmatch(r"construction/\w+", n)):
+            ours = found[name]
+            parts = [found.get(f"{name}/{part}") for part in ("export", "cache")]
+            seconds = [f"{part.row['value']:.2f}" if part else "–" for part in (ours, *parts)]
+            rows.append([title(records, machine), name.partition("/")[2], *seconds, measured(ours.record)])
+    return table(["machine", "model", "engine, s", "torch.export, s", "from the cache, s", "date, commit"], rows)
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "networks": networks,
     "first-sight": first_sight,
@@ -270,6 +283,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "overhead": overhead,
     "methods": methods,
     "rule-errors": rule_errors,
+    "construction": construction,
     **{f"throughput/{model}": partial(throughput, model=model) for model in MODELS},
     **{f"breakdown/{model}": partial(breakdown, model=model) for model in MODELS},
 }

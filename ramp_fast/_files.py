@@ -1,8 +1,14 @@
-"""Opening what others have put on the disk: regular files only, text in bounded memory, and messages of one line."""
+"""Opening what others have put on the disk: regular files only, text in bounded memory, and messages of one line.
+
+And files that are whole or not there.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
+import socket
 import stat
 import unicodedata
 from pathlib import Path
@@ -10,6 +16,9 @@ from typing import BinaryIO
 
 MAX_TEXT_BYTES = 64 * 2**20
 """Far beyond any list of names or annotation; a larger file was named by mistake."""
+
+HOST = hashlib.sha256(socket.gethostname().encode("utf-8", "replace")).hexdigest()[:8]
+"""This computer, in names of temporary files."""
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
@@ -77,6 +86,38 @@ def read_text(path: str | Path, most: int = MAX_TEXT_BYTES) -> str:
     except UnicodeDecodeError as error:
         raise ValueError("not UTF-8 text") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def temporary_name() -> str:
+    """A name that no other process, on this computer or another, gives a file."""
+    return f".ramp_fast-{HOST}-{os.getpid()}-{secrets.token_hex(6)}.tmp"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A file that has its name only when all of it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / temporary_name()
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    if os.name == "nt":  # where folders cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def reason(error: BaseException) -> str:

@@ -100,6 +100,9 @@ class Engine(Explainer):
     native threads of its own, as for every PyTorch operation: with W of them, ``torch.set_num_threads(cores // W)``
     keeps the processor from being oversubscribed.
 
+    With the environment variable ``RAMP_FAST_CACHE=FOLDER`` captured graphs are kept in that folder, without weights,
+    and found by other processes (docs/performance.md).
+
     Where the model is on a GPU and the images are not, ``batch_size`` (or ``micro_batch``) lets the copies of one batch
     run beside the computation of another.
 

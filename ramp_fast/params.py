@@ -37,12 +37,18 @@ class Leaf(Params):
     floating : bool
     more : int, float or bool
         Of a size: its value for one image more than the example has.
+    read : bool
+        Whether the captured graph depends on the values of this weight.
+    literal : bool
+        Whether the model makes this tensor of numbers in its code or attributes, in every forward pass.
     """
 
     tensor: torch.Tensor | None = None
     fqn: str = ""
     floating: bool = True
     more: Any = None
+    read: bool = False
+    literal: bool = False
 
 
 @dataclass

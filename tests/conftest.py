@@ -19,6 +19,7 @@ OWN_EXPORTS = {
     "test_preserve",
     "test_batch_axes",
     "test_batch_branches",
+    "test_graph_cache",
     "test_vocabulary",
     "test_written_out",
 }

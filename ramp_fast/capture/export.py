@@ -21,6 +21,7 @@ from ramp_fast import graph as g
 from ramp_fast.capture.batch_axes import EXAMPLE_BATCH, locate_samples
 from ramp_fast.capture.batch_branches import BatchBranches, Branch
 from ramp_fast.capture.exporter import first_line, known_size, quiet, source_line, unprinted
+from ramp_fast.capture.graph_cache import Agreement, Entry, entry_for, logits_of
 from ramp_fast.capture.known_values import KnownValues
 from ramp_fast.capture.preserve import preserved, user_hooks, watched_hooks, without_hooks
 from ramp_fast.capture.translate import NeedsFunctionalForm, SizesFromValues, translate
@@ -52,6 +53,9 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
         exported.
     """
     with torch.no_grad(), preserved(model):
+        entry = entry_for(model, image_shape, strict)
+        if entry and (found := _read(entry, model, image_shape, strict)) is not None:
+            return found
         hooked = _hooks_matter(model, image_shape)
         with nullcontext() if hooked else without_hooks(model):
             with BatchBranches() as decided:
@@ -63,7 +67,11 @@ def capture(model: torch.nn.Module, image_shape: tuple[int, int, int], *, strict
                     graph = _graph(_export_one(model, image_shape), strict)
                 except SizesFromValues as error:
                     raise UnsupportedModelError(str(error)) from None
-            _check_batches(model, image_shape, strict, static_batch(graph), decided.branches())
+            document = entry and entry.encoded(graph)
+            agreement = _agreement(graph, model, image_shape) if document else Agreement.NONE
+            graph = _checked(graph, model, image_shape, strict, decided.branches())
+            if entry and document and agreement:
+                entry.write(document, decided.branches(), agreement)
     return graph
 
 
@@ -82,23 +90,79 @@ def _graph(exported: Exported, strict: bool) -> Graph:
     returned = program.graph.output_node().args[0]
     _check_outputs([n.meta.get("val") if isinstance(n, fx.Node) else n for n in returned])
     try:
-        graph, batch_symbol = translate(program, strict)
+        graph, _ = translate(program, strict)
     except NeedsFunctionalForm:
-        graph, batch_symbol = translate(program.run_decompositions({}), strict)
-    graph.weights_read = exported.weights_read
-    _leave_out_final_softmax(graph)
+        graph, _ = translate(program.run_decompositions({}), strict)
+    literals = _literals(program)
+    for node in graph.nodes:
+        if node.kind == g.PARAM:
+            node.params.literal = node.params.fqn in literals
+    graph.weights_read = exported.weights_read or any(n.kind == g.PARAM and n.params.read for n in graph.nodes)
     graph.prune()
-    if batch_symbol is None and static_batch(graph) == 1:
+    return graph
+
+
+# What the exporter puts behind a tensor that a model makes while it is traced, as `torch.tensor(1.0)` does. Its numbers
+# are Python's, since weights have no values then; a tensor that was there before is read without.
+_FRESH = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
+
+
+def _literals(program: torch.export.ExportedProgram) -> set[str]:
+    """Names of constants that are made anew in every forward pass."""
+    constants = program.graph_signature.inputs_to_lifted_tensor_constants
+    inputs = (n for n in program.graph.nodes if n.op == "placeholder" and n.name in constants)
+    return {constants[n.name] for n in inputs if n.users and all(user.target in _FRESH for user in n.users)}
+
+
+def _checked(
+    graph: Graph, model: torch.nn.Module, image_shape: tuple[int, int, int], strict: bool, branches: list[Branch]
+) -> Graph:
+    """A graph as it was translated, up to its logits, once it is known that the samples of a batch are kept apart."""
+    _explain_scores(graph)
+    _check_batches(model, image_shape, strict, static_batch(graph), branches)
+    return graph
+
+
+def _explain_scores(graph: Graph) -> None:
+    """End a graph, as it was translated, at its logits, and locate the samples."""
+    _leave_out_final_softmax(graph)
+    if graph.ending:
+        graph.prune()
+    size = static_batch(graph)
+    if size == 1:
         _one_sample(graph)
-        return graph
-    locate_samples(graph, symbolic=batch_symbol is not None)
+        return
+    locate_samples(graph, symbolic=size is None)
     if graph.output.batch != g.BatchAxis():
         raise UnsupportedModelError(
             f"the model must return logits of shape [batch, classes]; the samples of its {list(graph.output.shape)} "
             f"are in axis {graph.output.batch.axis}, {graph.output.batch.inner} rows each"
         )
     graph.signature = graph.describe()
-    return graph
+
+
+def _read(entry: Entry, model: torch.nn.Module, image_shape: tuple[int, int, int], strict: bool) -> Graph | None:
+    """The graph in the cache, if it is this model's; a model to be refused is, by a new capture."""
+    stored = entry.read()
+    if stored is None or _agreement(stored.graph, model, image_shape) < stored.agreement:
+        return None
+    try:
+        return _checked(stored.graph, model, image_shape, strict, stored.branches)
+    except Exception:
+        return None
+
+
+def _agreement(graph: Graph, model: torch.nn.Module, image_shape: tuple[int, int, int]) -> Agreement:
+    """How near a graph, as it was translated, comes to its model's result for a random image."""
+    images = _example(model, 1, image_shape, noise=True)
+    try:
+        (expected,) = (r for r in _results(model, images.clone()) if r is not None)
+        found = logits_of(graph, images)
+    except Exception:  # a graph of another model, or one whose dtypes are made one only by an engine
+        return Agreement.NONE
+    if found.dtype != expected.dtype or not bool(expected.isfinite().all()) or not _close(found, expected):
+        return Agreement.NONE
+    return Agreement.EXACT if torch.equal(found, expected) else Agreement.CLOSE
 
 
 def _example(
@@ -191,7 +255,7 @@ def _check_batches(
         if all(_close(a, b) for a, b in zip(apart, together, strict=True)):
             continue
         if static is not None and size == EXAMPLE_BATCH:  # this names the operation, if one mixes
-            _graph(_exported(model, EXAMPLE_BATCH, image_shape, symbolic=False), strict)
+            _explain_scores(_graph(_exported(model, EXAMPLE_BATCH, image_shape, symbolic=False), strict))
         beside = "alone" if captured == 1 else f"in one of {captured}"
         reason = "Does its forward pass use the size of the batch?"
         if size in places:

@@ -123,9 +123,13 @@ class Call:
         self.__name__ = str(node.target)
 
     def __call__(self, x: Tensor, *constants: Any) -> Tensor:
-        given = (x, *constants)
-        y: Tensor = self.target(*_filled(self.args, given), **_filled(self.kwargs, given))
+        args, kwargs = self.filled((x, *constants))
+        y: Tensor = self.target(*args, **kwargs)
         return y
+
+    def filled(self, given: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the operation, with the operand and the constants in their places."""
+        return _filled(self.args, given), _filled(self.kwargs, given)
 
     def absolute(self, x: Tensor, *constants: Any) -> Tensor:
         """The same map with the absolute value of every entry of its matrix."""

@@ -127,7 +127,7 @@ def _reads_training(kind: type, start: list[list[Any]]) -> bool:
         if function is None or function.__code__ in seen:
             continue
         seen.add(function.__code__)
-        for name in _words(function.__code__):
+        for name in words(function.__code__):
             if name == "training":
                 return True
             waiting.extend(_own(kind, name))
@@ -146,11 +146,11 @@ def _function(value: Any) -> types.FunctionType | None:
     return value if isinstance(value, types.FunctionType) else None
 
 
-def _words(code: types.CodeType) -> Iterator[str]:
+def words(code: types.CodeType) -> Iterator[str]:
     """Names and strings of a function and of the functions within it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, str):
             yield constant
         elif isinstance(constant, types.CodeType):
-            yield from _words(constant)
+            yield from words(constant)

@@ -18,8 +18,8 @@ import torch
 from torch.nn.modules import module as nn_module
 from torch.nn.utils.prune import BasePruningMethod
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 _CACHED = functools._lru_cache_wrapper
 _Function = (types.FunctionType, types.MethodType, functools.partial, staticmethod, classmethod, property)
 
@@ -48,7 +48,7 @@ def user_hooks(model: torch.nn.Module) -> dict[int, Callable[..., Any]]:
     Not those that make up the weights: weight_norm, spectral_norm and pruning are written as hooks. The keys are
     PyTorch's own, which no other hook gets again.
     """
-    registered = [vars(m).get(name) for m in model.modules() for name in _HOOKS]
+    registered = [vars(m).get(name) for m in model.modules() for name in HOOKS]
     registered += [vars(nn_module)[name] for name in _GLOBAL_HOOKS]
     return {key: hook for hooks in registered if hooks for key, hook in hooks.items() if not _makes_weights(hook)}
 
@@ -60,7 +60,7 @@ def _makes_weights(hook: Any) -> bool:
 @contextmanager
 def _other_hooks(model: torch.nn.Module, other: Callable[[Any], Any]) -> Iterator[None]:
     """In place of each of :func:`user_hooks` run ``other`` of it (None: nothing); registrations stay as they are."""
-    places = [(vars(m), name) for m in model.modules() for name in _HOOKS]
+    places = [(vars(m), name) for m in model.modules() for name in HOOKS]
     places += [(vars(nn_module), name) for name in _GLOBAL_HOOKS]
     kept = [(place, name, place[name]) for place, name in places if place.get(name)]
     try:
@@ -151,8 +151,8 @@ class _Snapshot:
         if isinstance(value, type):
             return self._of_class(value)
         if _has_attributes(value):
-            self._attributes.append((value, _attributes(value)))
-            return [type(value), *_attributes(value).values()]
+            self._attributes.append((value, attributes_of(value)))
+            return [type(value), *attributes_of(value).values()]
         return ()
 
     def _of_class(self, value: type) -> Iterable[Any]:
@@ -217,7 +217,7 @@ class _Snapshot:
             elif isinstance(value, (tuple, frozenset)):
                 inner = list(value)
             elif _has_attributes(value):
-                own = _attributes(value)
+                own = attributes_of(value)
                 self._shared_attributes.append((value, own))
                 inner = [*own.values(), *(value.__bases__ if isinstance(value, type) else [type(value)])]
             if depth and len(inner) <= _MOST_ITEMS:
@@ -230,7 +230,7 @@ class _Snapshot:
                 own.clear()
                 (own.extend if isinstance(own, (list, deque)) else own.update)(kept)
         for owner, attributes in self._attributes:
-            now = _attributes(owner)
+            now = attributes_of(owner)
             for name in [*now, *(n for n in attributes if n not in now)]:
                 if now.get(name, _ABSENT) is not attributes.get(name, _ABSENT):
                     _put_back(owner, name, attributes.get(name, _ABSENT))
@@ -249,7 +249,7 @@ class _Snapshot:
             if space.get(name, value) is not value and _holds_tensors(space[name]):
                 _put_back(space, name, value)
         for owner, attributes in self._shared_attributes:
-            for name, value in _attributes(owner).items():
+            for name, value in attributes_of(owner).items():
                 before = attributes.get(name, _ABSENT)
                 if value is not before and _holds_tensors(value):
                     _put_back(owner, name, before)
@@ -311,7 +311,7 @@ def _slots(kind: type) -> list[str]:
     return [n for n in names if not n.startswith("__")]
 
 
-def _attributes(owner: Any) -> dict[str, Any]:
+def attributes_of(owner: Any) -> dict[str, Any]:
     """The attributes of an object or a class that are set."""
     slots = [] if isinstance(owner, type) else _slots(type(owner))
     held = {name: getattr(owner, name, _ABSENT) for name in slots}
@@ -327,7 +327,7 @@ def _holds_tensors(value: Any, depth: int = _DEPTH) -> bool:
     if isinstance(value, (dict, list, set, deque, tuple, frozenset)):
         inner = value.values() if isinstance(value, dict) else value
     else:
-        inner = _attributes(value).values() if _has_attributes(value) else ()
+        inner = attributes_of(value).values() if _has_attributes(value) else ()
     return any(_holds_tensors(item, depth - 1) for item in list(inner))
 
 

@@ -188,18 +188,18 @@ class _Translator:
         value = node.meta["val"]
         if node.name in self.leaves:
             fqn = self.leaves[node.name]
-            leaf = Node(node.name, g.PARAM, _no_call, params=Leaf(self.tensors[fqn], fqn, value.is_floating_point()))
+            leaf = Node(node.name, g.PARAM, no_call, params=Leaf(self.tensors[fqn], fqn, value.is_floating_point()))
             leaf.shape, leaf.example = self.shape(value), self.example(value)
             leaf.dtype = value.dtype
             self.values[self.emit(leaf, node)] = value
             return
         if not isinstance(value, torch.Tensor):
-            self.emit(Node(node.name, g.CONST, _no_call), node)
+            self.emit(Node(node.name, g.CONST, no_call), node)
             return
         batch: Any = value.shape[0]
         if known_size(batch) is None:
             self.batch_symbol = batch
-        leaf = Node(node.name, g.INPUT, _no_call, shape=self.shape(value), example=self.example(value))
+        leaf = Node(node.name, g.INPUT, no_call, shape=self.shape(value), example=self.example(value))
         self.input = self.emit(leaf, node)
         self.values[leaf] = value
 
@@ -448,7 +448,8 @@ def _draws(node: Node) -> bool:
     return random and not ("dropout" in str(node.target) and False in node.args)
 
 
-def _no_call() -> None:
+def no_call() -> None:
+    """What leaves of a graph have for a target."""
     raise RuntimeError("a leaf of the graph is never called")
 
 

@@ -1098,6 +1098,7 @@ def _places(index: Any, whole: Node, dim: int) -> list[int]:
 
 def _evaluated(node: Node) -> Any:
     if node.kind == g.PARAM:
+        node.params.read |= node.params.floating  # other numbers would have given another graph
         return node.params.tensor
     return node.target(*g.map_nodes(_evaluated, node.args), **g.map_nodes(_evaluated, node.kwargs))
 

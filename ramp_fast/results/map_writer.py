@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from ramp_fast._files import reason
+from ramp_fast._files import reason, sync_folder, temporary_name, write_whole
 from ramp_fast.results.maps import (
     FAILURES,
     IMAGES,
@@ -26,8 +26,8 @@ from ramp_fast.results.maps import (
     Plan,
     StoredMaps,
 )
-from ramp_fast.results.shard_folder import BusyError, ShardFolder, reported, sync_folder, write_whole
-from ramp_fast.results.store import StoreError, fingerprint, temporary_name
+from ramp_fast.results.shard_folder import BusyError, ShardFolder, reported
+from ramp_fast.results.store import StoreError, fingerprint
 from ramp_fast.results.tables import csv_text
 from ramp_fast.results.zarr_files import ArraySpec, group_document, shard_index
 

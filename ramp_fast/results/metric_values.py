@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ramp_fast._files import open_regular, reason
+from ramp_fast._files import open_regular, reason, write_whole
 from ramp_fast.results.maps import JournalLine
 from ramp_fast.results.marks import SOFTWARE
-from ramp_fast.results.shard_folder import ShardFolder, reported, write_whole
+from ramp_fast.results.shard_folder import ShardFolder, reported
 from ramp_fast.results.store import StoreError
 
 __all__ = ["FORMAT", "ValueWriter", "shard_digest"]

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, ClassVar, TypeVar
 
-from ramp_fast._files import reason
+from ramp_fast._files import reason, sync_folder
 from ramp_fast.results.maps import JOURNAL, JOURNALS, JournalLine, read_journal, read_journals
-from ramp_fast.results.store import StoreError, check_writable, remove_leftovers, temporary_name
+from ramp_fast.results.store import StoreError, check_writable, remove_leftovers
 
-__all__ = ["LOCKS", "BusyError", "ShardFolder", "reported", "sync_folder", "write_whole"]
+__all__ = ["LOCKS", "BusyError", "ShardFolder", "reported"]
 
 LOCKS = "locks"
 """Files that processes lock; nothing is in them that matters."""
@@ -149,33 +149,6 @@ def reported(folder: Path) -> Iterator[None]:
         raise StoreError(
             f"cannot write to {folder}: {reason(error)}; what is finished is kept, the same command goes on from there"
         ) from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A file that has its name only when all of it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / temporary_name()
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    if os.name == "nt":  # where folders cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cut(path: Path, whole: int) -> None:

@@ -9,9 +9,7 @@ import io
 import json
 import os
 import re
-import secrets
 import shutil
-import socket
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ramp_fast._checks import flag
-from ramp_fast._files import open_regular, reason
+from ramp_fast._files import HOST, open_regular, reason, temporary_name
 from ramp_fast.errors import RampFastError
 from ramp_fast.results.marks import NPZ_EXTRA, NPZ_TAIL, PNG_CHUNK, SOFTWARE, is_replaceable
 
@@ -46,7 +44,6 @@ __all__ = [
     "save_picture",
 ]
 
-_HOST = hashlib.sha256(socket.gethostname().encode("utf-8", "replace")).hexdigest()[:8]
 _TEMPORARY = re.compile(rf"\.{SOFTWARE}-(?P<host>[0-9a-f]{{8}})-(?P<process>[0-9]+)-[0-9a-f]{{12}}\.tmp")
 
 # Temporary files that this process is writing.
@@ -147,10 +144,6 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         _under_way.difference_update((fresh.name, old.name))
 
 
-def temporary_name() -> str:
-    return f".{SOFTWARE}-{_HOST}-{os.getpid()}-{secrets.token_hex(6)}.tmp"
-
-
 def remove_leftovers(folder: str | Path) -> None:
     """Remove the temporary files and folders that killed processes have left in a folder.
 
@@ -162,7 +155,7 @@ def remove_leftovers(folder: str | Path) -> None:
         return  # not made yet, or for the writing to complain about
     for name in names:
         found = _TEMPORARY.fullmatch(name)
-        if found and found["host"] == _HOST and name not in _under_way and not _runs(int(found["process"])):
+        if found and found["host"] == HOST and name not in _under_way and not _runs(int(found["process"])):
             path = Path(folder, name)
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

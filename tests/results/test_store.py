@@ -300,9 +300,9 @@ def test_leftovers_of_killed_runs_are_removed(tmp_path: Path, source: Path) -> N
     store.save("sub/x", source, result(), picture())
     folder = tmp_path / "out/sub"
 
-    def left_by(process: int, host: str = store_module._HOST) -> str:
+    def left_by(process: int, host: str = store_module.HOST) -> str:
         name = store_module.temporary_name().replace(f"-{os.getpid()}-", f"-{process}-")
-        (folder / name.replace(store_module._HOST, host)).touch()
+        (folder / name.replace(store_module.HOST, host)).touch()
         return name
 
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
