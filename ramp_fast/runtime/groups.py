@@ -42,14 +42,14 @@ class Groups:
         return _divided(batch, [size for size in pay if pay[size] and size <= most])
 
 
-# The second one makes fewer calls for networks whose steps are short.
-GROUPS = (4, 8)
-# Bytes of activations that may be kept by a group larger than the first.
+# The largest one makes fewer calls for networks whose steps are short.
+GROUPS = (2, 4, 8)
+# Bytes of activations that may be kept by a group of more than four.
 _MOST_KEPT = 2**28
 
 
 def _fits(plan: Plan, size: int) -> bool:
-    return size == GROUPS[0] or size * sum(plan.kept_bytes(step) for step in plan.steps) <= _MOST_KEPT
+    return size <= 4 or size * sum(plan.kept_bytes(step) for step in plan.steps) <= _MOST_KEPT
 
 
 def _divided(count: int, sizes: list[int]) -> list[int]:
