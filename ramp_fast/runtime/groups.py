@@ -35,8 +35,10 @@ class Groups:
         batch = shape[0]
         self._asked += batch
         pay = self._pay.setdefault((targets, contrast), {})
-        for size in GROUPS:
-            if size not in pay and size <= min(batch, most) and self._asked >= 4 * size:
+        room = min(batch, most)
+        # Two are for two images or three. More go by four, and need not spend a trial's memory on two.
+        for size in GROUPS if room < 4 else GROUPS[1:]:
+            if size not in pay and size <= room and self._asked >= 4 * size:
                 others = _divided(size, [s for s in pay if pay[s]])
                 pay[size] = _fits(plan, size) and _pays(plan, shape, size, others, targets, contrast)
         return _divided(batch, [size for size in pay if pay[size] and size <= most])

@@ -43,22 +43,27 @@ def sizes(several: Groups, batch: int, most: int = 100, kept: int = 1) -> list[i
 
 def test_trials_wait_until_they_are_worth_it(tried: list[tuple[int, list[int]]]) -> None:
     several = Groups()
-    assert sizes(several, 7) == [1] * 7
+    assert sizes(several, 8) == [1] * 8
     assert not tried
-    assert sizes(several, 8) == [2] * 4  # 15 images have been asked for
-    assert sizes(several, 8) == [4, 4]
+    assert sizes(several, 8) == [4, 4]  # 16 images have been asked for
     assert sizes(several, 8) == [4, 4]
     assert sizes(several, 13) == [8, 4, 1]
-    assert tried == [(2, [1, 1]), (4, [2, 2]), (8, [4, 4])]
+    assert tried == [(4, [1, 1, 1, 1]), (8, [4, 4])]
+
+
+def test_two_are_for_two_or_three(tried: list[tuple[int, list[int]]]) -> None:
+    several = Groups()
+    assert [sizes(several, 2) for _ in range(4)] == [[1, 1], [1, 1], [1, 1], [2]]
     assert sizes(several, 3) == [2, 1]
+    assert tried == [(2, [1, 1])]
 
 
 def test_no_group_is_larger_than_asked_for_or_than_memory_allows(tried: list[tuple[int, list[int]]]) -> None:
     several = Groups()
     assert sizes(several, 100) == [8] * 12 + [4]
     assert sizes(several, 9, most=7) == [4, 4, 1]
-    assert sizes(several, 9, most=3) == [2] * 4 + [1]
     assert sizes(several, 9, most=1) == [1] * 9
+    assert sizes(several, 9, most=3) == [2] * 4 + [1]
     assert sizes(Groups(), 100, kept=2**25 + 1) == [4] * 25
 
 
