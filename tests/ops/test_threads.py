@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -43,9 +44,9 @@ def test_kernels_release_the_interpreter_lock(name: str, monkeypatch: pytest.Mon
     done = threading.Event()
 
     def work() -> None:
-        for _ in range(200):
-            if ticks < enough:
-                call()
+        until = time.monotonic() + 5  # on a busy machine the other thread may be long in coming
+        while ticks < enough and time.monotonic() < until:
+            call()
         done.set()
 
     switch = sys.getswitchinterval()
