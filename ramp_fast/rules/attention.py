@@ -17,7 +17,7 @@ from ramp_fast.gemm import Precision
 from ramp_fast.gemm.private_operators import flash_attends, flash_attention
 from ramp_fast.graph import Node
 from ramp_fast.params import MASK_BELOW
-from ramp_fast.rules.base import Flow, Fusion, Operation, ReadsInput, Values, gate, stacked_view
+from ramp_fast.rules.base import Flow, Fusion, Operation, ReadsInput, Values, gate, linear_gate, stacked_view
 from ramp_fast.rules.junctions import only_masks, pull_product, split_sum
 from ramp_fast.rules.masses import Massed, Masses, share
 
@@ -234,7 +234,7 @@ class Attention(Forward):
             weights = torch.nan_to_num(weights)
 
         c_a = c @ (2 * gemm.positive_part(v)).to(dtype).mT
-        c_v = self._fold(2 * gate(weights.to(dtype).mT @ c, v), heads)
+        c_v = self._fold(linear_gate(weights.to(dtype).mT @ c, v), heads)
         c_s = ops.softmax_pullback(scores, c_a)
         m_bias = None
         if bias is not None:
