@@ -285,7 +285,8 @@ class Decoders:
         if not hasattr(os, "set_inheritable") or os.name == "nt":
             raise RampFastError("decoding in processes needs Linux or macOS; pass --workers 0")
         ours, theirs = Pipe()
-        setting = json.dumps({"pipe": theirs.fileno(), "memory": self._file, "shape": self.ring.shape})
+        places = {"pipe": theirs.fileno(), "memory": self._file, "shape": self.ring.shape}
+        setting = json.dumps({**places, "parent": os.getpid()})
         inherited = theirs.fileno(), self._file
         # A thread of its own for each call of a library would take the cores from the computation.
         alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -325,10 +326,9 @@ def serve() -> None:
     setting: dict[str, Any] = json.loads(sys.argv[2])
     pipe = Connection(setting["pipe"])
     ring, held = _mapped(mmap.mmap(setting["memory"], 0), setting["shape"])
-    parent = os.getppid()
 
     def wait_while_held() -> None:
-        while held[0] and os.getppid() == parent:
+        while held[0] and os.getppid() == setting["parent"]:
             time.sleep(_LOOK)
 
     try:
@@ -352,22 +352,22 @@ def _decode(
     places: Sequence[int],
     framing: Framing,
     batch: npt.NDArray[np.uint8],
-    wait: Callable[[], None] = lambda: None,
+    pause: Callable[[], None] = lambda: None,
 ) -> tuple[list[tuple[int, int, str | None]], float]:
     """Decode images into their places of a batch: places, checksums and failures, and the processor time.
 
-    Files are read first; ``wait`` is called before each of them is decoded.
+    Files are read first; ``pause`` is called before each of them is decoded.
     """
     started = time.thread_time()
-    read, held = [], 0
+    read, total = [], 0
     for location in locations:
-        ahead, failure = _tried(partial(_read, location, held < _AHEAD_BYTES))
-        held += 0 if ahead is None or ahead.data is None else len(ahead.data)
+        ahead, failure = _tried(partial(_read, location, total < _AHEAD_BYTES))
+        total += 0 if ahead is None or ahead.data is None else len(ahead.data)
         read.append((ahead, failure))
     found: list[tuple[int, int, str | None]] = []
     for place, location, (ahead, failure) in zip(places, locations, read, strict=True):
         if ahead is not None:
-            wait()
+            pause()
             pixels, failure = _tried(partial(_pixels, location, ahead, framing))
             ahead.data = None
             if pixels is not None:

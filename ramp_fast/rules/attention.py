@@ -69,6 +69,9 @@ class Forward(Operation):
             self.only_masks = only_masks(mask)
             # Where nothing is masked no score is infinite, and no row is without a weight.
             self.hides = bool((mask < MASK_BELOW).any())
+        device = torch.device("cpu") if mask is None else mask.device
+        if self.node.params.mask is not None and not self.in_one_step(device):
+            self.pullback_kernel = "products"
 
     @property
     def fused(self) -> bool:
@@ -153,11 +156,6 @@ class Attention(Forward):
     def __init__(self, node: Node, precision: Precision, fusion: Fusion, rule: Any = None) -> None:
         super().__init__(node, precision, fusion, rule)
         self.pullback_kernel = "attention_pullback" if self.fused else "products"
-
-    def prepare(self, constants: dict[Node, Any]) -> None:
-        super().prepare(constants)
-        if self.bias is None and self.node.params.mask is not None:
-            self.pullback_kernel = "products"
 
     def needs(self) -> list[Node]:
         own = [self.node] if self.rule.gates_attention else []

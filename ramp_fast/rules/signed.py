@@ -715,11 +715,6 @@ class Attention(attention.Forward):
         super().__init__(node, precision, fusion, rule)
         self.pullback_kernel = "attention_gradient" if self.fused else "products"
 
-    def prepare(self, constants: dict[Node, Any]) -> None:
-        super().prepare(constants)
-        if self.bias is None and self.node.params.mask is not None:
-            self.pullback_kernel = "products"
-
     def needs(self) -> list[Node]:
         return list(self.node.operands)
 

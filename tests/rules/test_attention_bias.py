@@ -209,3 +209,6 @@ def test_a_backend_without_a_kernel_for_a_bias(rule: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(ops, "attention_pullback", None)
     monkeypatch.setattr(ops, "attention_gradient", None)
     torch.testing.assert_close(engine.attribute(images(), target=1).maps, found, rtol=1e-8, atol=1e-12)
+    other = engine_of(Windows(), rule, "float64")  # made where there is none: the plan says what runs
+    assert set(kernels(other)) == {"products"}
+    torch.testing.assert_close(other.attribute(images(), target=1).maps, found, rtol=1e-8, atol=1e-12)
