@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, get_num_threads
 from torch.nn.modules import module as hooks_of_all_modules
 
+from ramp_fast.capture.preserve import copied
 from ramp_fast.ops.checksum import PIECE, checksum, pieces, tensor_identity
 
 # Attributes of attributes of modules are looked at, no deeper: configurations, not what they refer to.
@@ -94,11 +95,12 @@ class Structure:
             own = path.rpartition(".")[2]
             if own in _WITHOUT_EFFECT:
                 return
-            self._keep(path, value, dict(value))
+            copy = copied(value)  # a registry may make what it is asked for
+            self._keep(path, value, copy)
             # Two tensors of one number are equal, and may be two.
-            self._held += [(path, value, k, t) for k, t in value.items() if issubclass(type(t), Tensor)]
+            self._held += [(path, value, k, t) for k, t in copy.items() if issubclass(type(t), Tensor)]
             if own not in _NOT_WITHIN:
-                for key, item in value.items():
+                for key, item in copy.items():
                     self._take(f"{path}.{key}", item, depth)
         elif issubclass(kind, (list, set, deque)):
             copy = set(value) if issubclass(kind, set) else deque(value) if issubclass(kind, deque) else list(value)

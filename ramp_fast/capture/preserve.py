@@ -139,8 +139,8 @@ class _Snapshot:
     def _note(self, value: Any) -> Iterable[Any]:
         """Note what ``value`` holds; return it."""
         if isinstance(value, (dict, list, set, deque)):
-            self._contents.append((value, _copied(value)))
-            return list(value.values() if isinstance(value, dict) else value)
+            self._contents.append((value, copied(value)))
+            return _items(value)
         if isinstance(value, (tuple, frozenset)):
             return value
         if isinstance(value, _CACHED):
@@ -212,8 +212,8 @@ class _Snapshot:
             self._shared[id(value)] = value
             inner: list[Any] = []
             if isinstance(value, (dict, list, set, deque)):
-                self._shared_contents.append((value, _copied(value)))
-                inner = list(value.values() if isinstance(value, dict) else value)
+                self._shared_contents.append((value, copied(value)))
+                inner = _items(value)
             elif isinstance(value, (tuple, frozenset)):
                 inner = list(value)
             elif _has_attributes(value):
@@ -227,8 +227,7 @@ class _Snapshot:
     def restore(self) -> None:
         for own, kept in self._contents:
             if not _same_items(own, kept):
-                own.clear()
-                (own.extend if isinstance(own, (list, deque)) else own.update)(kept)
+                _refill(own, kept)
         for owner, attributes in self._attributes:
             now = attributes_of(owner)
             for name in [*now, *(n for n in attributes if n not in now)]:
@@ -255,18 +254,46 @@ class _Snapshot:
                     _put_back(owner, name, before)
         for own, kept in self._shared_contents:
             if isinstance(own, dict):
-                for key in [k for k, v in own.items() if v is not kept.get(k, _ABSENT) and _holds_tensors(v)]:
+                for key in [k for k, v in copied(own).items() if v is not kept.get(k, _ABSENT) and _holds_tensors(v)]:
                     _put_back(own, key, kept.get(key, _ABSENT))
             elif not _same_items(own, kept):
                 before_ids = {id(item) for item in kept}
-                if any(id(item) not in before_ids and _holds_tensors(item) for item in own):
-                    own.clear()
-                    (own.update if isinstance(own, set) else own.extend)(kept)
+                if any(id(item) not in before_ids and _holds_tensors(item) for item in _items(own)):
+                    _refill(own, kept)
 
 
-def _copied(container: Any) -> Any:
-    plain = dict if isinstance(container, dict) else set if isinstance(container, set) else list
-    return plain(container)
+# Containers of other classes are read and written as these are: a registry may make what it is asked for.
+_CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, frozenset, tuple, deque)
+
+
+def _plain(container: Any) -> Any:
+    """The class of Python's own that a container is of."""
+    return next(kind for kind in _CONTAINERS if isinstance(container, kind))
+
+
+def _items(container: Any) -> list[Any]:
+    """What a container holds, of a dictionary the values."""
+    kind = _plain(container)
+    return list(kind.values(container) if isinstance(container, dict) else kind.__iter__(container))
+
+
+def copied(container: Any) -> Any:
+    """What a container holds, in a dict, a set or a list."""
+    kind = _plain(container)
+    if isinstance(container, dict):
+        return dict(list(kind.items(container)))
+    return (set if kind is set else list)(kind.__iter__(container))
+
+
+def _refill(container: Any, kept: Any) -> None:
+    """Let a container hold what a copy of it holds."""
+    kind = _plain(container)
+    kind.clear(container)
+    if isinstance(container, dict):
+        for key, value in kept.items():
+            kind.__setitem__(container, key, value)
+    else:
+        (kind.update if kind is set else kind.extend)(container, kept)
 
 
 def _content(cell: types.CellType) -> Any:
@@ -325,9 +352,9 @@ def _holds_tensors(value: Any, depth: int = _DEPTH) -> bool:
     if not depth or isinstance(value, (str, type, types.ModuleType)):
         return False
     if isinstance(value, (dict, list, set, deque, tuple, frozenset)):
-        inner = value.values() if isinstance(value, dict) else value
+        inner = _items(value)
     else:
-        inner = attributes_of(value).values() if _has_attributes(value) else ()
+        inner = list(attributes_of(value).values()) if _has_attributes(value) else []
     return any(_holds_tensors(item, depth - 1) for item in list(inner))
 
 
@@ -336,10 +363,11 @@ def _put_back(owner: Any, name: Any, value: Any) -> None:
     if not isinstance(owner, (dict, type)) and name not in _slots(type(owner)):
         owner = vars(owner)  # past what a module does when it is given a parameter
     if isinstance(owner, dict):
-        if value is _ABSENT:
-            owner.pop(name, None)
-        else:
-            owner[name] = value
+        kind = _plain(owner)
+        if value is not _ABSENT:
+            kind.__setitem__(owner, name, value)
+        elif kind.__contains__(owner, name):
+            kind.__delitem__(owner, name)
         return
     with contextlib.suppress(AttributeError, TypeError):  # what Python itself keeps in a class
         if value is _ABSENT:
@@ -350,7 +378,8 @@ def _put_back(owner: Any, name: Any, value: Any) -> None:
 
 def _same_items(a: Any, b: Any) -> bool:
     """Whether two containers hold the same objects, compared by identity."""
-    if isinstance(a, (set, frozenset)):
+    a = copied(a)
+    if isinstance(a, set):
         return {id(v) for v in a} == {id(v) for v in b}
     if isinstance(a, dict):
         return list(a) == list(b) and all(a[k] is b[k] for k in a)

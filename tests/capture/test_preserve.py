@@ -269,6 +269,52 @@ def test_no_tensor_stays_where_functions_find_a_place_by_name(monkeypatch: pytes
         _ = model.reading.__closure__[0].cell_contents
 
 
+class Registry(OrderedDict[str, Any]):
+    """Makes what it is asked for, as that of activations in transformers does."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError("it is full")
+
+
+class Lazy(dict[str, Any]):
+    def items(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("nobody may look at all of it")
+
+    keys = values = __iter__ = items  # type: ignore[assignment]
+
+
+REGISTRY = Registry()
+OrderedDict.__setitem__(REGISTRY, "relu", nn.ReLU)
+LAZY = Lazy(a=nn.ReLU)
+
+
+class Asking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.registry, self.inner = REGISTRY, nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(REGISTRY["relu"](x) + len(LAZY))
+        return y
+
+
+def test_registries_that_make_what_they_are_asked_for() -> None:
+    model, x = Asking().eval(), torch.randn(1, *SHAPE)
+    engine = Engine(model, input_shape=SHAPE)
+    plan = engine.plan
+    assert dict(OrderedDict.items(REGISTRY)) == {"relu": nn.ReLU}
+    engine.attribute(x)
+    assert engine.plan is plan
+    OrderedDict.__setitem__(REGISTRY, "relu", nn.Tanh)
+    try:
+        torch.testing.assert_close(engine.logits(x), model(x).detach())
+    finally:
+        OrderedDict.__setitem__(REGISTRY, "relu", nn.ReLU)
+
+
 def test_what_others_do_meanwhile_to_what_functions_find_by_name_stays() -> None:
     class Busy(Keeping):
         def forward(self, x: Tensor) -> Tensor:
