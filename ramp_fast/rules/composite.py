@@ -14,7 +14,7 @@ from ramp_fast.gemm import Precision
 from ramp_fast.graph import Graph, Node
 from ramp_fast.rules.base import Fusion
 from ramp_fast.rules.layer_rules import Epsilon, LayerRule
-from ramp_fast.rules.signed import Signed
+from ramp_fast.rules.signed import Signed, layer_kind
 
 _KINDS = ("linear", "conv")
 _EPSILON = Epsilon()
@@ -128,7 +128,7 @@ class Composite(Signed):
         InputError
             A name of ``by_name`` fits no layer.
         """
-        modules = sorted({node.module for node in graph.nodes if node.kind in g.WEIGHTED})
+        modules = sorted({node.module for node in graph.nodes if layer_kind(node) is not None})
         patterns = [f"{'.'.join(m.split('.')[:depth])}.*" for m in modules for depth in range(1, m.count(".") + 1)]
         for pattern, rule in self.by_name:
             if not fnmatch.filter(modules, pattern):
@@ -141,7 +141,7 @@ class Composite(Signed):
 
     def layer_rule(self, node: Node, first: bool) -> LayerRule:
         """As :meth:`ramp_fast.rules.signed.Signed.layer_rule`."""
-        kind = "linear" if node.kind == g.LINEAR else "conv"
+        kind = "linear" if layer_kind(node) == g.LINEAR else "conv"
         named = (rule for pattern, rule in self.by_name if fnmatch.fnmatchcase(node.module, pattern))
         found: LayerRule | None = next(named, None)
         if found is None and first:

@@ -211,12 +211,24 @@ def never_negative(node: Node) -> bool:
         return node.params.function in _NEVER_NEGATIVE
     if node.kind == g.SOFTMAX:
         return True
+    if node.kind == g.REARRANGE and not _fills_are_not_negative(node):
+        return False
     if node.kind in (g.MAX_POOL, g.MAX_REDUCTION, g.LINEAR_POOL, g.REARRANGE, g.SPLIT_OUTPUT, g.SPLIT, g.SELECT_TOKENS):
         return bool(node.sources) and len(node.sources) == len(node.operands) and _all(node.sources)
     if node.kind == g.ADD:
         plain = node.params.signs == (1, 1) and len(node.sources) == 2
         return plain and _all(node.sources)
     return node.kind == g.MUL and _all(node.sources)
+
+
+def _fills_are_not_negative(node: Node) -> bool:
+    """Whether the constants that padding and masks put in the place of values are known to be no negative ones."""
+    if not (node.params.pads or node.params.masks):
+        return True
+    condition = {"masked_fill": 1, "where": 0}.get(str(node.target).removeprefix("aten.").split(".")[0])
+    given = [*(a for i, a in enumerate(node.args) if i != condition), *node.kwargs.values()]
+    tensors = any(isinstance(a, Node) and a not in node.sources for a in given)
+    return not tensors and not any(isinstance(a, (int, float)) and a < 0 for a in given)
 
 
 def _all(nodes: Iterable[Node]) -> bool:

@@ -42,6 +42,8 @@ class Layer:
     sided_transposed : callable, optional
         From weights P and N to the function that gives ``P^T s`` where the input is positive and ``N^T s`` where it is
         negative; there is one where there is ``sided``.
+    channels : int, optional
+        Of the input; None where no axis is known to be that of channels.
     """
 
     weight: Tensor
@@ -52,6 +54,7 @@ class Layer:
     transposed: Callable[[Tensor], LinearOp]
     sided: Callable[[Tensor, Tensor, Tensor | None], LinearOp] | None = None
     sided_transposed: Callable[[Tensor, Tensor], Packed] | None = None
+    channels: int | None = None
 
     def along_outputs(self, values: Tensor) -> Tensor:
         """``values`` ``[out]`` with axes for the pixels of a convolution."""
@@ -499,11 +502,11 @@ class ZBox(LayerRule):
                 raise ValueError(f"ZBox: low must not be above high, got {low:g} and {high:g}")
 
     def pack(self, layer: Layer) -> LayerPullback:
-        channels = layer.weight.shape[1] * layer.groups
         for setting in ("low", "high"):
             count = len(getattr(self, setting))
-            if count not in (1, channels):
-                raise ValueError(f"ZBox: {setting} has {count} values; the layer's input has {channels} channels")
+            if count not in (1, layer.channels):
+                has = "no axis of channels" if layer.channels is None else f"{layer.channels} channels"
+                raise ValueError(f"ZBox: {setting} has {count} values; the layer's input has {has}")
         return _Box(self, layer)
 
 

@@ -27,9 +27,13 @@ class Rule(ABC):
     ----------
     conservation : type of Conservation
         What the rule keeps constant.
+    seeds_are_coefficients : bool
+        Whether a seed is multiplied by the logits to give their relevance, as a gradient's; otherwise it is their
+        relevance.
     """
 
     conservation: ClassVar[type[Conservation]] = Conservation
+    seeds_are_coefficients: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from ramp_fast import gemm, ops
 from ramp_fast import graph as g
 from ramp_fast.capture import passes
+from ramp_fast.capture.linear_maps import Call
 from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.gemm import LinearOp, Precision
 from ramp_fast.graph import Graph, Node, only_user
@@ -31,7 +32,7 @@ from ramp_fast.rules.conservation import Contribution, Relevance
 from ramp_fast.rules.diagonal import FusedRelu
 from ramp_fast.rules.fusion import never_negative
 from ramp_fast.rules.junctions import gate_by_channel
-from ramp_fast.rules.layer_rules import Layer, LayerContext, LayerPullback, LayerRule
+from ramp_fast.rules.layer_rules import Epsilon, Layer, LayerContext, LayerPullback, LayerRule
 from ramp_fast.rules.pools import MaxPool
 from ramp_fast.rules.rearrange import Decision, Join, Rearrange, Split, SplitOutput
 from ramp_fast.rules.rule import Pass, Rule
@@ -85,6 +86,7 @@ class Signed(Rule):
         Of smooth activations: ReLUs have the gradient ``sigmoid(beta_smooth x)``.
     """
 
+    seeds_are_coefficients: ClassVar[bool] = True
     activations: str = "pass"
     attention: str = "all"
     residual_gamma: float = 0.0
@@ -99,6 +101,10 @@ class Signed(Rule):
     def own_gradients(self) -> bool:
         """Whether coefficients are the gradient of the network itself, but for its ReLUs."""
         return self.activations != "pass"
+
+    def stabilizer_of(self, node: Node) -> float:
+        """The stabilizer of a sum of two tensors or an average pool."""
+        return self.stabilizer
 
     @abstractmethod
     def layer_rule(self, node: Node, first: bool) -> LayerRule:
@@ -132,7 +138,9 @@ class Signed(Rule):
     def operation(self, node: Node, precision: Precision, fusion: Fusion) -> Operation:
         """As :meth:`ramp_fast.rules.Rule.operation`."""
         kind = TABLE[node.kind]
-        if node.kind == g.REARRANGE and node.params.how in ("cat", "stack"):
+        if node.kind == g.LINEAR_MAP:
+            kind = _map_step(node, fusion, self)
+        elif node.kind == g.REARRANGE and node.params.how in ("cat", "stack"):
             kind = Join
         elif node.kind == g.ACTIVATION and node.params.how == "relu" and node.params.cap == math.inf:
             kind = Relu if fusion.fused_into is None else FusedRelu
@@ -154,6 +162,21 @@ def _is_detached(node: Node, read: Node) -> bool:
     return not (read.constant or read.decided or read.kind == g.DECISION or read in node.operands)
 
 
+def layer_kind(node: Node) -> str | None:
+    """What kind of layer a rule for layers sees in ``node``, :data:`graph.LINEAR` or :data:`graph.CONV`; None: in none.
+
+    Layers are products with one constant weight: linear layers, convolutions, transposed convolutions, and products
+    that are written as ``einsum`` or with a batch of matrices.
+    """
+    if node.kind in g.WEIGHTED:
+        return node.kind
+    if node.kind != g.LINEAR_MAP or type(node.target) is not Call:  # resampling and rotations have no weight
+        return None
+    if "conv_transpose" in str(node.target.target):
+        return g.CONV
+    return g.LINEAR if len(node.args) == 2 else None
+
+
 _WITHOUT_SCALES = tuple(p for p in passes.STANDARD if p is not passes.fold_channel_scales)
 
 
@@ -167,9 +190,10 @@ def _decisions(rule: Signed, graph: Graph, precision: Precision) -> Mapping[Node
             continue
         under = frozenset[str]().union(*(below.get(n, frozenset()) for n in node.sources))
         # Relevance cannot be handed on to two tensors that were added.
-        below[node] = under | {"sum of tensors" if node.kind == g.ADD and len(node.sources) > 1 else node.kind}
+        several = node.kind == g.ADD and len(node.sources) > 1
+        below[node] = under | {"sum of tensors" if several else layer_kind(node) or node.kind}
         fusion = decided[node] = SignedFusion()
-        if node.kind in g.WEIGHTED:
+        if layer_kind(node) is not None:
             first = not under & g.WEIGHTED
             fusion.layer = rule.layer_rule(node, first)
             passing = PASSES_RELEVANCE if rule.own_gradients else PASSES_RELEVANCE | {g.ACTIVATION, g.GENERIC}
@@ -220,7 +244,7 @@ def _first_layer(node: Node, below: Mapping[Node, frozenset[str]]) -> Node | Non
     """The first layer whose outputs ``node`` has, moved, beside constants or with constants added, if there is one."""
     while node.kind in (g.REARRANGE, g.ADD) and len(node.sources) == 1:
         node = node.sources[0]
-    first = node.kind in g.WEIGHTED and not below[node.operands[0]] & g.WEIGHTED
+    first = layer_kind(node) is not None and not below[node.operands[0]] & g.WEIGHTED
     return node if first else None
 
 
@@ -298,7 +322,9 @@ class Linear(Weighted[LayerPullback]):
         images = geometry is None or weight.dim() == len(self.node.example) == 4
         one_step = ops.cpu_kernels(weight.device) and not tiles and images
         both = (sided, sided_transposed) if one_step else (None, None)
-        seen = Layer(weight, bias, groups, self.fusion.positive_input, product, transposed, *both)
+        channels = weight.shape[1] * groups
+        parts = weight, bias, groups, self.fusion.positive_input, product, transposed
+        seen = Layer(*parts, sided=both[0], sided_transposed=both[1], channels=channels)
         return forward(weight, bias, self.fusion.fused_relu is not None), layer.pack(seen)
 
     def parameters(self) -> Any:
@@ -324,6 +350,77 @@ class Linear(Weighted[LayerPullback]):
         else:
             found = Contribution(pulled) if isinstance(part, Relevance) else part.moved(pulled)
         yield Flow(self.node.operands[0], found)
+
+
+class MapLayer(Linear):
+    """A layer that is an operation of its own kind: ``W^T s`` is the transpose of that operation at the weight."""
+
+    def pack(self, constants: dict[Node, Any]) -> tuple[LinearOp, LayerPullback]:
+        weight, *biases = (constants[n] for n in self.node.args[1:])
+        bias = biases[0] if biases else None
+        wide, layer = self.precision.accumulate, self.fusion.layer
+
+        def product(w: Tensor, b: Tensor | None) -> LinearOp:
+            return _AtWeight(self.node.target, w.to(wide), b if b is None else b.to(wide), len(biases))
+
+        def transposed(w: Tensor) -> Any:
+            return _Transposed(self.node.target, w.to(wide), None, len(biases))
+
+        assert layer is not None
+        # Of an einsum nobody knows which axis has the channels.
+        channels = self.node.operands[0].example[1] if layer_kind(self.node) == g.CONV else None
+        seen = Layer(weight, bias, 1, self.fusion.positive_input, product, transposed, channels=channels)
+        return _AtWeight(self.node.target, weight, bias, len(biases)), layer.pack(seen)
+
+    def needs(self) -> list[Node]:
+        read = self.node.operands[0]  # its shape is known where images come first
+        images_first = self.node.batch.leading and read.batch.leading
+        return super().needs() if images_first else [*super().needs(), read]
+
+    def prepare(self, constants: dict[Node, Any]) -> None:
+        self.layer = gemm.PackedLayer(*self.pack(constants), ())
+        self.forward_kernel, self.pullback_kernel = self.forward_map.kernel, self.pullback_map.kernel
+
+
+@dataclass
+class _AtWeight:
+    """A linear operation at one weight and bias."""
+
+    function: Callable[..., Any]
+    weight: Tensor
+    bias: Tensor | None
+    biases: int
+    kernel: ClassVar[str] = "aten"
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self.function(x.to(self.weight.dtype), self.weight, *[self.bias] * self.biases)
+        return y
+
+
+class _Transposed(_AtWeight):
+    """Its transpose, by autograd."""
+
+    kernel: ClassVar[str] = "autograd"
+
+
+def _map_step(node: Node, fusion: Fusion, rule: Signed) -> type[Operation]:
+    """The operation of a linear map: a layer where it has one weight that a rule says something about."""
+    layer = getattr(fusion, "layer", None)
+    if layer is None or layer == Epsilon(0.0):  # LRP-0 is the transpose itself
+        return AtPoint
+    if not all(n.kind == g.PARAM or _of_weights(n) for n in node.args[1:]):
+        raise UnsupportedModelError(
+            f"{rule.name}: {layer} needs the weight of {node.target.__name__}, which depends on the batch size here"
+        )
+    return MapLayer
+
+
+def _of_weights(node: Node) -> bool:
+    return node.kind == g.PARAM or (node.kind == g.CONST and all(_of_weights(n) for n in node.references()))
 
 
 class _Context(LayerContext):
@@ -370,6 +467,8 @@ class _Context(LayerContext):
     def transposed(self, function: gemm.Packed, s: Tensor) -> Tensor:
         if isinstance(function, gemm.DepthwisePullback):
             return function(s.to(self.narrow), None)
+        if isinstance(function, _Transposed):
+            return self.step.by_sample(partial(self._by_autograd, function), 1, s)
         return self._transposed(cast("LinearOp", function), s)
 
     def sided(self, function: gemm.Packed, s: Tensor) -> Tensor:
@@ -377,6 +476,12 @@ class _Context(LayerContext):
             return function(s.to(self.narrow), self.x)
         assert isinstance(function, gemm.SidedPullback)
         return function.select(self._transposed(function.function, s), self.x)
+
+    def _by_autograd(self, function: _Transposed, s: Tensor) -> Tensor:
+        read = self.step.node.operands[0]
+        images_first = self.step.node.batch.leading and read.batch.leading
+        shape = (s.shape[1], *read.example[1:]) if images_first else tuple(self.x.shape)
+        return vjp(function, shape, s.to(function.weight.dtype)).to(self.narrow)
 
     def _transposed(self, function: LinearOp, s: Tensor) -> Tensor:
         s = s.to(self.narrow)
@@ -569,12 +674,17 @@ class Add(Operation):
     def _residual(self) -> bool:
         return len(self.node.sources) == 2
 
+    @property
+    def _stabilizer(self) -> float:
+        stabilizer: float = self.rule.stabilizer_of(self.node)
+        return stabilizer
+
     def needs(self) -> list[Node]:
         if self.fusion.own_relevance:
             return [self.node]
         if self._residual and self.rule.residual_gamma:
             return [self.node, *self.node.sources]
-        return [self.node] if self._residual and self.rule.stabilizer else []
+        return [self.node] if self._residual and self._stabilizer else []
 
     def forward(self, values: Values) -> tuple[Any, Any]:
         return values.call(self.node), {n: values[n].shape for n in self.node.sources}
@@ -592,9 +702,9 @@ class Add(Operation):
         shared = None
         if self._residual and self.rule.residual_gamma:
             shared = self._shared(part.c, values)
-        elif self._residual and self.rule.stabilizer:
+        elif self._residual and self._stabilizer:
             wide = part.c.to(self.precision.accumulate)
-            part = part.moved(_stabilized(wide, self.node, values, self.rule.stabilizer).to(part.c.dtype))
+            part = part.moved(_stabilized(wide, self.node, values, self._stabilizer).to(part.c.dtype))
         for i, (operand, sign) in enumerate(zip((p.first, p.second), p.signs, strict=True)):
             if isinstance(operand, Node) and not operand.constant:
                 c = part.c if shared is None else shared[i]
@@ -773,17 +883,18 @@ class LinearPool(AtPoint):
     """Averages and sums: ``L^T c``."""
 
     def needs(self) -> list[Node]:
-        return [*super().needs(), *([self.node] if self.rule.stabilizer else [])]
+        return [*super().needs(), *([self.node] if self.rule.stabilizer_of(self.node) else [])]
 
     def pull(self, c: Tensor, values: Values, kept: Any) -> Tensor:
         x, p = values[self.source], self.node.params
+        stabilized = _stabilized(self.wide(c), self.node, values, self.rule.stabilizer_of(self.node))
         if p.how == "mean" and sorted(p.dims) == [2, 3] and x.dim() == 4 and self.source.batch.leading:
-            shared = _stabilized(self.wide(c), self.node, values, self.rule.stabilizer) / math.prod(x.shape[2:])
+            shared = stabilized / math.prod(x.shape[2:])
             shared = shared.to(c.dtype).view(*c.shape[:3], 1, 1)
             everywhere = shared.expand(len(c), *x.shape)
             laid_out = _in_layout_of(everywhere, x)
             return laid_out.contiguous() if laid_out is everywhere else laid_out
-        pulled = super().pull(_stabilized(self.wide(c), self.node, values, self.rule.stabilizer), values, kept)
+        pulled = super().pull(stabilized, values, kept)
         return _in_layout_of(pulled, values[self.source])
 
 

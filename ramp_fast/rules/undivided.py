@@ -25,7 +25,7 @@ from ramp_fast.rules.base import Fusion, Operation, Values
 from ramp_fast.rules.conservation import Conservation, Contribution
 from ramp_fast.rules.layer_rules import Epsilon, Layer, LayerContext, LayerPullback, LayerRule
 from ramp_fast.rules.rule import Rule
-from ramp_fast.rules.signed import Linear, Signed
+from ramp_fast.rules.signed import Linear, MapLayer, Signed, layer_kind
 
 _LEADING = BatchAxis()
 _NONE = -(2**30)  # the exponent of zeros: any other is larger
@@ -126,6 +126,7 @@ class Undivided(Signed):
     """
 
     conservation: ClassVar[type[Conservation]] = Exponents
+    seeds_are_coefficients: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -138,7 +139,7 @@ class Undivided(Signed):
 
     def for_graph(self, graph: Graph) -> Rule:
         """As :meth:`ramp_fast.rules.Rule.for_graph`."""
-        return _WithHead(graph.output) if graph.output.kind in g.WEIGHTED else self
+        return _WithHead(graph.output) if layer_kind(graph.output) is not None else self
 
     def start(self, seed: Tensor, logits: Tensor) -> Tensor:
         """Coefficients of logits whose relevance is the seed."""
@@ -155,8 +156,9 @@ class Undivided(Signed):
                 f"{self.name} is for networks of layers, BatchNorm, activations, pools and sums, and has no pull-back "
                 f"for {node.kind}; take lrp-epsilon or attnlrp"
             )
-        if node.kind in g.WEIGHTED:
-            return _Layer(node, precision, fusion, self)
+        if layer_kind(node) is not None:
+            kind = _Layer if node.kind in g.WEIGHTED else _MapLayer
+            return kind(node, precision, fusion, self)
         return super().operation(node, precision, fusion)
 
 
@@ -199,3 +201,7 @@ class _Layer(Linear):
 
     def merged(self, parts: list[Any], values: Values, conservation: Any) -> Any:
         return conservation.scaled(super().merged(parts, values, conservation), self.node.batch)
+
+
+class _MapLayer(_Layer, MapLayer):
+    """The same for layers that are operations of their own kinds."""
