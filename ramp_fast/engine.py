@@ -341,14 +341,24 @@ class Engine(Explainer):
         InputError
             Images have the wrong shape, dtype or values. (Numbers that overflow within the model may not show.)
         """
+        return self.logits_and_scores(images, check=check)[0]
+
+    def logits_and_scores(self, images: Tensor, *, check: bool | None = None) -> tuple[Tensor, Tensor]:
+        """The model's logits, as :meth:`logits`, and the scores that are explained, both ``[B, classes]``.
+
+        They are one tensor but for models that end in softmax or log_softmax, below which the scores are.
+        """
         images, plan, device = self._for_images(images, check)
         classes = int(plan.graph.output.example[1])
         with _undisturbed(device):
-            found = torch.empty(images.shape[0], classes, dtype=plan.precision.output, device=images.device)
+            scores = torch.empty(images.shape[0], classes, dtype=plan.precision.output, device=images.device)
+            found = torch.empty_like(scores) if plan.graph.ending else scores
             for here in self._ranges(plan, images.shape, 0, False, None, device):
-                scores = run_logits(plan, images[here].detach().to(device, plan.precision.forward))
-                found[here] = returned(scores, plan.graph)
-        return found
+                own = run_logits(plan, images[here].detach().to(device, plan.precision.forward))
+                scores[here] = own
+                if plan.graph.ending:
+                    found[here] = returned(own, plan.graph)
+        return found, scores
 
     def evaluate(
         self,

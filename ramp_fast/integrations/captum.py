@@ -301,9 +301,12 @@ class LRP(_Method):
         )
         if verbose:
             print(found.conservation)
+        scores = found.logits
+        if self.engine.plan.graph.ending:  # of a softmax, below which relevance starts
+            scores = self.engine.logits_and_scores(images)[1]
         if isinstance(classes, int):
-            return found, found.logits[:, classes]
-        return found, found.logits.gather(1, classes.to(found.logits.device, torch.long).view(-1, 1)).squeeze(1)
+            return found, scores[:, classes]
+        return found, scores.gather(1, classes.to(scores.device, torch.long).view(-1, 1)).squeeze(1)
 
     def has_convergence_delta(self) -> bool:
         """True."""

@@ -187,6 +187,15 @@ def test_lrp_gives_what_captum_gives() -> None:
     assert torch.equal(inside, found)
 
 
+def test_the_delta_is_that_of_the_scores_below_a_softmax() -> None:
+    model, x = small_cnn(), images().double()
+    expected = LRP(model, precision="float64").attribute(x, TARGET, return_convergence_delta=True)
+    found = LRP(nn.Sequential(model, nn.Softmax(1)), precision="float64").attribute(
+        x, TARGET, return_convergence_delta=True
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_layer_lrp_gives_what_captum_gives() -> None:
     model, x = small_cnn(), images().double()
     twin = copy.deepcopy(model)

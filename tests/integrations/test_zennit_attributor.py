@@ -14,13 +14,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from small_models import images
 
-from ramp_fast import rules
+from ramp_fast import Engine, rules
+from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.integrations.zennit import Attributor, rule_of
 
 zennit = pytest.importorskip("zennit")
-from zennit import canonizers, composites  # noqa: E402  # after the line that skips without it
+from zennit import canonizers, composites, types  # noqa: E402  # after the line that skips without it
+from zennit import layer as layers  # noqa: E402
 from zennit import rules as hooks  # noqa: E402
 from zennit.attribution import Gradient  # noqa: E402
+from zennit.core import Composite  # noqa: E402
 from zennit.types import Convolution  # noqa: E402
 
 
@@ -92,17 +95,172 @@ def test_names_of_both() -> None:
     assert torch.equal(Attributor(model, rules.resolve("epsilon-plus-flat"), precision="float64")(x, seed)[1], expected)
 
 
+class Branches(nn.Module):
+    """Two convolutions that read the images, and one that is called as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 2, 1), nn.ReLU()
+        self.up, self.act_up, self.norm = nn.ConvTranspose2d(5, 4, 2, stride=2), nn.GELU(), nn.BatchNorm2d(4)
+        self.sum, self.pool, self.fc = layers.Sum(), nn.AvgPool2d(2), nn.Linear(4 * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.act_up(self.up(torch.cat([self.act(self.one(x)), self.two(x)], 1))))
+        return self.fc(self.pool(self.sum(torch.stack([x, x.roll(1, -1)], -1)))[..., ::2, ::2].flatten(1))
+
+
+def branches() -> nn.Module:
+    torch.manual_seed(0)
+    model = Branches()
+    nn.init.normal_(model.norm.running_mean, std=0.2)
+    nn.init.uniform_(model.norm.running_var, 0.5, 2)
+    return model.double().eval()
+
+
+class Own(nn.Linear):
+    pass
+
+
+BASE = composites.layer_map_base()
+ALL = (types.Linear, hooks.Epsilon(0.1))
+MAPS: dict[str, Any] = {
+    "the first module alone": composites.EpsilonPlusFlat(canonizers=MERGED),
+    "the first of a kind": composites.SpecialFirstLayerMapComposite(
+        [*BASE, ALL], [(nn.Linear, hooks.ZPlus())], canonizers=MERGED
+    ),
+    "a kind of convolution": composites.LayerMapComposite(
+        [*BASE, (nn.ConvTranspose2d, hooks.Gamma(0.7)), (nn.Conv2d, hooks.ZPlus()), ALL], canonizers=MERGED
+    ),
+    "types before names": composites.MixedComposite(
+        [composites.LayerMapComposite([*BASE, ALL]), composites.NameMapComposite([(["fc"], hooks.ZPlus())])],
+        canonizers=MERGED,
+    ),
+    "sums and pools apart": composites.LayerMapComposite(
+        [(types.AvgPool, hooks.Norm(0.3)), (layers.Sum, hooks.Norm(0.2)), *BASE, ALL], canonizers=MERGED
+    ),
+    "a map of its own": Composite(
+        lambda ctx, name, module: (
+            next((hook for kinds, hook in [*BASE, ALL] if isinstance(module, kinds)), None)
+            if name != "up"
+            else hooks.AlphaBeta()
+        ),
+        canonizers=MERGED,
+    ),
+    "without hooks": composites.LayerMapComposite([]),
+    "none": None,
+}
+
+
+@pytest.mark.filterwarnings("ignore:the composite's canonizers do not merge")
+@pytest.mark.parametrize("name", MAPS)
+def test_every_module_has_the_hook_that_zennit_gives_it(name: str) -> None:
+    """Also a BatchNorm that nothing is folded into: zennit hands its relevance on."""
+    x, seed = images(3, size=16).double(), torch.eye(5, dtype=torch.float64)[[1, 4, 0]]
+    with Gradient(branches(), MAPS[name], seed) as attributor:
+        _, expected = attributor(x.clone())
+    found = Attributor(branches(), MAPS[name], seed, precision="float64")(x)[1]
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_classes_of_somebody_s_own() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), Own(768, 9), nn.ReLU(), nn.Linear(9, 5)).double().eval(), images(2).double()
+    composite = composites.LayerMapComposite([(Own, hooks.Gamma(0.7)), ALL], canonizers=MERGED)
+    with Gradient(model, composite) as attributor:
+        _, expected = attributor(x.clone())
+    found = Attributor(model, composite, precision="float64")(x)[1]
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+    class Epsilon(hooks.Epsilon):
+        """Not zennit's, though of its name."""
+
+    with pytest.raises(ValueError, match=r"test_zennit_attributor\.Epsilon has no counterpart"):
+        rule_of(composites.LayerMapComposite([(nn.Linear, Epsilon())], canonizers=MERGED), model)
+
+
 def test_what_is_not_known_is_refused() -> None:
+    model = small()
+
+    def read(*pairs: tuple[Any, Any]) -> Any:
+        return rule_of(composites.LayerMapComposite(list(pairs), canonizers=MERGED), model)
+
     with pytest.raises(ValueError, match=r"Norm has no counterpart here; known for ReLUs.*ReLUBetaSmooth"):
-        rule_of(composites.LayerMapComposite([(nn.ReLU, hooks.Norm())], canonizers=MERGED))
+        read((nn.ReLU, hooks.Norm()))
     with pytest.raises(ValueError, match="a function as stabilizer"):
-        rule_of(composites.EpsilonPlus(epsilon=lambda z: z + 1, canonizers=MERGED))
+        rule_of(composites.EpsilonPlus(epsilon=lambda z: z + 1, canonizers=MERGED), model)
     with pytest.raises(ValueError, match="Pass has no counterpart"):
-        rule_of(composites.LayerMapComposite([(nn.Linear, hooks.Pass())], canonizers=MERGED))
+        read((nn.Linear, hooks.Pass()))
+    with pytest.raises(ValueError, match=r"zennit's Epsilon for 3 \(MaxPool2d\) has no counterpart"):
+        read((types.MaxPool, hooks.Epsilon()))
+    with pytest.raises(ValueError, match=r"ReLUGuidedBackprop\) and has Epsilon for 0 \(Conv2d\)"):
+        read((nn.ReLU, hooks.ReLUGuidedBackprop()), ALL)
+    with pytest.raises(ValueError, match="got dict"):
+        rule_of({}, model)
+    with pytest.raises(ValueError, match=r"ZBox: .* must be Tensors \[1, C, 1, 1\], got \[3\]"):
+        rule_of(composites.EpsilonGammaBox(LOW.flatten(), HIGH, canonizers=MERGED), model)
     with pytest.raises(ValueError, match=r"unknown rule 'epsilon-plus-fla'.*did you mean 'epsilon-plus-flat'"):
-        Attributor(small(), "epsilon_plus_fla")
+        Attributor(model, "epsilon_plus_fla")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([*BASE, (types.Convolution, hooks.ZPlus())], r"gives no rule to fc \(Linear\).*such as Epsilon"),
+        ([(types.Activation, hooks.Pass()), ALL], r"no rule to (norm|pool) .*by the gradient"),
+        ([*BASE[1:], ALL], r"gives no rule to act_up \(GELU\).*to Pass"),
+    ],
+)
+def test_what_zennit_leaves_to_the_gradient_is_refused(pairs: Any, message: str) -> None:
+    composite = composites.LayerMapComposite(pairs, canonizers=MERGED)
+    with pytest.raises(UnsupportedModelError, match=message), pytest.warns(UserWarning, match="norm"):
+        Attributor(branches(), composite, precision="float64")(images(1, size=16).double())
+
+
+@pytest.mark.filterwarnings("ignore:the composite's canonizers do not merge")
+def test_modules_that_are_not_called_need_no_rule() -> None:
+    model = small()
+    model[0].register_module("unused", nn.GELU())
+    composite = composites.LayerMapComposite([*BASE[1:], ALL], canonizers=MERGED)
+    assert Attributor(model, composite, precision="float64")(images(1).double())[1].abs().max() > 0
 
 
 def test_without_canonizers_there_is_a_warning() -> None:
     with pytest.warns(UserWarning, match="no canonizers"):
-        rule_of(composites.EpsilonPlus())
+        rule_of(composites.EpsilonPlus(), small())
+    with pytest.warns(UserWarning, match="do not merge the BatchNorms norm;"):
+        rule_of(composites.EpsilonPlus(canonizers=MERGED), branches())
+
+
+def test_relevance_of_all_images_together() -> None:
+    """A function sees the logits of all images, as zennit's does."""
+    model, x, seen = small(), images(3).double(), []
+
+    def relevance(logits: Tensor) -> Tensor:
+        seen.append(logits.shape)
+        return logits * (logits == logits.max())
+
+    found = Attributor(model, "epsilon_plus", precision="float64")(x, relevance)[1]
+    assert seen == [(3, 5)]
+    best = int(model(x).amax(1).argmax())
+    assert [bool(m.any()) for m in found] == [i == best for i in range(3)]
+    method = Attributor(model, "epsilon_plus")
+    for given, message in [(3, "got int"), (torch.ones(2, 5), r"\[3, 5\].*got \[2, 5\]"), (lambda _: 1, "got int")]:
+        with pytest.raises(InputError, match=message):
+            method(x, given)
+
+
+@pytest.mark.parametrize("end", [nn.Softmax(1), nn.LogSoftmax(1)])
+def test_relevance_is_that_of_the_scores_below_a_softmax(end: nn.Module) -> None:
+    model, x, seed = small(), images(2).double(), torch.eye(5, dtype=torch.float64)[[1, 4]]
+    expected = Attributor(model, "epsilon_plus", seed, precision="float64")(x)[1]
+    logits, found = Attributor(nn.Sequential(model, end), "epsilon_plus", seed, precision="float64")(x)
+    torch.testing.assert_close(logits, end(model(x)).detach())
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rule", ["abslrp", "lrp-undivided"])
+def test_rules_whose_seeds_are_relevance(rule: str) -> None:
+    model, x = small(), images(2).double()
+    seed = torch.rand(2, 5, dtype=torch.float64)
+    expected = Engine(model, rule, "float64").attribute(x, seed, "none", "none").maps
+    torch.testing.assert_close(Attributor(model, rule, seed, precision="float64")(x)[1], expected)

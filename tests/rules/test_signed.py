@@ -144,7 +144,7 @@ def test_beta_smooth_is_zennit_s() -> None:
     with Gradient(model, composite) as attributor:
         _, expected = attributor(x.clone(), seed)
     with pytest.warns(UserWarning, match="no canonizers"):
-        read = rule_of(composite)
+        read = rule_of(composite, model)
     for rule in ("beta-smooth:beta_smooth=3", read):
         found = Engine(model, rule, "float64", input_shape=(3, 8, 8)).attribute(x, seed, "none", "none").maps
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
