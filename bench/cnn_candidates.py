@@ -82,7 +82,13 @@ def form(
     return Form({"conv": conv, "linear": head or RampHead()}, first=first or Flat(0.0), **options)
 
 
+def _normalized(conv: LayerRule, linear: LayerRule, first: LayerRule | None = None) -> Form:
+    """The form for networks with LayerNorm but for layers."""
+    return Form({"conv": conv, "linear": linear}, first=first or SameSign(), temperature=3.0)
+
+
 _TURNING = OtherHead(signed=True)
+_LRP0 = Epsilon(0.0)
 
 CANDIDATES = {
     "turning head": form(head=_TURNING),
@@ -104,4 +110,14 @@ CANDIDATES = {
     "convolutions same sign": form(conv=SameSign()),
     "convolutions gamma 1": form(conv=Gamma(1.0, 0.0, zero_bias=True)),
     "T = 3": form(temperature=3.0),
+    # Of networks with LayerNorm, whose own form has LRP-0 in layers. There is no form for their last layer.
+    "z+ in convolutions": _normalized(_ZPLUS, _LRP0),
+    "z+ in convolutions, first layer flat": _normalized(_ZPLUS, _LRP0, Flat(0.0)),
+    "z+ in convolutions, biases take": _normalized(ZPlus(0.0), _LRP0),
+    "z+ in layers": _normalized(_ZPLUS, _ZPLUS),
+    "same sign in convolutions": _normalized(SameSign(), _LRP0),
+    "same sign in layers": _normalized(SameSign(), SameSign()),
+    "gamma 0.25 in convolutions": _normalized(Gamma(0.25, 0.0, zero_bias=True), _LRP0),
+    "gamma 0.25 in layers": _normalized(Gamma(0.25, 0.0, zero_bias=True), Gamma(0.25, 0.0, zero_bias=True)),
+    "gamma 0.25 in linear layers": _normalized(_LRP0, Gamma(0.25, 0.0, zero_bias=True)),
 }

@@ -37,6 +37,7 @@ from typing import Any
 
 import cnn_candidates
 import numpy as np
+import small_convnext
 import torch
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
@@ -68,33 +69,35 @@ class Network:
         Photographs that are computed and kept together.
     photographs : dict of group of metrics to int
         How many of each half are taken where it is not all of them.
-    costly : int
-        The same for methods that take many passes of the model.
     batch : int
         Images that go through the network together.
     """
 
     title: str
-    load: Callable[[ModuleType], tuple[nn.Module, Preprocessing]]
+    load: Callable[[ModuleType, Path], tuple[nn.Module, Preprocessing]]
     half: int
     chunk: int
     patch: int
     steps: int
     photographs: Mapping[str, int]
-    costly: int
     batch: int
 
 
-def _vit(loader: ModuleType) -> tuple[nn.Module, Preprocessing]:
-    usual = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    return loader.vit_small_tin200(), _preprocessing(112, **usual)
+def _vit(loader: ModuleType, work: Path) -> tuple[nn.Module, Preprocessing]:
+    return loader.vit_small_tin200(), _preprocessing(112, mean=small_convnext.MEAN, std=small_convnext.STD)
 
 
-def _resnet(loader: ModuleType) -> tuple[nn.Module, Preprocessing]:
+def _resnet(loader: ModuleType, work: Path) -> tuple[nn.Module, Preprocessing]:
     return loader.resnet50(), _preprocessing(224, mean=loader.RESNET50_MEAN, std=loader.RESNET50_STD)
 
 
-def _lite0(loader: ModuleType) -> tuple[nn.Module, Preprocessing]:
+def _convnext(loader: ModuleType, work: Path) -> tuple[nn.Module, Preprocessing]:
+    model = small_convnext.model()
+    model.load_state_dict(torch.load(work / "convnext.pt", weights_only=True))
+    return model.eval(), _preprocessing(64, mean=small_convnext.MEAN, std=small_convnext.STD)
+
+
+def _lite0(loader: ModuleType, work: Path) -> tuple[nn.Module, Preprocessing]:
     loaded = load_model("demo")
     config = loaded.preprocessing.config
     return loaded.model, _preprocessing(224, mean=config["mean"], std=config["std"])
@@ -109,17 +112,23 @@ def _preprocessing(size: int, **normalization: Any) -> Preprocessing:
 NETWORKS = {
     "vit": Network(
         **{"title": "ViT-S/14, Tiny ImageNet, 112 px", "load": _vit, "half": 256, "chunk": 64, "patch": 14, "steps": 4},
-        **{"photographs": {"pixels": 64, "checks": 32}, "costly": 64, "batch": 64},
+        **{"photographs": {"pixels": 64, "checks": 32}, "batch": 64},
     ),
     "resnet50": Network(
         **{"title": "ResNet-50, ImageNet, 224 px", "load": _resnet, "half": 104, "chunk": 52, "patch": 28, "steps": 4},
-        **{"photographs": {"pixels": 24, "checks": 16}, "costly": 24, "batch": 8},
+        **{"photographs": {"pixels": 24, "checks": 16}, "batch": 8},
     ),
     "lite0": Network(
         **{"title": "EfficientNet-Lite0, ImageNet, 224 px", "load": _lite0, "half": 104, "chunk": 52, "patch": 28},
-        **{"steps": 4, "photographs": {"pixels": 24, "checks": 16}, "costly": 24, "batch": 8},
+        **{"steps": 4, "photographs": {"pixels": 24, "checks": 16}, "batch": 8},
+    ),
+    "convnext": Network(
+        **{"title": "Small ConvNeXt, Tiny ImageNet, 64 px", "load": _convnext, "half": 256, "chunk": 128, "patch": 8},
+        **{"steps": 4, "photographs": {"pixels": 64, "checks": 32}, "batch": 64},
     ),
 }
+
+OF_TINY_IMAGENET = ("vit", "convnext")  # which know its 200 classes alone
 
 METRICS: dict[str, dict[str, str]] = {
     "main": {
@@ -155,13 +164,13 @@ ROWS = {
     **{name: name for name in ("excitation-backprop", "guided-backprop", "deconvnet", "gradient")},
     **{name: name for name in ("lrp-undivided", "beta-smooth")},
 }
-COSTLY = ("integrated gradients", "SmoothGrad", "occlusion")
 # Rules of attention are LRP-0 in networks without it; the rectified gradients are the gradient in one without ReLU;
 # lrp-undivided refuses attention.
 LEFT_OUT = {
     "vit": ("guided-backprop", "deconvnet", "beta-smooth", "lrp-undivided"),
     "resnet50": ("attnlrp", "cp-lrp", "rollout", "ramp, T = 1"),
     "lite0": ("attnlrp", "cp-lrp", "rollout", "ramp, T = 1"),
+    "convnext": ("cp-lrp", "rollout", "guided-backprop", "deconvnet", "beta-smooth", "lrp-undivided"),
 }
 
 
@@ -196,7 +205,7 @@ class Bench:
         if self.archive.exists():
             with np.load(self.archive) as arrays:
                 self.kept = dict(arrays)
-        self.model, self.preprocessing = self.about.load(loader)
+        self.model, self.preprocessing = self.about.load(loader, work)
         self.engine = Engine(self.model)
         self.halves = self._photographs(data)
 
@@ -210,7 +219,7 @@ class Bench:
         lines = (data / "val" / "val_annotations.txt").read_text().splitlines()
         annotations = [line.split() for line in lines]
         ids = (data / "wnids.txt").read_text().split()  # the classes of the ViT are in the file's order
-        classes = ids if self.name == "vit" else ImageNetInfo("imagenet-1k").label_names()
+        classes = ids if self.name in OF_TINY_IMAGENET else ImageNetInfo("imagenet-1k").label_names()
         if not self.kept:
             if kept.exists():
                 chosen = json.loads(kept.read_text())
@@ -324,8 +333,8 @@ def compute(bench: Bench, rows: list[str], groups: list[str], halves: list[str],
             chunk = count if group == "checks" else about.chunk
             for start in range(0, count, chunk):
                 for label in rows:
-                    stop = min(start + chunk, count, about.costly if label in COSTLY else count)
-                    if label not in LEFT_OUT[bench.name] and start < stop:
+                    stop = min(start + chunk, count)
+                    if label not in LEFT_OUT[bench.name]:
                         bench.run(half, group, label, start, stop)
 
 

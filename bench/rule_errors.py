@@ -31,7 +31,7 @@ from test_signed import NETWORKS, ORACLES, network  # noqa: E402
 
 RULES: dict[str, Callable[[], oracle.Modified]] = {
     **ORACLES,
-    "ramp": lambda: oracle.Modified(first=oracle.same_sign(), constants_take_nothing=True),
+    "ramp": oracle.ramp_of_tokens,
 }
 # Of these `ramp` has another definition, for a class and not for any seed.
 CONVOLUTIONAL = ("resnet", "vgg", "efficientnet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from ramp_fast.graph import Graph, Node
 from ramp_fast.ops._common import divide
 from ramp_fast.rules.layer_rules import Epsilon, Flat, Layer, LayerContext, LayerPullback, LayerRule, SameSign, ZPlus
 from ramp_fast.rules.rule import Rule
-from ramp_fast.rules.signed import Signed
+from ramp_fast.rules.signed import Signed, layer_kind
 
 _TOKEN_KINDS = frozenset({g.LAYER_NORM, g.RMS_NORM, g.GROUP_NORM, g.ATTENTION, g.SOFTMAX})
 
@@ -23,9 +24,10 @@ _TOKEN_KINDS = frozenset({g.LAYER_NORM, g.RMS_NORM, g.GROUP_NORM, g.ATTENTION, g
 class Ramp(Signed):
     """AttnLRP for transformers with all relevance of a token given to its pixels; z+ with a signed head for others.
 
-    Networks with attention or LayerNorm: LRP-0 everywhere, the halves of AttnLRP, and in the patch embedding only
-    contributions of the token's own sign, so that neither the bias nor position embeddings take relevance. Others:
-    :class:`RampHead` at the end, z+ without bias in the layers, shares of equal size in the first.
+    Networks with attention or LayerNorm: LRP-0 in linear layers and convolutions of one pixel, the halves of AttnLRP,
+    and in the patch embedding and other convolutions only contributions of the output's own sign, so that neither
+    biases nor position embeddings take relevance. Others: :class:`RampHead` at the end, z+ without bias in the layers,
+    shares of equal size in the first.
 
     Parameters
     ----------
@@ -35,7 +37,7 @@ class Ramp(Signed):
     """
 
     temperature: float | None = None
-    divides_nowhere = True  # but in the patch embedding, which has no scale behind it
+    divides_nowhere = True  # but in convolutions, where a scale of the output makes no difference
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not (is_number(self.temperature) and self.temperature > 0):
@@ -77,7 +79,14 @@ class _Tokens(_Form):
     constants_take_nothing = True
 
     def layer_rule(self, node: Node, first: bool) -> LayerRule:
-        return SameSign() if first else Epsilon(0.0)
+        return SameSign() if first or _reads_windows(node) else Epsilon(0.0)
+
+
+def _reads_windows(node: Node) -> bool:
+    """Whether a layer is a convolution of more than one pixel; one of one pixel is a linear layer in other words."""
+    if node.kind == g.CONV:
+        return math.prod(node.params.weight.example[2:]) > 1
+    return layer_kind(node) == g.CONV
 
 
 @dataclass(frozen=True)

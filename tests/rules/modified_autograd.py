@@ -46,12 +46,14 @@ class Modified(TorchFunctionMode):
         layer: LayerOracle | None = None,
         *,
         first: LayerOracle | None = None,
+        windows: LayerOracle | None = None,
         values_only: bool = False,
         residual_gamma: float = 0.0,
         constants_take_nothing: bool = False,
     ) -> None:
         super().__init__()
         self.first, self.constants_take_nothing = first, constants_take_nothing
+        self.windows = windows  # of convolutions of more than one pixel
         self.in_stem = True  # behind the first layer, and before a norm
         self.layer, self.values_only, self.residual_gamma = layer, values_only, residual_gamma
         self.layers = 0
@@ -101,7 +103,11 @@ class Modified(TorchFunctionMode):
         self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         self.layers += 1
-        layer = self.first if self.first is not None and self.layers == 1 else self.layer
+        layer = self.layer
+        if self.first is not None and self.layers == 1:
+            layer = self.first
+        elif self.windows is not None and weight[0, 0].numel() > 1:
+            layer = self.windows
         if layer is None or not _carries(x):
             return func(x, weight, bias, *args, **kwargs)
         return layer(lambda u, w, b: func(u, w, b, *args, **kwargs), x, weight, bias)
@@ -219,6 +225,11 @@ def parts(
         return with_gradient(z, total)
 
     return layer
+
+
+def ramp_of_tokens() -> Modified:
+    """``ramp`` for a network with attention or LayerNorm."""
+    return Modified(first=same_sign(), windows=same_sign(), constants_take_nothing=True)
 
 
 def z_plus(eps: float = 1e-6) -> LayerOracle:

@@ -271,8 +271,7 @@ def test_ramp_of_transformers(name: str, contrast: str) -> None:
     seed = nn.functional.one_hot(target, 10).double()
     if contrast == "others":
         seed = seed - (logits / 3).masked_fill(seed > 0, float("-inf")).softmax(-1)
-    mode = oracle.Modified(first=oracle.same_sign(), constants_take_nothing=True)
-    expected = oracle.relevance(model, x, seed, mode)
+    expected = oracle.relevance(model, x, seed, oracle.ramp_of_tokens())
     found = Engine(model, "ramp", "float64").attribute(x, target, contrast, "none").maps
     assert (found - expected).abs().max() < 1e-8 * expected.abs().max()
 
