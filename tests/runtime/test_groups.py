@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from ramp_fast.runtime.groups import Groups
 class _Plan:
     """What :class:`Groups` asks of a plan."""
 
-    def __init__(self, kept: int) -> None:
+    def __init__(self, kept: int, dtype: torch.dtype = torch.float32) -> None:
         self.steps, self.kept = [None], kept
+        self.precision = SimpleNamespace(forward=dtype)
 
     def kept_bytes(self, step: None) -> int:
         return self.kept
@@ -74,7 +76,7 @@ def test_a_size_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch, wro
     def of_a_group(plan: Any, images: torch.Tensor) -> torch.Tensor:
         return run(plan, images) + (len(images) == 8 and wrong)
 
-    engine = Engine(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval(), precision="float64")
+    engine = Engine(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval(), precision="float32")
     engine.logits(torch.randn(1, 3, 2, 2))
     monkeypatch.setattr(groups, "run_logits", of_a_group)
 
@@ -82,3 +84,10 @@ def test_a_size_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch, wro
     ticks = itertools.accumulate(itertools.cycle((1000.0, 1.0, 100.0)))
     monkeypatch.setattr(groups.time, "perf_counter", lambda: next(ticks))
     assert Groups().sizes(engine.plan, torch.Size([64, 3, 2, 2]), 64, 0, False) == ([4] * 16 if wrong else [8] * 8)
+
+
+def test_float64_images_go_one_by_one(tried: list[tuple[int, list[int]]]) -> None:
+    """Their bits hang on their place in the batch, which a trial on noise need not show."""
+    plan: Any = _Plan(1, torch.float64)
+    assert Groups().sizes(plan, torch.Size([64, 3, 8, 8]), 64, 1, True) == [1] * 64
+    assert not tried
