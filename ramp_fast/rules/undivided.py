@@ -8,9 +8,10 @@ exponent where branches meet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from ramp_fast.errors import InputError, UnsupportedModelError
 from ramp_fast.gemm import Precision
 from ramp_fast.graph import BatchAxis, Graph, Node
 from ramp_fast.ops._common import divide
-from ramp_fast.rules.base import Fusion, Operation, Values
+from ramp_fast.rules.base import Flow, Fusion, Operation, Values
 from ramp_fast.rules.conservation import Conservation, Contribution
 from ramp_fast.rules.layer_rules import Epsilon, Layer, LayerContext, LayerPullback, LayerRule
 from ramp_fast.rules.rule import Rule
@@ -186,11 +187,25 @@ class _OutputTimes(LayerRule):
     multiplies_output: ClassVar[bool] = True
 
     def pack(self, layer: Layer) -> LayerPullback:
-        return _TimesOutput(layer.transposed(layer.weight))
+        return _TimesOutput(layer)
 
 
 class _TimesOutput(LayerPullback):
+    """With weights of a largest absolute value between 1/2 and 1: times the outputs others can overflow, or be lost.
+
+    Attributes
+    ----------
+    exponent : int
+        Of the power of two that what is returned lacks.
+    """
+
     kernel = "undivided"
+
+    def __init__(self, layer: Layer) -> None:
+        largest = float(layer.weight.abs().max()) if layer.weight.numel() else 0.0
+        exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
+        self.exponent = min(max(exponent, -126), 126)  # for the factor to be a number of every dtype
+        super().__init__(layer.transposed(layer.weight * 2.0**-self.exponent))
 
     def __call__(self, at: LayerContext) -> Tensor:
         return at.transposed(self.functions[0], ops.scale_by(at.coefficients(), at.z))
@@ -201,6 +216,13 @@ class _Layer(Linear):
 
     def merged(self, parts: list[Any], values: Values, conservation: Any) -> Any:
         return conservation.scaled(super().merged(parts, values, conservation), self.node.batch)
+
+    def pullback(self, parts: list[Any], values: Values, kept: Any, conservation: Any) -> Iterator[Flow]:
+        lacking: int = getattr(self.pullback_map, "exponent", 0)  # of the head nothing
+        for flow in super().pullback(parts, values, kept, conservation):
+            part = cast("Scaled", flow.contribution)
+            exponent = torch.where(part.exponent == _NONE, _NONE, part.exponent + lacking)
+            yield flow._replace(contribution=Scaled(part.c, exponent))
 
 
 class _MapLayer(_Layer, MapLayer):

@@ -145,6 +145,29 @@ def test_the_scale_of_layers_does_not_show(precision: str) -> None:
     torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-30)
 
 
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+@pytest.mark.parametrize("factor", [2.0**70, 2.0**-70])
+def test_large_and_small_weights_of_one_layer(precision: str, factor: float) -> None:
+    """Coefficients times outputs times weights are past what float32 can hold, above or below."""
+
+    def network(factor: float) -> nn.Module:
+        torch.manual_seed(3)
+        convolutions = [nn.Conv2d(3 if i == 0 else 6, 6, 3, padding=1, bias=False) for i in range(3)]
+        with torch.no_grad():
+            convolutions[1].weight.mul_(factor)
+            convolutions[2].weight.div_(factor)
+        layers = [m for conv in convolutions for m in (conv, nn.ReLU())]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 16, 4)).eval()
+
+    x = images(2, size=4)
+    plain, scaled = (
+        Engine(network(f), "lrp-undivided", precision, input_shape=(3, 4, 4)).attribute(x, 1).maps
+        for f in (1.0, factor)
+    )
+    assert plain.flatten(1).abs().amax(1).eq(1).all()
+    torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-30)
+
+
 def test_what_the_method_says_nothing_of_is_refused() -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"lrp-undivided .*no pull-back for layer_norm.*blocks\.0\.norm1"
