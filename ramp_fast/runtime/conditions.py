@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +54,8 @@ def masks(conditions: Sequence[Condition], plan: Plan) -> dict[str, Tensor]:
 
 
 def _mask(name: str, kept: Any, shape: tuple[int, ...]) -> Tensor:
+    if isinstance(kept, (np.ndarray, np.generic)) and kept.dtype.kind in "biu":
+        kept = torch.from_numpy(np.array(kept))  # a copy: arrays may be read-only or have strides that torch lacks
     if isinstance(kept, Tensor) and kept.dtype == torch.bool:
         try:
             return kept.detach().cpu().expand(shape).float()
@@ -63,6 +66,8 @@ def _mask(name: str, kept: Any, shape: tuple[int, ...]) -> Tensor:
             ) from None
     channels = kept.tolist() if isinstance(kept, Tensor) else kept
     channels = [channels] if isinstance(channels, int) else channels
+    if isinstance(channels, (list, tuple)):
+        channels = [int(c) if isinstance(c, np.integer) else c for c in channels]
     if not isinstance(channels, Sequence) or isinstance(channels, str) or not all(is_whole(c, 0) for c in channels):
         raise InputError(
             f"condition: what is kept of {name!r} must be a channel, a list of channels or a boolean mask, got {kept!r}"

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -166,6 +167,20 @@ def test_conditions_are_masks_of_the_gradient(name: str, layer: str, axis: int) 
     single = engine.attribute(x, 3, "none", "none", condition={layer: channels - 1})
     torch.testing.assert_close(several.maps[:, -1], single.maps, rtol=1e-9, atol=1e-15)
     assert (several.maps.sum(1) - whole.maps).abs().max() < 1e-10 * whole.maps.abs().max()
+
+
+def test_a_condition_may_be_numpy_s() -> None:
+    engine, x = Engine(vgg(), "lrp-epsilon", input_shape=(3, 16, 16)), images(2)
+
+    def maps(kept: Any) -> Tensor:
+        return engine.attribute(x, 1, "none", "none", condition={"0": kept}).maps
+
+    assert torch.equal(maps(np.int64(2)), maps(2))
+    assert torch.equal(maps(np.array([1, 3])), maps([1, 3]))
+    assert torch.equal(maps([np.int64(1), np.int64(3)]), maps([1, 3]))
+    assert torch.equal(maps(np.array([False, True, False, True]).reshape(-1, 1, 1)), maps([1, 3]))
+    with pytest.raises(InputError, match="must be a channel"):
+        maps(np.array([0.5]))
 
 
 def test_a_condition_may_be_a_mask_and_name_several_modules() -> None:
