@@ -110,7 +110,8 @@ CANDIDATES = {
     "convolutions same sign": form(conv=SameSign()),
     "convolutions gamma 1": form(conv=Gamma(1.0, 0.0, zero_bias=True)),
     "T = 3": form(temperature=3.0),
-    # Of networks with LayerNorm, whose own form has LRP-0 in layers. There is no form for their last layer.
+    # Of networks with LayerNorm, whose own form is "same sign in convolutions". There is no form for their last layer.
+    "LRP-0 in convolutions": _normalized(_LRP0, _LRP0),
     "z+ in convolutions": _normalized(_ZPLUS, _LRP0),
     "z+ in convolutions, first layer flat": _normalized(_ZPLUS, _LRP0, Flat(0.0)),
     "z+ in convolutions, biases take": _normalized(ZPlus(0.0), _LRP0),
