@@ -72,7 +72,8 @@ class Engine(Explainer):
         first images do.
     micro_batch : int, optional
         Images that go through the model together. By default the whole batch on GPUs; on CPUs one, and after some
-        images four, if a trial shows that this is faster and changes no bit of any result.
+        images four, if a trial shows that this is faster and changes no bit of any result. A number of yours is taken
+        as it is: the last bits of a map may then hang on how many images go together.
     cuda_graphs : bool
         On GPUs: record what is run for a batch shape when it comes a second time, and replay that from then on.
         Recordings keep their activations allocated, those of the last four batch shapes.
@@ -334,7 +335,7 @@ class Engine(Explainer):
         -------
         Tensor [B, classes]
             Those of ``attribute(images).logits``, to the last bit where as many images go through the model together
-            (on CPUs, unless ``micro_batch`` or ``batch_size`` say otherwise, always). Without gradients.
+            (on CPUs, unless ``micro_batch`` says otherwise, always). Without gradients.
 
         Raises
         ------

@@ -20,7 +20,7 @@ from ramp_fast.graph import Graph, Node
 EXAMPLE_BATCH = 2  # torch.export specialises a batch of 1
 
 # Numbers of the example's samples; 0 stands for values that belong to none (constants, zero padding).
-_SAMPLES = torch.arange(1, EXAMPLE_BATCH + 1, dtype=torch.int16)
+_SAMPLES = torch.arange(1, EXAMPLE_BATCH + 1, dtype=torch.int16, device="cpu")
 
 # One entry of the result depends on the entries of the operands in the same place only, operands broadcast.
 _ELEMENTWISE = frozenset({g.ACTIVATION, g.ADD, g.MUL, g.DIV, g.SCALE, g.BATCH_NORM, g.GENERIC})
@@ -105,7 +105,7 @@ class _Constants:
         if node.kind == g.INT:
             return node.example[0]
         if getattr(node.params, "floating", True):
-            return torch.zeros((1,) * len(node.example), dtype=torch.int16).expand(node.example)
+            return torch.zeros((1,) * len(node.example), dtype=torch.int16, device="cpu").expand(node.example)
         value = self._value(node, EXAMPLE_BATCH)
         return value.cpu() if isinstance(value, Tensor) else value
 
@@ -234,7 +234,9 @@ def _computed(node: Node, values: dict[Node, Any]) -> Tensor:
     """Sample numbers of an operation that computes."""
     sources = [n for n in dict.fromkeys(node.references()) if not n.constant]
     cores = {n: _core(values[n]) for n in sources}
-    cores |= {n: torch.zeros((1,) * len(n.example), dtype=torch.int16) for n in node.operands if n.constant}
+    cores |= {
+        n: torch.zeros((1,) * len(n.example), dtype=torch.int16, device="cpu") for n in node.operands if n.constant
+    }
     rank = len(node.example)
     found: Tensor | None = None
     if _elementwise(node, sources):
@@ -301,12 +303,12 @@ def _probed(node: Node, sources: list[Node], values: dict[Node, Any]) -> Tensor:
 
     def argument(n: Node, sample: int) -> Any:
         if n in sources:
-            return torch.ones(n.example).masked_fill_(values[n] == sample, math.nan)
+            return torch.ones(n.example, device="cpu").masked_fill_(values[n] == sample, math.nan)
         if n.kind != g.INT and getattr(n.params, "floating", True):
-            return torch.ones(n.example)
+            return torch.ones(n.example, device="cpu")
         return values[n].cpu() if isinstance(values[n], Tensor) else values[n]
 
-    found = torch.zeros(node.example, dtype=torch.int16)
+    found = torch.zeros(node.example, dtype=torch.int16, device="cpu")
     for sample in _SAMPLES.tolist():
         args, kwargs = (g.map_nodes(lambda n: argument(n, sample), a) for a in (node.args, node.kwargs))  # noqa: B023
         result = node.target(*args, **kwargs)
@@ -361,6 +363,6 @@ def _pattern(node: Node) -> Tensor:
     """Sample numbers of a tensor whose samples have been located; constants beside a sample count as its own."""
     batch, shape = node.batch, node.example
     if not shape or 0 in shape:
-        return torch.zeros(shape, dtype=torch.int16)
+        return torch.zeros(shape, dtype=torch.int16, device="cpu")
     line = _SAMPLES.repeat_interleave(batch.inner).repeat(batch.outer)
     return line.view(*[-1 if i == batch.axis else 1 for i in range(len(shape))]).expand(shape)

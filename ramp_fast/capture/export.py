@@ -174,7 +174,7 @@ def _example(
     if not noise:
         return torch.zeros(batch, *image_shape, dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, *image_shape, dtype=torch.float32, generator=generator).to(device, dtype)
+    return torch.randn(batch, *image_shape, dtype=torch.float32, generator=generator, device="cpu").to(device, dtype)
 
 
 def _results(model: torch.nn.Module, images: torch.Tensor) -> list[Any]:

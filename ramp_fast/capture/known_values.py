@@ -88,7 +88,7 @@ class KnownValues(TorchFunctionMode):
         own = tuple(mask.shape) if isinstance(mask, Tensor) else np.shape(mask)
         if not all(isinstance(size, int) for size in sizes) or own != tuple(sizes):
             return [mask]
-        found = self._places_of(mask) if isinstance(mask, Tensor) else torch.tensor(np.argwhere(mask))
+        found = self._places_of(mask) if isinstance(mask, Tensor) else torch.tensor(np.argwhere(mask), device="cpu")
         return [mask] if found is None else list(found.unbind(1))
 
     def _places_of(self, mask: Tensor) -> Tensor | None:

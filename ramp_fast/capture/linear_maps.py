@@ -153,7 +153,9 @@ class Resampling(Call):
         length = sizes[axis]
         shape = [1, length, 1, 1]
         shape[axis] = length
-        identity = torch.eye(length, dtype=torch.float64).view(shape).expand(1, length, sizes[2], sizes[3])
+        identity = (
+            torch.eye(length, dtype=torch.float64, device="cpu").view(shape).expand(1, length, sizes[2], sizes[3])
+        )
         response = self(identity.contiguous())
         return (response[0, :, :, 0] if axis == 2 else response[0, :, 0, :]).t().abs()
 

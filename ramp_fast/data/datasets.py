@@ -181,7 +181,7 @@ def _stacked(examples: list[Example]) -> Batch:
     masks = [e.mask for e in examples if e.mask is not None]
     return Batch(
         torch.stack([e.image for e in examples]),
-        torch.tensor(targets) if targets else None,
+        torch.tensor(targets, device="cpu") if targets else None,
         torch.stack(masks) if masks else None,
         [e.name for e in examples],
     )

@@ -58,8 +58,8 @@ class Preprocessing:
         self.config = dict(config)
         self._transform: Callable[[Image.Image], torch.Tensor] = create_transform(**self.config, is_training=False)
         self._mask_transform: Callable[[Image.Image], torch.Tensor] | None = None
-        self._mean = torch.tensor([float(v) for v in config["mean"]]).view(-1, 1, 1)
-        self._std = torch.tensor([float(v) for v in config["std"]]).view(-1, 1, 1)
+        self._mean = torch.tensor([float(v) for v in config["mean"]], device="cpu").view(-1, 1, 1)
+        self._std = torch.tensor([float(v) for v in config["std"]], device="cpu").view(-1, 1, 1)
 
     @classmethod
     def of_model(cls, model: torch.nn.Module, **overrides: Any) -> Preprocessing:

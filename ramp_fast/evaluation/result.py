@@ -261,7 +261,7 @@ def _tensors(values: dict[str, Any]) -> dict[str, Tensor]:
             return [number(v) for v in value]
         return math.nan if value is None else float(value)
 
-    return {name: torch.tensor(number(v), dtype=torch.float64) for name, v in values.items()}
+    return {name: torch.tensor(number(v), dtype=torch.float64, device="cpu") for name, v in values.items()}
 
 
 def pair_name(method: str, metric: str) -> str:

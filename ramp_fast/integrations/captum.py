@@ -402,7 +402,7 @@ def _classes(target: Any, count: int) -> int | Tensor:
     """Captum's ways to name classes in the engine's."""
     if isinstance(target, np.ndarray):
         try:
-            target = torch.as_tensor(target.astype(np.int64) if target.dtype.kind in "iu" else target)
+            target = torch.as_tensor(target.astype(np.int64) if target.dtype.kind in "iu" else target, device="cpu")
         except (TypeError, ValueError) as error:
             raise InputError(f"target must be integers [{count}], got an array of {target.dtype}") from error
     if isinstance(target, Tensor):
@@ -415,7 +415,7 @@ def _classes(target: Any, count: int) -> int | Tensor:
     if isinstance(target, list):
         if len(target) != count:
             raise InputError(f"target must be a list of {count} classes, one per image; got {target!r}")
-        return torch.tensor([_class(t) for t in target], dtype=torch.long)
+        return torch.tensor([_class(t) for t in target], dtype=torch.long, device="cpu")
     return _class(target)
 
 

@@ -187,7 +187,7 @@ def _tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     try:
-        return torch.as_tensor(np.asarray(value))
+        return torch.as_tensor(np.asarray(value), device="cpu")
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} must be an array or a Tensor of numbers, got {type(value).__name__}") from error
 

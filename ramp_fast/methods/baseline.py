@@ -41,5 +41,5 @@ class Random:
         maps = []
         for image in images:
             generator = torch.Generator().manual_seed(seed_of(image, self.seed))
-            maps.append(torch.randn(image.shape, generator=generator, dtype=torch.float32))
+            maps.append(torch.randn(image.shape, generator=generator, dtype=torch.float32, device="cpu"))
         return torch.stack(maps).to(images)

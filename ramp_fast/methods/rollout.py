@@ -80,7 +80,7 @@ class _Flow:
         if self._query is None:
             return
         attention = (self._query * scale @ key.transpose(-2, -1)).softmax(-1).mean(1)  # [N, T, T]
-        mixed = (attention + torch.eye(attention.shape[-1]).to(attention)) / 2
+        mixed = (attention + torch.eye(attention.shape[-1], device="cpu").to(attention)) / 2
         self.product = mixed if self.product is None else mixed @ self.product
         self._query = None
         self.blocks += 1

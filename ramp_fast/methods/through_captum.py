@@ -49,7 +49,8 @@ class _OneByOne:
         """Maps ``[N, C, H, W]``, of occlusion ``[N, 1, H, W]``; arguments and errors as for :func:`gradient`."""
         images, target = checked(self.__name__, model, images, target)
         method = self._method(model)
-        maps = [self._map(method, image, label) for image, label in one_by_one(images, target)]
+        with images.device:  # captum makes tensors on the default one
+            maps = [self._map(method, image, label) for image, label in one_by_one(images, target)]
         return torch.cat(maps).detach().to(images)  # captum's occlusion is float32
 
     def _method(self, model: nn.Module) -> Any:

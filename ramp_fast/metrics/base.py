@@ -562,7 +562,7 @@ def checked_images(
     if in_training(model):
         raise InputError(f"{name}: the model is in training mode: call model.eval()")
     if isinstance(target, int) and not isinstance(target, bool):
-        target = torch.full((count,), target)
+        target = torch.full((count,), target, device="cpu")
     if target is not None and (
         not isinstance(target, Tensor) or target.shape != (count,) or target.is_floating_point()
     ):

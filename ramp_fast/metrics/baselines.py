@@ -34,7 +34,7 @@ def _white(images: Tensor, generators: list[torch.Generator]) -> Tensor:
 
 def _blur(images: Tensor, generators: list[torch.Generator]) -> Tensor:
     sigma, radius = 5.0, 5  # RISE's kernel: 11 pixels wide
-    taps = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    taps = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu")
     kernel = (-(taps**2) / (2 * sigma**2)).exp()
     kernel = (kernel / kernel.sum()).to(images)
     channels = images.shape[1]
@@ -45,7 +45,9 @@ def _blur(images: Tensor, generators: list[torch.Generator]) -> Tensor:
 
 def _uniform(images: Tensor, generators: list[torch.Generator]) -> Tensor:
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-    drawn = torch.stack([torch.rand(images.shape[1:], generator=g, dtype=torch.float32) for g in generators])
+    drawn = torch.stack(
+        [torch.rand(images.shape[1:], generator=g, dtype=torch.float32, device="cpu") for g in generators]
+    )
     return low + (high - low) * drawn.to(images)
 
 
@@ -219,7 +221,7 @@ def filling(
     """
     if isinstance(baseline, str):
         if baseline == "road":
-            drawn = [torch.randn(images.shape[1:], generator=g, dtype=torch.float32) for g in generators]
+            drawn = [torch.randn(images.shape[1:], generator=g, dtype=torch.float32, device="cpu") for g in generators]
             return Impute(torch.stack(drawn).to(images) * noise)
         return Fill(_FIXED[baseline](images, generators))
     if not isinstance(baseline, Tensor):

@@ -42,7 +42,7 @@ class _Subsets(Masking):
 
     def priorities(self, number: int, count: int) -> Tensor:
         """``[samples, count]``: the subset of n features of a draw are the n smallest."""
-        return torch.rand(self.samples, count, generator=self.generator(number, _SUBSETS))
+        return torch.rand(self.samples, count, generator=self.generator(number, _SUBSETS), device="cpu")
 
     def correlations(self, sample: MetricInputs, sizes: Sequence[int] | Sequence[float]) -> Tensor:
         """Pearson's over the subsets, ``[N, sizes]``; sizes are numbers of features or shares of them, ascending."""
@@ -54,7 +54,7 @@ class _Subsets(Masking):
             width = features.scores.shape[1]
             each = (stop - start) * (4 * images[0].numel() + 16 * width)
             check_bytes(self.name, f"samples={self.samples}", self.samples * each)
-            counts = torch.as_tensor(features.counts).expand(stop - start).tolist()
+            counts = torch.as_tensor(features.counts, device="cpu").expand(stop - start).tolist()
             orders = [
                 self._steps(number, count, width, sizes, images.device)
                 for number, count in zip(sample.numbers[here], counts, strict=True)
@@ -268,7 +268,9 @@ class Infidelity(Masking):
                     copies = fill.of(rows).copies(image, (~inside).to(torch.int32), 0, 1)[0]
                 else:
                     # a draw for every copy, so that it does not depend on how many there are together
-                    drawn = [torch.randn(images.shape[1:], generator=generator) for _ in range(last - first)]
+                    drawn = [
+                        torch.randn(images.shape[1:], generator=generator, device="cpu") for _ in range(last - first)
+                    ]
                     noise = torch.stack(drawn).to(images) * self.sigma
                     if self.perturbation == "gaussian":
                         copies = image - noise
@@ -291,16 +293,16 @@ class Infidelity(Masking):
     def _squares(self, generator: torch.Generator, height: int, width: int) -> Tensor:
         """Size, row and column of every sample's square, ``[K, 3]``, on the CPU; of noise there is only how many."""
         if self.perturbation != "square":
-            return torch.empty(self.samples or 0, 0)
-        places = torch.tensor([(height - s + 1) * (width - s + 1) for s in self.sizes])
+            return torch.empty(self.samples or 0, 0, device="cpu")
+        places = torch.tensor([(height - s + 1) * (width - s + 1) for s in self.sizes], device="cpu")
         ends = places.cumsum(0)
         total = int(ends[-1])
         if self.samples is None:
-            drawn = torch.arange(total)
+            drawn = torch.arange(total, device="cpu")
         else:
-            drawn = torch.randint(total, (self.samples,), generator=generator)
+            drawn = torch.randint(total, (self.samples,), generator=generator, device="cpu")
         kind = torch.searchsorted(ends, drawn, right=True)
-        size = torch.tensor(self.sizes)[kind]
+        size = torch.tensor(self.sizes, device="cpu")[kind]
         place, columns = drawn - (ends - places)[kind], width - size + 1
         return torch.stack([size, place // columns, place % columns], 1)
 

@@ -172,10 +172,12 @@ class GAE(Metric):
         groups, device = distribution.shape[0], distribution.device
         if positive is None:
             numbers = range(first, first + groups)
-            drawn = torch.cat([torch.rand(1, generator=self.generator(n), dtype=torch.float64) for n in numbers])
+            drawn = torch.cat(
+                [torch.rand(1, generator=self.generator(n), dtype=torch.float64, device="cpu") for n in numbers]
+            )
             below = distribution.double().cumsum(1) <= drawn.to(device).unsqueeze(1)
             return below.sum(1).clamp_max(TILES - 1)
-        chosen = torch.full((groups,), positive) if isinstance(positive, int) else positive
+        chosen = torch.full((groups,), positive, device="cpu") if isinstance(positive, int) else positive
         if chosen.shape != (groups,) or chosen.is_floating_point() or not ((chosen >= 0) & (chosen < TILES)).all():
             raise InputError(f"gae: positive must be 0 to 3, an int or [{groups}] integers; got {positive!r}")
         return chosen.to(device)
@@ -228,7 +230,7 @@ class GAE(Metric):
         if self.protocol == "default":
             return step * count // self.steps
         # in float32, whose rounding takes one entry away here and there
-        return int(torch.linspace(1 / self.steps, 1, self.steps, dtype=torch.float32)[step - 1] * count)
+        return int(torch.linspace(1 / self.steps, 1, self.steps, dtype=torch.float32, device="cpu")[step - 1] * count)
 
     def _maps(
         self, sample: MetricInputs, start: Tensor, states: Tensor, mosaic: Tensor, y: Tensor

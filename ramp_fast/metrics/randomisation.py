@@ -92,7 +92,9 @@ class RandomLogit(_Randomisation):
         if others < 1:
             raise InputError(f"{self.name}: the model has a single class: there is no other one to explain")
         # a generator for each image, so that classes do not depend on the batch
-        drawn = torch.cat([torch.randint(others, (1,), generator=self.generator(n)) for n in sample.numbers])
+        drawn = torch.cat(
+            [torch.randint(others, (1,), generator=self.generator(n), device="cpu") for n in sample.numbers]
+        )
         other = drawn.to(sample.target)
         other = other + (other >= sample.target)
         maps = sample.attribute(sample.images, other)

@@ -79,11 +79,11 @@ class _Sensitivity(Metric):
     def _noise(self, sample: MetricInputs, pairs: range) -> Tensor:
         """For pairs of image and draw, counted ``image * samples + draw``."""
         shape = sample.images.shape[1:]
-        noise = torch.empty(len(pairs), *shape)
+        noise = torch.empty(len(pairs), *shape, device="cpu")
         # one generator for each pair, so that noise hangs neither on the batch nor on the device
         for place, pair in enumerate(pairs):
             image, draw = divmod(pair, self.samples)
-            torch.rand(shape, generator=self.generator(sample.numbers[image], draw), out=noise[place])
+            torch.rand(shape, generator=self.generator(sample.numbers[image], draw), out=noise[place], device="cpu")
         return noise.mul_(self._width).add_(self._low).to(sample.images)
 
 

@@ -118,7 +118,7 @@ _PACKED_AT_A_TIME = 1 << 16
 def _pack_slices(weight: Tensor) -> Tensor:
     width, depth = weight.shape
     steps, panels = -(-depth // (_QUAD * _TILE)), -(-width // _TILE)
-    packed = torch.zeros((panels, len(_SHIFTS) * steps + 1, _TILE, _TILE), dtype=torch.int32)
+    packed = torch.zeros((panels, len(_SHIFTS) * steps + 1, _TILE, _TILE), dtype=torch.int32, device="cpu")
     tiles = packed[:, :-1].view(panels, steps, len(_SHIFTS), _TILE, _TILE)  # quads by outputs
     scales = packed[:, -1, 0].view(torch.float32)
     together = max(1, _PACKED_AT_A_TIME // max(1, steps * _QUAD * _TILE * _TILE))
@@ -129,7 +129,7 @@ def _pack_slices(weight: Tensor) -> Tensor:
         scale = most.clamp_min(_SMALLEST) / _LARGEST
         integers = (rows.double() / scale.double().unsqueeze(1)).round_().nan_to_num_(0, 0, 0)  # NaN is in the scale
         scale = torch.where(scale.isfinite(), scale, torch.nan)
-        centred = torch.full(((last - first) * _TILE, steps * _QUAD * _TILE), _CENTRE, dtype=torch.int32)
+        centred = torch.full(((last - first) * _TILE, steps * _QUAD * _TILE), _CENTRE, dtype=torch.int32, device="cpu")
         centred[: rows.shape[0], :depth] += integers.int()
         # 128 less in every byte: slices, the lowest first, and a byte that is nothing's
         slices = centred.bitwise_xor_(_CENTRE).view(torch.int8).view(-1, 4)
@@ -156,7 +156,11 @@ def unpack_tiles(tiles: Tensor, depth: int, width: int) -> Tensor:
     blocks: Tensor = tiles[:, :-1].contiguous().view(torch.int8).double()
     slices = blocks.unflatten(-1, (_TILE, _QUAD)).unflatten(1, (tiles.shape[1] // len(_SHIFTS), len(_SHIFTS)))
     integers = sum(slices[:, :, i] * 2.0**shift for i, shift in enumerate(_SHIFTS))
-    rows = torch.as_tensor(integers).permute(0, 3, 1, 2, 4).reshape(panels * _TILE, slices.shape[1] * _QUAD * _TILE)
+    rows = (
+        torch.as_tensor(integers, device=tiles.device)
+        .permute(0, 3, 1, 2, 4)
+        .reshape(panels * _TILE, slices.shape[1] * _QUAD * _TILE)
+    )
     return (rows * scales.double())[:width, :depth]
 
 
@@ -168,7 +172,7 @@ def _product_cpu(x: Tensor, tiles: Tensor, bias: Tensor | None, width: int) -> T
     if not has_tiles() or x.dtype == torch.float64 or x.numel() == 0 or width == 0:
         return equation("product")(x, tiles, bias, width)  # type: ignore[no-any-return]
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    out = torch.empty((rows.shape[0], width), dtype=x.dtype)
+    out = torch.empty((rows.shape[0], width), dtype=x.dtype, device="cpu")
     bias = None if bias is None else bias.float().contiguous()
     C.product(rows, tiles.contiguous(), bias, out, get_num_threads())
     return out.view(*x.shape[:-1], width)

@@ -48,7 +48,7 @@ def masks(conditions: Sequence[Condition], plan: Plan) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for condition in conditions for name in condition):
         shape = shape_of_sample(plan, plan.graph.observed[name])
-        kept = [_mask(name, c[name], shape) if name in c else torch.ones(shape) for c in conditions]
+        kept = [_mask(name, c[name], shape) if name in c else torch.ones(shape, device="cpu") for c in conditions]
         found[name] = torch.stack(kept)
     return found
 
@@ -75,8 +75,8 @@ def _mask(name: str, kept: Any, shape: tuple[int, ...]) -> Tensor:
     axis = _channel_axis(shape)
     if any(c >= shape[axis] for c in channels):
         raise InputError(f"condition: {name!r} has {shape[axis]} channels, from 0; got {max(channels)}")
-    mask = torch.zeros(shape)
-    mask.index_fill_(axis, torch.tensor(channels, dtype=torch.long), 1.0)
+    mask = torch.zeros(shape, device="cpu")
+    mask.index_fill_(axis, torch.tensor(channels, dtype=torch.long, device="cpu"), 1.0)
     return mask
 
 

@@ -70,12 +70,14 @@ def _divided(count: int, sizes: list[int]) -> list[int]:
 def _pays(plan: Plan, shape: torch.Size, group: int, others: list[int], targets: int, contrast: bool) -> bool:
     """Whether a group is faster than these sizes one after another, which add up to it, and as single images are."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn((group, *shape[1:]), generator=generator, dtype=plan.precision.forward)
+    images = torch.randn((group, *shape[1:]), generator=generator, dtype=plan.precision.forward, device="cpu")
     classes = plan.graph.output.example[1]
     size, wide = (targets, group, classes), plan.precision.accumulate
-    positive = torch.rand(size, generator=generator, dtype=wide)
-    negative = torch.rand(size, generator=generator, dtype=wide) if contrast else None
-    c = plan.rule.conservation.start(plan.rule.start, positive, negative, torch.ones(group, classes, dtype=wide))
+    positive = torch.rand(size, generator=generator, dtype=wide, device="cpu")
+    negative = torch.rand(size, generator=generator, dtype=wide, device="cpu") if contrast else None
+    c = plan.rule.conservation.start(
+        plan.rule.start, positive, negative, torch.ones(group, classes, dtype=wide, device="cpu")
+    )
 
     def part(first: int, last: int) -> tuple[Tensor, ...]:
         """Maps, of targets, and logits, each with the images first."""

@@ -90,7 +90,7 @@ def _streams(device: torch.device) -> tuple[Any, Any]:
 
 def _page_locked(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """New memory that copies need not wait for; torch hands it out again when the copies it has seen are done."""
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.empty(shape, dtype=dtype, pin_memory=True, device="cpu")
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

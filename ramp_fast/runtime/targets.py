@@ -52,7 +52,7 @@ class Target:
         if isinstance(target, int):
             if _unlike_a_class(target) or (check is not False and not 0 <= target < classes):
                 raise InputError(f"target must be between 0 and {classes - 1}, got {target}")
-            target = torch.full((batch,), target)
+            target = torch.full((batch,), target, device="cpu")
         if isinstance(target, Tensor):
             self._check(target, batch)
         self.count = self.ids.shape[1] if self.ids is not None else 1
