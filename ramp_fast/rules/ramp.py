@@ -85,7 +85,8 @@ class _Tokens(_Form):
 def _reads_windows(node: Node) -> bool:
     """Whether a layer is a convolution of more than one pixel; one of one pixel is a linear layer in other words."""
     if node.kind == g.CONV:
-        return math.prod(node.params.weight.example[2:]) > 1
+        window: int = math.prod(node.params.weight.example[2:])
+        return window > 1
     return layer_kind(node) == g.CONV
 
 
