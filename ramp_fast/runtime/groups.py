@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 
@@ -20,7 +21,7 @@ class Groups:
     routines need not treat a row of a larger problem as they treat it alone. So a size is tried on noise, once: it is
     used only if every bit agrees with images one by one and it took less time than what was used before, the better of
     two times each. What is left of a batch goes in smaller groups, or one by one. The trial of a size costs as much as
-    five groups: it waits until four have been asked for. Float64 images always go one by one.
+    five groups, of small images more: it waits until four have been asked for. Float64 images always go one by one.
     """
 
     def __init__(self) -> None:
@@ -48,6 +49,9 @@ class Groups:
 GROUPS = (2, 4, 8)
 # Bytes of activations that may be kept by a group of more than four.
 _MOST_KEPT = 2**28
+# Values of noise that are compared at least, and groups at most: sums in another order are often the same to the last
+# bit, so that a few small maps may agree by chance.
+_COMPARED, _MOST_DRAWS = 100_000, 32
 
 
 def _fits(plan: Plan, size: int) -> bool:
@@ -70,13 +74,15 @@ def _divided(count: int, sizes: list[int]) -> list[int]:
 def _pays(plan: Plan, shape: torch.Size, group: int, others: list[int], targets: int, contrast: bool) -> bool:
     """Whether a group is faster than these sizes one after another, which add up to it, and as single images are."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn((group, *shape[1:]), generator=generator, dtype=plan.precision.forward, device="cpu")
+    draws = min(max(1, _COMPARED // (group * math.prod(shape[1:]))), _MOST_DRAWS)
+    count = draws * group
+    images = torch.randn((count, *shape[1:]), generator=generator, dtype=plan.precision.forward, device="cpu")
     classes = plan.graph.output.example[1]
-    size, wide = (targets, group, classes), plan.precision.accumulate
+    size, wide = (targets, count, classes), plan.precision.accumulate
     positive = torch.rand(size, generator=generator, dtype=wide, device="cpu")
     negative = torch.rand(size, generator=generator, dtype=wide, device="cpu") if contrast else None
     c = plan.rule.conservation.start(
-        plan.rule.start, positive, negative, torch.ones(group, classes, dtype=wide, device="cpu")
+        plan.rule.start, positive, negative, torch.ones(count, classes, dtype=wide, device="cpu")
     )
 
     def part(first: int, last: int) -> tuple[Tensor, ...]:
@@ -88,9 +94,15 @@ def _pays(plan: Plan, shape: torch.Size, group: int, others: list[int], targets:
         logits = forward.logits
         return pull_back(plan, forward, c[:, first:last], contrast).transpose(0, 1), logits
 
-    def parts(sizes: list[int]) -> list[tuple[Tensor, ...]]:
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        return [part(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    def parts(start: int) -> list[tuple[Tensor, ...]]:
+        """The same of the other sizes, from an image on."""
+        ends = list(itertools.accumulate(others, initial=start))
+        return [part(first, last) for first, last in itertools.pairwise(ends)]
+
+    def same(whole: tuple[Tensor, ...], several: list[tuple[Tensor, ...]]) -> bool:
+        return all(
+            torch.equal(torch.cat(each), own) for each, own in zip(zip(*several, strict=True), whole, strict=True)
+        )
 
     part(0, group)  # packs weights for this size where a routine needs it
     together, apart = math.inf, math.inf
@@ -98,8 +110,9 @@ def _pays(plan: Plan, shape: torch.Size, group: int, others: list[int], targets:
         start = time.perf_counter()
         whole = part(0, group)
         middle = time.perf_counter()
-        several = parts(others)
+        several = parts(0)
         together, apart = min(together, middle - start), min(apart, time.perf_counter() - middle)
+    if together >= apart or not same(whole, several):
+        return False
     # Smaller groups have been compared with single images.
-    same = all(torch.equal(torch.cat(each), own) for each, own in zip(zip(*several, strict=True), whole, strict=True))
-    return together < apart and same
+    return all(same(part(first, first + group), parts(first)) for first in range(group, count, group))
