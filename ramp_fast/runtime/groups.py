@@ -51,7 +51,7 @@ GROUPS = (2, 4, 8)
 _MOST_KEPT = 2**28
 # Values of noise that are compared at least, and groups at most: sums in another order are often the same to the last
 # bit, so that a few small maps may agree by chance.
-_COMPARED, _MOST_DRAWS = 100_000, 32
+_COMPARED, _MOST_DRAWS = 100_000, 8
 
 
 def _fits(plan: Plan, size: int) -> bool:
