@@ -45,10 +45,15 @@ def training(data: Path, classes: list[str]) -> tuple[Tensor, Tensor]:
     return photographs(list(files)), torch.tensor(labels)
 
 
+def allowed(count: int) -> list[int]:
+    """Positions of validation photographs but multiples of 5, counted from 0 or from 1: those are for a later check."""
+    return [p for p in range(count) if p % 5 and (p + 1) % 5]
+
+
 def validation(data: Path, classes: list[str]) -> tuple[Tensor, Tensor]:
-    """Photographs whose positions are not multiples of 5, which stay untouched (bench/evaluation.py)."""
+    """The photographs that are not kept for a later check, and their classes."""
     lines = (data / "val" / "val_annotations.txt").read_text().splitlines()
-    found = [line.split()[:2] for p, line in enumerate(lines) if p % 5 and (p + 1) % 5]
+    found = [lines[p].split()[:2] for p in allowed(len(lines))]
     images = photographs([data / "val" / "images" / name for name, _ in found])
     return images, torch.tensor([classes.index(label) for _, label in found])
 

@@ -73,7 +73,7 @@ class Engine(Explainer):
     micro_batch : int, optional
         Images that go through the model together. By default the whole batch on GPUs; on CPUs one, and after some
         images four, if a trial shows that this is faster and changes no bit of any result. A number of yours is taken
-        as it is: the last bits of a map may then hang on how many images go together.
+        as it is: the last bits of a map may then depend on how many images go together.
     cuda_graphs : bool
         On GPUs: record what is run for a batch shape when it comes a second time, and replay that from then on.
         Recordings keep their activations allocated, those of the last four batch shapes.

@@ -372,10 +372,13 @@ class MapLayer(Linear):
         seen = Layer(weight, bias, 1, self.fusion.positive_input, product, transposed, channels=channels)
         return _AtWeight(self.node.target, weight, bias, len(biases)), layer.pack(seen)
 
+    @property
+    def images_first(self) -> bool:
+        """Whether they are the first axis of input and output: the input's shape is known then."""
+        return self.node.batch.leading and self.node.operands[0].batch.leading
+
     def needs(self) -> list[Node]:
-        read = self.node.operands[0]  # its shape is known where images come first
-        images_first = self.node.batch.leading and read.batch.leading
-        return super().needs() if images_first else [*super().needs(), read]
+        return super().needs() if self.images_first else [*super().needs(), self.node.operands[0]]
 
     def prepare(self, constants: dict[Node, Any]) -> None:
         self.layer = gemm.PackedLayer(*self.pack(constants), ())
@@ -478,9 +481,9 @@ class _Context(LayerContext):
         return function.select(self._transposed(function.function, s), self.x)
 
     def _by_autograd(self, function: _Transposed, s: Tensor) -> Tensor:
+        assert isinstance(self.step, MapLayer)
         read = self.step.node.operands[0]
-        images_first = self.step.node.batch.leading and read.batch.leading
-        shape = (s.shape[1], *read.example[1:]) if images_first else tuple(self.x.shape)
+        shape = (s.shape[1], *read.example[1:]) if self.step.images_first else tuple(self.x.shape)
         return vjp(function, shape, s.to(function.weight.dtype)).to(self.narrow)
 
     def _transposed(self, function: LinearOp, s: Tensor) -> Tensor:

@@ -49,13 +49,13 @@ class Groups:
 GROUPS = (2, 4, 8)
 # Bytes of activations that may be kept by a group of more than four.
 _MOST_KEPT = 2**28
-# Values of noise that are compared at least, and groups at most: sums in another order are often the same to the last
-# bit, so that a few small maps may agree by chance.
+# A trial compares at least so many values of noise, in at most so many groups: sums in another order are often equal
+# to the last bit, so that a few small maps may agree by chance.
 _COMPARED, _MOST_DRAWS = 100_000, 8
 
 
 def _fits(plan: Plan, size: int) -> bool:
-    # Float64 products are MKL's, whose order of sums hangs on where in memory a sample begins, and with it on the
+    # Float64 products are MKL's, whose order of sums depends on where in memory a sample begins, and with it on the
     # sample's place in the batch. A trial on noise can miss that: the bits that differ may be lost on the way.
     if plan.precision.forward == torch.float64:
         return False

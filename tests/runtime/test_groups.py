@@ -90,7 +90,7 @@ def test_a_size_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch, wro
 
 
 def test_float64_images_go_one_by_one(tried: list[tuple[int, list[int]]]) -> None:
-    """Their bits hang on their place in the batch, which a trial on noise need not show."""
+    """Their bits depend on their place in the batch, which a trial on noise need not show."""
     plan: Any = _Plan(1, torch.float64)
     assert Groups().sizes(plan, torch.Size([64, 3, 8, 8]), 64, 1, True) == [1] * 64
     assert not tried
